@@ -1,0 +1,63 @@
+# Everything from two commands on a machine with Python 3.11 or newer: `make lab` to read and work, `make test` to check it all.
+PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11; do \
+	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' && { echo $$p; break; }; done)
+BIN := .venv/bin
+READY := .venv/ready
+LABS := $(wildcard notebooks/*.ipynb)
+# A virtual environment holds absolute paths: one that was moved with its folder is built again.
+ifneq ($(shell cat .venv/home 2>/dev/null),$(CURDIR))
+$(shell rm -rf .venv)
+endif
+# Jupyter refuses to start as root unless told; in a container root is all there is.
+ROOT_FLAG := $(if $(filter 0,$(shell id -u)),--allow-root)
+
+.PHONY: help setup lab test quick test-notebooks test-browser cog labs clean
+
+help:
+	@echo "make lab           set up once, then open the curriculum in JupyterLab"
+	@echo "make test          set up once, then run every test"
+	@echo "make quick         the tests that take a minute"
+	@echo "make test-browser  open the start page in Chromium and follow its links"
+	@echo "make cog labs      regenerate what chapters quote; execute all labs in place"
+	@echo "make clean         remove the environment and what tests left (fetched models stay: they live in your cache)"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt jupyter/overrides.json
+	@test -n "$(PYTHON)" || { echo "minillm needs Python 3.11 or newer; install it, or name it: make PYTHON=/path/to/python3"; exit 1; }
+	@echo "== 1/4 environment in .venv ($$($(PYTHON) --version))"
+	$(PYTHON) -m venv .venv
+	@printf '%s' "$(CURDIR)" > .venv/home
+	@echo "== 2/4 packages, as pinned in constraints.txt (a few minutes)"
+	$(BIN)/pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[dev]'
+	sh postBuild $(BIN)
+	@touch $(READY)
+
+lab: $(READY)
+	$(BIN)/jupyter lab $(ROOT_FLAG) --ip=127.0.0.1 --LabApp.default_url=/lab/tree/README.md $(LAB_FLAGS)
+
+test: $(READY)
+	$(BIN)/pytest tests
+	$(MAKE) --no-print-directory test-notebooks
+
+# The one place that calls nbval: labs are compared where cells ask for it; exercise notebooks must open and run with their stubs.
+test-notebooks: $(READY)
+	$(BIN)/pytest --nbval-lax -p no:cacheprovider --nbval-cell-timeout=120 notebooks exercises
+
+quick: $(READY)
+	HYPOTHESIS_PROFILE=quick $(BIN)/pytest tests -m "not slow"
+
+test-browser: $(READY)
+	$(BIN)/python -c 'import playwright' 2>/dev/null || $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[browser]'
+	$(BIN)/pytest tests/browser -m browser -rs
+
+cog: $(READY)
+	$(BIN)/cog -P -r README.md chapters/*.md
+
+labs: $(READY)
+	$(BIN)/python -m minillm.learn.labs
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +
+	find . -name .ipynb_checkpoints -prune -exec rm -rf {} +

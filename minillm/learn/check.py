@@ -1,0 +1,248 @@
+"""`check("2.3", fn)`: one line a contract, and on a failure what was expected, what came, and where.
+
+The same classes run in three places: here (notebooks), in `minillm check 02` (on the files in exercises/), and under
+pytest.
+"""
+
+import importlib.util
+import io
+import json
+import linecache
+import signal
+import sys
+import threading
+import traceback
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import progress
+from .paths import root, stem_of
+from .testing import ContractError
+
+__all__ = ["Outcome", "check", "check_chapter", "load_notebook", "run"]
+
+TIME_LIMIT = 10.0  # seconds a contract; a check takes milliseconds, so this is an endless loop
+OUTPUT_LIMIT = 10_000  # characters a contract
+_loading = False  # true while a notebook is loaded: its own check() cells stay silent
+
+
+class TimeLimit(BaseException):
+    """The implementation ran too long. Not an Exception, so that a learner's `except Exception` does not swallow it."""
+
+
+class OutputLimit(BaseException):
+    """The implementation printed too much."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One contract of one exercise: `status` is "passed", "failed", "missing" (the stub) or "broken" (the check
+    itself crashed).
+    """
+
+    contract: str
+    status: str
+    message: str = ""
+
+
+def check(number: str, impl: Any) -> bool:
+    """Check `impl` against the contracts of exercise `number`; print the result, remember a pass, return whether all
+    hold.
+
+    Raises ValueError for a number that no exercise has.
+    """
+    if _loading:
+        return False
+    outcomes = run(number, impl)
+    passed = all(o.status == "passed" for o in outcomes)
+    print(report(number, outcomes))
+    if passed:
+        progress.remember(number, len(outcomes))
+    return passed
+
+
+def report(number: str, outcomes: list[Outcome]) -> str:
+    """The outcomes of one exercise as text: a verdict, then a line a contract, the first failure explained."""
+    if any(o.status == "missing" for o in outcomes):
+        return f"… {number}: not written yet. Replace the line `raise NotImplementedError` above and run both cells."
+    good = sum(o.status == "passed" for o in outcomes)
+    lines = [f"{'✓' if good == len(outcomes) else '✗'} {number}: {good} of {len(outcomes)} contracts hold"]
+    explained = False
+    for o in outcomes:
+        lines.append(f"  {'✓' if o.status == 'passed' else '✗'} {o.contract}")
+        if o.status != "passed" and not explained:
+            lines += [f"      {line}" for line in o.message.splitlines()]
+            explained = True
+    return "\n".join(lines)
+
+
+def run(number: str, impl: Any) -> list[Outcome]:
+    """Run every contract of exercise `number` against `impl`, each with a time limit and its output caught."""
+    cls = _classes(stem_of(number)).get(number)
+    if cls is None:
+        raise ValueError(f"number: expected one of {', '.join(_classes(stem_of(number)))}, got {number!r}")
+    outcomes = []
+    for name in [n for n in vars(cls) if n.startswith("test_")]:
+        outcomes.append(_run_one(getattr(cls(), name), impl))
+        if outcomes[-1].status == "missing":
+            break
+    return outcomes
+
+
+def _run_one(contract: Any, impl: Any) -> Outcome:
+    text = " ".join((contract.__doc__ or contract.__name__).split())
+    try:
+        with _limits():
+            contract(impl)
+    except NotImplementedError:
+        return Outcome(text, "missing")
+    except ContractError as e:
+        return Outcome(text, "failed", str(e))
+    except TimeLimit:
+        return Outcome(text, "failed", f"stopped after {TIME_LIMIT:g} s: does a loop never end?")
+    except OutputLimit as e:
+        return Outcome(
+            text,
+            "failed",
+            f"stopped after {OUTPUT_LIMIT:,} characters of output: does a loop print? It began with:\n{e}",
+        )
+    except Exception as e:
+        return _crash(text, e, Path(contract.__func__.__code__.co_filename))
+    return Outcome(text, "passed")
+
+
+def _crash(contract: str, error: Exception, check_file: Path) -> Outcome:
+    """An exception that no contract asked for: say on which line of the learner's code, or that the result could not
+    be used.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = [f for i, f in enumerate(frames) if any(Path(p.filename) == check_file for p in frames[:i])]
+    own = [f for f in inside if Path(f.filename) != check_file and "minillm/learn" not in Path(f.filename).as_posix()]
+    said = f"{type(error).__name__}: {error}"
+    if not own:
+        return Outcome(
+            contract, "broken", f"what your code returned could not be used: {said}\nin the check: {frames[-1].line}"
+        )
+    mine = next((f for f in own if "site-packages" not in f.filename), own[0])
+    return Outcome(contract, "failed", f"your code raised {said}\nline {mine.lineno} in {mine.name}: {mine.line}")
+
+
+class _Capped(io.StringIO):
+    def write(self, text: str) -> int:
+        if self.tell() + len(text) > OUTPUT_LIMIT:
+            raise OutputLimit(self.getvalue()[:300])
+        return super().write(text)
+
+
+@contextmanager
+def _limits() -> Iterator[None]:
+    """Stop what runs longer than TIME_LIMIT or prints more than OUTPUT_LIMIT.
+
+    Unix's interval timer also interrupts `sleep`; elsewhere, and outside the main thread, Python's own asynchronous
+    exception serves.
+    """
+    out = _Capped()
+    with redirect_stdout(out), redirect_stderr(out):
+        if hasattr(signal, "SIGALRM") and threading.current_thread() is threading.main_thread():
+
+            def stop(*_: Any) -> None:
+                raise TimeLimit
+
+            before = signal.signal(signal.SIGALRM, stop)
+            signal.setitimer(signal.ITIMER_REAL, TIME_LIMIT, 0.5)  # again and again, should a bare `except` swallow it
+            try:
+                yield
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.signal(signal.SIGALRM, before)
+        else:
+            with _thread_timer():
+                yield
+
+
+@contextmanager
+def _thread_timer() -> Iterator[None]:
+    import ctypes
+
+    target = ctypes.c_long(threading.get_ident())
+    timer = threading.Timer(
+        TIME_LIMIT, lambda: ctypes.pythonapi.PyThreadState_SetAsyncExc(target, ctypes.py_object(TimeLimit))
+    )
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _classes(stem: str) -> dict[str, type]:
+    """Exercise number -> its class of contracts, read afresh from the check file."""
+    module = load_module(root() / "tests" / "exercises" / f"test_{stem}.py")
+    return {c.number: c for c in vars(module).values() if isinstance(c, type) and hasattr(c, "number")}
+
+
+def load_module(path: Path) -> types.ModuleType:
+    """Import a Python file by path, under a name of its own."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: this file of the curriculum is missing; `git status` tells what was moved or deleted"
+        )
+    spec = importlib.util.spec_from_file_location(f"_minillm_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_notebook(path: Path) -> dict[str, Any]:
+    """Run a notebook's code cells in order and return what they define. A cell that fails is noted on stderr and
+    passed over.
+    """
+    global _loading
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    _loading = True
+    try:
+        for i, cell in enumerate(cells):
+            source = "".join(cell["source"])
+            if cell["cell_type"] != "code" or source.lstrip().startswith(("%", "!")):
+                continue
+            name = f"<{path.name}, cell {i + 1}>"
+            linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+            try:
+                exec(compile(source, name, "exec"), namespace)
+            except NotImplementedError:
+                pass
+            except Exception as e:
+                print(f"{path.name}, cell {i + 1}: {type(e).__name__}: {e}", file=sys.stderr)
+    finally:
+        _loading = False
+    return namespace
+
+
+def check_chapter(chapter: str, source: Path | None = None) -> dict[str, list[Outcome]]:
+    """Check every exercise of a chapter in the learner's notebook (or another .ipynb or .py file): number -> outcomes.
+
+    Remembers what passes. Raises ValueError for an unknown chapter, FileNotFoundError for a missing file.
+    """
+    stem = stem_of(chapter)
+    source = source or root() / "exercises" / f"{stem}.ipynb"
+    if not source.is_file():
+        raise FileNotFoundError(f"{source}: no such file; `minillm exercises build` writes the exercise notebooks")
+    namespace = load_notebook(source) if source.suffix == ".ipynb" else vars(load_module(source))
+    results = {}
+    for number, cls in _classes(stem).items():
+        if cls.object_name not in namespace:
+            results[number] = [
+                Outcome(f"`{cls.object_name}` is defined", "failed", f"{source.name} defines no `{cls.object_name}`")
+            ]
+            continue
+        results[number] = run(number, namespace[cls.object_name])
+        if all(o.status == "passed" for o in results[number]):
+            progress.remember(number, len(results[number]))
+    return results

@@ -1,0 +1,180 @@
+"""`minillm doctor`: is everything here that the curriculum needs? One line a thing, and for each failure what to do."""
+
+import os
+import platform
+import re
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+
+from .paths import root
+
+__all__ = ["Finding", "examine"]
+
+MIN_DISK_GB = 1.0
+MIN_MEMORY_GB = 3.0  # SmolLM2 in fp32 twice (ours and transformers') with room to compute
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at: `status` is OK, FAIL or SKIP; `remedy` says what to do about a FAIL."""
+
+    status: str
+    name: str
+    detail: str
+    remedy: str = ""
+
+    def as_dict(self) -> dict[str, str]:
+        """The finding for `--json`."""
+        return asdict(self)
+
+
+def examine(model: str = "smollm2-135m-instruct") -> list[Finding]:
+    """Look at Python, packages, device, Triton, model, disk, memory and the Jupyter kernel, in this order."""
+    return [_python(), *_packages(), _device(), _triton(), _model(model), _disk(), _memory(), _kernel()]
+
+
+def _python() -> Finding:
+    found = f"{platform.python_version()} at {sys.executable}"
+    if sys.version_info >= (3, 11):  # noqa: UP036 (the doctor is asked when installation went wrong)
+        return Finding("OK", "Python", found)
+    return Finding("FAIL", "Python", found, "install Python 3.11 or newer, then `make clean lab`")
+
+
+def _packages() -> list[Finding]:
+    """Each direct dependency: OK at its pin, SKIP at another version that the ranges of pyproject.toml allow, else
+    FAIL.
+    """
+    from packaging.requirements import Requirement
+
+    pins = read_pins()
+    findings = []
+    for text in requires("minillm") or []:
+        requirement = Requirement(text)
+        extra = re.search(r"extra == ['\"](\w+)['\"]", str(requirement.marker or ""))
+        if (extra and extra[1] != "dev") or (requirement.marker and not requirement.marker.evaluate({"extra": "dev"})):
+            continue
+        findings.append(_package(requirement, pins.get(requirement.name.lower().replace("_", "-"))))
+    return findings
+
+
+def _package(requirement, pin: str | None) -> Finding:
+    try:
+        found = version(requirement.name)
+    except PackageNotFoundError:
+        return Finding("FAIL", requirement.name, "not installed", "`make setup` installs what constraints.txt pins")
+    if not requirement.specifier.contains(found, prereleases=True):
+        return Finding(
+            "FAIL",
+            requirement.name,
+            f"{found}, expected {requirement.specifier}",
+            "`make clean setup` rebuilds the environment",
+        )
+    if pin and found.split("+")[0] != pin:
+        return Finding(
+            "SKIP",
+            requirement.name,
+            f"{found}: supported, but the tests ran with {pin} (`make clean setup` installs that)",
+        )
+    return Finding("OK", requirement.name, found)
+
+
+def read_pins() -> dict[str, str]:
+    """Package name (lower case, with hyphens) -> pinned version, from constraints.txt; empty outside a checkout."""
+    try:
+        lines = (root() / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return {}
+    matches = [re.match(r"([A-Za-z0-9_.-]+)==([^\s;]+)", line) for line in lines]
+    return {m[1].lower().replace("_", "-"): m[2] for m in matches if m}
+
+
+def _device() -> Finding:
+    import torch
+
+    if torch.cuda.is_available():
+        return Finding(
+            "OK",
+            "device",
+            f"{torch.cuda.get_device_name()}, {torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB",
+        )
+    return Finding("OK", "device", f"CPU, {torch.get_num_threads()} threads (a GPU is never needed)")
+
+
+def _triton() -> Finding:
+    import torch
+
+    try:
+        found = version("triton")
+    except PackageNotFoundError:
+        return Finding("SKIP", "Triton", f"absent (it is for Linux; on {platform.system()} the torch path serves)")
+    if torch.cuda.is_available():
+        return Finding("OK", "Triton", f"{found}, native")
+    return Finding("OK", "Triton", f"{found}, interpreter (no GPU)")
+
+
+def _model(name: str) -> Finding:
+    from ..model import fetch
+
+    path = fetch.cache_dir() / name
+    if not path.is_dir():
+        return Finding(
+            "FAIL",
+            "model",
+            f"{name} is not in {path.parent}",
+            "`minillm fetch` downloads and converts it (93 MB, a minute)",
+        )
+    if damaged := fetch.verify(path):
+        return Finding(
+            "FAIL", "model", f"{path}: {', '.join(damaged)} missing or changed", "`minillm fetch --again` replaces it"
+        )
+    return Finding("OK", "model", f"{name} in {path}, checksums match")
+
+
+def _disk() -> Finding:
+    from ..model import fetch
+
+    folder = fetch.cache_dir()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free / 1e9
+    if free < MIN_DISK_GB:
+        return Finding(
+            "FAIL",
+            "disk",
+            f"{free:.1f} GB free in {folder}",
+            f"free at least {MIN_DISK_GB:g} GB, or point MINILLM_CACHE to another disk",
+        )
+    return Finding("OK", "disk", f"{free:.0f} GB free")
+
+
+def _memory() -> Finding:
+    try:
+        import psutil
+    except ImportError:
+        return Finding("SKIP", "memory", "unknown without psutil")
+    free = psutil.virtual_memory().available / 1e9
+    if free < MIN_MEMORY_GB:
+        return Finding(
+            "FAIL", "memory", f"{free:.1f} GB available", f"close programs until {MIN_MEMORY_GB:g} GB are available"
+        )
+    return Finding("OK", "memory", f"{free:.0f} GB available")
+
+
+def _kernel() -> Finding:
+    """Whether the notebooks' kernel, `python3`, is this very interpreter: another one would miss the packages."""
+    try:
+        from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
+    except ImportError:
+        return Finding("FAIL", "Jupyter kernel", "jupyter_client is not installed", "`make setup`")
+    try:
+        program = KernelSpecManager().get_kernel_spec("python3").argv[0]
+    except NoSuchKernel:
+        return Finding("FAIL", "Jupyter kernel", "no kernel named python3", "`make setup` registers it")
+    found = shutil.which(program) or program
+    if program == "python" or os.path.abspath(found) == os.path.abspath(sys.executable):
+        return Finding("OK", "Jupyter kernel", f"python3 runs {sys.executable}")
+    return Finding(
+        "FAIL", "Jupyter kernel", f"python3 runs {program}, not {sys.executable}", "`make setup` registers this one"
+    )

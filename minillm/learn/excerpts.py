@@ -1,0 +1,78 @@
+"""What cog prints into chapters: excerpts of the code, recorded results, and where these come from. Run from the
+repository's root.
+"""
+
+import ast
+import json
+from pathlib import Path
+
+from .paths import root
+
+__all__ = ["code", "provenance", "results"]
+
+
+def code(path: str, *names: str, docstring: bool = False) -> str:
+    """A fenced excerpt of `path`: the named functions, classes, methods ("Class.method") or constants, or the whole
+    file.
+
+    Raises ValueError for a name that the file does not define.
+    """
+    source = (root() / path).read_text(encoding="utf-8")
+    tree, lines = ast.parse(source), source.splitlines()
+    parts = ["\n".join(_lines(_find(tree, name, path), lines, docstring)) for name in names] or [source.strip()]
+    title = f"[`{path}`](../{path})" + (f": {', '.join(f'`{n}`' for n in names)}" if names else "")
+    return f"\n{title}\n\n```python\n" + "\n\n".join(parts) + "\n```\n"
+
+
+def _find(tree: ast.Module, name: str, path: str) -> ast.stmt:
+    body, node = tree.body, None
+    for part in name.split("."):
+        node = next((n for n in body if part in _defined(n)), None)
+        if node is None:
+            raise ValueError(f"name: {path} defines no {name!r}")
+        body = getattr(node, "body", [])
+    return node
+
+
+def _defined(node: ast.stmt) -> list[str]:
+    if isinstance(node, ast.Assign):
+        return [t.id for t in node.targets if isinstance(t, ast.Name)]
+    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+        return [node.target.id]
+    return [getattr(node, "name", "")]
+
+
+def _lines(node: ast.stmt, lines: list[str], docstring: bool) -> list[str]:
+    first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+    drop: set[int] = set()
+    if not docstring:
+        for n in ast.walk(node):
+            if isinstance(n, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(n) and len(n.body) > 1:
+                drop |= set(range(n.body[0].lineno, n.body[0].end_lineno + 1))
+    kept = [lines[i - 1] for i in range(first, node.end_lineno + 1) if i not in drop]
+    indent = len(kept[0]) - len(kept[0].lstrip())
+    return [line[indent:] for line in kept]
+
+
+def results(suite: str, device: str = "cpu-2-cores") -> dict:
+    """What the benchmark `suite` recorded on `device`: benchmarks/results/<device>/<suite>.json, without its
+    provenance.
+    """
+    return _load(suite, device)["results"]
+
+
+def provenance(suite: str, device: str = "cpu-2-cores") -> str:
+    """One line: on what, with which versions and when `suite` was measured, with a link to the file."""
+    p = _load(suite, device)["provenance"]
+    versions = ", ".join(f"{name} {version}" for name, version in p["versions"].items())
+    link = f"[recorded results](../benchmarks/results/{device}/{suite}.json)"
+    return f"*Measured {p['date']} on {p['device']}; {versions}; {link}.*"
+
+
+def _load(suite: str, device: str) -> dict:
+    path = root() / "benchmarks" / "results" / device / f"{suite}.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{Path('benchmarks/results') / device / f'{suite}.json'}: not recorded yet; run the script in benchmarks/"
+        )
+    return json.loads(path.read_text(encoding="utf-8"))

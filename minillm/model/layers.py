@@ -1,0 +1,175 @@
+"""The parts of a decoder layer: RMSNorm, rotary positions, attention, SwiGLU.
+
+Shapes: B sequences, T tokens, H query heads, H_kv key/value heads, D features a head. Everything but attention itself
+works on any leading dimensions, so the same layers serve a padded batch [B, T, ...] and an engine's flat list of
+tokens [N, ...].
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import ModelConfig
+
+__all__ = [
+    "MLP",
+    "Attention",
+    "AttentionCache",
+    "NoCache",
+    "PaddedBatch",
+    "RMSNorm",
+    "apply_rope",
+    "attention",
+    "rope_tables",
+]
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight, over the last dimension; statistics in fp32.  [..., hidden] -> [..., hidden]
+
+    Source: Zhang and Sennrich, 2019, "Root Mean Square Layer Normalization".
+    """
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()  # bf16 squares lose too much
+        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)
+
+
+def rope_tables(config: ModelConfig, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """cos and sin of every position's angles, each [max_position_embeddings, D/2] in fp32.
+
+    Pair i of a head turns by position · theta^(-2i/D). Sources: Su et al., 2021, "RoFormer"; the llama3 scaling is
+    that of Llama 3.1.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim  # [D/2]
+    frequencies = _scaled(1.0 / config.rope_theta**exponents, config.rope_scaling)
+    positions = torch.arange(config.max_position_embeddings, device=device).float()
+    angles = torch.outer(positions, frequencies)  # [positions, D/2]
+    return angles.cos(), angles.sin()
+
+
+def _scaled(frequencies: Tensor, scaling: dict[str, Any] | None) -> Tensor:
+    """Stretch RoPE to a longer context: all frequencies alike ("linear"), or only the slow ones ("llama3")."""
+    if scaling is None:
+        return frequencies
+    slow = frequencies / scaling["factor"]
+    if scaling["rope_type"] == "linear":
+        return slow
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    # How often a pair turns within the original context: many turns stay as trained, few are stretched, a ramp lies
+    # between.
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return keep * frequencies + (1 - keep) * slow
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each pair (x[i], x[i + D/2]) by its angle.  x [..., heads, D], cos and sin [..., D/2] -> [..., heads, D]
+
+    Pairs are the two halves of a head, as in Hugging Face checkpoints (the paper pairs neighbors; the two differ by a
+    fixed permutation).
+    """
+    cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)  # [..., 1, D/2]: the same for every head
+    first, second = x.chunk(2, dim=-1)  # [..., heads, D/2] each
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)  # [..., heads, D]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q kᵀ / sqrt(D)) v; causal when `mask` is None.
+
+    q [B, T, H, D], k and v [B, S, H_kv, D], mask bool and broadcastable to [B, H, T, S] (True: may attend) -> [B, T,
+    H, D]. Query head h reads key/value head h // (H / H_kv). Sources: Vaswani et al., 2017; Ainslie et al., 2023
+    (grouped queries).
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, tokens, D]
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out.transpose(1, 2)  # [B, T, H, D]
+
+
+class AttentionCache(Protocol):
+    """What a layer asks for attention: it may remember earlier keys and values, in whatever form it likes."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Any) -> Tensor:
+        """Attention of this step's queries.  q [..., H, D], k and v [..., H_kv, D] -> [..., H, D]"""
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """Sequences of different lengths in one rectangle: `attention_mask` [B, T] bool, False where a token is padding
+    (on either side).
+    """
+
+    attention_mask: Tensor
+
+    @property
+    def positions(self) -> Tensor:
+        """The position of each token in its own sequence, padding not counted.  [B, T]"""
+        return (self.attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+class NoCache:
+    """The cache that keeps nothing: causal attention among the tokens of this call, [B, T, ...]."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: PaddedBatch | None) -> Tensor:
+        if batch is None:
+            return attention(q, k, v)
+        tokens = q.shape[1]
+        causal = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril()
+        itself = torch.eye(
+            tokens, dtype=torch.bool, device=q.device
+        )  # so that a padding row has something to attend to, not 0/0
+        mask = (causal & batch.attention_mask.bool()[:, None, None, :]) | itself  # [B, 1, T, S]
+        return attention(q, k, v, mask)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions.  [..., hidden] -> [..., hidden]"""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.sizes = [config.q_size, config.kv_size, config.kv_size]
+        self.qkv_proj = nn.Linear(
+            config.hidden_size, sum(self.sizes), bias=False
+        )  # one matrix product instead of three
+        self.o_proj = nn.Linear(config.q_size, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None  # Qwen3
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(self, hidden_states: Tensor, rope: tuple[Tensor, Tensor], cache: AttentionCache, batch: Any) -> Tensor:
+        q, k, v = (
+            x.unflatten(-1, (-1, self.head_dim)) for x in self.qkv_proj(hidden_states).split(self.sizes, dim=-1)
+        )  # [..., heads, D]
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        out = cache.attend(self.layer, q, k, v, batch)  # [..., H, D]
+        return self.o_proj(out.flatten(-2))  # [..., hidden]
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x)).  [..., hidden] -> [..., hidden]    Source: Shazeer, 2020, "GLU Variants
+    Improve Transformer".
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)  # [..., intermediate] each
+        return self.down_proj(F.silu(gate) * up)
