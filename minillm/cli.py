@@ -110,7 +110,7 @@ def check(
     ] = None,
 ) -> None:
     """Check your exercise notebook. Exit status 1 while anything is open."""
-    from .learn import check as checking
+    from .learn import checker as checking
 
     try:
         results = checking.check_chapter(chapter, file)
@@ -180,3 +180,7 @@ def build(
         print(f"wrote {path}")
     for path in kept:
         print(f"kept {path}: it holds somebody's work (--force overwrites it)")
+
+
+if __name__ == "__main__":
+    app()

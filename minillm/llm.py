@@ -161,7 +161,7 @@ class LLM:
     def _run(self, request: RequestOutput, params: SamplingParams) -> Iterator[str]:
         """Generate into `request`, yielding text that is final."""
         start = time.perf_counter()
-        text = _StopText(params.stop, StreamDecoder(self.tokenizer)) if self.tokenizer else None
+        text = _StopText(params.stop, StreamDecoder(self.tokenizer, skip_special_tokens=True)) if self.tokenizer else None
         request.logprobs = None if params.logprobs is None else []
         request.metrics.num_prompt_tokens = len(request.prompt_token_ids)
         request.finish_reason = "length"

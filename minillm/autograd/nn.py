@@ -5,10 +5,13 @@ that weights move between the two by name.
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 
 from .tensor import Tensor
+
+__all__ = ["MLP", "Linear", "Module", "ReLU", "Sequential", "cross_entropy"]
 
 
 class Module:
@@ -57,7 +60,8 @@ def _named_parameters(attributes: dict, prefix: str) -> Iterator[tuple[str, Tens
         elif isinstance(value, Module):
             yield from value.named_parameters(f"{prefix}{name}.")
         elif isinstance(value, list | tuple):
-            yield from _named_parameters(dict(zip(map(str, range(len(value))), value)), f"{prefix}{name}.")
+            items = {str(i): item for i, item in enumerate(value)}
+            yield from _named_parameters(items, f"{prefix}{name}.")
 
 
 class Linear(Module):
@@ -101,7 +105,7 @@ class MLP(Sequential):
 
     def __init__(self, sizes: list[int], rng: np.random.Generator):
         layers: list[Module] = []
-        for n_in, n_out in zip(sizes, sizes[1:], strict=False):
+        for n_in, n_out in pairwise(sizes):
             layers += [Linear(n_in, n_out, rng), ReLU()]
         super().__init__(*layers[:-1])  # no ReLU after the last Linear: its outputs are the logits
 

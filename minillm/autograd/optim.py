@@ -4,6 +4,8 @@ import numpy as np
 
 from .tensor import Tensor
 
+__all__ = ["SGD", "AdamW", "Optimizer"]
+
 
 class Optimizer:
     """Holds the parameters and what is remembered about each between steps.

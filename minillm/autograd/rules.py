@@ -20,12 +20,13 @@ Sources: Rumelhart, Hinton and Williams 1986 (the method); Baydin et al. 2018, J
 mode among the kinds of automatic differentiation); Griewank and Walther 2008 (the cost theorems).
 """
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+
+__all__ = ["RULES", "Rule", "rule", "unbroadcast"]
 
 
 class Rule(NamedTuple):
@@ -38,7 +39,8 @@ class Rule(NamedTuple):
 
 def rule(forward: Callable, *backward: Callable) -> Rule:
     """Build a ``Rule``, reading what each gradient function needs from its signature."""
-    needs = tuple(tuple(inspect.signature(gradient).parameters)[1:] for gradient in backward)
+    codes = [gradient.__code__ for gradient in backward]
+    needs = tuple(code.co_varnames[1 : code.co_argcount] for code in codes)  # argument 0 is g
     return Rule(forward, backward, needs)
 
 
@@ -50,7 +52,7 @@ def unbroadcast(g: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     the axes to sum over.
     """
     extra = g.ndim - len(shape)  # axes that broadcasting put in front
-    repeated = [extra + i for i, n in enumerate(shape) if n == 1 != g.shape[extra + i]]
+    repeated = [extra + i for i, n in enumerate(shape) if n == 1 and g.shape[extra + i] != 1]
     axes = (*range(extra), *repeated)
     return g.sum(axis=axes, keepdims=True).reshape(shape) if axes else g  # (*shape)
 
@@ -131,9 +133,7 @@ RULES: dict[str, Rule] = {
     "sub": rule(np.subtract, lambda g: g, lambda g: -g),
     "mul": rule(np.multiply, lambda g, b: g * b, lambda g, a: g * a),
     "div": rule(np.divide, lambda g, b: g / b, lambda g, b, out: -g * out / b),  # d(a/b)/db = -a/b²
-    "maximum": rule(
-        np.maximum, lambda g, a, b: _maximum_grad(g, a, b), lambda g, a, b: _maximum_grad(g, b, a)
-    ),
+    "maximum": rule(np.maximum, lambda g, a, b: _maximum_grad(g, a, b), lambda g, a, b: _maximum_grad(g, b, a)),
     "where": rule(  # the condition is an attribute, not an input: it has no gradient
         lambda a, b, condition: np.where(condition, a, b),
         lambda g, condition: g * condition,
@@ -154,20 +154,14 @@ RULES: dict[str, Rule] = {
     "sum": rule(np.sum, _unreduce),
     "mean": rule(
         np.mean,
-        lambda g, shape, axis, keepdims: _unreduce(
-            g * (g.size / max(1, math.prod(shape))), shape, axis, keepdims
-        ),
+        lambda g, shape, axis, keepdims: _unreduce(g * (g.size / max(1, math.prod(shape))), shape, axis, keepdims),
     ),
     "max": rule(np.max, _max_grad),
     # out = a - log Σ eᵃ, so ∂outⱼ/∂aᵢ = [i = j] - softmaxᵢ, and softmax = exp(out).
-    "log_softmax": rule(
-        _log_softmax, lambda g, out, axis: g - np.exp(out) * g.sum(axis=axis, keepdims=True)
-    ),
+    "log_softmax": rule(_log_softmax, lambda g, out, axis: g - np.exp(out) * g.sum(axis=axis, keepdims=True)),
     # Moving elements: the gradient moves back the way the values came.
     "reshape": rule(lambda a, new_shape: a.reshape(new_shape), lambda g, shape: g.reshape(shape)),
-    "transpose": rule(
-        lambda a, axes: a.transpose(axes), lambda g, axes: g.transpose(np.argsort(axes))
-    ),
+    "transpose": rule(lambda a, axes: a.transpose(axes), lambda g, axes: g.transpose(np.argsort(axes))),
     "index": rule(lambda a, index: a[index], _index_grad),  # with integer arrays: embedding lookup
     "concat": rule(lambda *arrays, axis: np.concatenate(arrays, axis), _concat_grad),
 }

@@ -9,23 +9,25 @@ What this file knows: graphs, order, memory. What it does not: any derivative (t
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import numpy as np
 
 from .rules import RULES, unbroadcast
 
-_recording = ContextVar("recording", default=True)  # one value a thread and coroutine
+__all__ = ["Node", "Tensor", "apply", "concat", "maximum", "no_grad", "saved_bytes", "topological_order", "where"]
+
+_recording = True  # one switch for the whole process; torch keeps one a thread
 
 
 @contextmanager
 def no_grad() -> Iterator[None]:
     """Record no graph inside this block: what inference does. Also works as a decorator."""
-    token = _recording.set(False)
+    global _recording
+    before, _recording = _recording, False
     try:
         yield
     finally:
-        _recording.reset(token)
+        _recording = before  # not True: blocks may be nested
 
 
 class Node:
@@ -87,7 +89,7 @@ def apply(op: str, *inputs: "Tensor", **attributes) -> "Tensor":
         found = " and ".join(str(shape) for shape in shapes)
         raise ValueError(f"{op}: inputs of shape {found} do not fit: {error}") from error
     result = Tensor(out)
-    if not _recording.get() or not any(tensor.requires_grad for tensor in inputs):
+    if not _recording or not any(tensor.requires_grad for tensor in inputs):
         return result
     targets = [(tensor.node or tensor) if tensor.requires_grad else None for tensor in inputs]
     # Keep what the gradient functions that will really run ask for, and nothing else.
@@ -120,6 +122,16 @@ def saved_bytes(tensor: "Tensor") -> int:
                 if isinstance(array, np.ndarray) and (key := buffer(array)) not in leaves:
                     kept[key] = max(kept.get(key, 0), array.nbytes)
     return sum(kept.values())
+
+
+def _elementwise(op: str, what: str):
+    """A Tensor method that runs the one-input operation ``op``."""
+
+    def method(self: "Tensor") -> "Tensor":
+        return apply(op, self)
+
+    method.__doc__ = f"{what}, element by element; the shape stays."
+    return method
 
 
 class Tensor:
@@ -241,7 +253,7 @@ class Tensor:
         return other if isinstance(other, Tensor) else Tensor(np.asarray(other, self.dtype))
 
     # fmt: off
-    # Operators; `other` is a Tensor, a number or an array.
+    # `other` is a Tensor, a number or an array.
     def __add__(self, other): return apply("add", self, self._constant(other))
     def __sub__(self, other): return apply("sub", self, self._constant(other))
     def __mul__(self, other): return apply("mul", self, self._constant(other))
@@ -254,26 +266,39 @@ class Tensor:
     def __rmatmul__(self, other): return apply("matmul", self._constant(other), self)
     def __pow__(self, exponent: float): return apply("pow", self, exponent=float(exponent))
     def __neg__(self): return apply("neg", self)
-
-    # Element by element.
-    def exp(self): return apply("exp", self)
-    def log(self): return apply("log", self)
-    def tanh(self): return apply("tanh", self)
-    def sigmoid(self): return apply("sigmoid", self)
-    def relu(self): return apply("relu", self)
-    def silu(self): return apply("silu", self)
-
-    # Reductions over `axis`: an int, a tuple of ints, or None for all.
-    def sum(self, axis=None, keepdims=False): return apply("sum", self, axis=axis, keepdims=keepdims)
-    def mean(self, axis=None, keepdims=False): return apply("mean", self, axis=axis, keepdims=keepdims)
-    def max(self, axis=None, keepdims=False): return apply("max", self, axis=axis, keepdims=keepdims)
-    def log_softmax(self, axis=-1): return apply("log_softmax", self, axis=axis)
-
-    # Moving elements. `index` is anything that indexes a NumPy array: x[1:], x[ids], x[rows, columns].
-    def reshape(self, *shape: int): return apply("reshape", self, new_shape=shape)
-    def transpose(self, *axes: int): return apply("transpose", self, axes=axes)
     def __getitem__(self, index): return apply("index", self, index=index)
     # fmt: on
+
+    exp = _elementwise("exp", "eˣ")
+    log = _elementwise("log", "The natural logarithm")
+    tanh = _elementwise("tanh", "The hyperbolic tangent")
+    sigmoid = _elementwise("sigmoid", "1 / (1 + e⁻ˣ)")
+    relu = _elementwise("relu", "max(x, 0)")
+    silu = _elementwise("silu", "x · sigmoid(x), the nonlinearity of Llama's MLP")
+
+    def sum(self, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> "Tensor":
+        """The sum over ``axis`` (None: over all), which goes away or, with ``keepdims``, becomes 1."""
+        return apply("sum", self, axis=axis, keepdims=keepdims)
+
+    def mean(self, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> "Tensor":
+        """The mean over ``axis``; shapes as in ``sum``."""
+        return apply("mean", self, axis=axis, keepdims=keepdims)
+
+    def max(self, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> "Tensor":
+        """The maximum over ``axis``; shapes as in ``sum``. Equal maxima share the gradient."""
+        return apply("max", self, axis=axis, keepdims=keepdims)
+
+    def log_softmax(self, axis: int = -1) -> "Tensor":
+        """log(softmax) along ``axis``, without overflow; the shape stays."""
+        return apply("log_softmax", self, axis=axis)
+
+    def reshape(self, *shape: int) -> "Tensor":
+        """The same elements in another shape; one size may be -1."""
+        return apply("reshape", self, new_shape=shape)
+
+    def transpose(self, *axes: int) -> "Tensor":
+        """The axes in the given order, e.g. x.transpose(1, 0); all of them must be named."""
+        return apply("transpose", self, axes=tuple(axis % self.ndim for axis in axes))
 
     @property
     def mT(self) -> "Tensor":
@@ -299,5 +324,5 @@ def maximum(a: Tensor, b: Tensor) -> Tensor:
 def _frozen(array: np.ndarray) -> np.ndarray:
     """A read-only view; the array behind it stays as it was."""
     view = array.view()
-    view.flags.writable = False
+    view.setflags(write=False)
     return view

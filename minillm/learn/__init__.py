@@ -2,6 +2,6 @@
 code.
 """
 
-from .check import check
+from .checker import check
 
 __all__ = ["check"]

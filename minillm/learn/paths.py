@@ -2,10 +2,9 @@
 folder.
 """
 
-import re
 from pathlib import Path
 
-STEM = re.compile(r"(\d\d)_[a-z0-9_]+")
+__all__ = ["root", "stem_of", "stems"]
 
 
 def root() -> Path:

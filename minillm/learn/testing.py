@@ -116,8 +116,7 @@ def _differ(what: str, expected: Any, got: Any) -> str:
 
 
 def _same(got: Any, expected: Any) -> bool:
-    result = got == expected
-    return bool(np.asarray(result).all()) and np.shape(got) == np.shape(expected)
+    return np.shape(got) == np.shape(expected) and bool(np.asarray(got == expected).all())
 
 
 def _short(value: Any, limit: int = 200) -> str:

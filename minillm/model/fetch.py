@@ -285,6 +285,22 @@ def _unpermute(weight: np.ndarray, head_dim: int) -> np.ndarray:
 
 def _write_tokenizer(folder: Path, file: str, fields: dict[str, Any], config: ModelConfig) -> None:
     """tokenizer.json and tokenizer_config.json from GGUF's metadata."""
+    _write_json(folder / "tokenizer.json", _tokenizer_json(file, fields))
+    tokens = fields["tokenizer.ggml.tokens"]
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": tokens[config.bos_token_id],
+        "eos_token": tokens[config.eos_token_ids[0]],
+        "pad_token": tokens[fields.get("tokenizer.ggml.padding_token_id", config.eos_token_ids[0])],
+        "unk_token": tokens[fields.get("tokenizer.ggml.unknown_token_id", 0)],
+        "model_max_length": config.max_position_embeddings,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": fields.get("tokenizer.chat_template"),
+    }
+    _write_json(folder / "tokenizer_config.json", settings)
+
+
+def _tokenizer_json(file: str, fields: dict[str, Any]) -> dict[str, Any]:
     kind = (fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre"))
     if kind != ("gpt2", "smollm"):
         raise ValueError(f"{file}: expected a byte-level BPE tokenizer (gpt2, smollm), got {kind}")
@@ -292,7 +308,7 @@ def _write_tokenizer(folder: Path, file: str, fields: dict[str, Any], config: Mo
     special = [i for i, t in enumerate(types) if t == 3]  # 3: control tokens
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    document = {
+    return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
@@ -317,18 +333,6 @@ def _write_tokenizer(folder: Path, file: str, fields: dict[str, Any], config: Mo
             "merges": [merge.split(" ") for merge in fields["tokenizer.ggml.merges"]],
         },
     }
-    _write_json(folder / "tokenizer.json", document)
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": tokens[config.bos_token_id],
-        "eos_token": tokens[config.eos_token_ids[0]],
-        "pad_token": tokens[fields.get("tokenizer.ggml.padding_token_id", config.eos_token_ids[0])],
-        "unk_token": tokens[fields.get("tokenizer.ggml.unknown_token_id", 0)],
-        "model_max_length": config.max_position_embeddings,
-        "clean_up_tokenization_spaces": False,
-        "chat_template": fields.get("tokenizer.chat_template"),
-    }
-    _write_json(folder / "tokenizer_config.json", settings)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

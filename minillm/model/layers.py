@@ -123,6 +123,7 @@ class NoCache:
     """The cache that keeps nothing: causal attention among the tokens of this call, [B, T, ...]."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: PaddedBatch | None) -> Tensor:
+        """Attend; of `batch` only the mask matters. A padding row attends to itself and means nothing."""
         if batch is None:
             return attention(q, k, v)
         tokens = q.shape[1]

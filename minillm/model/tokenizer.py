@@ -10,20 +10,19 @@ A text becomes ids in five steps:
 
 The merge table is learned: `Tokenizer.train` joins the most frequent pair of a text, again and again.
 
-The constructor takes what Hugging Face's `tokenizer.json` holds, `save` writes it back: one form, no conversion. The byte-level family is
-read (GPT-2, SmolLM2, Llama 3, Qwen3), anything else is refused. Files are JSON; nothing is unpickled.
-Unicode grows, and the tables behind `regex` and behind Hugging Face's library may be a version apart: the two agree on every code point
-that Python 3.11 knows (the tests try them all), and may split a newer one differently.
+The constructor takes what Hugging Face's `tokenizer.json` holds, `save` writes it back: one form, no conversion. The
+byte-level family is read (GPT-2, SmolLM2, Llama 3, Qwen3), anything else is refused. Files are JSON; nothing is
+unpickled. Unicode grows, and the tables behind `regex` and behind Hugging Face's library may be a version apart: the
+two agree on every code point that Python 3.11 knows (the tests try them all), and may split a newer one differently.
 
-Sources: Sennrich, Haddow and Birch, 2016, "Neural Machine Translation of Rare Words with Subword Units"; Radford et al., 2019, "Language
-Models are Unsupervised Multitask Learners" (bytes instead of characters).
+Sources: Sennrich, Haddow and Birch, 2016, "Neural Machine Translation of Rare Words with Subword Units"; Radford et
+al., 2019, "Language Models are Unsupervised Multitask Learners" (bytes instead of characters).
 """
 
 import codecs
 import heapq
 import json
 import os
-import tempfile
 import time
 import unicodedata
 from collections import Counter, defaultdict
@@ -38,7 +37,7 @@ import regex
 
 __all__ = ["BYTE_TO_CHAR", "GPT2_PATTERN", "StreamDecoder", "Tokenizer", "merge_pair"]
 
-# GPT-2's word: a contraction; or a run of letters, of digits or of signs, each with the space before it; or a run of white space.
+# GPT-2's word: a contraction; a run of letters, of digits or of signs, with the space before it; a run of white space.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 CACHED_WORDS = 50_000  # words whose ids are remembered, since a text repeats its words
 
@@ -46,7 +45,8 @@ CACHED_WORDS = 50_000  # words whose ids are remembered, since a text repeats it
 def _byte_characters() -> list[str]:
     """GPT-2's printable character for each byte value, because `tokenizer.json` is text and a byte such as 0x0A is not.
 
-    188 bytes stand for themselves, the other 68 (controls, spaces) borrow U+0100 and up: a space shows as "Ġ", a newline as "Ċ".
+    188 bytes stand for themselves, the other 68 (controls, spaces) borrow U+0100 and up: a space shows as "Ġ", a
+    newline as "Ċ".
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     borrowed = iter(range(0x100, 0x200))
@@ -56,7 +56,8 @@ def _byte_characters() -> list[str]:
 BYTE_TO_CHAR = _byte_characters()
 CHAR_TO_BYTE = {character: byte for byte, character in enumerate(BYTE_TO_CHAR)}
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-DIGITS_THEN_GPT2 = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]}  # as SmolLM2
+DIGITS = {"type": "Digits", "individual_digits": True}
+DIGITS_THEN_GPT2 = {"type": "Sequence", "pretokenizers": [DIGITS, BYTE_LEVEL]}  # as SmolLM2
 
 
 def merge_pair(ids: Sequence[int], pair: tuple[int, int], new_id: int) -> list[int]:
@@ -73,18 +74,24 @@ def merge_pair(ids: Sequence[int], pair: tuple[int, int], new_id: int) -> list[i
 class Tokenizer:
     """A byte-level BPE tokenizer; `Tokenizer.from_pretrained` and `Tokenizer.train` make one.
 
-    spec: the content of a `tokenizer.json`. bos_token, eos_token: the special tokens that begin and end a sequence, if there are any.
-    chat_template: Jinja source that turns messages into a prompt.
+    spec: the content of a `tokenizer.json`. bos_token, eos_token: the special tokens that begin and end a sequence, if
+    there are any. chat_template: Jinja source that turns messages into a prompt.
     Raises ValueError when `spec` is not byte-level BPE, with what was expected and what it asks for.
     """
 
-    def __init__(self, spec: dict[str, Any], bos_token: str | None = None, eos_token: str | None = None, chat_template: str | None = None) -> None:
+    def __init__(
+        self,
+        spec: dict[str, Any],
+        bos_token: str | None = None,
+        eos_token: str | None = None,
+        chat_template: str | None = None,
+    ) -> None:
         self._spec, self.chat_template = spec, chat_template
         model = _model(spec.get("model"))
         self.special_tokens: dict[str, int] = _added_tokens(spec)
         vocab: dict[str, int] = {**model["vocab"], **self.special_tokens}
         if sorted(vocab.values()) != list(range(len(vocab))):
-            raise ValueError("tokenizer.json: expected the ids 0, 1, 2, ... once each in vocabulary and added tokens together, got gaps or repeats")
+            raise ValueError("tokenizer.json: expected the ids 0, 1, 2, ... once each, got gaps or repeats")
         self._token_bytes = [b""] * len(vocab)
         for token, i in vocab.items():
             self._token_bytes[i] = token.encode() if token in self.special_tokens else _bytes(token)
@@ -93,12 +100,14 @@ class Tokenizer:
         self._special = regex.compile("(" + "|".join(map(regex.escape, longest_first)) + ")") if longest_first else None
         self._nfc = _is_nfc(spec.get("normalizer"))
         self._patterns = [regex.compile(pattern) for pattern in _split_patterns(spec.get("pre_tokenizer"))]
-        # A byte that has no token becomes `unk_token`, or is dropped when there is none: Hugging Face's rule. SmolLM2 lacks 8 of the 243 bytes
-        # that occur in UTF-8: six control characters and the lead bytes F1 and F2 of code points that hardly anyone uses.
+        # A byte that has no token becomes `unk_token`, or is dropped when there is none: Hugging Face's rule. SmolLM2
+        # lacks 8 of the 243 bytes that occur in UTF-8: six control characters and the lead bytes F1 and F2 of code
+        # points that hardly anyone uses.
         unknown = vocab.get(model.get("unk_token"))
         self._byte_ids = [vocab.get(character, unknown) for character in BYTE_TO_CHAR]
         self._merges = _merge_table(model["merges"], vocab)
-        self._whole_words = model["vocab"] if model.get("ignore_merges") else {}  # Llama 3: a word that is a token is taken as it is
+        # Llama 3: a word that is a token is taken as it is, whether merges lead there or not.
+        self._whole_words = model["vocab"] if model.get("ignore_merges") else {}
         self._before, self._after = _template_ids(spec.get("post_processor"), vocab)
         self.bos_token, self.bos_token_id = bos_token, self._special_id("bos_token", bos_token)
         self.eos_token, self.eos_token_id = eos_token, self._special_id("eos_token", eos_token)
@@ -114,22 +123,27 @@ class Tokenizer:
         """Number of tokens, special ones included. The embedding of a model may have more rows, as padding."""
         return len(self._token_bytes)
 
-    # ---- training ------------------------------------------------------------------------------------------------------------
+    # ---- training --------------------------------------------------------------------------------------------------
 
     @classmethod
     def train(
-        cls, text: str | Iterable[str], num_merges: int, special_tokens: Sequence[str] = (), eos_token: str | None = None
+        cls,
+        text: str | Iterable[str],
+        num_merges: int,
+        special_tokens: Sequence[str] = (),
+        eos_token: str | None = None,
     ) -> "Tokenizer":
-        """Learn `num_merges` tokens from a text, or from several (a word never spans two): the most frequent pair becomes a token.
+        """Learn `num_merges` tokens from a text, or from several (a word never spans two).
 
-        Words are split as SmolLM2 does. The ids are: special tokens, the 256 bytes in the order of their printable characters, merges in
-        the order learned. Of equally frequent pairs the one with the smallest ids wins. Both are the rules of Hugging Face's `BpeTrainer`,
-        so that both learn the same. Fewer merges come back when every word has become one token.
+        Words are split as SmolLM2 does. The ids are: special tokens, the 256 bytes in the order of their printable
+        characters, merges in the order learned. Of equally frequent pairs the one with the smallest ids wins. Both are
+        the rules of Hugging Face's `BpeTrainer`, so that both learn the same. Fewer merges come back when every word
+        has become one token.
         """
         if not isinstance(num_merges, int) or isinstance(num_merges, bool) or num_merges < 0:
             raise ValueError(f"num_merges: expected an integer, 0 or more, got {num_merges!r}")
         if isinstance(special_tokens, str) or len(set(special_tokens)) < len(special_tokens) or "" in special_tokens:
-            raise ValueError(f"special_tokens: expected a list of different strings, none empty, got {special_tokens!r}")
+            raise ValueError(f"special_tokens: expected different strings, none empty, got {special_tokens!r}")
         tokens = [*special_tokens, *sorted(BYTE_TO_CHAR)]
         bare = cls(_trained(tokens, [], special_tokens), eos_token=eos_token)
         counts: Counter[str] = Counter()
@@ -139,13 +153,13 @@ class Tokenizer:
         merges = _learn(words, list(counts.values()), tokens, num_merges)
         return cls(_trained(tokens, merges, special_tokens), eos_token=eos_token)
 
-    # ---- text to ids ---------------------------------------------------------------------------------------------------------
+    # ---- text to ids -----------------------------------------------------------------------------------------------
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The token ids of `text`. A special token written in it is recognized, wherever it stands and whoever wrote it.
+        """The token ids of `text`. A special token written in it is recognized, whoever wrote it.
 
-        `add_special_tokens` puts in front and behind what `tokenizer.json` asks for (Llama 3: `<|begin_of_text|>`; SmolLM2 and Qwen3:
-        nothing). Turn it off for the output of `apply_chat_template`, which has all of them already.
+        `add_special_tokens` puts in front and behind what `tokenizer.json` asks for (Llama 3: `<|begin_of_text|>`;
+        SmolLM2 and Qwen3: nothing). Turn it off for the output of `apply_chat_template`, which has all of them already.
         """
         parts = self._special.split(_text(text)) if self._special else [_text(text)]
         ids: list[int] = []
@@ -158,7 +172,7 @@ class Tokenizer:
         return [*self._before, *ids, *self._after] if add_special_tokens else ids
 
     def _words(self, text: str) -> list[str]:
-        """Split `text`: each pattern divides what the one before it left. Nothing is lost, the words joined are the (normalized) text."""
+        """Split `text`: each pattern divides what the one before it left. Joined, the words are the normalized text."""
         words = [unicodedata.normalize("NFC", text) if self._nfc else text]
         for pattern in self._patterns:
             words = [piece for word in words for piece in _isolate(pattern, word)]
@@ -177,10 +191,10 @@ class Tokenizer:
         return ids
 
     def _join(self, ids: list[int]) -> list[int]:
-        """Join neighbors, best rank first and leftmost of equals, until no pair is in the merge table.  [n] -> [at most n]
+        """Join neighbors, best rank first and leftmost of equals, until no pair is in the merge table.
 
-        A heap of candidates over a linked list of what stands: O(n log n), so that a "word" of 100,000 letters cannot stall a server.
-        `ids[i]` is the token that starts at i, or -1 once it was joined to its left neighbor.
+        A heap of candidates over a linked list of what stands: O(n log n), so that a "word" of 100,000 letters cannot
+        stall a server. `ids[i]` is the token that starts at i, or -1 once it was joined to its left neighbor.
         """
         merges, n = self._merges, len(ids)
         after, before = list(range(1, n + 1)), list(range(-1, n - 1))
@@ -200,12 +214,14 @@ class Tokenizer:
                     heapq.heappush(heap, (merge[0], left, merge[1]))
         return [i for i in ids if i >= 0]
 
-    # ---- ids to text ---------------------------------------------------------------------------------------------------------
+    # ---- ids to text -----------------------------------------------------------------------------------------------
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token stands for; they may end in the middle of a character. Raises ValueError for an id that is no token."""
-        if not 0 <= token_id < len(self._token_bytes):
-            raise ValueError(f"token_id: expected an id in 0..{len(self._token_bytes) - 1}, got {token_id}; is this another model's tokenizer?")
+        """The bytes of a token; they may end inside a character. Raises ValueError for an id that no token has."""
+        if not 0 <= token_id < self.vocab_size:
+            raise ValueError(
+                f"token_id: expected an id in 0..{self.vocab_size - 1}, got {token_id}; another tokenizer's?"
+            )
         return self._token_bytes[token_id]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
@@ -213,28 +229,32 @@ class Tokenizer:
         hidden = self._hidden if skip_special_tokens else ()
         return b"".join(self.token_bytes(i) for i in map(index, ids) if i not in hidden).decode(errors="replace")
 
-    # ---- chat ----------------------------------------------------------------------------------------------------------------
+    # ---- chat ------------------------------------------------------------------------------------------------------
 
-    def apply_chat_template(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any) -> str:
+    def apply_chat_template(
+        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
         """The prompt for [{"role": ..., "content": ...}, ...], in the form that the model was trained on.
 
-        `variables` reach the template (Qwen3: `enable_thinking=False`). A template is a program that came with the model, from a stranger:
-        it runs in Jinja's sandbox, with the settings that transformers uses.
+        `variables` reach the template (Qwen3: `enable_thinking=False`). A template is a program that came with the
+        model, from a stranger: it runs in Jinja's sandbox, with the settings that transformers uses.
         """
         if self.chat_template is None:
-            raise ValueError("chat_template: this tokenizer has none; pass one to Tokenizer(...), or encode a plain prompt")
+            raise ValueError("chat_template: this tokenizer has none; give it one, or encode a plain prompt")
         if isinstance(messages, str | dict) or not all(isinstance(message, dict) for message in messages):
             raise ValueError(f'messages: expected a list of {{"role": ..., "content": ...}}, got {messages!r}')
         known = {"tools": None, "documents": None, "bos_token": self.bos_token or "", "eos_token": self.eos_token or ""}
-        return _template(self.chat_template).render(messages=messages, add_generation_prompt=add_generation_prompt, **(known | variables))
+        known |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        return _template(self.chat_template).render(known | variables)
 
-    # ---- files ---------------------------------------------------------------------------------------------------------------
+    # ---- files -----------------------------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike) -> "Tokenizer":
-        """Read `tokenizer.json` of a Hugging Face directory, and `tokenizer_config.json` and `chat_template.jinja` where there are such.
+        """Read a Hugging Face directory: `tokenizer.json`; `tokenizer_config.json` and `chat_template.jinja` if there.
 
-        Raises FileNotFoundError without a tokenizer.json, ValueError for a damaged file or a tokenizer that is not byte-level BPE.
+        Raises FileNotFoundError without a tokenizer.json, ValueError for a damaged file or a tokenizer that is not
+        byte-level BPE.
         """
         folder = Path(directory)
         if not (folder / "tokenizer.json").is_file():
@@ -245,23 +265,25 @@ class Tokenizer:
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
         if (folder / "chat_template.jinja").is_file():
             template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        bos, eos = (token["content"] if isinstance(token, dict) else token for token in (config.get("bos_token"), config.get("eos_token")))
-        return cls(_read_json(folder / "tokenizer.json"), bos_token=bos, eos_token=eos, chat_template=template)
+        named = [config.get("bos_token"), config.get("eos_token")]
+        bos, eos = (token["content"] if isinstance(token, dict) else token for token in named)
+        return cls(_read_json(folder / "tokenizer.json"), bos, eos, template)
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Write the files that `from_pretrained`, transformers and tokenizers read; each appears whole or not at all."""
+        """Write the files that `from_pretrained`, transformers and tokenizers read. Each appears whole or not."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": self.bos_token, "eos_token": self.eos_token}
-        _write(folder / "tokenizer.json", json.dumps(self._spec, ensure_ascii=False, indent=1))
-        _write(folder / "tokenizer_config.json", json.dumps(config | {"chat_template": self.chat_template}, ensure_ascii=False, indent=1))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        config |= {"bos_token": self.bos_token, "eos_token": self.eos_token, "chat_template": self.chat_template}
+        _write(folder / "tokenizer.json", self._spec)
+        _write(folder / "tokenizer_config.json", config)
 
 
 class StreamDecoder:
     """Text for tokens that arrive one by one, never half a character.
 
-    A character of UTF-8 is one to four bytes, spread over as many tokens or fewer. What is not whole yet waits here. All pieces joined,
-    `flush()` included, are `tokenizer.decode` of all ids.
+    A character of UTF-8 is one to four bytes, spread over as many tokens or fewer. What is not whole yet waits here.
+    All pieces joined, `flush()` included, are `tokenizer.decode` of all ids.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = False) -> None:
@@ -279,14 +301,14 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-# ---- learning merges -----------------------------------------------------------------------------------------------------------
+# ---- learning merges -----------------------------------------------------------------------------------------------
 
 
 def _learn(words: list[list[int]], counts: list[int], tokens: list[str], num_merges: int) -> list[list[str]]:
-    """Join the most frequent pair `num_merges` times. `words` occur `counts` times each; new tokens are appended to `tokens`.
+    """Join the most frequent pair, `num_merges` times; append each new token to `tokens`. `words` occur `counts` times.
 
-    Only the words that hold the joined pair are counted again. The heap's counts may be out of date but never too low, so that an entry
-    on top whose count is true is the maximum.
+    Only the words that hold the joined pair are counted again. The heap's counts may be out of date but never too low,
+    so that an entry on top whose count is true is the maximum.
     """
     ids = {token: i for i, token in enumerate(tokens)}
     pair_counts: Counter[tuple[int, int]] = Counter()
@@ -306,8 +328,9 @@ def _learn(words: list[list[int]], counts: list[int], tokens: list[str], num_mer
             continue
         left, right = (tokens[i] for i in pair)
         merges.append([left, right])
-        new_id = ids.setdefault(left + right, len(tokens))  # "abc" may be learned as ab + c and as a + bc: two merges, one token
-        tokens[new_id:] = [left + right] if new_id == len(tokens) else tokens[new_id:]
+        new_id = ids.setdefault(left + right, len(tokens))
+        if new_id == len(tokens):  # else a special token is spelled like it
+            tokens.append(left + right)
         touched = set()
         for w in words_with.pop(pair):
             for old in pairwise(words[w]):
@@ -325,8 +348,8 @@ def _learn(words: list[list[int]], counts: list[int], tokens: list[str], num_mer
 def _trained(tokens: list[str], merges: list[list[str]], special_tokens: Sequence[str]) -> dict[str, Any]:
     """The `tokenizer.json` for tokens whose ids are their places in the list, special ones first."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    options = {"dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": False,
-               "byte_fallback": False, "ignore_merges": False}  # fmt: skip
+    options = dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"))
+    options |= dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False)
     return {
         "version": "1.0",
         "truncation": None,
@@ -340,7 +363,7 @@ def _trained(tokens: list[str], merges: list[list[str]], special_tokens: Sequenc
     }
 
 
-# ---- reading tokenizer.json: what is understood, and an error for everything else ------------------------------------------------
+# ---- reading tokenizer.json: what is understood, and an error for everything else ----------------------------------
 
 
 def _expect(holds: bool, expected: str, got: Any) -> None:
@@ -349,8 +372,10 @@ def _expect(holds: bool, expected: str, got: Any) -> None:
 
 
 def _model(model: Any) -> dict[str, Any]:
-    _expect(isinstance(model, dict) and model.get("type", "BPE") == "BPE", "a model of type BPE", model.get("type") if isinstance(model, dict) else model)
-    _expect(isinstance(model.get("vocab"), dict) and isinstance(model.get("merges"), list), "model.vocab and model.merges", list(model))
+    _expect(isinstance(model, dict), "a model", model)
+    _expect(model.get("type", "BPE") == "BPE", "a model of type BPE", model.get("type"))
+    whole = isinstance(model.get("vocab"), dict) and isinstance(model.get("merges"), list)
+    _expect(whole, "model.vocab and model.merges", list(model))
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "fuse_unk"):
         _expect(not model.get(option), f"model.{option} to be off", model.get(option))
     return model
@@ -367,7 +392,7 @@ def _added_tokens(spec: dict[str, Any]) -> dict[str, int]:
 
 
 def _bytes(token: str) -> bytes:
-    _expect(all(character in CHAR_TO_BYTE for character in token), "tokens spelled in GPT-2's 256 byte characters", token)
+    _expect(CHAR_TO_BYTE.keys() >= set(token), "tokens spelled in GPT-2's 256 byte characters", token)
     return bytes(CHAR_TO_BYTE[character] for character in token)
 
 
@@ -382,13 +407,15 @@ def _split_patterns(pre_tokenizer: dict[str, Any] | None) -> list[str]:
     spec = pre_tokenizer or {}
     steps = spec.get("pretokenizers", []) if spec.get("type") == "Sequence" else [spec]
     kinds = [step.get("type") for step in steps]
-    _expect(kinds[-1:] == ["ByteLevel"] and set(kinds[:-1]) <= {"Digits", "Split"}, "pre_tokenizer steps Digits and Split, then ByteLevel", kinds)
+    known = kinds[-1:] == ["ByteLevel"] and set(kinds[:-1]) <= {"Digits", "Split"}
+    _expect(known, "pre_tokenizer steps Digits and Split, then ByteLevel", kinds)
     patterns = []
     for step in steps:
         if step["type"] == "Digits":
             patterns.append(r"\p{N}" if step.get("individual_digits") else r"\p{N}+")
         elif step["type"] == "Split":
-            _expect(step.get("behavior") == "Isolated" and not step.get("invert"), "Split to isolate what it matches", step)
+            isolates = step.get("behavior") == "Isolated" and not step.get("invert")
+            _expect(isolates, "Split to isolate what it matches", step)
             [(kind, pattern)] = step["pattern"].items()
             patterns.append(pattern if kind == "Regex" else regex.escape(pattern))
         else:
@@ -411,7 +438,9 @@ def _merge_table(merges: list, vocab: dict[str, int]) -> dict[tuple[int, int], t
     table = {}
     for rank, merge in enumerate(merges):
         left, right = merge.split(" ") if isinstance(merge, str) else merge
-        _expect(left in vocab and right in vocab and left + right in vocab, f"merge {rank} to join two tokens into a third", [left, right])
+        _expect(
+            vocab.keys() >= {left, right, left + right}, f"merge {rank} to join two tokens to a third", [left, right]
+        )
         table[vocab[left], vocab[right]] = rank, vocab[left + right]
     return table
 
@@ -421,7 +450,8 @@ def _template_ids(post_processor: dict[str, Any] | None, vocab: dict[str, int]) 
     spec = post_processor or {"type": "ByteLevel"}
     before, after = [], []
     for step in spec["processors"] if spec.get("type") == "Sequence" else [spec]:
-        _expect(step.get("type") in ("ByteLevel", "TemplateProcessing"), "post_processor ByteLevel or TemplateProcessing", step.get("type"))
+        kind = step.get("type")
+        _expect(kind in ("ByteLevel", "TemplateProcessing"), "post_processor ByteLevel or TemplateProcessing", kind)
         side = before  # ByteLevel has no `single`: it only moves character offsets, which nobody asks us for
         for item in step.get("single", []):
             if "Sequence" in item:
@@ -431,7 +461,7 @@ def _template_ids(post_processor: dict[str, Any] | None, vocab: dict[str, int]) 
     return before, after
 
 
-# ---- small change ----------------------------------------------------------------------------------------------------------------
+# ---- small change --------------------------------------------------------------------------------------------------
 
 
 def _text(text: Any) -> str:
@@ -440,7 +470,7 @@ def _text(text: Any) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as e:
-        raise ValueError(f"text: expected Unicode, got the lone surrogate {text[e.start]!r} at position {e.start}") from None
+        raise ValueError(f"text: expected Unicode, got a lone surrogate at position {e.start}") from None
     return text
 
 
@@ -449,7 +479,9 @@ def _template(source: str) -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    jinja.filters["tojson"] = lambda value, ensure_ascii=False, **options: json.dumps(value, ensure_ascii=ensure_ascii, **options)
+    jinja.filters["tojson"] = lambda value, ensure_ascii=False, **options: json.dumps(
+        value, ensure_ascii=ensure_ascii, **options
+    )
     jinja.globals |= {"raise_exception": _refuse_messages, "strftime_now": time.strftime}
     return jinja.from_string(source)
 
@@ -468,13 +500,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _write(path: Path, content: str) -> None:
+def _write(path: Path, content: dict[str, Any]) -> None:
     """Write beside the target and rename over it: a reader sees the old file or the new one."""
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
-        file.write(content)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
-    except OSError:
-        os.unlink(file.name)
-        raise
+        temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -10,9 +10,11 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ..config import ModelConfig
 from . import fetch
@@ -103,11 +105,20 @@ def load(name: str | os.PathLike, device: str = "auto", dtype: str = "auto") -> 
     path = model_path(name)
     where = resolve_device(device)
     config = ModelConfig.from_pretrained(path)
-    with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
+    with torch.device("meta"), _NoInit():  # neither memory nor random numbers for what is about to be replaced
         model = Transformer(config)
     tensors = {key: tensor.to(where, resolve_dtype(dtype, where)) for key, tensor in _read(path).items()}
     load_state_dict(model, tensors, source=str(path))
     return model.to(where).eval().requires_grad_(False)
+
+
+class _NoInit(TorchFunctionMode):
+    """Parameters without values. (Drawing them on "meta" would import torch's compiler first: two seconds.)"""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if getattr(func, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def load_state_dict(model: Transformer, tensors: dict[str, Tensor], source: str = "state dict") -> None:

@@ -27,7 +27,7 @@ __all__ = ["Outcome", "check", "check_chapter", "load_notebook", "run"]
 
 TIME_LIMIT = 10.0  # seconds a contract; a check takes milliseconds, so this is an endless loop
 OUTPUT_LIMIT = 10_000  # characters a contract
-_loading = False  # true while a notebook is loaded: its own check() cells stay silent
+_loading = False  # true while a notebook or a solutions file is loaded: its own check() cells stay silent
 
 
 class TimeLimit(BaseException):
@@ -187,7 +187,8 @@ def _classes(stem: str) -> dict[str, type]:
 
 
 def load_module(path: Path) -> types.ModuleType:
-    """Import a Python file by path, under a name of its own."""
+    """Import a Python file by path, under a name of its own. The `check(...)` calls of a solutions file stay silent."""
+    global _loading
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: this file of the curriculum is missing; `git status` tells what was moved or deleted"
@@ -195,7 +196,11 @@ def load_module(path: Path) -> types.ModuleType:
     spec = importlib.util.spec_from_file_location(f"_minillm_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    before, _loading = _loading, True
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        _loading = before
     return module
 
 

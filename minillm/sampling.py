@@ -1,0 +1,253 @@
+"""From logits to the next token: greedy, temperature, top-k, top-p, min-p, repetition penalty.
+
+Everything works on logits [V] or [B, V] and returns the same shape. A filter sets the logits of the tokens that it
+refuses to -inf and leaves the others alone, so that filters can follow one another and one softmax at the end makes
+probabilities again. The order is vLLM's: repetition penalty, temperature, min-p, top-k, top-p. It matters: transformers
+applies min-p last, and then the same options may leave more tokens.
+
+An option is a number, or a tensor [B] with one value a row, so that requests with different options share a batch.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "SamplingParams",
+    "apply_repetition_penalty",
+    "apply_temperature",
+    "distribution",
+    "draw",
+    "greedy",
+    "keep_min_p",
+    "keep_top_k",
+    "keep_top_p",
+    "sample",
+]
+
+GREEDY_BELOW = 1e-5  # a temperature below this is greedy, as in vLLM: dividing by it would overflow
+REFUSED = float("-inf")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens and when to stop, with vLLM's names.
+
+    - temperature: 1 is the model's own distribution, more is flatter, 0 is greedy.
+    - top_k: keep the k likeliest tokens; 0 or -1 keeps all.
+    - top_p: keep the smallest set of tokens that has this probability; 1 keeps all.
+    - min_p: keep the tokens that have at least this share of the likeliest one's probability; 0 keeps all.
+    - repetition_penalty: above 1 makes the tokens of prompt and output less likely.
+    - seed: same seed, same tokens.
+    - stop: strings that end the text and are not part of it. stop_token_ids: tokens that end it.
+    - max_tokens, min_tokens: limits of the output's length. ignore_eos: go on after the end token.
+    - logprobs: how many candidates to report with each token; None reports nothing.
+
+    Raises ValueError for a value out of range and TypeError for a wrong type; the message names the argument and what
+    was expected.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    max_tokens: int = 16
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        self._number("temperature", lambda t: 0 <= t < math.inf, "a number, 0 (greedy) or more")
+        self._number("top_p", lambda p: 0 < p <= 1, "a number above 0 and up to 1 (keeps all)")
+        self._number("min_p", lambda p: 0 <= p <= 1, "a number from 0 (keeps all) to 1")
+        self._number("repetition_penalty", lambda r: 0 < r < math.inf, "a number above 0; 1 changes nothing")
+        self._number("top_k", lambda k: k >= -1, "an integer, 1 or more, or 0 to keep all", int)
+        self._number("max_tokens", lambda n: n >= 1, "an integer, 1 or more", int)
+        self._number("min_tokens", lambda n: 0 <= n <= self.max_tokens, "an integer from 0 to max_tokens", int)
+        if self.seed is not None:
+            self._number("seed", lambda s: -(2**63) <= s < 2**63, "an integer of 64 bits, or None", int)
+        if self.logprobs is not None:
+            self._number("logprobs", lambda n: n >= 0, "an integer, 0 or more, or None", int)
+        if not isinstance(self.ignore_eos, bool):
+            raise TypeError(f"ignore_eos: expected True or False, got {self.ignore_eos!r}")
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        self._sequence("stop", stop, lambda s: isinstance(s, str) and s, "strings, none empty")
+        self._sequence("stop_token_ids", self.stop_token_ids, lambda i: type(i) is int and i >= 0, "token ids")
+
+    def _number(self, name: str, in_range: Any, expected: str, kind: type = float) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
+            raise TypeError(f"{name}: expected {expected}, got {value!r}")
+        if not in_range(value):  # false for NaN too: it compares with nothing
+            raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+    def _sequence(self, name: str, values: Any, holds: Any, expected: str) -> None:
+        """Store a tuple: the list that a caller passed may change later, and frozen objects must not."""
+        if values is not None and not isinstance(values, list | tuple | set | frozenset):
+            raise TypeError(f"{name}: expected a list of {expected}, got {values!r}")
+        if bad := [value for value in values or () if not holds(value)]:
+            raise ValueError(f"{name}: expected {expected}, got {bad[0]!r}")
+        object.__setattr__(self, name, tuple(values or ()))
+
+
+# ---- one step each -------------------------------------------------------------------------------------------------
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """The likeliest token.  [..., V] -> [...] int64"""
+    return logits.argmax(-1)
+
+
+def apply_repetition_penalty(logits: Tensor, penalty: float | Tensor, previous_token_ids: Sequence) -> Tensor:
+    """Make tokens that occurred less likely: divide their logit by `penalty` if it is positive, multiply if it is
+    negative.
+
+    previous_token_ids: the ids of prompt and output, for [B, V] one list a row, of any lengths. How often a token
+    occurred makes no difference. Source: Keskar et al., 2019, "CTRL: A Conditional Transformer Language Model for
+    Controllable Generation".
+    """
+    occurred = torch.zeros_like(logits, dtype=torch.bool)
+    rows = [(occurred, previous_token_ids)] if logits.dim() == 1 else zip(occurred, previous_token_ids, strict=True)
+    for row, ids in rows:
+        row[torch.as_tensor(ids, dtype=torch.long, device=logits.device)] = True
+    penalty = _column(penalty, logits)
+    return torch.where(occurred, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def apply_temperature(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    """logits / temperature, up to a constant that softmax ignores: the largest becomes 0, so that nothing overflows."""
+    if not isinstance(temperature, Tensor) and not temperature > 0:
+        raise ValueError(f"temperature: expected a number above 0 (0 is greedy(logits)), got {temperature!r}")
+    return (logits - logits.amax(-1, keepdim=True)) / _column(temperature, logits)
+
+
+def keep_top_k(logits: Tensor, k: int | Tensor) -> Tensor:
+    """Keep the k largest logits, and all that equal the k-th, so that equal tokens are treated alike; k <= 0 keeps all.
+
+    Source: Fan, Lewis and Dauphin, 2018, "Hierarchical Neural Story Generation".
+    """
+    size = logits.shape[-1]
+    if isinstance(k, Tensor):
+        k = torch.where((k <= 0) | (k > size), size, k).long()
+        smallest = logits.sort(-1, descending=True).values.gather(-1, k.unsqueeze(-1) - 1)  # [B, 1]
+    elif 0 < k < size:
+        smallest = logits.topk(k).values[..., -1:]  # [..., 1]
+    else:
+        return logits
+    return logits.masked_fill(logits < smallest, REFUSED)
+
+
+def keep_top_p(logits: Tensor, p: float | Tensor) -> Tensor:
+    """Keep the smallest set of tokens whose probability is at least p (nucleus sampling); at least one stays.
+
+    A token stays while those that are likelier have less than p together. Of equally likely tokens at the border the
+    smallest ids stay. p >= 1 keeps all without looking: the sum of fp32 probabilities may reach 1 before the last
+    token.
+    Source: Holtzman et al., 2020, "The Curious Case of Neural Text Degeneration".
+    """
+    if not isinstance(p, Tensor) and p >= 1:
+        return logits
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)  # [..., V] each
+    sums = ordered.float().softmax(-1).cumsum(-1)  # [..., V]
+    likelier = F.pad(sums[..., :-1], (1, 0))  # [..., V]: what the tokens before this one have together
+    p = _column(p, logits)
+    refused = (likelier >= p) & (likelier > 0) & (p < 1)
+    return logits.masked_fill(torch.zeros_like(refused).scatter(-1, order, refused), REFUSED)
+
+
+def keep_min_p(logits: Tensor, min_p: float | Tensor) -> Tensor:
+    """Keep tokens at least `min_p` times as likely as the likeliest. In logits: at most -log(min_p) below the largest.
+
+    Source: Nguyen et al., 2025, "Turning Up the Heat: Min-p Sampling for Creative and Coherent LLM Outputs".
+    """
+    if not isinstance(min_p, Tensor) and min_p <= 0:
+        return logits
+    difference = torch.as_tensor(min_p, device=logits.device).float().log()  # 0 gives -inf: nothing is refused
+    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + _column(difference, logits), REFUSED)
+
+
+# ---- all steps -----------------------------------------------------------------------------------------------------
+
+
+def distribution(
+    logits: Tensor, params: SamplingParams | Sequence[SamplingParams], previous_token_ids: Sequence = ()
+) -> Tensor:
+    """The probabilities that `sample` draws from.  [V] or [B, V] -> the same shape, fp32
+
+    params: one for all rows, or one a row. previous_token_ids: as in `apply_repetition_penalty`; needed only where a
+    penalty is not 1.
+    """
+    each = _each(params)
+    logits = _penalized(logits.float(), each, previous_token_ids)
+    best = F.one_hot(greedy(logits), logits.shape[-1]).float()  # [..., V]
+    is_greedy = [p.temperature < GREEDY_BELOW for p in each]
+    if all(is_greedy):
+        return best
+    temperatures = [1.0 if row else p.temperature for row, p in zip(is_greedy, each, strict=True)]
+    logits = apply_temperature(logits, _option(temperatures, logits))
+    logits = keep_min_p(logits, _option([p.min_p for p in each], logits))
+    logits = keep_top_k(logits, _option([p.top_k for p in each], logits))
+    logits = keep_top_p(logits, _option([p.top_p for p in each], logits))
+    if any(is_greedy):
+        return torch.where(torch.tensor(is_greedy, device=logits.device)[:, None], best, logits.softmax(-1))
+    return logits.softmax(-1)
+
+
+def draw(probabilities: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
+    """One token from each distribution.  [..., V] -> [...] int64
+
+    A race: token i finishes after an exponential time of rate p_i, and is first with probability p_i. In logarithms it
+    is the Gumbel-max trick (Maddison et al., 2014, "A* Sampling"). `torch.multinomial` would do, but it looks at its
+    input on the host, and a GPU would wait for that at every token.
+    One generator a row makes a row's token independent of which other rows are in the batch.
+    """
+    if isinstance(generator, Sequence):
+        return torch.stack([draw(row, g) for row, g in zip(probabilities, generator, strict=True)])
+    time = torch.empty_like(probabilities).exponential_(generator=generator)
+    time = time.clamp_(min=torch.finfo(time.dtype).tiny)  # a time of 0 would make 0 / 0 = NaN, which wins every argmax
+    return (probabilities / time).argmax(-1)
+
+
+def sample(
+    logits: Tensor,
+    params: SamplingParams | Sequence[SamplingParams],
+    previous_token_ids: Sequence = (),
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+) -> Tensor:
+    """The next token of each row.  logits [V] or [B, V] -> [] or [B] int64
+
+    Arguments as in `distribution` and `draw`. The caller makes the generator from `params.seed`, once a request.
+    """
+    each = _each(params)
+    if all(p.temperature < GREEDY_BELOW for p in each):
+        return greedy(_penalized(logits, each, previous_token_ids))
+    return draw(distribution(logits, params, previous_token_ids), generator)
+
+
+def _each(params: SamplingParams | Sequence[SamplingParams]) -> Sequence[SamplingParams]:
+    return [params] if isinstance(params, SamplingParams) else params
+
+
+def _penalized(logits: Tensor, each: Sequence[SamplingParams], previous_token_ids: Sequence) -> Tensor:
+    if all(p.repetition_penalty == 1 for p in each):
+        return logits
+    return apply_repetition_penalty(logits, _option([p.repetition_penalty for p in each], logits), previous_token_ids)
+
+
+def _option(values: list, logits: Tensor) -> Any:
+    """One number when all requests agree (the common case, and cheaper), else a tensor [B]."""
+    return values[0] if len(set(values)) == 1 else torch.tensor(values, device=logits.device)
+
+
+def _column(value: float | Tensor, logits: Tensor) -> Any:
+    """A tensor [B] as a column [B, 1] that broadcasts along the vocabulary; a number as it is."""
+    return value.unsqueeze(-1) if isinstance(value, Tensor) and 0 < value.dim() < logits.dim() else value

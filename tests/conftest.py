@@ -1,0 +1,72 @@
+"""What all tests share: hypothesis profiles, the real model, and whose implementation the exercise checks look at."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# No deadlines: a slow machine is not a defect, and timing lives in benchmarks/.
+settings.register_profile("full", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("quick", parent=settings.get_profile("full"), max_examples=15)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "full"))
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--impl",
+        default="solutions",
+        help="tests/exercises: check `solutions` (default), `exercises` (your notebooks), or the file PATH",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    import torch
+
+    skip_gpu = pytest.mark.skip(reason="needs a CUDA GPU")
+    skip_browser = pytest.mark.skip(reason="run by `make test-browser`")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(skip_gpu)
+        if "browser" in item.keywords and "browser" not in (config.getoption("-m") or ""):
+            item.add_marker(skip_browser)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def smollm_path() -> Path:
+    """The converted SmolLM2; fetched when it is not there."""
+    from minillm.model.weights import model_path
+
+    return model_path("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def smollm(smollm_path: Path):
+    """Our SmolLM2 in fp32 on the CPU."""
+    from minillm.model.weights import load
+
+    return load(smollm_path, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def smollm_reference(smollm_path: Path):
+    """transformers' SmolLM2 in fp32 on the CPU: the independent reference."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(smollm_path, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def hf_tokenizer(smollm_path: Path):
+    """transformers' tokenizer of SmolLM2: the independent reference."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(smollm_path)

@@ -1,0 +1,261 @@
+"""check(): verdicts, what a failure says, time and output limits; on a small curriculum of its own."""
+
+import json
+import textwrap
+
+import pytest
+
+from minillm.learn import checker as checking
+from minillm.learn import exercises, paths, progress
+
+SOURCE = '''
+# %% [markdown]
+# # Exercises 1
+
+# %%
+from minillm.learn import check
+
+# %% [markdown]
+# ## Exercise 1.1: add
+
+# %%
+def add(a, b):
+    """a + b"""
+    ### BEGIN SOLUTION
+    return a + b
+    ### END SOLUTION
+
+# %%
+check("1.1", add)
+
+# %% [markdown] tags=["solution"]
+# **Why.** Because.
+'''
+CHECKS = '''
+from minillm.learn.testing import exercise, expect_close, expect_equal
+
+@exercise("1.1", "add")
+class TestAdd:
+    def test_sum(self, impl):
+        """the sum of two numbers"""
+        expect_close("add(2, 3)", impl(2, 3), 5)
+
+    def test_lists(self, impl):
+        """lists are joined"""
+        expect_equal("add([1], [2])", impl([1], [2]), [1, 2])
+        impl([1], [2])[0] + 1
+'''
+
+
+@pytest.fixture(autouse=True)
+def curriculum(tmp_path, monkeypatch):
+    for folder, name, text in (
+        ("solutions", "01_small.py", SOURCE),
+        ("tests/exercises", "test_01_small.py", CHECKS),
+    ):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert paths.root() == tmp_path
+    exercises.build()
+    return tmp_path
+
+
+def test_pass_is_printed_and_remembered(capsys):
+    assert checking.check("1.1", lambda a, b: a + b)
+    assert capsys.readouterr().out.splitlines() == [
+        "✓ 1.1: 2 of 2 contracts hold",
+        "  ✓ the sum of two numbers",
+        "  ✓ lists are joined",
+    ]
+    assert progress.load()["1.1"]["contracts"] == 2
+
+
+def test_failure_shows_expected_got_and_position(capsys):
+    assert not checking.check("1.1", lambda a, b: a + b if isinstance(a, int) else [1, 3])
+    out = capsys.readouterr().out
+    assert "✗ 1.1: 1 of 2 contracts hold" in out
+    assert "expected [1, 2]" in out
+    assert "got      [1, 3]" in out
+    assert "first difference at position 1" in out
+    assert progress.load() == {}
+
+
+def test_stub_is_told_from_a_failure(capsys):
+    def add(a, b):
+        raise NotImplementedError("Exercise 1.1: add")
+
+    assert not checking.check("1.1", add)
+    assert "not written yet" in capsys.readouterr().out
+
+
+def test_exception_names_the_learners_line(capsys):
+    def add(a, b):
+        return a + b + undefined_name  # noqa: F821
+
+    checking.check("1.1", add)
+    out = capsys.readouterr().out
+    assert "your code raised NameError" in out
+    assert "in add: return a + b + undefined_name" in out
+
+
+def test_unusable_result_is_not_blamed_on_a_line(capsys):
+    checking.check("1.1", lambda a, b: a + b if isinstance(a, int) else type("L", (list,), {"__getitem__": None})([1, 2]))
+    assert "what your code returned could not be used" in capsys.readouterr().out
+
+
+def test_missing_return_is_named(capsys):
+    checking.check("1.1", lambda a, b: None)
+    assert "is a `return` missing?" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("swallow", [False, True])
+def test_endless_loop_is_stopped(capsys, monkeypatch, swallow):
+    monkeypatch.setattr(checking, "TIME_LIMIT", 0.2)
+
+    def endless(a, b):
+        while True:
+            try:
+                sum(range(100))
+            except Exception:
+                if not swallow:
+                    raise
+
+    assert not checking.check("1.1", endless)
+    assert "does a loop never end" in capsys.readouterr().out
+
+
+def test_endless_sleep_is_stopped(capsys, monkeypatch):
+    import time
+
+    monkeypatch.setattr(checking, "TIME_LIMIT", 0.2)
+    assert not checking.check("1.1", lambda a, b: time.sleep(60))
+    assert "stopped after 0.2 s" in capsys.readouterr().out
+
+
+def test_endless_loop_in_another_thread_is_stopped(monkeypatch):
+    """Where there is no SIGALRM (Windows, or not the main thread)."""
+    import threading
+
+    monkeypatch.setattr(checking, "TIME_LIMIT", 0.2)
+
+    def endless(a, b):
+        while True:
+            pass
+
+    result = []
+    thread = threading.Thread(target=lambda: result.extend(checking.run("1.1", endless)))
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert "does a loop never end" in result[0].message
+
+
+def test_flood_of_output_is_stopped(capsys):
+    def flood(a, b):
+        while True:
+            print("again and again")
+
+    assert not checking.check("1.1", flood)
+    out = capsys.readouterr().out
+    assert "characters of output" in out
+    assert len(out) < 2000
+
+
+def test_unknown_number():
+    with pytest.raises(ValueError, match=r"expected one of 1\.1"):
+        checking.check("1.9", None)
+    with pytest.raises(ValueError, match="chapter"):
+        checking.check("7.1", None)
+
+
+def test_chapter_from_the_notebook(curriculum, capsys):
+    notebook = curriculum / "exercises" / "01_small.ipynb"
+    assert [o.status for o in checking.check_chapter("1")["1.1"]] == ["missing"]
+    solved = json.loads(notebook.read_text())
+    cell = next(c for c in solved["cells"] if "NotImplementedError" in "".join(c["source"]))
+    cell["source"] = ["def add(a, b):\n", "    return a + b\n"]
+    notebook.write_text(json.dumps(solved))
+    assert [o.status for o in checking.check_chapter("01")["1.1"]] == ["passed", "passed"]
+    assert capsys.readouterr().out == "", "the notebook's own check cells stay silent"
+    assert "1.1" in progress.load()
+
+
+def test_notebook_without_the_function(curriculum):
+    (curriculum / "mine.py").write_text("x = 1\n")
+    assert "defines no `add`" in checking.check_chapter("1", curriculum / "mine.py")["1.1"][0].message
+
+
+class TestGenerator:
+    def test_stub_and_link(self, curriculum):
+        cells = json.loads((curriculum / "exercises" / "01_small.ipynb").read_text())["cells"]
+        sources = ["".join(c["source"]) for c in cells]
+        assert sources[4] == 'def add(a, b):\n    """a + b"""\n    raise NotImplementedError("Exercise 1.1: add")'
+        assert "[Solution 1.1, and why](../solutions/01_small.py)" in sources[-1]
+        assert not any("Because" in s or "a + b\n" in s for s in sources)
+
+    def test_stale_is_seen_and_rebuilt(self, curriculum):
+        source = curriculum / "solutions" / "01_small.py"
+        source.write_text(source.read_text().replace("# Exercises 1", "# Exercises one"))
+        assert [p.name for p in exercises.stale()] == ["01_small.ipynb"]
+        written, kept = exercises.build()
+        assert (len(written), kept, exercises.stale()) == (1, [], [])
+
+    def test_a_learners_work_is_kept(self, curriculum):
+        notebook = curriculum / "exercises" / "01_small.ipynb"
+        notebook.write_text(notebook.read_text().replace("raise NotImplementedError", "return 5 # "))
+        written, kept = exercises.build()
+        assert (written, kept) == ([], [notebook])
+        assert exercises.build(force=True) == ([notebook], [])
+
+    def test_orphan_is_seen(self, curriculum):
+        (curriculum / "exercises" / "02_gone.ipynb").write_text("{}")
+        assert [p.name for p in exercises.stale()] == ["02_gone.ipynb"]
+
+    @pytest.mark.parametrize(
+        ("source", "error"),
+        [
+            (SOURCE.replace("    ### END SOLUTION\n", ""), "without"),
+            (SOURCE.replace("    ### BEGIN SOLUTION\n", ""), "unbalanced"),
+            (SOURCE.replace("## Exercise 1.1: add", "## Something"), "before the first"),
+        ],
+    )
+    def test_bad_markers(self, source, error):
+        with pytest.raises(ValueError, match=error):
+            exercises.render(source, "01_small")
+
+    def test_region_at_the_margin_vanishes(self):
+        source = textwrap.dedent("""
+            # %% [markdown]
+            # ## Exercise 1.1: add
+
+            # %%
+            ### BEGIN SOLUTION
+            import secret
+            ### END SOLUTION
+            x = 1
+            """)
+        assert "secret" not in exercises.render(source, "01_small")
+        assert "NotImplementedError" not in exercises.render(source, "01_small")
+
+
+class TestProgress:
+    def test_moves_with_the_folder(self, curriculum, monkeypatch, tmp_path_factory):
+        checking.check("1.1", lambda a, b: a + b)
+        moved = tmp_path_factory.mktemp("elsewhere") / "moved"
+        curriculum.rename(moved)
+        monkeypatch.chdir(moved)
+        assert progress.summary()[0]["passed_at"]
+
+    def test_damaged_record_is_set_aside(self, curriculum, capsys):
+        (curriculum / ".minillm").mkdir()
+        (curriculum / ".minillm" / "progress.json").write_text('{"passed": ')
+        assert progress.load() == {}
+        assert "damaged" in capsys.readouterr().out
+        assert (curriculum / ".minillm" / "progress.damaged.json").exists()
+
+    def test_first_pass_stays(self):
+        progress.remember("1.1", 2)
+        first = progress.load()["1.1"]
+        progress.remember("1.1", 3)
+        assert progress.load()["1.1"] == first

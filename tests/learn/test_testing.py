@@ -1,0 +1,59 @@
+"""The comparisons that checks are written with: what they accept, and what a failure says."""
+
+import numpy as np
+import pytest
+import torch
+
+from minillm.learn.testing import ContractError, expect, expect_close, expect_equal, expect_raises
+
+
+def test_close_accepts():
+    expect_close("x", torch.tensor([1.0, float("nan"), float("inf")]), np.array([1.0 + 1e-7, np.nan, np.inf]))
+    expect_close("x", 1, 1.0)
+    expect_close("x", [[1, 2]], torch.tensor([[1, 2]]))
+
+
+@pytest.mark.parametrize(
+    ("got", "expected", "says"),
+    [
+        (torch.tensor([[1.0, 2.0], [3.0, 5.0]]), [[1, 2], [3, 4]], r"got +5 +at position \(1, 1\)\n1 of 4"),
+        ([1.0, 3.0], [1.0, 2.0], "at position 1"),
+        (3.0, 2.0, "single number"),
+        (torch.zeros(2, 3), torch.zeros(3, 2), r"expected shape \(3, 2\)"),
+        (float("nan"), 0.0, "nan"),
+        (None, 0.0, "return"),
+        ("text", 0.0, "numbers"),
+    ],
+)
+def test_close_refuses(got, expected, says):
+    with pytest.raises(ContractError, match=says):
+        expect_close("x", got, expected)
+
+
+@pytest.mark.parametrize(("got", "expected"), [([1, 2], [1, 2]), ((1,), (1,)), ("a", "a"), ({"a": 1}, {"a": 1})])
+def test_equal_accepts(got, expected):
+    expect_equal("x", got, expected)
+
+
+@pytest.mark.parametrize(("got", "expected"), [([1, 2], [1, 3]), ([1], [1, 2]), (None, 1), (np.zeros(2), np.zeros(3))])
+def test_equal_refuses(got, expected):
+    with pytest.raises(ContractError, match="expected"):
+        expect_equal("x", got, expected)
+
+
+def test_raises():
+    def bad():
+        raise KeyError("k")
+
+    def stub():
+        raise NotImplementedError
+
+    expect_raises(KeyError, bad, "why")
+    with pytest.raises(ContractError, match="got KeyError"):
+        expect_raises(ValueError, bad, "why")
+    with pytest.raises(ContractError, match="no error"):
+        expect_raises(ValueError, lambda: 1, "why")
+    with pytest.raises(NotImplementedError):
+        expect_raises(NotImplementedError, stub, "a stub is not an answer")
+    with pytest.raises(ContractError, match="because"):
+        expect(False, "because")

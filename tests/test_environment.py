@@ -1,0 +1,65 @@
+"""The pins are the same wherever they stand, and the two commands' files are what they should be."""
+
+import json
+import re
+import tomllib
+
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from minillm.learn.doctor import read_pins
+from minillm.learn.paths import root
+
+
+def _name(text: str) -> str:
+    return text.lower().replace("_", "-")
+
+
+def _project() -> dict:
+    return tomllib.loads((root() / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def _direct() -> list[Requirement]:
+    project = _project()
+    return [Requirement(r) for r in project["dependencies"] + project["optional-dependencies"]["dev"]]
+
+
+def test_every_dependency_is_pinned_within_its_range():
+    pins = read_pins()
+    for requirement in _direct() + [Requirement(r) for r in _project()["optional-dependencies"]["browser"]]:
+        assert _name(requirement.name) in pins, requirement.name
+        assert requirement.specifier.contains(pins[_name(requirement.name)]), requirement.name
+
+
+def test_conda_has_the_same_pins():
+    text = (root() / "environment.yml").read_text(encoding="utf-8")
+    conda = {_name(n): v for n, v in re.findall(r"^\s+- ([A-Za-z0-9_.-]+)==([^\s;]+)", text, re.MULTILINE)}
+    pins = read_pins()
+    assert conda == {_name(r.name): pins[_name(r.name)] for r in _direct()}
+    assert re.search(r"^\s+- -e \.$", text, re.MULTILINE)
+
+
+def test_the_gpu_stack_is_the_tested_pair():
+    """torch 2.13.0's CUDA build asks for exactly this Triton; both stay on Linux."""
+    assert read_pins()["torch"] == "2.13.0"
+    assert read_pins()["triton"] == "3.7.1"
+    for file in ("constraints.txt", "environment.yml"):
+        line = next(line for line in (root() / file).read_text().splitlines() if "triton==" in line)
+        assert "platform_system" in line, file
+
+
+def test_ranges_admit_the_oldest_supported_stack():
+    oldest = {"torch": "2.11.0", "triton": "3.6.0", "transformers": "5.17.0"}
+    for requirement in _direct():
+        if requirement.name in oldest:
+            assert requirement.specifier.contains(Version(oldest[requirement.name])), requirement.name
+
+
+def test_markdown_opens_as_preview():
+    overrides = json.loads((root() / "jupyter" / "overrides.json").read_text(encoding="utf-8"))
+    viewers = overrides["@jupyterlab/docmanager-extension:plugin"]["defaultViewers"]
+    assert viewers == {"markdown": "Markdown Preview"}
+
+
+def test_ci_calls_make_test():
+    assert re.search(r"^make test$", (root() / ".ci" / "run").read_text(encoding="utf-8"), re.MULTILINE)
