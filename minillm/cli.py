@@ -88,10 +88,9 @@ def generate(
         )
         llm = LLM(model, device=device)
         text = sys.stdin.read() if prompt == "-" else prompt
-        if not raw:
-            messages = [{"role": "system", "content": system}] if system else []
-            text = llm.tokenizer.apply_chat_template([*messages, {"role": "user", "content": text}])
-        stream = llm.stream(text, params)
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": text})
+        stream = llm.stream(text if raw else llm.chat_prompt(messages), params)
         for piece in stream:
             print(piece, end="", flush=True)
     except (ValueError, FileNotFoundError, OSError, RuntimeError) as e:

@@ -117,6 +117,25 @@ class LLM:
                 pass
         return [request for request, _ in requests]
 
+    def chat(
+        self,
+        messages: list[dict[str, str]] | list[list[dict[str, str]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or each of several: lists of {"role": ..., "content": ...}. Otherwise as `generate`."""
+        several = messages if messages and isinstance(messages[0], list) else [messages]
+        return self.generate([self.chat_prompt(m) for m in several], sampling_params, use_tqdm)
+
+    def chat_prompt(self, messages: list[dict[str, str]]) -> list[int]:
+        """The token ids of a conversation in the model's own chat format, ready for the answer."""
+        if self.tokenizer is None:
+            raise ValueError(
+                "messages: this model directory has no tokenizer.json, so no chat template; pass token ids"
+            )
+        # The template writes the special tokens itself: a second begin-of-text in front would be one too many.
+        return self.tokenizer.encode(self.tokenizer.apply_chat_template(messages), add_special_tokens=False)
+
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> "TextStream":
         """Complete one prompt and yield the text piece by piece; a piece never ends inside a character or inside a
         stop string.
@@ -161,7 +180,9 @@ class LLM:
     def _run(self, request: RequestOutput, params: SamplingParams) -> Iterator[str]:
         """Generate into `request`, yielding text that is final."""
         start = time.perf_counter()
-        text = _StopText(params.stop, StreamDecoder(self.tokenizer, skip_special_tokens=True)) if self.tokenizer else None
+        text = (
+            _StopText(params.stop, StreamDecoder(self.tokenizer, skip_special_tokens=True)) if self.tokenizer else None
+        )
         request.logprobs = None if params.logprobs is None else []
         request.metrics.num_prompt_tokens = len(request.prompt_token_ids)
         request.finish_reason = "length"

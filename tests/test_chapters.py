@@ -69,7 +69,7 @@ class TestChapter:
 
     def test_measured_numbers_have_provenance(self, path):
         text = path.read_text(encoding="utf-8")
-        assert f"provenance(\"{'chapter_' + path.stem[:2]}\"" in text
+        assert f'provenance("{"chapter_" + path.stem[:2]}"' in text
         assert re.search(r"^\*Measured \d{4}-\d\d-\d\d on ", text, re.MULTILINE)
 
     def test_figures(self, path):
@@ -83,7 +83,11 @@ class TestChapter:
 
     def test_links_to_its_parts_and_the_next_chapter(self, path):
         text = path.read_text(encoding="utf-8")
-        for target in (f"../notebooks/{path.stem}.ipynb", f"../exercises/{path.stem}.ipynb", f"../solutions/{path.stem}.py"):
+        for target in (
+            f"../notebooks/{path.stem}.ipynb",
+            f"../exercises/{path.stem}.ipynb",
+            f"../solutions/{path.stem}.py",
+        ):
             assert f"]({target})" in text, target
         last = text.strip().splitlines()[-1]
         assert re.search(r"\]\([^)]+\)", last), "the last line links to what comes next"

@@ -31,7 +31,12 @@ def test_reads_what_transformers_writes(tmp_path, kind, qk_norm, tie):
     ours = ModelConfig.from_pretrained(tmp_path)
     for name, value in SMALL.items():
         assert getattr(ours, name) == value
-    assert (ours.tie_word_embeddings, ours.qk_norm, ours.rms_norm_eps, ours.eos_token_ids) == (tie, qk_norm, 1e-5, (2, 3))
+    assert (ours.tie_word_embeddings, ours.qk_norm, ours.rms_norm_eps, ours.eos_token_ids) == (
+        tie,
+        qk_norm,
+        1e-5,
+        (2, 3),
+    )
     (tmp_path / "config.json").write_text(json.dumps(ours.to_dict()))
     assert ModelConfig.from_pretrained(tmp_path) == ours
     assert kind.from_pretrained(tmp_path).num_key_value_heads == 2

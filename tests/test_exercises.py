@@ -129,4 +129,6 @@ def test_table_of_the_four_runs(capsys, monkeypatch, tmp_path):
     with capsys.disabled():
         print("\nexercise  solution  stub      wrong refused  alternatives accepted  contracts")
         for number, passed, stub, refused, accepted, contracts in rows:
-            print(f"{number:8}  {'passes' if passed else 'FAILS':8}  {stub:8}  {refused:13}  {accepted:21}  {contracts:9}")
+            print(
+                f"{number:8}  {'passes' if passed else 'FAILS':8}  {stub:8}  {refused:13}  {accepted:21}  {contracts:9}"
+            )

@@ -107,7 +107,9 @@ def test_functions_are_short(path):
             kernel = any("jit" in ast.unparse(d) for d in node.decorator_list)
             docstring = node.body[0].end_lineno - node.body[0].lineno + 1 if ast.get_docstring(node) else 0
             length = node.end_lineno - node.lineno + 1 - docstring
-            assert length <= (LONGEST_KERNEL if kernel else LONGEST_FUNCTION), f"{path.name}: {node.name} has {length} lines"
+            assert length <= (LONGEST_KERNEL if kernel else LONGEST_FUNCTION), (
+                f"{path.name}: {node.name} has {length} lines"
+            )
 
 
 def test_nothing_unpickles():

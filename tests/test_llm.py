@@ -43,12 +43,18 @@ def test_greedy_equals_transformers(llm, smollm_reference, hf_tokenizer):
 
 @pytest.mark.slow
 def test_answers_sensibly(llm):
-    prompt = llm.tokenizer.apply_chat_template([{"role": "user", "content": "What is the capital of France?"}])
-    [out] = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=20), use_tqdm=False)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    [out] = llm.chat(question, SamplingParams(temperature=0, max_tokens=20), use_tqdm=False)
     assert "Paris" in out.text
     assert out.finish_reason == "stop"
     assert "<|im_end|>" not in out.text
     assert out.token_ids[-1] in llm.model.config.eos_token_ids
+
+
+def test_chat_prompt_equals_transformers(llm, hf_tokenizer):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a cache?"}]
+    expected = hf_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert llm.chat_prompt(messages) == expected
 
 
 @pytest.mark.slow
@@ -63,7 +69,9 @@ def test_stream_gives_the_same_text(llm):
 
 class TestStopping:
     def test_length(self, dummy):
-        [out] = dummy.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=5, ignore_eos=True), use_tqdm=False)
+        [out] = dummy.generate(
+            [[1, 2, 3]], SamplingParams(temperature=0, max_tokens=5, ignore_eos=True), use_tqdm=False
+        )
         assert (len(out.token_ids), out.finish_reason) == (5, "length")
 
     def test_context(self, dummy):

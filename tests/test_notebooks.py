@@ -49,7 +49,9 @@ class TestLab:
         for cell in _code(path):
             source = "".join(cell["source"])
             assert not re.search(r"^\s*[%!]", source, re.MULTILINE)
-            strings = [n.value for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+            strings = [
+                n.value for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+            ]
             assert not [s for s in strings if re.match(r"(/[A-Za-z]+/|[A-Z]:\\|~/)", s)]
 
     def test_kernel_and_links(self, path):

@@ -125,6 +125,7 @@ def test_min_p_keeps_what_is_near_the_best(logits, min_p):
 def test_ties_at_the_border_of_top_p_go_to_the_smallest_ids():
     assert kept(keep_top_p(torch.zeros(10), 0.25)) == [True] * 3 + [False] * 7
     assert kept(keep_top_p(torch.log(torch.tensor([0.25, 0.5, 0.25])), 0.5)) == [False, True, False]
+    assert kept(keep_top_p(torch.tensor([1.0, 2.0, 2.0]), 0.0)) == [False, True, False], "one stays whatever p is"
 
 
 @pytest.mark.parametrize(
@@ -134,6 +135,14 @@ def test_off_keeps_all(keep):
     """Even the least likely of many: the sum of their fp32 probabilities reaches 1 long before."""
     logits = torch.cat([torch.tensor([20.0]), torch.full((50_000,), -20.0)])
     assert torch.equal(keep(logits), logits)
+
+
+def test_off_for_one_row_keeps_all_of_it():
+    logits = torch.cat([torch.tensor([20.0]), torch.full((50_000,), -20.0)]).expand(2, -1)
+    kept_of_both = keep_top_p(logits, torch.tensor([1.0, 0.9])) > -INFINITY
+    assert kept_of_both.sum(-1).tolist() == [50_001, 1]
+    assert (keep_top_k(logits, torch.tensor([-1, 1])) > -INFINITY).sum(-1).tolist() == [50_001, 1]
+    assert (keep_min_p(logits, torch.tensor([0.0, 0.5])) > -INFINITY).sum(-1).tolist() == [50_001, 1]
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
@@ -180,7 +189,13 @@ def test_temperature_to_zero_is_greedy(logits):
         assert sample(logits, SamplingParams(temperature=temperature)) == greedy(logits) == logits.argmax()
 
 
+def test_greedy_takes_one_of_two_equals():
+    """A temperature that only divides would leave 1/2 each."""
+    assert distribution(torch.tensor([1.0, 1.0]), SamplingParams(temperature=9e-6)).tolist() == [1.0, 0.0]
+
+
 def test_small_temperature_does_not_overflow():
+    assert apply_temperature(torch.tensor([1000.0, 999.0]), 1e-37).softmax(-1).tolist() == [1.0, 0.0]
     got = distribution(torch.tensor([1000.0, 999.0, -1e30]), SamplingParams(temperature=1e-5))
     assert got.tolist() == [1.0, 0.0, 0.0]
 

@@ -100,7 +100,9 @@ def test_exception_names_the_learners_line(capsys):
 
 
 def test_unusable_result_is_not_blamed_on_a_line(capsys):
-    checking.check("1.1", lambda a, b: a + b if isinstance(a, int) else type("L", (list,), {"__getitem__": None})([1, 2]))
+    checking.check(
+        "1.1", lambda a, b: a + b if isinstance(a, int) else type("L", (list,), {"__getitem__": None})([1, 2])
+    )
     assert "what your code returned could not be used" in capsys.readouterr().out
 
 
