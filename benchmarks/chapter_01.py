@@ -315,9 +315,9 @@ def kept_by_smollm2(tokens: int = 128) -> dict:
     minimum = 4 * c.hidden_size + 2 * c.q_size + 2 * c.kv_size + 3 * c.intermediate_size
     return {
         "tokens": tokens,
-        "bytes_per_token_and_layer": (kept(4) - kept(2)) / 2 / tokens,
+        "bytes_per_token_and_layer": (kept(4) - kept(2)) // (2 * tokens),
         "formula_bytes_per_token_and_layer": 4 * minimum,
-        "kv_bytes_per_token_and_layer": c.kv_bytes_per_token("float32") / c.num_hidden_layers,
+        "kv_bytes_per_token_and_layer": c.kv_bytes_per_token("float32") // c.num_hidden_layers,
     }
 
 

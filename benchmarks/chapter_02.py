@@ -457,6 +457,24 @@ def sentence(model: Transformer, best: dict) -> dict:
     }
 
 
+@torch.inference_mode()
+def stream(model: Transformer) -> dict:
+    """The residual stream of a short prompt: its length after each layer, and what the head would say then."""
+    encode = tokenizer()
+    x = torch.tensor([encode.encode(PROMPTS[0]).ids])
+    states, rope = [model.embed_tokens(x)], (model.rope_cos[: x.shape[1]], model.rope_sin[: x.shape[1]])
+    for layer in model.layers:
+        states.append(layer(states[-1], rope, NoCache(), None))
+    best = [model.logits(model.norm(state[0, -1])).softmax(-1).max(-1) for state in states]
+    return {
+        "prompt": PROMPTS[0],
+        "first token": [float(state[0, 0].norm()) for state in states],
+        "others": [float(state[0, 1:].norm(dim=-1).mean()) for state in states],
+        "largest entry": [float(state.abs().max()) for state in states],
+        "best next": [[encode.decode([int(token)]), float(probability)] for probability, token in best],
+    }
+
+
 # ---- all of it -----------------------------------------------------------------------------------------------------
 
 
@@ -472,6 +490,7 @@ def main(wanted: list[str]) -> None:
         "forward": lambda: forward(model, peer()),
         "positions": positions,
         "heads": lambda: heads(model),
+        "stream": lambda: stream(model),
         "beyond": lambda: beyond(model),
     }
     for name, part in parts.items():

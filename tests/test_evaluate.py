@@ -79,6 +79,7 @@ def test_tensors_and_half_precision():
     exact = perplexity(model, ids.tolist(), 7, 3)
     assert perplexity(model, ids, 7, 3) == exact
     rounded = perplexity(lambda x: model(x).bfloat16(), ids, 7, 3)
+    assert rounded == perplexity(lambda x: model(x).bfloat16().float(), ids, 7, 3), "summed in less than fp32"
     assert rounded.nll == pytest.approx(exact.nll, rel=0.02)
 
 

@@ -189,6 +189,14 @@ def test_temperature_to_zero_is_greedy(logits):
         assert sample(logits, SamplingParams(temperature=temperature)) == greedy(logits) == logits.argmax()
 
 
+def test_a_penalty_changes_greedy_too():
+    logits = torch.tensor([2.0, 1.5, -1.0])
+    params = SamplingParams(temperature=0, repetition_penalty=2.0)
+    assert sample(logits, params, [0]) == 1
+    assert sample(logits.expand(2, -1), params, [[0], [1]]).tolist() == [1, 0]
+    assert distribution(logits, params, [0]).tolist() == [0.0, 1.0, 0.0]
+
+
 def test_greedy_takes_one_of_two_equals():
     """A temperature that only divides would leave 1/2 each."""
     assert distribution(torch.tensor([1.0, 1.0]), SamplingParams(temperature=9e-6)).tolist() == [1.0, 0.0]

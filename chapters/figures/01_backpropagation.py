@@ -169,27 +169,29 @@ def memory() -> None:
     steps = np.arange(1, turn + len(backward) + 1)
     both = np.concatenate([forward, backward])
     ax.fill_between(steps, both, color=FORWARD, alpha=0.12, lw=0)
-    ax.plot(steps, both, color=FORWARD, lw=2.2, marker="o", ms=3.5, label="training step")
-    ax.plot(steps[:turn], inference, color=GRAY, lw=2.2, marker="o", ms=3.5, label="inference (no_grad)")
+    ax.plot(steps, both, color=FORWARD, lw=2.2, marker="o", ms=3.5)
+    ax.plot(steps[:turn], inference, color=GRAY, lw=2.2, marker="o", ms=3.5)
     ax.axvline(turn + 0.5, color="#bbbbbb", lw=1, ls="--")
     top = both.max() * 1.2
     ax.text(turn / 2 + 0.5, top * 0.97, "forward", ha="center", color=GRAY)
     ax.text(turn + len(backward) / 2 + 0.5, top * 0.97, "backward", ha="center", color=GRAY)
+    ax.text(turn - 3.2, forward[-1] + 0.6, "training step", color=FORWARD, weight="bold", ha="right")
+    ax.text(turn - 3.2, inference[1] + 0.35, "inference (no_grad)", color=GRAY, weight="bold", ha="right")
     gradient = r["gradient_bytes"] / 1e6
     ax.annotate(
-        f"what stays:\nthe gradients, {gradient:.1f} MB",
+        f"what stays: the gradients\nof the weights, {gradient:.1f} MB",
         (steps[-1], both[-1]),
-        xytext=(steps[-1] - 3.2, both[-1] - 1.7),
+        xytext=(steps[-1] - 0.6, 9.0),
         ha="right",
         va="center",
         color=BACKWARD,
         fontsize=10,
-        arrowprops={"arrowstyle": "-", "color": BACKWARD, "lw": 1},
+        arrowprops={"arrowstyle": "-", "color": BACKWARD, "lw": 1, "relpos": (0.93, 0)},
     )
     ax.annotate(
         "each ReLU keeps its output,\nwhich is the next layer's input",
         (steps[7], both[7]),
-        xytext=(steps[0], both[7] + 2.6),
+        xytext=(steps[0], both[7] + 2.2),
         color=FORWARD,
         fontsize=10,
         arrowprops={"arrowstyle": "-", "color": FORWARD, "lw": 1},
@@ -198,7 +200,6 @@ def memory() -> None:
     ax.set_xlim(0.5, steps[-1] + 0.5)
     ax.set_xticks([1, turn, steps[-1]], ["first layer", "loss", "first layer again"])
     ax.set_ylabel("allocated since the start, MB")
-    ax.legend(loc="center right", bbox_to_anchor=(1.0, 0.62), frameon=False)
     save(figure, "01_memory")
 
 
@@ -207,7 +208,7 @@ def read_digits() -> None:
     r = results("chapter_01")["training"]
     data = digits()
     shown = r["wrong"][:10]
-    figure = plt.figure(figsize=(10.2, 3.3))
+    figure = plt.figure(figsize=(10.4, 3.3), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1.05, 1))
     ax = left.subplots()
     losses = np.array(r["losses"])
@@ -222,7 +223,7 @@ def read_digits() -> None:
     ax.set_ylabel("cross-entropy")
     ax.legend(frameon=False, fontsize=9.5, loc="lower left")
     grid = right.subplots(2, 5)
-    right.suptitle(f"all {len(r['wrong'])} misread of {r['test_images']} test images: label → read as", fontsize=10)
+    right.suptitle(f"all {len(r['wrong'])} misread of {r['test_images']} test images: label → read as", fontsize=11)
     for image_ax in grid.flat:
         image_ax.axis("off")
     for image_ax, at, read in zip(grid.flat, shown, r["wrong_predicted"][:10], strict=False):

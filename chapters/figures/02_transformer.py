@@ -238,14 +238,15 @@ def positions() -> None:
             if "accuracy, window" in run:
                 row[1].plot(run["accuracy, window"], color=KINDS[kind], ls="--", lw=1.4, label="rotary, window of 32")
         row[0].set(title=f"{titles[task]}\ntraining loss", ylim=(0, 2.9), xlabel="step", xlim=(0, 300))
-        row[1].set(title="accuracy by position", ylim=(0, 1.06), xlabel="position", xlim=(0, measured["tested length"]))
+        row[1].set(ylim=(0, 1.06), xlabel="position", xlim=(0, measured["tested length"]))
+        row[1].set_title(f"accuracy by position\n(trained on {measured['trained length']})")
         row[1].axvline(measured["trained length"], color="black", lw=0.8, ls=":")
         row[1].axhline(1 / measured["symbols"], color="black", lw=0.8, ls=":")
-    axes[0, 1].text(33, 1.02, "trained on 32", fontsize=7.5, va="top")
-    axes[0, 1].text(127, 0.075, "guessing", fontsize=7.5, ha="right", va="bottom")
+    axes[1, 1].text(1, 0.08, "guessing", fontsize=7.5, va="bottom")
+    axes[1, 1].text(36, 0.4, "none and learned stay at 1.00", fontsize=7.5)
     axes[1, 0].legend(fontsize=8)
-    axes[0, 1].legend(*zip(*[(h, t) for h, t in zip(*axes[0, 1].get_legend_handles_labels(), strict=True) if "window" in t], strict=True),
-                      fontsize=8, loc=(0.45, 0.78))  # fmt: skip
+    window = [line for line in axes[0, 1].get_lines() if "window" in line.get_label()]
+    axes[0, 1].legend(handles=window, fontsize=8, loc=(0.45, 0.76))
     figure.tight_layout()
     save(figure, "02_positions")
 
@@ -268,7 +269,7 @@ def beyond() -> None:
 def maps() -> None:
     """The best head of each of three kinds on a real sentence."""
     measured = results("chapter_02")["heads"]
-    words = [w.strip() or "␣" for w in measured["sentence"]["tokens"]]
+    words = [w.strip() or "_" for w in measured["sentence"]["tokens"]]
     figure, axes = plt.subplots(1, 3, figsize=(9.4, 3.9), sharey=True)
     for ax, name in zip(axes, ("previous token", "first token", "induction"), strict=True):
         where = measured["best"][name][0]

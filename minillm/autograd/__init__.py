@@ -1,8 +1,8 @@
 """Reverse-mode automatic differentiation on NumPy, small enough to read in one sitting.
 
 Read ``rules.py`` (the calculus), then ``tensor.py`` (the graph), then ``nn.py`` and ``optim.py``.
-Nothing here imports anything but NumPy, and nothing else in minillm imports this: the rest of the
-package runs on torch, whose autograd works the same way.
+Nothing here imports anything but NumPy and the standard library, and nothing else in minillm imports
+this: the rest of the package runs on torch, whose autograd works the same way.
 """
 
 from . import nn, optim

@@ -75,8 +75,11 @@ def topological_order(root: "Node | Tensor") -> list["Node | Tensor"]:
 def apply(op: str, *inputs: "Tensor", **attributes) -> "Tensor":
     """Run operation ``op`` of the rule table on ``inputs`` and record it if a gradient is wanted.
 
-    Raises: TypeError if the inputs mix float32 and float64; ValueError if their shapes do not fit.
+    Raises: KeyError for an operation that the table lacks; TypeError if the inputs mix float32 and
+    float64; ValueError if their shapes do not fit.
     """
+    if op not in RULES:
+        raise KeyError(f"op: expected one of {', '.join(RULES)}, got {op!r}")
     rule = RULES[op]
     arrays = [tensor.data for tensor in inputs]
     shapes = [array.shape for array in arrays]

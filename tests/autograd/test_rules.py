@@ -281,5 +281,5 @@ def test_apply_names_operation_and_shapes():
         a @ np.ones(3)
     with pytest.raises(ValueError, match="reshape"):
         a.reshape(4, 2)
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match="expected one of add, sub"):
         apply("no such operation", a)
