@@ -422,7 +422,7 @@ def heads(model: Transformer) -> dict:
     layers, per_layer = found["induction"].shape
     result = {
         "best": {name: [[*head, float(found[name][head])] for head in top] for name, top in best.items()},
-        "median": {name: float(score.median()) for name, score in found.items()},
+        "mean by layer": {name: score.mean(1).tolist() for name, score in found.items()},
         "loss": copy_loss(model, x),
         "value lengths, first token and others": [value_lengths(watch, head) for head in best["first token"]],
         "induction without the previous-token head": [float(after[head]) for head in induction],

@@ -30,7 +30,7 @@ from minillm.sampling import SamplingParams, distribution, keep_min_p, keep_top_
 
 MODEL = "smollm2-135m-instruct"
 END = "<|endoftext|>"
-MERGES, WINDOW, BATCH, STEPS, PEAK_LR = 1000, 128, 16, 200, 6e-3
+MERGES, WINDOW, BATCH, STEPS, PEAK_LR, INIT_STD = 1000, 128, 8, 400, 6e-3, 0.06
 # Article 1 of the Universal Declaration of Human Rights (United Nations, 1948), first sentence.
 HUMAN_RIGHTS = {
     "English": "All human beings are born free and equal in dignity and rights.",
@@ -200,8 +200,10 @@ def as_dict(score: Score) -> dict:
     }
 
 
-def train_small(tokenizer: Tokenizer, texts: dict[str, str], held_out: dict[str, str]) -> tuple[Transformer, dict]:
-    """The lab's model and its lesson: AdamW, warm-up, then a straight line to zero."""
+def train_small(
+    tokenizer: Tokenizer, texts: dict[str, str], held_out: dict[str, str], init_std: float = INIT_STD
+) -> tuple[Transformer, dict]:
+    """The lab's model and its lesson: AdamW, warm-up, then a straight line to zero, gradients clipped to norm 1."""
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size, hidden_size=128, intermediate_size=352, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=WINDOW,
@@ -211,12 +213,13 @@ def train_small(tokenizer: Tokenizer, texts: dict[str, str], held_out: dict[str,
     ids = torch.tensor([i for text in texts.values() for i in [end, *tokenizer.encode(text)]])
     torch.manual_seed(0)
     model, generator = Transformer(config), torch.Generator().manual_seed(0)
+    model.reset_parameters(init_std)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.1)
     optimizer.zero_grad()  # the first use imports torch's compiler: seconds that are not training
     curve, seconds = {"step": [], "train": [], "held out": []}, 0.0
     recent: list[float] = []
     for step in range(STEPS + 1):
-        if step % 20 == 0:
+        if step % 40 == 0:
             curve["step"].append(step)
             curve["held out"].append(scored(model, tokenizer, held_out, WINDOW, WINDOW).cross_entropy)
             curve["train"].append(statistics.mean(recent) if recent else curve["held out"][0])
@@ -231,6 +234,7 @@ def train_small(tokenizer: Tokenizer, texts: dict[str, str], held_out: dict[str,
         loss = F.cross_entropy(model.logits(model(batch[:, :-1])).flatten(0, 1), batch[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         recent.append(loss.item())
         seconds += time.perf_counter() - start
@@ -294,6 +298,7 @@ def training_part() -> dict:
         "top-p 0.9": SamplingParams(top_p=0.9),
     }
     before = Transformer(model.config).eval()
+    gpt2s_start, _ = train_small(tokenizer, train, held_out, init_std=0.02)
     prompt = torch.tensor([[0, *tokenizer.encode("The list")]])
     samples = {"before": tokenizer.decode(written(before, prompt, ways["temperature 1"], 40)[0].tolist())}
     for name, params in ways.items():
@@ -305,6 +310,7 @@ def training_part() -> dict:
             "unigram": as_dict(unigram(tokenizer, train, held_out)),
             "small": as_dict(scored(model, tokenizer, held_out, WINDOW, WINDOW)),
             "small, stride 32": as_dict(scored(model, tokenizer, held_out, WINDOW, 32)),
+            "small, started with std 0.02": as_dict(scored(gpt2s_start, tokenizer, held_out, WINDOW, WINDOW)),
             "small, training text": as_dict(scored(model, tokenizer, dict(list(train.items())[:8]), WINDOW, WINDOW)),
         },
         "compressors": {

@@ -5,6 +5,7 @@ benchmarks/results/.
 """
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -47,11 +48,7 @@ def merge_history(tokenizer: Tokenizer, word: str) -> tuple[list[bytes], list[tu
     spans = [(i, i + 1) for i in range(len(data))]
     joins = []
     while True:
-        known = [
-            (tokenizer._merges[a, b], i)
-            for i, (a, b) in enumerate(zip(ids, ids[1:], strict=False))
-            if (a, b) in tokenizer._merges
-        ]
+        known = [(tokenizer._merges[a, b], i) for i, (a, b) in enumerate(pairwise(ids)) if (a, b) in tokenizer._merges]
         if not known:
             return [data[a:b] for a, b in spans], joins
         (rank, new_id), i = min(known, key=lambda item: (item[0][0], item[1]))
@@ -110,7 +107,8 @@ def windows() -> None:
             for i in range(begin, end):
                 ax.text(i, y, str(i), ha="center", va="center", fontsize=8.5, color=GRAY)
             for i in range(scored + 1, end + 1):
-                ax.add_patch(Rectangle((i - 0.42, y - 0.78), 0.84, 0.32, fc=BLUE, ec="none"))
+                ax.add_patch(Rectangle((i - 0.44, y - 0.86), 0.88, 0.44, fc=BLUE, ec="none"))
+                ax.text(i, y - 0.65, str(i), ha="center", va="center", fontsize=8, color="white")
             scored, row = end, row + 1.45
             if end == count - 1:
                 break
@@ -129,7 +127,7 @@ def training() -> None:
     curve = r["curve"]
     figure, ax = plt.subplots(figsize=(8, 3.9))
     ax.plot(
-        curve["step"], curve["train"], color=GRAY, marker="o", ms=4, label="training text (mean of the last 20 steps)"
+        curve["step"], curve["train"], color=GRAY, marker="o", ms=4, label="training text (mean of the last 40 steps)"
     )
     ax.plot(curve["step"], curve["held out"], color=BLUE, marker="o", ms=4, label="held-out topics")
     floor = r["scores"]["unigram"]["cross_entropy"]
