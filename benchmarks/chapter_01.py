@@ -2,16 +2,19 @@
 
     python benchmarks/chapter_01.py
 
-Everything runs on one thread. The matrices are small: two threads spend longer waiting for each other than computing,
-and how long depends on what else the machine does. `two_threads_seconds` records that.
+Everything runs on one thread, and times are CPU seconds of this process: on an idle machine they equal wall-clock time,
+on a shared one they leave out what others took. `threads` alone is in wall-clock seconds: it shows what a second thread
+does to small matrices while the machine is busy.
 """
 
+import os
 import time
 import tracemalloc
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from common import median_seconds, record
+from common import record
 from threadpoolctl import threadpool_limits
 
 from minillm.autograd import Tensor, no_grad, saved_bytes
@@ -33,6 +36,17 @@ SMOLLM2 = ModelConfig(
     head_dim=64,
     tie_word_embeddings=True,
 )
+
+
+def median_seconds(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """CPU seconds of each run, the median of `repeats`; in turns, so that a change of clock speed meets all alike."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats + 1):
+        for name, run in runs.items():
+            start = time.process_time()
+            run()
+            times[name].append(time.process_time() - start)
+    return {name: float(np.median(measured[1:])) for name, measured in times.items()}  # the first is the warm-up
 
 
 def torch_twin(model: MLP, sizes: list[int]) -> torch.nn.Sequential:
@@ -60,14 +74,14 @@ def train_ours(seed: int) -> dict:
     """Train on the digits with minillm.autograd."""
     data, model = digits(), MLP(SIZES, np.random.default_rng(seed))
     optimizer, losses = AdamW(model.parameters(), LR), []
-    start = time.perf_counter()
+    start = time.process_time()
     for rows in batches(len(data.train_x), EPOCHS, seed):
         loss = cross_entropy(model(Tensor(data.train_x[rows])), data.train_y[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     with no_grad():
         test, train = model(Tensor(data.test_x)).data, model(Tensor(data.train_x)).data
     predicted = test.argmax(axis=1)
@@ -87,14 +101,14 @@ def train_torch(seed: int) -> dict:
     data, model = digits(), torch_twin(MLP(SIZES, np.random.default_rng(seed)), SIZES)
     x, y = torch.tensor(data.train_x), torch.tensor(data.train_y)
     optimizer = torch.optim.AdamW(model.parameters(), LR)
-    start = time.perf_counter()
+    start = time.process_time()
     for rows in batches(len(x), EPOCHS, seed):
         rows = torch.from_numpy(rows)
         loss = torch.nn.functional.cross_entropy(model(x[rows]), y[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     with torch.no_grad():
         predicted = model(torch.tensor(data.test_x)).argmax(1).numpy()
     return {"seconds": seconds, "test_accuracy": float((predicted == data.test_y).mean())}
@@ -107,8 +121,6 @@ def training() -> dict:
     for seed in range(5):
         ours.append(train_ours(seed))
         theirs.append(train_torch(seed))
-    with threadpool_limits(2):
-        two = float(np.median([train_ours(seed)["seconds"] for seed in range(5)]))
     return {
         "sizes": SIZES,
         "parameters": sum(p.data.size for p in MLP(SIZES, np.random.default_rng(0)).parameters()),
@@ -117,11 +129,29 @@ def training() -> dict:
         "steps": len(ours[0]["losses"]),
         "seconds": float(np.median([r["seconds"] for r in ours])),
         "torch_seconds": float(np.median([r["seconds"] for r in theirs])),
-        "two_threads_seconds": two,
         "test_accuracies": [r["test_accuracy"] for r in ours],
         "torch_test_accuracies": [r["test_accuracy"] for r in theirs],
         "test_images": len(digits().test_y),
         **{name: ours[0][name] for name in ("losses", "test_accuracy", "train_accuracy", "wrong", "wrong_predicted")},
+    }
+
+
+def threads() -> dict:
+    """Wall-clock seconds of the same training with one BLAS thread and with two, and how busy the machine was."""
+    found: dict[int, list[float]] = {1: [], 2: []}
+    busy = []
+    for _ in range(5):
+        for count, seconds in found.items():
+            with threadpool_limits(count):
+                start = time.perf_counter()
+                train_ours(0)
+                seconds.append(time.perf_counter() - start)
+            busy.append(os.getloadavg()[0])
+    return {
+        "one": float(np.median(found[1])),
+        "two": float(np.median(found[2])),
+        "load_average": float(np.median(busy)),
+        "cores": os.cpu_count(),
     }
 
 
@@ -140,7 +170,7 @@ def price_of_a_gradient() -> dict:
             return cross_entropy(model(x), y).item()
 
     backward()
-    start, passes, worst, eps = time.perf_counter(), 0, 0.0, 1e-2
+    start, passes, worst, eps = time.process_time(), 0, 0.0, 1e-2
     for parameter in model.parameters():
         values = parameter.data.copy()
         for at in np.ndindex(parameter.shape):
@@ -153,14 +183,15 @@ def price_of_a_gradient() -> dict:
                 passes += 1
             worst = max(worst, abs((sides[0] - sides[1]) / (2 * eps) - parameter.grad[at]))
         parameter.data = values
-    numeric = time.perf_counter() - start
+    numeric = time.process_time() - start
+    fast = median_seconds({"forward": forward, "backward": backward}, repeats=101)
     return {
         "parameters": passes // 2,
         "forward_passes": passes,
         "numeric_seconds": numeric,
         "worst_difference": float(worst),  # float32 and a step of 0.01: the two agree to about this
-        "forward_seconds": median_seconds(forward, repeats=51),
-        "backward_seconds": median_seconds(backward, repeats=51),
+        "forward_seconds": fast["forward"],
+        "backward_seconds": fast["backward"],
     }
 
 
@@ -197,18 +228,12 @@ def forward_and_backward(batch: int = 256) -> dict:
         assert difference < 1e-2 * np.linalg.norm(p.grad), difference
     layers = len(WIDE) - 1
     runs = {"forward": ours_forward, "both": ours_both, "torch_forward": torch_forward, "torch_both": torch_both}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(15):  # in turns, so that whatever else the machine does meets all four alike
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
     return {
         "sizes": WIDE,
         "batch": batch,
         "flops_forward": 2 * batch * layers * WIDE[0] ** 2,
         "theory": (3 * layers - 1) / layers,  # the first layer has no use for the gradient of its input
-        **{name: float(np.median(measured)) for name, measured in times.items()},
+        **median_seconds(runs, repeats=9),
     }
 
 
@@ -328,6 +353,7 @@ def main() -> None:
     with threadpool_limits(1):
         for run in (
             training,
+            threads,
             price_of_a_gradient,
             forward_and_backward,
             kept_by_an_mlp,

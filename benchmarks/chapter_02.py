@@ -136,20 +136,22 @@ class Timer(NoCache):
         return out
 
 
-@torch.inference_mode()
-def shares(length: int) -> dict[str, float]:
-    """Seconds by part of a forward over `length` tokens and the last one's logits; `other`: RoPE, residual sums."""
-    model = load(MODEL)
+def shares(length: int, repeats: int = 5) -> dict[str, float]:
+    """Median seconds by part of a forward and the last token's logits; `other` is RoPE and residual sums."""
+    model = load(MODEL, device="cpu")
     timer, x = Timer(model), torch.randint(0, model.config.vocab_size, (1, length))
-    runs = []
-    for _ in range(4):
-        timer.seconds.clear()
-        started = time.perf_counter()
-        model.logits(model(x, cache=timer)[:, -1:])
-        total = time.perf_counter() - started
-        runs.append({**timer.seconds, "other": total - sum(timer.seconds.values())})
-    parts = ("projections", "attention", "mlp", "norms", "head", "other")
-    return {part: statistics.median(run[part] for run in runs[1:]) for part in parts}
+    runs = [timed_run(model, timer, x) for _ in range(repeats + 1)][1:]
+    return {part: statistics.median(run[part] for run in runs) for part in runs[0]}
+
+
+@torch.inference_mode()
+def timed_run(model: Transformer, timer: Timer, x: Tensor) -> dict[str, float]:
+    timer.seconds.clear()
+    started = time.perf_counter()
+    model.logits(model(x, cache=timer)[:, -1:])
+    total = time.perf_counter() - started
+    parts = {part: timer.seconds[part] for part in ("projections", "attention", "mlp", "norms", "head")}
+    return parts | {"other": total - sum(parts.values())}
 
 
 @torch.inference_mode()

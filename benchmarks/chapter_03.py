@@ -399,6 +399,16 @@ def pictures(model: Transformer, tokenizer: Tokenizer) -> dict:
 
 
 @torch.inference_mode()
+def trailing_space(model: Transformer, tokenizer: Tokenizer) -> dict:
+    """The likeliest token after the same prompt with and without a space at its end."""
+    result: dict = {"prompt": SURE_PROMPT}
+    for name, prompt in {"without": SURE_PROMPT, "with": SURE_PROMPT + " "}.items():
+        p, i = model.logits(model(torch.tensor([tokenizer.encode(prompt)])))[0, -1].softmax(-1).max(-1)
+        result[name] = {"token": tokenizer.decode([int(i)]), "p": float(p)}
+    return result
+
+
+@torch.inference_mode()
 def set_sizes(model: Transformer, tokenizer: Tokenizer) -> dict:
     """How many tokens each filter keeps, and how often the true next token is among them, over held-out text."""
     _, held_out = split_topics()
@@ -469,7 +479,12 @@ def timings() -> dict:
 
 def sampling_part() -> dict:
     model, tokenizer = load(model_path(MODEL), "cpu", "float32"), Tokenizer.from_pretrained(model_path(MODEL))
-    return {"pictures": pictures(model, tokenizer), "set sizes": set_sizes(model, tokenizer), "seconds": timings()}
+    return {
+        "pictures": pictures(model, tokenizer),
+        "trailing space": trailing_space(model, tokenizer),
+        "set sizes": set_sizes(model, tokenizer),
+        "seconds": timings(),
+    }
 
 
 PARTS = {"tokenizer": tokenizer_part, "training": training_part, "smollm2": smollm2_part, "sampling": sampling_part}

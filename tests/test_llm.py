@@ -161,6 +161,10 @@ class TestSampling:
                 sequence.append(int(dummy.model.logits(hidden_states)[0, -1].argmax()))
         params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
         assert [int(t) for t in naive(dummy.model, [7, 8, 9], params)] == sequence[3:]
+        params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, stop_token_ids=[sequence[4]])
+        stopped = list(naive(dummy.model, [7, 8, 9], params))
+        assert stopped == sequence[3 : 4 + sequence[3:].index(sequence[4])]
+        assert stopped[-1].is_end
 
 
 class TestBadInput:
