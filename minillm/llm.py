@@ -123,7 +123,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or each of several: lists of {"role": ..., "content": ...}. Otherwise as `generate`."""
+        """Answer a conversation, or each of several: lists of {"role": ..., "content": ...}. Else as `generate`."""
         several = messages if messages and isinstance(messages[0], list) else [messages]
         return self.generate([self.chat_prompt(m) for m in several], sampling_params, use_tqdm)
 
