@@ -28,7 +28,7 @@ by_stem = pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
 
 
 def prose(text: str) -> str:
-    """The words of a chapter: without generated or quoted code, comments, tables, collapsed answers and link targets."""
+    """The words of a chapter: without quoted code, comments, tables, collapsed answers and link targets."""
     for pattern in (r"```.*?```", r"<!--.*?-->", r"<details>.*?</details>", r"\$\$.*?\$\$"):
         text = re.sub(pattern, " ", text, flags=re.DOTALL)
     text = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("|"))

@@ -1,4 +1,4 @@
-"""ModelConfig: Hugging Face's config in and out, bad input, and cost accounting against real tensors and torch's FLOP counter."""
+"""ModelConfig: Hugging Face's config in and out, bad input, and costs against real tensors and torch's FLOP counter."""
 
 import json
 
@@ -11,16 +11,16 @@ from transformers import LlamaConfig, Qwen3Config
 from minillm.config import LLAMA_3_8B, ModelConfig
 from minillm.model import Transformer
 
-SMALL = dict(
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=64,
-)
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
 
 
 @pytest.mark.parametrize("tie", [True, False])

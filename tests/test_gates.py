@@ -87,8 +87,7 @@ def test_public_names_are_documented(module):
         if inspect.isfunction(value) or inspect.isclass(value):
             assert inspect.getdoc(value), f"{module}.{name}"
         if inspect.isclass(value):
-            own = {n: m for n, m in vars(value).items() if inspect.isfunction(m) and not n.startswith("_")}
-            for n, method in own.items():
+            for n in [n for n, m in vars(value).items() if inspect.isfunction(m) and not n.startswith("_")]:
                 assert inspect.getdoc(getattr(value, n)) or n == "forward", f"{module}.{name}.{n}"
 
 

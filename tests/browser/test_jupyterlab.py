@@ -1,4 +1,4 @@
-"""A reader's first minutes in JupyterLab, in a real Chromium: the start page, chapter 1, its lab, its exercises, a cell that runs."""
+"""A reader's first minutes in JupyterLab, in a real Chromium: start page, chapter 1, its lab, a cell, its exercises."""
 
 import os
 import re
@@ -64,7 +64,7 @@ def page(browser, address):
     page = browser.new_page(viewport={"width": 1500, "height": 1000})
     page.goto(address)
     page.wait_for_selector(".jp-RenderedMarkdown h1", timeout=60_000)
-    yield page
+    return page
 
 
 def shot(page, name: str) -> None:

@@ -126,11 +126,18 @@ def test_smollm_logits_equal_transformers(smollm, smollm_reference, hf_tokenizer
 def test_smollm_greedy_equals_transformers(smollm, smollm_reference, hf_tokenizer):
     """64 greedy tokens after each of ten prompts.
 
-    One forward pass over prompt and continuation shows what our model would choose after every prefix: if each choice is the token that
-    transformers generated there, our own greedy loop generates the same 64, by induction. (The loop itself is tested in test_llm.py.)
+    One forward pass over prompt and continuation shows what our model would choose after every prefix: if each choice
+    is the token that transformers generated there, our own greedy loop generates the same 64, by induction. (The loop
+    itself is tested in test_llm.py.)
     """
     for ids in _ten_prompts(hf_tokenizer):
-        settings = dict(max_new_tokens=64, min_new_tokens=64, do_sample=False, eos_token_id=[], pad_token_id=2)
+        settings = {
+            "max_new_tokens": 64,
+            "min_new_tokens": 64,
+            "do_sample": False,
+            "eos_token_id": [],
+            "pad_token_id": 2,
+        }
         whole = smollm_reference.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), **settings)
         assert whole.shape[1] == len(ids) + 64
         chosen = smollm.logits(smollm(whole[:, :-1]))[0, len(ids) - 1 :].argmax(-1)

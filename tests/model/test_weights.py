@@ -1,6 +1,5 @@
 """Names, files and what can be wrong with them; conversion from GGUF; nothing half-written stays behind."""
 
-import json
 import os
 import shutil
 import zipfile
@@ -14,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from minillm.config import ModelConfig
-from minillm.model import Transformer, fetch, weights
+from minillm.model import Transformer, fetch
 from minillm.model.weights import load, model_path, save
 
 CONFIG = ModelConfig(60, 32, 64, 2, 4, 2, 8, max_position_embeddings=32, tie_word_embeddings=True, eos_token_ids=(2,))
@@ -161,7 +160,7 @@ class TestFiles:
 
 
 def write_gguf(path: Path, arch: str = "llama", tokenizer: str = "gpt2", drop: str = "") -> dict[str, np.ndarray]:
-    """A small llama in GGUF, fp32, with q and k reordered as llama.cpp's converter does; returns Hugging Face's tensors."""
+    """A small llama in GGUF, fp32, q and k reordered as llama.cpp's converter does; returns Hugging Face's tensors."""
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, arch)
     writer.add_context_length(32)
