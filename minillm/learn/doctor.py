@@ -172,8 +172,9 @@ def _kernel() -> Finding:
         program = KernelSpecManager().get_kernel_spec("python3").argv[0]
     except NoSuchKernel:
         return Finding("FAIL", "Jupyter kernel", "no kernel named python3", "`make setup` registers it")
-    found = shutil.which(program) or program
-    if program == "python" or os.path.abspath(found) == os.path.abspath(sys.executable):
+    # The folder decides, not the file: python and python3 are one program, and resolving links would leave the venv.
+    here = os.path.dirname(os.path.abspath(sys.executable))
+    if program == "python" or os.path.dirname(os.path.abspath(shutil.which(program) or program)) == here:
         return Finding("OK", "Jupyter kernel", f"python3 runs {sys.executable}")
     return Finding(
         "FAIL", "Jupyter kernel", f"python3 runs {program}, not {sys.executable}", "`make setup` registers this one"

@@ -55,8 +55,9 @@ def address(root, tmp_path_factory):
         assert found, log.read_text()
         yield found[0]
     finally:
-        os.killpg(server.pid, 15)
-        server.wait(20)
+        if server.poll() is None:
+            os.killpg(server.pid, 15)
+            server.wait(20)
 
 
 @pytest.fixture(scope="module")
