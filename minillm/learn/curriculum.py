@@ -4,6 +4,7 @@ from .paths import root
 
 __all__ = ["PARTS", "chapter_map", "exists"]
 
+NAMES = {"gpu": "GPU", "triton": "Triton", "kv": "KV", "gptq": "GPTQ", "lora": "LoRA"}
 # Part -> chapters: (stem, what the reader builds, where it is in minillm)
 PARTS: dict[str, list[tuple[str, str, str]]] = {
     "I. Foundations": [
@@ -62,7 +63,8 @@ def chapter_map(prefix: str = "") -> str:
     for part, chapters in PARTS.items():
         lines.append(f"| | **{part}** | | | |")
         for stem, builds, where in chapters:
-            title = stem[3:].replace("_", " ")
+            words = [NAMES.get(word, word) for word in stem[3:].split("_")]
+            title = " ".join([words[0][0].upper() + words[0][1:], *words[1:]])
             links = "planned"
             if exists(stem):
                 links = (
