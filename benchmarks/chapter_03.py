@@ -323,10 +323,11 @@ def training_part() -> dict:
     before = Transformer(model.config).eval()
     gpt2s_start, _ = train_small(tokenizer, train, held_out, init_std=0.02)
     leaked, _ = train_small(tokenizer, leaky, held_out)
-    prompt = torch.tensor([[0, *tokenizer.encode("The list")]])
-    samples = {"before": tokenizer.decode(written(before, prompt, ways["temperature 1"], 40)[0].tolist())}
-    for name, params in ways.items():
-        samples[name] = tokenizer.decode(written(model, prompt, params, 60)[0].tolist())
+    prompt = "A function is"
+    ids = torch.tensor([[0, *tokenizer.encode(prompt)]])
+    samples = {"prompt": prompt, "before": tokenizer.decode(written(before, ids, SamplingParams(), 30)[0].tolist())}
+    for name, params in {"greedy": ways["greedy"], "sampled": SamplingParams(temperature=0.8, top_p=0.9)}.items():
+        samples[name] = tokenizer.decode(written(model, ids, params, 60)[0].tolist())
     return result | {
         "held-out topics": len(held_out),
         "overlap": shared,
@@ -362,7 +363,7 @@ def smollm2_part() -> dict:
     shortest = sorted(held_out, key=lambda name: len(held_out[name]))
     some = {name: held_out[name] for name in shortest[len(shortest) // 2 :][:3]}
     strides = {}
-    for window, stride in ((64, 64), (64, 16), (128, 128), (512, 512), (512, 128)):
+    for window, stride in ((64, 64), (64, 16), (128, 128), (128, 32), (512, 512)):
         strides[f"{window}, {stride}"] = as_dict(scored(model, tokenizer, some, window, stride))
         print("window, stride", window, stride, strides[f"{window}, {stride}"]["perplexity"], flush=True)
     return {

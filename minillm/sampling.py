@@ -125,6 +125,8 @@ def apply_repetition_penalty(logits: Tensor, penalty: float | Tensor, previous_t
 
 def apply_temperature(logits: Tensor, temperature: float | Tensor) -> Tensor:
     """logits / temperature, up to a constant that softmax ignores: the largest becomes 0, so that nothing overflows."""
+    if not isinstance(temperature, Tensor) and temperature == 1:
+        return logits
     if not isinstance(temperature, Tensor) and not temperature > 0:
         raise ValueError(f"temperature: expected a number above 0 (0 is greedy(logits)), got {temperature!r}")
     return (logits - logits.amax(-1, keepdim=True)) / _column(temperature, logits)
@@ -188,8 +190,8 @@ def distribution(
     """
     each = _each(params)
     logits = _penalized(logits.float(), each, previous_token_ids)
-    best = F.one_hot(greedy(logits), logits.shape[-1]).float()  # [..., V]
     is_greedy = [p.temperature < GREEDY_BELOW for p in each]
+    best = F.one_hot(greedy(logits), logits.shape[-1]).float() if any(is_greedy) else logits  # [..., V]
     if all(is_greedy):
         return best
     temperatures = [1.0 if row else p.temperature for row, p in zip(is_greedy, each, strict=True)]

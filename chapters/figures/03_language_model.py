@@ -180,11 +180,13 @@ def sampling() -> None:
         ax.set_title(f"{name}: {kept:,} token{'s' * (kept != 1)}", fontsize=11)
         ax.set_xticks([])
         ax.set_xlim(-0.7, len(left) - 0.3)
+        ax.set_yscale("log")
+        ax.set_ylim(3e-4, 1.5)
     for ax in axes[1]:
         ax.set_xticks(range(len(own)), [t.replace("\n", "↵").replace(" ", "␣") for t in picture["tokens"]], rotation=90)
         ax.tick_params(axis="x", labelsize=8, length=0)
     for ax in axes[:, 0]:
-        ax.set_ylabel("probability")
+        ax.set_ylabel("probability (log scale)")
     figure.suptitle(f"“{prompt} …”   gray: the model's own distribution, blue: what is drawn from", fontsize=11.5)
     figure.tight_layout()
     save(figure, "03_sampling")

@@ -27,6 +27,8 @@ __all__ = ["Outcome", "check", "check_chapter", "load_notebook", "run"]
 
 TIME_LIMIT = 10.0  # seconds a contract; a check takes milliseconds, so this is an endless loop
 OUTPUT_LIMIT = 10_000  # characters a contract
+PROBLEMS = "__problems__"  # key of a loaded notebook's namespace
+SHOWN_LINES = 20  # of what the code printed, with a failure
 _loading = False  # true while a notebook or a solutions file is loaded: its own check() cells stay silent
 
 
@@ -82,37 +84,42 @@ def report(number: str, outcomes: list[Outcome]) -> str:
 
 def run(number: str, impl: Any) -> list[Outcome]:
     """Run every contract of exercise `number` against `impl`, each with a time limit and its output caught."""
+    if not isinstance(number, str):
+        raise ValueError(f'number: expected text such as "{number}", in quotes, got {number!r}')
     cls = _classes(stem_of(number)).get(number)
     if cls is None:
         raise ValueError(f"number: expected one of {', '.join(_classes(stem_of(number)))}, got {number!r}")
     outcomes = []
     for name in [n for n in vars(cls) if n.startswith("test_")]:
         outcomes.append(_run_one(getattr(cls(), name), impl))
-        if outcomes[-1].status == "missing":
+        if outcomes[-1].status in ("missing", "stopped"):  # the other contracts would only make the learner wait
             break
     return outcomes
 
 
 def _run_one(contract: Any, impl: Any) -> Outcome:
     text = " ".join((contract.__doc__ or contract.__name__).split())
+    printed = _Capped()
     try:
-        with _limits():
+        with _limits(printed):
             contract(impl)
     except NotImplementedError:
         return Outcome(text, "missing")
     except ContractError as e:
-        return Outcome(text, "failed", str(e))
+        outcome = Outcome(text, "failed", str(e))
     except TimeLimit:
-        return Outcome(text, "failed", f"stopped after {TIME_LIMIT:g} s: does a loop never end?")
-    except OutputLimit as e:
-        return Outcome(
-            text,
-            "failed",
-            f"stopped after {OUTPUT_LIMIT:,} characters of output: does a loop print? It began with:\n{e}",
-        )
+        outcome = Outcome(text, "stopped", f"stopped after {TIME_LIMIT:g} s: does a loop never end?")
+    except OutputLimit:
+        outcome = Outcome(text, "stopped", f"stopped after {OUTPUT_LIMIT:,} characters of output: does a loop print?")
+    except SystemExit:
+        outcome = Outcome(text, "failed", "your code called exit(); remove that call")
     except Exception as e:
-        return _crash(text, e, Path(contract.__func__.__code__.co_filename))
-    return Outcome(text, "passed")
+        outcome = _crash(text, e, Path(contract.__func__.__code__.co_filename))
+    else:
+        return Outcome(text, "passed")
+    lines = printed.getvalue()[:1000].splitlines()[:SHOWN_LINES]
+    said = ["your code printed:", *(f"  {line}" for line in lines)] if lines else []
+    return Outcome(text, outcome.status, "\n".join([outcome.message, *said]))
 
 
 def _crash(contract: str, error: Exception, check_file: Path) -> Outcome:
@@ -123,6 +130,8 @@ def _crash(contract: str, error: Exception, check_file: Path) -> Outcome:
     inside = [f for i, f in enumerate(frames) if any(Path(p.filename) == check_file for p in frames[:i])]
     own = [f for f in inside if Path(f.filename) != check_file and "minillm/learn" not in Path(f.filename).as_posix()]
     said = f"{type(error).__name__}: {error}"
+    if not own and isinstance(error, TypeError) and "argument" in str(error):
+        return Outcome(contract, "failed", f"your object could not be called as the stub is: {said}")
     if not own:
         return Outcome(
             contract, "broken", f"what your code returned could not be used: {said}\nin the check: {frames[-1].line}"
@@ -134,18 +143,17 @@ def _crash(contract: str, error: Exception, check_file: Path) -> Outcome:
 class _Capped(io.StringIO):
     def write(self, text: str) -> int:
         if self.tell() + len(text) > OUTPUT_LIMIT:
-            raise OutputLimit(self.getvalue()[:300])
+            raise OutputLimit
         return super().write(text)
 
 
 @contextmanager
-def _limits() -> Iterator[None]:
-    """Stop what runs longer than TIME_LIMIT or prints more than OUTPUT_LIMIT.
+def _limits(out: io.StringIO) -> Iterator[None]:
+    """Stop what runs longer than TIME_LIMIT; what it prints goes to `out`.
 
     Unix's interval timer also interrupts `sleep`; elsewhere, and outside the main thread, Python's own asynchronous
     exception serves.
     """
-    out = _Capped()
     with redirect_stdout(out), redirect_stderr(out):
         if hasattr(signal, "SIGALRM") and threading.current_thread() is threading.main_thread():
 
@@ -205,29 +213,49 @@ def load_module(path: Path) -> types.ModuleType:
 
 
 def load_notebook(path: Path) -> dict[str, Any]:
-    """Run a notebook's code cells in order and return what they define. A cell that fails is noted on stderr and
-    passed over.
+    """Run a notebook's code cells in order and return what they define; a cell that fails is passed over.
+
+    What went wrong is under the key PROBLEMS: a list of messages. Raises ValueError for a file that is no notebook.
     """
     global _loading
-    namespace: dict[str, Any] = {"__name__": "__main__"}
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    problems: list[str] = []
+    namespace: dict[str, Any] = {"__name__": "__main__", PROBLEMS: problems}
     _loading = True
     try:
-        for i, cell in enumerate(cells):
-            source = "".join(cell["source"])
-            if cell["cell_type"] != "code" or source.lstrip().startswith(("%", "!")):
-                continue
-            name = f"<{path.name}, cell {i + 1}>"
+        for source in _code_cells(path):
+            name = f"<{path.name}: {source.strip().splitlines()[0][:50]}>"
             linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
             try:
-                exec(compile(source, name, "exec"), namespace)
+                with _limits(_Capped()):
+                    exec(compile(source, name, "exec"), namespace)
             except NotImplementedError:
                 pass
-            except Exception as e:
-                print(f"{path.name}, cell {i + 1}: {type(e).__name__}: {e}", file=sys.stderr)
+            except SyntaxError as e:
+                problems.append(f"cannot be read: {e.msg}, in line {e.lineno} of its cell: {(e.text or '').strip()}")
+            except (TimeLimit, OutputLimit):
+                problems.append(
+                    f"the cell that begins `{source.strip().splitlines()[0]}` was stopped: an endless loop?"
+                )
+            except (Exception, SystemExit) as e:
+                problems.append(
+                    f"the cell that begins `{source.strip().splitlines()[0]}` raised {type(e).__name__}: {e}"
+                )
     finally:
         _loading = False
     return namespace
+
+
+def _code_cells(path: Path) -> list[str]:
+    """The code cells of a notebook, without empty ones and those that are for Jupyter alone (%, !)."""
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(
+            f"{path}: not a notebook any more ({e}); `git checkout -- {path.name}` in its folder brings the stubs back,"
+            " and loses what you wrote"
+        ) from e
+    return [source for source in sources if source.strip() and not source.lstrip().startswith(("%", "!"))]
 
 
 def check_chapter(chapter: str, source: Path | None = None) -> dict[str, list[Outcome]]:
@@ -243,9 +271,8 @@ def check_chapter(chapter: str, source: Path | None = None) -> dict[str, list[Ou
     results = {}
     for number, cls in _classes(stem).items():
         if cls.object_name not in namespace:
-            results[number] = [
-                Outcome(f"`{cls.object_name}` is defined", "failed", f"{source.name} defines no `{cls.object_name}`")
-            ]
+            why = "\n".join([f"{source.name} defines no `{cls.object_name}`", *namespace.get(PROBLEMS, [])])
+            results[number] = [Outcome(f"`{cls.object_name}` is defined", "failed", why)]
             continue
         results[number] = run(number, namespace[cls.object_name])
         if all(o.status == "passed" for o in results[number]):

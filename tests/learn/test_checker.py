@@ -161,7 +161,68 @@ def test_flood_of_output_is_stopped(capsys):
     assert not checking.check("1.1", flood)
     out = capsys.readouterr().out
     assert "characters of output" in out
+    assert "your code printed:\n        again and again" in out
     assert len(out) < 2000
+
+
+def test_what_the_code_printed_is_shown_with_a_failure(capsys):
+    def add(a, b):
+        print("a is", a)
+        return
+
+    checking.check("1.1", add)
+    assert "your code printed:\n        a is 2" in capsys.readouterr().out
+
+
+def test_exit_is_no_pass(capsys, curriculum):
+    assert not checking.check("1.1", lambda a, b: exit())
+    assert "your code called exit()" in capsys.readouterr().out
+    notebook = curriculum / "exercises" / "01_small.ipynb"
+    notebook.write_text(notebook.read_text().replace("from minillm.learn import check", "raise SystemExit"))
+    assert checking.check_chapter("1")["1.1"][0].status != "passed"
+
+
+def test_wrong_number_of_parameters(capsys):
+    checking.check("1.1", lambda a: a)
+    assert "could not be called as the stub is" in capsys.readouterr().out
+
+
+def test_an_endless_loop_costs_one_limit(monkeypatch):
+    monkeypatch.setattr(checking, "TIME_LIMIT", 0.2)
+
+    def endless(a, b):
+        while True:
+            pass
+
+    assert [o.status for o in checking.run("1.1", endless)] == ["stopped"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (("def add(a, b):", "def add(a, b)"), "cannot be read: expected ':', in line 1"),
+        (("def add(a, b):", "while True: pass\\ndef add(a, b):"), "an endless loop?"),
+        (("def add(a, b):", "1 / 0\\ndef add(a, b):"), "raised ZeroDivisionError"),
+    ],
+)
+def test_a_cell_that_fails_is_named(curriculum, monkeypatch, change, says):
+    monkeypatch.setattr(checking, "TIME_LIMIT", 0.2)
+    notebook = curriculum / "exercises" / "01_small.ipynb"
+    text = notebook.read_text()
+    assert change[0] in text
+    notebook.write_text(text.replace(*change))
+    assert says in checking.check_chapter("1")["1.1"][0].message
+
+
+def test_a_broken_notebook_is_named(curriculum):
+    (curriculum / "exercises" / "01_small.ipynb").write_text("")
+    with pytest.raises(ValueError, match=r"01_small\.ipynb: not a notebook any more"):
+        checking.check_chapter("1")
+
+
+def test_number_without_quotes():
+    with pytest.raises(ValueError, match="in quotes"):
+        checking.check(1.1, None)
 
 
 def test_unknown_number():
