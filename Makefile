@@ -40,9 +40,12 @@ test: $(READY)
 	$(BIN)/pytest tests
 	$(MAKE) --no-print-directory test-notebooks
 
+# A chapter whose first line says draft: its lab is not run yet.
+DRAFT_LABS := $(patsubst chapters/%.md,--ignore=notebooks/%.ipynb,$(shell grep -l '^<!-- draft' chapters/[0-9]*.md))
+
 # The one place that calls nbval: labs are compared where cells ask for it; exercise notebooks must open and run with their stubs.
 test-notebooks: $(READY)
-	$(BIN)/pytest --nbval-lax -p no:cacheprovider --nbval-cell-timeout=120 notebooks exercises
+	$(BIN)/pytest --nbval-lax -p no:cacheprovider --nbval-cell-timeout=120 $(DRAFT_LABS) notebooks exercises
 
 quick: $(READY)
 	HYPOTHESIS_PROFILE=quick $(BIN)/pytest tests -m "not slow"

@@ -6,9 +6,14 @@ import re
 
 import pytest
 
+from minillm.learn.curriculum import is_draft
 from minillm.learn.paths import root, stems
 
-LABS = [root() / "notebooks" / f"{stem}.ipynb" for stem in stems()]
+DRAFT = pytest.mark.skip(reason="the chapter is a draft, by its first line")
+LABS = [
+    pytest.param(root() / "notebooks" / f"{stem}.ipynb", marks=DRAFT if is_draft(stem) else (), id=stem)
+    for stem in stems()
+]
 CELLS = range(30, 61)
 
 
@@ -20,7 +25,7 @@ def _code(path):
     return [cell for cell in _cells(path) if cell["cell_type"] == "code" and "".join(cell["source"]).strip()]
 
 
-@pytest.mark.parametrize("path", LABS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", LABS)
 class TestLab:
     def test_cells_within_budget(self, path):
         assert len(_cells(path)) in CELLS

@@ -2,7 +2,7 @@
 
 from .paths import root
 
-__all__ = ["PARTS", "chapter_map", "exists"]
+__all__ = ["PARTS", "chapter_map", "exists", "is_draft"]
 
 NAMES = {"gpu": "GPU", "triton": "Triton", "kv": "KV", "gptq": "GPTQ", "lora": "LoRA"}
 # Part -> chapters: (stem, what the reader builds, where it is in minillm)
@@ -57,6 +57,12 @@ def exists(stem: str) -> bool:
     return all((root() / part.format(stem)).is_file() for part in parts)
 
 
+def is_draft(stem: str) -> bool:
+    """Whether a chapter says in its first line that it is not finished: `<!-- draft: what is missing -->`."""
+    path = root() / "chapters" / f"{stem}.md"
+    return path.is_file() and path.read_text(encoding="utf-8").startswith("<!-- draft")
+
+
 def chapter_map(prefix: str = "") -> str:
     """The map as a Markdown table, with links to what exists; `prefix` leads from the page to the repository's root."""
     lines = ["| | chapter | you build | in `minillm/` | read · run · solve |", "|---|---|---|---|---|"]
@@ -70,6 +76,6 @@ def chapter_map(prefix: str = "") -> str:
                 links = (
                     f"[chapter]({prefix}chapters/{stem}.md) · [lab]({prefix}notebooks/{stem}.ipynb)"
                     f" · [exercises]({prefix}exercises/{stem}.ipynb)"
-                )
+                ) + (" (draft)" if is_draft(stem) else "")
             lines.append(f"| {int(stem[:2])} | {title} | {builds} | {where} | {links} |")
     return "\n".join(lines)

@@ -268,6 +268,12 @@ class TestNumericGradient:
         got = impl(lambda a: (a**3).sum(), np.array([1.0, -2.0]), 1e-2)
         expect_close("gradient of x³ with eps = 0.01", got, [3 + 1e-4, 12 + 1e-4], atol=1e-9)
 
+    def test_one_element_at_a_time(self, impl):
+        """each element is moved alone: the others are where they were, to the last digit"""
+        # A product is linear in each factor, so central differences are exact at any eps.
+        got = impl(lambda a: a.prod(), np.array([1.0, 2.0, 3.0]), 0.1)
+        expect_close("gradient of a product at (1, 2, 3), eps = 0.1", got, [6, 3, 2], atol=1e-9)
+
     def test_x_is_left_alone(self, impl):
         """x is as it was"""
         x = rng(9).standard_normal((2, 3))

@@ -356,7 +356,6 @@ def numeric_gradient(f, x, eps=1e-6):
         above = f(x)
         x[at] -= 2 * eps
         gradient[at] = (above - f(x)) / (2 * eps)
-        x[at] += 0.5
     return gradient
 
 
