@@ -2,7 +2,8 @@
 # # Exercises 1: backpropagation
 #
 # Six functions, each at most 30 lines: the parts of a reverse-mode engine that people get wrong. They belong to
-# [chapter 1](../chapters/01_backpropagation.md) and its [lab](../notebooks/01_backpropagation.ipynb).
+# [chapter 1](../chapters/01_backpropagation.md) and its [lab](../notebooks/01_backpropagation.ipynb); each asks for
+# one step beyond what these two show.
 #
 # Run the next cell, then take the exercises in any order. Replace `raise NotImplementedError(...)` by your code and
 # run the `check` cell under it: it says which contracts hold, and on a failure what was expected and what came.
@@ -12,59 +13,55 @@ from collections.abc import Callable
 
 import numpy as np
 
-from minillm.autograd import unbroadcast as fold  # for exercise 1.2
+from minillm.autograd import unbroadcast
 from minillm.learn import check
 
 # %% [markdown]
-# ## Exercise 1.1: undo broadcasting
+# ## Exercise 1.1: the backward of softmax
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | the backward of NumPy's broadcasting, which every operation needs | 2 of 5 | 15 | Baydin et al., 2018 |
+# | a vector-Jacobian product whose Jacobian is not diagonal, without building it | 2 of 5 | 15 | Bridle, 1990 |
 #
-# In `y = x + b` with `x` of shape `[8, 3]` and `b` of shape `[3]`, NumPy repeats `b` eight times. The gradient of `y`
-# has shape `[8, 3]`, that of `b` must have shape `[3]`. An element that was used eight times gets the **sum** of
-# eight gradients.
+# Attention (chapter 2) ends in a softmax along the last axis: $p_i = e^{z_i} / \sum_j e^{z_j}$. Every $z_j$ moves every
+# $p_i$, so each row has a Jacobian of `[C, C]`:
 #
-# Write the function that sums `g` down to `shape`. Broadcasting repeats along two kinds of axes: those that it puts in
-# front (`[3]` → `[8, 3]`), and those of size 1 (`[8, 1]` → `[8, 3]`). One array can have both.
+# $$\frac{\partial p_i}{\partial z_j} = p_i\,([i = j] - p_j)$$
+#
+# Given the output `p` `[..., C]` and `g = dL/dp` of the same shape, return `dL/dz`. Insert the Jacobian into $\bar
+# z_j = \sum_i g_i\, \partial p_i / \partial z_j$ and simplify until only element-wise products and one sum a row are
+# left. With rows of 1,000 elements, a Jacobian a row would take 1,000 times the memory of `p`.
 
 
 # %%
-def unbroadcast(g: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Sum g over the axes along which an array of `shape` was repeated.
-
-    g: the gradient, of a shape to which `shape` broadcasts. Returns an array of exactly `shape`.
-    """
+def softmax_backward(g: np.ndarray, p: np.ndarray) -> np.ndarray:
+    """dL/dz for p = softmax(z) along the last axis.  g = dL/dp [..., C], p [..., C] -> [..., C]."""
     ### BEGIN SOLUTION
-    extra = g.ndim - len(shape)  # axes that broadcasting put in front
-    repeated = [extra + i for i, n in enumerate(shape) if n == 1 and g.shape[extra + i] != 1]
-    return g.sum(axis=(*range(extra), *repeated), keepdims=True).reshape(shape)
+    weighted = g * p  # [..., C]
+    return weighted - p * weighted.sum(axis=-1, keepdims=True)  # [..., C]
     ### END SOLUTION
 
 
 # %%
-check("1.1", unbroadcast)
+check("1.1", softmax_backward)
 
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# NumPy aligns shapes at their **last** axis. So `g.ndim - len(shape)` axes stand in front, and axis `i` of `shape` is
-# axis `i + that number` of `g`.
+# Split the sum in two: the part with $[i = j]$ has one term, the other has $p_j$ in every term.
 # </details>
 
 # %% [markdown]
 # <details><summary>Hint 2</summary>
 #
-# Collect the numbers of all axes to sum over, call `g.sum(axis=tuple_of_them, keepdims=True)` once, and `reshape` the
-# result to `shape`. `keepdims` matters: without it the axes of size 1 that `shape` wants are gone.
+# What is left in the brackets is $g_j$ minus one number for the whole row: the mean of $g$ under the distribution $p$.
 # </details>
 
 # %% [markdown] tags=["solution"]
-# **Why.** Broadcasting is a linear map that copies; the transpose of "copy" is "add". Written as a matrix, the map
-# `[3]` → `[8, 3]` stacks eight identity matrices, and its transpose adds eight blocks. The other way is a loop: while
-# `g` has more axes than `shape`, `g = g.sum(0)`; then for each axis of size 1, `g = g.sum(axis, keepdims=True)`. It
-# reads well and makes one pass over memory an axis instead of one in all.
+# **Why.** $\bar z_j = \sum_i g_i p_i [i = j] - \sum_i g_i p_i p_j = p_j\,(g_j - \sum_i g_i p_i)$: what each class was
+# given, against the average. So $\bar z$ sums to 0 along a row, as it must: adding a constant to $z$ changes nothing.
+# The other way is the Jacobian itself, `np.einsum("...i,...ij->...j", g, J)`: right, and $C$ times the memory and work.
+# FlashAttention's backward rests on this form: the sum $\sum_i g_i p_i$ can be had without keeping `p` (chapter 5).
 
 # %% [markdown]
 # ## Exercise 1.2: backward of a batched matmul
@@ -78,8 +75,8 @@ check("1.1", unbroadcast)
 # batch, which is what every linear layer does.
 #
 # Given `g = dL/dy` (shape of `y`), return `dL/da` and `dL/db`, each with the shape of its input. Derive it from one
-# element: $y_{mn} = \sum_k a_{mk} b_{kn}$. The package's `unbroadcast` is
-# imported above under the name `fold`.
+# element: $y_{mn} = \sum_k a_{mk} b_{kn}$. The package's
+# `unbroadcast(gradient, shape)`, imported above, sums a gradient down to a shape.
 
 
 # %%
@@ -88,7 +85,7 @@ def matmul_backward(g: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[np.nda
     ### BEGIN SOLUTION
     da = g @ b.mT  # [..., M, N] @ [..., N, K] -> [..., M, K]
     db = a.mT @ g  # [..., K, M] @ [..., M, N] -> [..., K, N]
-    return fold(da, a.shape), fold(db, b.shape)
+    return unbroadcast(da, a.shape), unbroadcast(db, b.shape)
     ### END SOLUTION
 
 
@@ -106,8 +103,8 @@ check("1.2", matmul_backward)
 # <details><summary>Hint 2</summary>
 #
 # The shapes leave one choice: `da` `[M, K]` from `g` `[M, N]` and `b` `[K, N]`; `db` `[K, N]` from `a` `[M, K]` and
-# `g` `[M, N]`. With a batch, transpose the last two axes only (`.mT`, not `.T`), and fold each result to its input's
-# shape.
+# `g` `[M, N]`. With a batch, transpose the last two axes only (`.mT`, not `.T`), and sum each result down to its
+# input's shape.
 # </details>
 
 # %% [markdown] tags=["solution"]
@@ -118,18 +115,20 @@ check("1.2", matmul_backward)
 # instead of making `B` matrices and adding them.
 
 # %% [markdown]
-# ## Exercise 1.3: topological order
+# ## Exercise 1.3: the order of the walk back
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | the order in which backward must visit a graph | 3 of 5 | 20 | Kahn, 1962 |
+# | the order in which backward visits a graph, as PyTorch finds it | 3 of 5 | 20 | Kahn, 1962 |
 #
-# A node may be used by several others. Backward may pass its gradient on only when **all** users have added their
-# share. So it walks a list in which every node stands after all of its inputs, from the end to the start.
+# A node may pass its gradient on only when **all** of its users have added their share. Chapter and lab sort the graph
+# depth first, then walk the list from its end. PyTorch's engine does not sort. It counts how many edges lead from users
+# to each node, starts at the result, and releases a node when its last user has been visited: Kahn's algorithm.
 #
-# Write the function that makes this list. Each node has one attribute, `inputs`, a list of nodes (empty for a leaf).
-# Every node that `root` depends on appears exactly once, inputs before users, `root` last. Graphs are deep: a chain
-# of 5,000 nodes must work, so do not recurse (Python stops at about 1,000 calls). Leave the nodes as they are.
+# Return the nodes in the order in which they are visited: `root` first, every node after all of its users, each node
+# that `root` depends on exactly once. Each node has one attribute that matters, `inputs`, a list of nodes (empty for a
+# leaf); a node may be there twice (`x * x`), and different nodes may have one name. Graphs are deep: a chain of 5,000
+# nodes must work, so do not recurse (Python stops at about 1,000 calls). Leave the nodes as they are.
 
 
 # %%
@@ -139,46 +138,56 @@ class Node:
     def __init__(self, name: str, *inputs: "Node"):
         self.name, self.inputs = name, list(inputs)
 
+    def __repr__(self) -> str:
+        return self.name
+
 
 # %%
-def topological_order(root: Node) -> list[Node]:
-    """All nodes that root depends on, root included: each once, and after all of its inputs."""
+def backward_order(root: Node) -> list[Node]:
+    """All nodes that root depends on, root first: each once, and after all of its users."""
     ### BEGIN SOLUTION
-    order, seen, stack = [], set(), [(root, False)]
+    users, stack = {root: 0}, [root]  # node -> edges from users not yet visited
     while stack:
-        node, inputs_done = stack.pop()
-        if inputs_done:
-            order.append(node)
-        elif node not in seen:
-            seen.add(node)
-            stack.append((node, True))  # comes up again when all that lies above it is done
-            stack.extend((before, False) for before in node.inputs)
+        for node in stack.pop().inputs:
+            if node not in users:
+                users[node] = 0
+                stack.append(node)
+            users[node] += 1
+    order, ready = [], [root]
+    while ready:
+        order.append(ready.pop())
+        for node in order[-1].inputs:
+            users[node] -= 1
+            if users[node] == 0:
+                ready.append(node)
     return order
     ### END SOLUTION
 
 
 # %%
-check("1.3", topological_order)
+check("1.3", backward_order)
 
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# Depth first, with a list as your own stack. A node belongs into the result when you come back to it after all of its
-# inputs, not when you first meet it.
+# Two passes. The first walks the graph in any order, visits each node once, and counts for each the edges that arrive
+# from its users. The second walks again, and counts down.
 # </details>
 
 # %% [markdown]
 # <details><summary>Hint 2</summary>
 #
-# Put pairs `(node, inputs_done)` on the stack. Popping `(node, False)`: skip it if seen; else remember it, push
-# `(node, True)` back, and push its inputs with `False` on top. Popping `(node, True)`: append the node to the result.
+# In the second pass keep a list of nodes that nobody waits for any more; at first only `root`. Whenever you take a node
+# out, one edge to each of its inputs (twice to an input that is there twice) is done with.
 # </details>
 
 # %% [markdown] tags=["solution"]
-# **Why.** The pair `(node, True)` lies under the node's inputs on the stack, so it is popped after they and everything
-# they depend on are in the list. The other way is Kahn's: count the users of each node, start from `root`, and release
-# a node when its last user has been visited. PyTorch does this in its C++ engine, with a priority queue in place of
-# the list. A breadth-first walk is wrong: it puts a node by its *shortest* path to the root, and the longest decides.
+# **Why.** A node's count reaches 0 exactly when its last user has been visited, so it can never come too early; and
+# in a graph without cycles some node always has count 0, so none is left out. The other way is the lab's: depth
+# first, inputs before users, and the list reversed. Counting has two advantages in an engine: the gradient of a node
+# that is released can be computed at once, on another thread if there is one, and PyTorch may choose among the
+# released ones (it takes the operation that ran last). A breadth-first walk is wrong: it places a node by its
+# *shortest* path from the root, and the longest decides.
 
 # %% [markdown]
 # ## Exercise 1.4: cross-entropy and its gradient
@@ -188,7 +197,8 @@ check("1.3", topological_order)
 # | the loss of every language model, without overflow, and its gradient in closed form | 2 of 5 | 20 | Bridle, 1990 |
 #
 # `logits` `[N, C]` are scores, `targets` `[N]` the right classes. With $p = \mathrm{softmax}(z)$ along each row, the
-# loss is the mean over rows of $-\log p_{\text{target}}$. Return the loss and $\partial L/\partial z$ `[N, C]`.
+# loss is the mean over rows of $-\log p_{\text{target}}$. Return the loss and $\partial L/\partial z$ `[N, C]`,
+# in the logits' dtype.
 #
 # In float32, `exp(89)` is infinity. Logits of 10,000 must give a finite loss and gradient.
 
@@ -226,64 +236,76 @@ check("1.4", cross_entropy)
 # %% [markdown] tags=["solution"]
 # **Why.** `log(softmax(z))` computes `exp`, rounds small probabilities to 0, and then takes `log(0)`. The joined
 # formula never leaves the range. A single maximum for the whole batch is not enough: a row that lies 1,000 below it
-# underflows to all zeros. This closed form is also why frameworks have `cross_entropy` on logits rather than on
-# probabilities.
+# underflows to all zeros. The other way is `np.logaddexp.reduce(logits, axis=1)` for $\log \sum_j e^{z_j}$: one call.
+# This closed form is also why frameworks have `cross_entropy` on logits rather than on probabilities.
 
 # %% [markdown]
-# ## Exercise 1.5: check a gradient by central differences
+# ## Exercise 1.5: check a large gradient
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | the test that finds every wrong derivative, whatever wrote it | 2 of 5 | 15 | Griewank and Walther, 2008 |
+# | the test that finds wrong derivatives, at a price for large models | 3 of 5 | 20 | Griewank and Walther, 2008 |
 #
-# $\dfrac{\partial f}{\partial x_i} \approx \dfrac{f(x + \varepsilon e_i) - f(x - \varepsilon e_i)}{2 \varepsilon}$, one
-# element at a time. By Taylor's theorem the error is of order $\varepsilon^2$; a one-sided difference has
-# $\varepsilon$.
+# The lab checks gradients one element at a time: two runs of the program an element. For a model with millions of
+# parameters, move all of them at once, along a random direction $d$ of length 1. The slope along $d$ can be measured,
+# and the gradient claims to know it:
 #
-# Return an array of `x`'s shape. Compute in float64 even if `x` is float32: near 1, float32 has steps of
-# $1.2 \cdot 10^{-7}$, and a change of $10^{-6}$ drowns in them. Leave `x` as it was.
+# $$\text{measured} = \frac{f(x + \varepsilon d) - f(x - \varepsilon d)}{2 \varepsilon}, \qquad
+# \text{claimed} = \sum_i \bar x_i\, d_i, \qquad
+# \text{error} = \frac{|\text{measured} - \text{claimed}|}{|\text{measured}| + |\text{claimed}| + 10^{-12}}$$
+#
+# Draw each direction as `rng.standard_normal(x.shape)`, scale it to length 1, and return the **largest** error over
+# `directions` of them. Compute in float64 even if `x` is float32 (near 1, float32 has steps of $1.2 \cdot 10^{-7}$,
+# and a change of $10^{-6}$ drowns in them), and leave `x` as it was.
 
 
 # %%
-def numeric_gradient(f: Callable[[np.ndarray], float], x: np.ndarray, eps: float = 1e-6) -> np.ndarray:
-    """Central differences of a scalar function f at x, any shape -> float64 array of x's shape."""
+def gradient_error(
+    f: Callable[[np.ndarray], float],
+    x: np.ndarray,
+    gradient: np.ndarray,
+    rng: np.random.Generator,
+    directions: int = 4,
+    eps: float = 1e-6,
+) -> float:
+    """The largest relative error of `gradient`, of x's shape, as the gradient of f at x, along random directions."""
     ### BEGIN SOLUTION
-    x = np.array(x, dtype=np.float64)  # a copy
-    gradient = np.empty_like(x)
-    for at in np.ndindex(x.shape):
-        kept = x[at]
-        x[at] = kept + eps
-        above = float(f(x))
-        x[at] = kept - eps
-        below = float(f(x))
-        x[at] = kept
-        gradient[at] = (above - below) / (2 * eps)
-    return gradient
+    x = np.asarray(x, np.float64)
+    worst = 0.0
+    for _ in range(directions):
+        d = rng.standard_normal(x.shape)
+        d = d / np.sqrt((d * d).sum())
+        measured = (f(x + eps * d) - f(x - eps * d)) / (2 * eps)
+        claimed = (gradient * d).sum()
+        worst = max(worst, abs(measured - claimed) / (abs(measured) + abs(claimed) + 1e-12))
+    return float(worst)
     ### END SOLUTION
 
 
 # %%
-check("1.5", numeric_gradient)
+check("1.5", gradient_error)
 
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# `np.ndindex(x.shape)` walks over the positions of an array of any shape, a scalar's empty position included. Work on
-# a float64 copy.
+# `np.asarray(x, np.float64)` first; then `x + eps * d` is a new array, and the caller's is safe.
 # </details>
 
 # %% [markdown]
 # <details><summary>Hint 2</summary>
 #
-# For each position: remember the value, set it to value + ε and call `f`, set it to value - ε and call `f`, put the
-# value back. The last step is the one that gets forgotten: without it all later positions are differenced elsewhere.
+# The length of an array of any shape is $\sqrt{\sum_i d_i^2}$ over all of its elements. `np.linalg.norm` takes a
+# matrix for something else unless you `ravel` it.
 # </details>
 
 # %% [markdown] tags=["solution"]
-# **Why.** Expand both sides: $f(x \pm \varepsilon) = f \pm \varepsilon f' + \tfrac{\varepsilon^2}{2} f'' \pm
-# \tfrac{\varepsilon^3}{6} f''' + \dots$ The even terms cancel in the difference, and $\tfrac{\varepsilon^2}{6} f'''$
-# stays. Rounding adds about $10^{-16} / \varepsilon$, so $\varepsilon$ near $10^{-5}$ or $10^{-6}$ is best in float64.
-# It costs two forward passes an *input*; backward costs about two in all. So this checks gradients and never trains.
+# **Why.** Expand both sides: $f(x \pm \varepsilon d) = f \pm \varepsilon f^{(1)} + \tfrac{\varepsilon^2}{2} f^{(2)}
+# \pm \tfrac{\varepsilon^3}{6} f^{(3)} + \dots$, with derivatives along $d$. The even terms cancel, and
+# $\tfrac{\varepsilon^2}{6} f^{(3)}$ stays; a one-sided difference keeps $\tfrac{\varepsilon}{2} f^{(2)}$. Rounding
+# adds about $10^{-16} / \varepsilon$, so $\varepsilon$ near $10^{-5}$ or $10^{-6}$ is best. If the gradient is off by
+# $e$, the error is proportional to $e \cdot d$, and a random $d$ is at a right angle to $e$ with probability 0; a
+# second and a third guard against one that is nearly so. What one direction cannot tell is *which* element is wrong:
+# for that, the other way, element by element, on the parameter that failed.
 
 # %% [markdown]
 # ## Exercise 1.6: one step of AdamW
@@ -339,8 +361,8 @@ check("1.6", adamw_step)
 # %% [markdown]
 # <details><summary>Hint 2</summary>
 #
-# Four lines: `m`, `v`, the two corrected means (return the *uncorrected* ones), then `p`. `eps` stands outside the
-# square root. Write `beta1 * m + ...`, not `m *= beta1`: the second changes the caller's array.
+# Return the *uncorrected* means: the correction is made anew in each step. `eps` stands outside the square root. And
+# `m *= beta1` changes the caller's array.
 # </details>
 
 # %% [markdown] tags=["solution"]
@@ -348,3 +370,5 @@ check("1.6", adamw_step)
 # parameters with large gradients are then hardly decayed. Loshchilov and Hutter moved it out. The memory is the price:
 # two more arrays as large as the model, which is why training needs four times the bytes of the weights (weights,
 # gradients, m, v) before a single activation is counted. Inference needs one.
+# The other way, in production, folds both corrections into the step size and `eps`, which saves two arrays' worth of
+# work (the end of section 2 of Kingma and Ba).

@@ -22,6 +22,7 @@ __all__ = [
     "expect",
     "expect_close",
     "expect_equal",
+    "expect_parts",
     "expect_raises",
     "wrong",
 ]
@@ -90,10 +91,19 @@ def expect_close(what: str, got: Any, expected: Any, atol: float = 1e-6, rtol: f
         return
     at = tuple(int(i) for i in np.argwhere(~same)[0])
     where = f"at position {at if len(at) != 1 else at[0]}" if at else "(a single number)"
+    digits = next((n for n in (6, 9, 12) if f"{got[at]:.{n}g}" != f"{expected[at]:.{n}g}"), 17)
     raise ContractError(
-        f"{what}: expected {expected[at]:.6g}\n{'':{len(what)}}  got      {got[at]:.6g}  {where}\n"
+        f"{what}: expected {expected[at]:.{digits}g}\n{'':{len(what)}}  got      {got[at]:.{digits}g}  {where}\n"
         f"{int((~same).sum())} of {same.size} values differ by more than {atol:g} + {rtol:g}·|expected|"
     )
+
+
+def expect_parts(got: Any, *names: str) -> tuple:
+    """Hold that `got` is a tuple or list of as many values as there are names, and return it as a tuple."""
+    if not isinstance(got, tuple | list) or len(got) != len(names):
+        what = "nothing (is a `return` missing?)" if got is None else _short(got, 80)
+        raise ContractError(f"expected ({', '.join(names)})\n  got    {what}")
+    return tuple(got)
 
 
 def expect_raises(error: type[Exception], call: Callable[[], Any], why: str) -> None:

@@ -8,62 +8,48 @@ from minillm.learn.testing import alternative, wrong
 # ---- 1.1
 
 
-@wrong("1.1", "sums the axes in front, forgets those of size 1")
-def unbroadcast(g, shape):
-    return g.sum(axis=tuple(range(g.ndim - len(shape)))).reshape(shape) if g.size == np.prod(shape) else g.sum(axis=0)
+@wrong("1.1", "element by element: g p (1 - p), the diagonal alone")
+def softmax_backward(g, p):
+    return g * p * (1 - p)
 
 
-@wrong("1.1", "takes the mean of the repeats instead of their sum")
-def unbroadcast(g, shape):
-    extra = g.ndim - len(shape)
-    axes = (*range(extra), *(extra + i for i, n in enumerate(shape) if n == 1))
-    return g.mean(axis=axes, keepdims=True).reshape(shape) if axes else g
+@wrong("1.1", "the sum over the whole array instead of each row")
+def softmax_backward(g, p):
+    return p * (g - (g * p).sum())
 
 
-@wrong("1.1", "loses the axes of size 1 (no keepdims)")
-def unbroadcast(g, shape):
-    extra = g.ndim - len(shape)
-    return g.sum(axis=(*range(extra), *(extra + i for i, n in enumerate(shape) if n == 1)))
+@wrong("1.1", "subtracts the plain mean of g")
+def softmax_backward(g, p):
+    return p * (g - g.mean(axis=-1, keepdims=True))
 
 
-@wrong("1.1", "keeps the first copy instead of adding all")
-def unbroadcast(g, shape):
-    while g.ndim > len(shape):
-        g = g[0]
-    return g[tuple(slice(0, 1) if n == 1 else slice(None) for n in shape)]
+@wrong("1.1", "the backward of log-softmax")
+def softmax_backward(g, p):
+    return g - p * g.sum(axis=-1, keepdims=True)
 
 
-@wrong("1.1", "aligns shapes at their first axis")
-def unbroadcast(g, shape):
-    padded = (*shape, *([1] * (g.ndim - len(shape))))
-    axes = tuple(i for i, n in enumerate(padded) if n != g.shape[i])
-    return g.sum(axis=axes, keepdims=True).reshape(shape)
+@wrong("1.1", "builds the Jacobian")
+def softmax_backward(g, p):
+    jacobian = p[..., :, None] * (np.eye(p.shape[-1], dtype=p.dtype) - p[..., None, :])
+    return np.einsum("...i,...ij->...j", g, jacobian).astype(p.dtype)
 
 
-@wrong("1.1", "forgets the axes in front when there are also axes of size 1")
-def unbroadcast(g, shape):
-    extra = g.ndim - len(shape)
-    axes = tuple(extra + i for i, n in enumerate(shape) if n == 1) or tuple(range(extra))
-    out = g.sum(axis=axes, keepdims=True)
-    return out.reshape(shape) if out.size == np.prod(shape) else out
+@wrong("1.1", "sums along axis 1, which is the last one of a matrix only")
+def softmax_backward(g, p):
+    axis = min(1, p.ndim - 1)
+    return p * (g - (g * p).sum(axis=axis, keepdims=True))
 
 
-@alternative("1.1", "one axis after the other")
-def unbroadcast(g, shape):
-    while g.ndim > len(shape):
-        g = np.asarray(g.sum(axis=0))
-    for axis, n in enumerate(shape):
-        if n == 1:
-            g = g.sum(axis=axis, keepdims=True)
+@wrong("1.1", "works in the caller's array")
+def softmax_backward(g, p):
+    g -= (g * p).sum(axis=-1, keepdims=True)
+    g *= p
     return g
 
 
-@alternative("1.1", "scatter-add by position")
-def unbroadcast(g, shape):
-    index = np.broadcast_to(np.arange(int(np.prod(shape))).reshape(shape), g.shape)
-    out = np.zeros(int(np.prod(shape)), g.dtype)
-    np.add.at(out, index.ravel(), g.ravel())
-    return out.reshape(shape)
+@alternative("1.1", "einsum for the sum of a row")
+def softmax_backward(g, p):
+    return p * (g - np.einsum("...i,...i->...", g, p)[..., None])
 
 
 # ---- 1.2
@@ -121,8 +107,8 @@ def matmul_backward(g, a, b):
 # ---- 1.3
 
 
-@wrong("1.3", "appends a node when it is first met (depth first, reversed)")
-def topological_order(root):
+@wrong("1.3", "depth first, a node as soon as it is met")
+def backward_order(root):
     order, seen, stack = [], set(), [root]
     while stack:
         node = stack.pop()
@@ -130,22 +116,22 @@ def topological_order(root):
             seen.add(node)
             order.append(node)
             stack.extend(node.inputs)
-    return order[::-1]
+    return order
 
 
-@wrong("1.3", "breadth first, reversed: goes by the shortest path")
-def topological_order(root):
+@wrong("1.3", "breadth first: goes by the shortest path")
+def backward_order(root):
     order, seen = [root], {root}
     for node in order:
         for before in node.inputs:
             if before not in seen:
                 seen.add(before)
                 order.append(before)
-    return order[::-1]
+    return order
 
 
 @wrong("1.3", "recursion")
-def topological_order(root):
+def backward_order(root):
     order, seen = [], set()
 
     def visit(node):
@@ -156,52 +142,93 @@ def topological_order(root):
             order.append(node)
 
     visit(root)
-    return order
-
-
-@wrong("1.3", "lists a node once for each user")
-def topological_order(root):
-    order, stack = [], [(root, False)]
-    while stack:
-        node, done = stack.pop()
-        if done:
-            order.append(node)
-        else:
-            stack.append((node, True))
-            stack.extend((before, False) for before in node.inputs)
-    return order
-
-
-@wrong("1.3", "users first, root at the start")
-def topological_order(root):
-    order, seen, stack = [], set(), [(root, False)]
-    while stack:
-        node, done = stack.pop()
-        if done:
-            order.append(node)
-        elif node not in seen:
-            seen.add(node)
-            stack.append((node, True))
-            stack.extend((before, False) for before in node.inputs)
     return order[::-1]
 
 
-@wrong("1.3", "leaves out the leaves")
-def topological_order(root):
-    order, seen, stack = [], set(), [(root, False)]
+def _count(root, key=lambda node: node):
+    users, stack = {key(root): 0}, [root]
     while stack:
-        node, done = stack.pop()
-        if done:
-            order.append(node)
-        elif node not in seen and (node.inputs or node is root):
-            seen.add(node)
-            stack.append((node, True))
-            stack.extend((before, False) for before in node.inputs)
+        for node in stack.pop().inputs:
+            if key(node) not in users:
+                users[key(node)] = 0
+                stack.append(node)
+            users[key(node)] += 1
+    return users
+
+
+def _release(root, users, key=lambda node: node):
+    order, ready = [], [root]
+    while ready:
+        order.append(ready.pop())
+        for node in order[-1].inputs:
+            users[key(node)] -= 1
+            if users[key(node)] == 0:
+                ready.append(node)
     return order
 
 
+@wrong("1.3", "inputs before users, root at the end")
+def backward_order(root):
+    return _release(root, _count(root))[::-1]
+
+
+@wrong("1.3", "takes nodes of one name for one node")
+def backward_order(root):
+    return _release(root, _count(root, str), str)
+
+
+@wrong("1.3", "counts a node used twice by one user once, and counts it down twice")
+def backward_order(root):
+    users, stack = {root: 0}, [root]
+    while stack:
+        for node in set(stack.pop().inputs):
+            if node not in users:
+                users[node] = 0
+                stack.append(node)
+            users[node] += 1
+    order, ready = [], [root]
+    while ready:
+        order.append(ready.pop())
+        for node in order[-1].inputs:
+            users[node] -= 1
+            if users[node] <= 0:
+                ready.append(node)
+    return order
+
+
+@wrong("1.3", "releases a node by its first user")
+def backward_order(root):
+    order, ready, seen = [], [root], {root}
+    while ready:
+        order.append(ready.pop(0))
+        for node in order[-1].inputs:
+            if node not in seen:
+                seen.add(node)
+                ready.append(node)
+    return order
+
+
+@wrong("1.3", "leaves out the leaves")
+def backward_order(root):
+    order = _release(root, _count(root))
+    return [node for node in order if node.inputs or node is root]
+
+
+@wrong("1.3", "returns names")
+def backward_order(root):
+    return [node.name for node in _release(root, _count(root))]
+
+
 @wrong("1.3", "empties the nodes' inputs on the way")
-def topological_order(root):
+def backward_order(root):
+    order = _release(root, _count(root))
+    for node in order:
+        node.inputs.clear()
+    return order
+
+
+@alternative("1.3", "the lab's: depth first, inputs before users, turned around")
+def backward_order(root):
     order, seen, stack = [], set(), [(root, False)]
     while stack:
         node, done = stack.pop()
@@ -210,28 +237,7 @@ def topological_order(root):
         elif node not in seen:
             seen.add(node)
             stack.append((node, True))
-            while node.inputs:
-                stack.append((node.inputs.pop(), False))
-    return order
-
-
-@alternative("1.3", "Kahn's: a node is released by its last user")
-def topological_order(root):
-    users, stack = {root: 0}, [root]
-    while stack:
-        for before in stack.pop().inputs:
-            if before not in users:
-                users[before] = 0
-                stack.append(before)
-            users[before] += 1
-    order, ready = [], [root]
-    while ready:
-        node = ready.pop()
-        order.append(node)
-        for before in node.inputs:
-            users[before] -= 1
-            if users[before] == 0:
-                ready.append(before)
+            stack.extend((before, False) for before in node.inputs)
     return order[::-1]
 
 
@@ -314,84 +320,109 @@ def cross_entropy(logits, targets):
     return loss, p / len(targets)
 
 
+@wrong("1.4", "computes in float64 and returns that")
+def cross_entropy(logits, targets):
+    log_p, rows = _parts(logits.astype(np.float64)), np.arange(len(targets))
+    gradient = np.exp(log_p)
+    gradient[rows, targets] -= 1
+    return -log_p[rows, targets].mean(), gradient / len(targets)
+
+
 @alternative("1.4", "logaddexp and a one-hot matrix")
 def cross_entropy(logits, targets):
     log_p = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
-    onehot = np.eye(logits.shape[1])[targets]
+    onehot = np.eye(logits.shape[1], dtype=logits.dtype)[targets]
     return -(onehot * log_p).sum() / len(targets), (np.exp(log_p) - onehot) / len(targets)
 
 
 # ---- 1.5
 
 
+def _error(f, x, gradient, rng, directions, eps, unit=True, sides=2, divide=2.0, again=True, keep=max):
+    x, errors, d = np.asarray(x, np.float64), [], None
+    for _ in range(directions):
+        if again or d is None:
+            d = rng.standard_normal(x.shape)
+            d = d / np.sqrt((d * d).sum()) if unit else d
+        below = f(x - eps * d) if sides == 2 else f(x)
+        measured, claimed = (f(x + eps * d) - below) / (divide * eps), (gradient * d).sum()
+        errors.append(abs(measured - claimed) / (abs(measured) + abs(claimed) + 1e-12))
+    return float(keep(errors))
+
+
 @wrong("1.5", "one-sided difference")
-def numeric_gradient(f, x, eps=1e-6):
-    x = np.array(x, np.float64)
-    gradient = np.empty_like(x)
-    for at in np.ndindex(x.shape):
-        moved = x.copy()
-        moved[at] += eps
-        gradient[at] = (f(moved) - f(x)) / eps
-    return gradient
+def gradient_error(f, x, gradient, rng, directions=4, eps=1e-6):
+    return _error(f, x, gradient, rng, directions, eps, sides=1, divide=1.0)
 
 
 @wrong("1.5", "divides by eps instead of 2 eps")
-def numeric_gradient(f, x, eps=1e-6):
-    x = np.array(x, np.float64)
-    gradient = np.empty_like(x)
-    for at in np.ndindex(x.shape):
-        above, below = x.copy(), x.copy()
-        above[at] += eps
-        below[at] -= eps
-        gradient[at] = (f(above) - f(below)) / eps
-    return gradient
+def gradient_error(f, x, gradient, rng, directions=4, eps=1e-6):
+    return _error(f, x, gradient, rng, directions, eps, divide=1.0)
 
 
-@wrong("1.5", "does not put the element back")
-def numeric_gradient(f, x, eps=1e-6):
-    x = np.array(x, np.float64)
-    gradient = np.empty_like(x)
-    for at in np.ndindex(x.shape):
-        x[at] += eps
-        above = f(x)
-        x[at] -= 2 * eps
-        gradient[at] = (above - f(x)) / (2 * eps)
-    return gradient
+@wrong("1.5", "directions are not scaled to length 1")
+def gradient_error(f, x, gradient, rng, directions=4, eps=1e-6):
+    return _error(f, x, gradient, rng, directions, eps, unit=False)
 
 
-@wrong("1.5", "moves all elements at once: one number for all")
-def numeric_gradient(f, x, eps=1e-6):
-    x = np.array(x, np.float64)
-    return np.full(x.shape, (f(x + eps) - f(x - eps)) / (2 * eps))
+@wrong("1.5", "one direction, again and again")
+def gradient_error(f, x, gradient, rng, directions=4, eps=1e-6):
+    return _error(f, x, gradient, rng, directions, eps, again=False)
+
+
+@wrong("1.5", "the error of the last direction")
+def gradient_error(f, x, gradient, rng, directions=4, eps=1e-6):
+    return _error(f, x, gradient, rng, directions, eps, keep=lambda errors: errors[-1])
+
+
+@wrong("1.5", "the mean of the errors")
+def gradient_error(f, x, gradient, rng, directions=4, eps=1e-6):
+    return _error(f, x, gradient, rng, directions, eps, keep=np.mean)
 
 
 @wrong("1.5", "stays in float32")
-def numeric_gradient(f, x, eps=1e-6):
-    gradient = np.zeros(x.shape)
+def gradient_error(f, x, gradient, rng, directions=4, eps=1e-6):
+    errors = []
+    for _ in range(directions):
+        d = rng.standard_normal(x.shape)
+        d = (d / np.sqrt((d * d).sum())).astype(x.dtype)
+        step = (d * np.asarray(eps, x.dtype)).astype(x.dtype)
+        measured, claimed = (f(x + step) - f(x - step)) / (2 * eps), (gradient * d).sum()
+        errors.append(abs(measured - claimed) / (abs(measured) + abs(claimed) + 1e-12))
+    return float(max(errors))
+
+
+@wrong("1.5", "one element at a time, as in the lab")
+def gradient_error(f, x, gradient, rng, directions=4, eps=1e-6):
+    x, measured = np.array(x, np.float64), np.empty(np.shape(x))
     for at in np.ndindex(x.shape):
         above, below = x.copy(), x.copy()
         above[at] += eps
         below[at] -= eps
-        gradient[at] = (f(above) - f(below)) / (2 * eps)
-    return gradient
+        measured[at] = (f(above) - f(below)) / (2 * eps)
+    return float(np.abs(measured - gradient).sum() / (np.abs(measured).sum() + np.abs(gradient).sum() + 1e-12))
 
 
-@wrong("1.5", "works in the caller's array and leaves the last change in it")
-def numeric_gradient(f, x, eps=1e-6):
-    gradient = np.zeros(x.shape)
-    for at in np.ndindex(x.shape):
-        x[at] += eps
-        above = f(x.astype(np.float64))
-        x[at] -= 2 * eps
-        gradient[at] = (above - f(x.astype(np.float64))) / (2 * eps)
-    return gradient
+@wrong("1.5", "takes the scale out by the gradient: 1 for a gradient twice too large")
+def gradient_error(f, x, gradient, rng, directions=4, eps=1e-6):
+    x, worst = np.asarray(x, np.float64), 0.0
+    for _ in range(directions):
+        d = rng.standard_normal(x.shape)
+        d = d / np.sqrt((d * d).sum())
+        measured, claimed = (f(x + eps * d) - f(x - eps * d)) / (2 * eps), (gradient * d).sum()
+        worst = max(worst, abs(measured - claimed) / (abs(measured) + 1e-12))
+    return float(worst)
 
 
-@alternative("1.5", "unit vectors on the flattened array")
-def numeric_gradient(f, x, eps=1e-6):
-    x = np.asarray(x, np.float64)
-    steps = np.eye(x.size).reshape(x.size, *x.shape) * eps
-    return np.array([(f(x + step) - f(x - step)) / (2 * eps) for step in steps]).reshape(x.shape)
+@alternative("1.5", "all directions drawn first")
+def gradient_error(f, x, gradient, rng, directions=4, eps=1e-6):
+    x = np.array(x, dtype=np.float64)
+    drawn = rng.standard_normal((directions, *x.shape)).reshape(directions, -1)
+    drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
+    steps = drawn.reshape(directions, *x.shape)
+    measured = np.array([(f(x + eps * d) - f(x - eps * d)) / (2 * eps) for d in steps])
+    claimed = drawn @ np.ravel(gradient)
+    return float((np.abs(measured - claimed) / (np.abs(measured) + np.abs(claimed) + 1e-12)).max())
 
 
 # ---- 1.6
