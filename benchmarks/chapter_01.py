@@ -4,9 +4,10 @@
 
 Everything runs on one thread, and times are CPU seconds of this process: on an idle machine they equal wall-clock time,
 on a shared one they leave out what others took. `threads` alone is in wall-clock seconds: it shows what a second thread
-does to small matrices while the machine is busy.
+does to small matrices, alone and beside other programs.
 """
 
+import multiprocessing
 import os
 import time
 import tracemalloc
@@ -136,23 +137,31 @@ def training() -> dict:
     }
 
 
+def _spin() -> None:
+    while True:
+        pass
+
+
 def threads() -> dict:
-    """Wall-clock seconds of the same training with one BLAS thread and with two, and how busy the machine was."""
-    found: dict[int, list[float]] = {1: [], 2: []}
-    busy = []
-    for _ in range(5):
-        for count, seconds in found.items():
-            with threadpool_limits(count):
-                start = time.perf_counter()
-                train_ours(0)
-                seconds.append(time.perf_counter() - start)
-            busy.append(os.getloadavg()[0])
-    return {
-        "one": float(np.median(found[1])),
-        "two": float(np.median(found[2])),
-        "load_average": float(np.median(busy)),
-        "cores": os.cpu_count(),
-    }
+    """Wall-clock seconds of the same training with one BLAS thread and with two: alone, and beside a busy process a
+    core.
+    """
+    found: dict = {"cores": len(os.sched_getaffinity(0))}
+    for name, others in {"alone": 0, "busy": found["cores"]}.items():
+        spinning = [multiprocessing.Process(target=_spin, daemon=True) for _ in range(others)]
+        for process in spinning:
+            process.start()
+        times: dict[str, list[float]] = {"one": [], "two": []}
+        for _ in range(3):
+            for count, seconds in times.items():
+                with threadpool_limits(1 if count == "one" else 2):
+                    start = time.perf_counter()
+                    train_ours(0)
+                    seconds.append(time.perf_counter() - start)
+        for process in spinning:
+            process.terminate()
+        found[name] = {count: float(np.median(seconds)) for count, seconds in times.items()}
+    return found
 
 
 def price_of_a_gradient() -> dict:

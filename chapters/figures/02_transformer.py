@@ -262,7 +262,7 @@ def beyond() -> None:
     ax.axvline(measured["trained context"], color="black", lw=0.8, ls=":")
     ax.text(measured["trained context"] + 80, ax.get_ylim()[1], "trained context", fontsize=8, va="top")
     ax.set(xlabel="position", ylabel="loss, nats a token", ylim=(0, None))
-    ax.legend(fontsize=8, loc="lower left", ncols=3)
+    ax.legend(fontsize=8, loc="lower left", ncols=3, frameon=True, framealpha=1, edgecolor="none")
     save(figure, "02_beyond")
 
 

@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import linecache
+import reprlib
 import signal
 import sys
 import threading
@@ -137,7 +138,26 @@ def _crash(contract: str, error: Exception, check_file: Path) -> Outcome:
             contract, "broken", f"what your code returned could not be used: {said}\nin the check: {frames[-1].line}"
         )
     mine = next((f for f in own if "site-packages" not in f.filename), own[0])
-    return Outcome(contract, "failed", f"your code raised {said}\nline {mine.lineno} in {mine.name}: {mine.line}")
+    given = _arguments(error, own[0])
+    return Outcome(
+        contract, "failed", f"your code raised {said}\nline {mine.lineno} in {mine.name}: {mine.line}{given}"
+    )
+
+
+def _arguments(error: Exception, called: traceback.FrameSummary) -> str:
+    """What the learner's function holds under the names of its arguments: arrays as dtype and shape."""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        code = frame.f_code
+        if (code.co_filename, code.co_name, line) == (called.filename, called.name, called.lineno):
+            names = code.co_varnames[: code.co_argcount]
+            return "\nwith " + ", ".join(f"{n} = {_describe(frame.f_locals.get(n))}" for n in names) if names else ""
+    return ""
+
+
+def _describe(value: Any) -> str:
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return reprlib.repr(value)
 
 
 class _Capped(io.StringIO):

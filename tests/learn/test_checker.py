@@ -3,7 +3,9 @@
 import json
 import textwrap
 
+import numpy as np
 import pytest
+import torch
 
 from minillm.learn import checker as checking
 from minillm.learn import exercises, paths, progress
@@ -97,6 +99,13 @@ def test_exception_names_the_learners_line(capsys):
     out = capsys.readouterr().out
     assert "your code raised NameError" in out
     assert "in add: return a + b + undefined_name" in out
+    assert "\n      with a = " in out
+
+
+def test_arguments_are_shown_by_dtype_and_shape():
+    assert checking._describe(np.zeros((2, 3), np.float32)) == "float32 [2, 3]"
+    assert checking._describe(torch.zeros(4)) == "float32 [4]"
+    assert checking._describe("x" * 1000).count("...") == 1
 
 
 def test_unusable_result_is_not_blamed_on_a_line(capsys):

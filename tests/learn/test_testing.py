@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from minillm.learn.testing import ContractError, expect, expect_close, expect_equal, expect_raises
+from minillm.learn.testing import ContractError, expect, expect_close, expect_equal, expect_parts, expect_raises
 
 
 def test_close_accepts():
@@ -57,3 +57,15 @@ def test_raises():
         expect_raises(NotImplementedError, stub, "a stub is not an answer")
     with pytest.raises(ContractError, match="because"):
         expect(False, "because")
+
+
+def test_close_shows_digits_enough_to_differ():
+    with pytest.raises(ContractError, match=r"expected 1.10433123\n.*got      1.10433125"):
+        expect_close("x", 1.10433125, 1.10433123, atol=1e-9, rtol=0)
+
+
+def test_parts():
+    assert expect_parts([1, 2], "loss", "gradient") == (1, 2)
+    for got, says in [(None, "is a `return` missing"), ((1,), r"got    \(1,\)"), (np.zeros(2), "got    array")]:
+        with pytest.raises(ContractError, match=says):
+            expect_parts(got, "loss", "gradient")
