@@ -1,0 +1,30 @@
+"""The operations of inference, each with a torch path, a Triton kernel and a reference: see `common.py`.
+
+Forward only: where a gradient is wanted, the torch path runs. Importing this never fails for want of Triton or a GPU.
+"""
+
+from .common import HAS_TRITON, INTERPRETED, KERNELS, Operation, use
+from .flash_attention import flash_attention
+from .matmul import interleave, matmul, matmul_swiglu
+from .rms_norm import add_rms_norm, rms_norm
+from .rope import rope, rope_and_cache
+from .softmax import softmax
+from .swiglu import swiglu
+
+__all__ = [
+    "HAS_TRITON",
+    "INTERPRETED",
+    "KERNELS",
+    "Operation",
+    "add_rms_norm",
+    "flash_attention",
+    "interleave",
+    "matmul",
+    "matmul_swiglu",
+    "rms_norm",
+    "rope",
+    "rope_and_cache",
+    "softmax",
+    "swiglu",
+    "use",
+]

@@ -1,0 +1,213 @@
+"""What every kernel file shares: Triton where it exists, one registry, the choice of a path, tuned sizes, checks.
+
+An operation has up to three paths that compute the same function:
+
+    reference    plain torch in fp32 or higher, obviously right: what tests compare with
+    torch        the fastest that torch alone offers: what a CPU runs, and what carries gradients
+    triton       our kernel: what a GPU runs
+
+`MINILLM_KERNELS=torch` (or `triton`, `reference`) in the environment, or `with use("torch"):`, takes the choice out of
+the dispatcher's hands, for all operations or for one: `with use("reference", "softmax"):`.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    HAS_TRITON = True
+except ImportError:  # macOS and Windows have no Triton: the kernels below are then only text, and torch serves
+
+    class _Absent:
+        """Stands for triton in decorators and annotations."""
+
+        def __getattr__(self, name: str) -> Any:
+            return self
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return args[0] if len(args) == 1 and callable(args[0]) else self
+
+    triton = tl = TensorDescriptor = _Absent()
+    HAS_TRITON = False
+
+__all__ = [
+    "HAS_TRITON",
+    "INTERPRETED",
+    "KERNELS",
+    "Operation",
+    "TensorDescriptor",
+    "arguments",
+    "ceil_div",
+    "fits_descriptor",
+    "next_power_of_2",
+    "operation",
+    "sm_count",
+    "tl",
+    "triton",
+    "tuned",
+    "use",
+]
+
+# Triton reads it when a kernel is decorated, so it must be set before this package is imported.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+PATHS = ("auto", "torch", "triton", "reference")
+KERNELS: dict[str, "Operation"] = {}
+_forced: dict[str, str] = {}  # operation name, or "" for all -> path
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A function with several paths. Calling it checks the arguments and runs the path of the moment.
+
+    `check(*args)` raises ValueError or TypeError with the argument's name; `fake(*args)` makes the empty outputs that
+    torch.compile needs. `opaque` is the torch.library operator under which a compiled graph calls the Triton path.
+    """
+
+    name: str
+    triton: Callable
+    torch: Callable
+    reference: Callable
+    check: Callable
+    fake: Callable
+    in_place: tuple[str, ...]
+    opaque: Callable = field(init=False)
+
+    def __post_init__(self) -> None:
+        op = torch.library.custom_op(f"minillm::{self.name}", self.triton, mutates_args=self.in_place)
+        op.register_fake(self.fake)
+        object.__setattr__(self, "opaque", op)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            self.check(*args, **kwargs)
+        path = self.path(*args, **kwargs)
+        if path == "triton" and compiling:
+            return self.opaque(*args, **kwargs)
+        return getattr(self, path)(*args, **kwargs)
+
+    def path(self, *args: Any, **kwargs: Any) -> str:
+        """Which path a call with these arguments takes: "triton" on a GPU, "torch" elsewhere and under autograd."""
+        forced = _forced.get(self.name) or _forced.get("") or os.environ.get("MINILLM_KERNELS", "auto")
+        if forced not in PATHS:
+            raise ValueError(f"MINILLM_KERNELS: expected one of {', '.join(PATHS)}, got {forced!r}")
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return "torch" if forced in ("auto", "triton") else forced  # the kernels have no backward
+        if forced != "auto":
+            return forced
+        return "triton" if HAS_TRITON and all(t.is_cuda for t in tensors) else "torch"
+
+
+def operation(
+    name: str, *, reference: Callable, torch: Callable, check: Callable, fake: Callable, in_place: tuple[str, ...] = ()
+) -> Callable[[Callable], Operation]:
+    """Register the decorated function, the launch of a Triton kernel, as operation `name` beside its other paths."""
+
+    def register(launch: Callable) -> Operation:
+        op = Operation(name, launch, torch, reference, check, fake, in_place)
+        object.__setattr__(op, "__doc__", launch.__doc__)
+        KERNELS[name] = op
+        return op
+
+    return register
+
+
+@contextmanager
+def use(path: str, name: str = "") -> Iterator[None]:
+    """Run the operation `name`, or all of them, by `path` ("auto", "torch", "triton", "reference") within the block."""
+    if path not in PATHS:
+        raise ValueError(f"path: expected one of {', '.join(PATHS)}, got {path!r}")
+    if name and name not in KERNELS:
+        raise ValueError(f"name: expected one of {', '.join(KERNELS)}, got {name!r}")
+    before = dict(_forced)
+    _forced[name] = path
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+def arguments(**tensors: Tensor) -> None:
+    """Hold that all are tensors of one device and of a floating dtype that the kernels know."""
+    first = None
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise TypeError(f"{name}: expected float32, float16 or bfloat16, got {tensor.dtype}")
+        first = first or (name, tensor)
+        if tensor.device != first[1].device:
+            raise ValueError(f"{name}: expected the device of {first[0]}, {first[1].device}, got {tensor.device}")
+
+
+@cache
+def _stored(device_name: str) -> dict[str, dict[str, Any]]:
+    """Tuned sizes of a device: those that ship with the package, then those that `minillm bench tune` found here."""
+    slug = device_name.lower().removeprefix("nvidia ").replace(" ", "-")
+    found: dict[str, dict[str, Any]] = {}
+    for folder in (Path(__file__).parent / "tuned", tuned_folder()):
+        path = folder / f"{slug}.json"
+        if path.is_file():
+            found.update(json.loads(path.read_text(encoding="utf-8")))
+    return found
+
+
+def tuned_folder() -> Path:
+    """Where `minillm bench tune` keeps what it found on this machine."""
+    if folder := os.environ.get("MINILLM_CACHE"):
+        return Path(folder) / "tuned"
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("minillm")) / "tuned"
+
+
+def tuned(device: torch.device, key: str, **default: Any) -> dict[str, Any]:
+    """Sizes for the kernel and shape class `key`: the stored ones of this device, else `default`, at once."""
+    if device.type != "cuda":
+        return default
+    return {**default, **_stored(_name(device.index or 0)).get(key, {})}
+
+
+@cache
+def _name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+@cache
+def sm_count(index: int | None) -> int:
+    """Streaming multiprocessors of a GPU; a small number in the interpreter, where each program takes time."""
+    return torch.cuda.get_device_properties(index or 0).multi_processor_count if torch.cuda.is_available() else 4
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def fits_descriptor(*tensors: Tensor) -> bool:
+    """Whether the copy engine can read these: last axis contiguous, other strides and the address multiples of 16 B."""
+    return all(
+        t.stride(-1) == 1
+        and t.data_ptr() % 16 == 0
+        and all(stride * t.element_size() % 16 == 0 for stride in t.stride()[:-1])
+        for t in tensors
+    )

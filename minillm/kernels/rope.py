@@ -1,0 +1,186 @@
+"""Rotary positions, in place for queries and keys; and the same with keys and values written to a cache's slots.
+
+Each pair (x_i, x_{i + D/2}) of a head turns by the angle of its token's position:
+
+    x_i       <- x_i cos_i - x_{i+D/2} sin_i
+    x_{i+D/2} <- x_{i+D/2} cos_i + x_i sin_i
+
+Bytes a token: (H + H_kv) D elements read and written, and D numbers of cos and sin, which heads share. With the cache
+also H_kv D values read, and 2 H_kv D written to the slots: the keys take one trip through the chip instead of three
+(rotate, then read and copy). FLOPs: 3 an element. Memory is the limit.
+
+Sources: Su et al., 2021, "RoFormer", with Hugging Face's layout of pairs (the halves of a head); slots as in vLLM
+(Kwon et al., 2023).
+"""
+
+import torch
+from torch import Tensor
+
+from .common import arguments, ceil_div, next_power_of_2, operation, tl, triton, tuned
+
+__all__ = ["rope", "rope_and_cache"]
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """A rotated copy.  x [N, heads, D], cos and sin [N, D/2] -> [N, heads, D]"""
+    cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)  # [N, 1, D/2]
+    first, second = x.chunk(2, dim=-1)  # [N, heads, D/2] each
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)  # [N, heads, D]
+
+
+def reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """In fp64, then written back."""
+    for x in (q, k):
+        x.copy_(rotated(x.double(), cos.double(), sin.double()))
+
+
+def torch_path(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """By torch, written back."""
+    for x in (q, k):
+        x.copy_(rotated(x, cos, sin))
+
+
+def cache_reference(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
+) -> None:
+    """`reference`, then rows copied to their slots."""
+    reference(q, k, cos, sin)
+    _store(k, v, k_cache, v_cache, slots)
+
+
+def cache_torch_path(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
+) -> None:
+    """`torch_path`, then rows copied to their slots."""
+    torch_path(q, k, cos, sin)
+    _store(k, v, k_cache, v_cache, slots)
+
+
+def _store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    used = slots >= 0
+    k_cache[slots[used]] = k[used].to(k_cache.dtype)
+    v_cache[slots[used]] = v[used].to(v_cache.dtype)
+
+
+def check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Raise unless q is [N, H, D], k [N, H_kv, D], cos and sin [N, D/2], D even, heads and features contiguous."""
+    arguments(q=q, k=k, cos=cos, sin=sin)
+    for name, x in (("q", q), ("k", k)):
+        if x.dim() != 3 or x.shape[-1] % 2 or x.shape[-1] == 0:
+            raise ValueError(f"{name}: expected [tokens, heads, D] with an even D, got {list(x.shape)}")
+        if x.numel() and (x.stride(-1) != 1 or (x.stride(-2) != x.shape[-1] and x.shape[-2] > 1)):
+            raise ValueError(f"{name}: expected heads and features side by side in memory, got strides {x.stride()}")
+    if k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2] or k.dtype != q.dtype:
+        raise ValueError(
+            f"k: expected [{q.shape[0]}, heads, {q.shape[2]}] and q's dtype, got {list(k.shape)}, {k.dtype}"
+        )
+    for name, x in (("cos", cos), ("sin", sin)):
+        if x.shape != (q.shape[0], q.shape[2] // 2):
+            raise ValueError(f"{name}: expected [{q.shape[0]}, {q.shape[2] // 2}] (tokens, D/2), got {list(x.shape)}")
+
+
+def cache_check(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
+) -> None:
+    """As `check`, and raise unless v is as k, caches are [slots, H_kv, D], and slots [N] of integers."""
+    check(q, k, cos, sin)
+    arguments(q=q, v=v, k_cache=k_cache, v_cache=v_cache)
+    if v.shape != k.shape or (v.numel() and v.stride(-1) != 1):
+        raise ValueError(f"v: expected k's shape {list(k.shape)}, features contiguous, got {list(v.shape)}")
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if x.dim() != 3 or x.shape[1:] != k.shape[1:] or not x.is_contiguous():
+            raise ValueError(f"{name}: expected [slots, {k.shape[1]}, {k.shape[2]}], contiguous, got {list(x.shape)}")
+    if slots.shape != (q.shape[0],) or slots.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"slots: expected [{q.shape[0]}] of int32 or int64, got {list(slots.shape)}, {slots.dtype}")
+
+
+@triton.jit
+def rope_kernel(
+    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, slot_ptr, tokens,
+    stride_q, stride_k, stride_v, stride_cos,
+    H: tl.constexpr, H_KV: tl.constexpr, HALF: tl.constexpr,
+    CACHED: tl.constexpr, TOKENS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """TOKENS tokens and BLOCK_H heads a program; the queries' heads come first, then the keys'."""
+    row = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None, None]  # [TOKENS, 1, 1]
+    head = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :, None]  # [1, BLOCK_H, 1]
+    offs_d = tl.arange(0, BLOCK_D)[None, None, :]  # [1, 1, BLOCK_D]
+    inside = (row < tokens) & (offs_d < HALF)
+    cos = tl.load(cos_ptr + row * stride_cos + offs_d, mask=inside, other=0.0)
+    sin = tl.load(sin_ptr + row * stride_cos + offs_d, mask=inside, other=0.0)
+    cos = cos.to(q_ptr.dtype.element_ty).to(tl.float32)
+    sin = sin.to(q_ptr.dtype.element_ty).to(tl.float32)
+    inside = inside & (head < H + H_KV)
+    is_key = head >= H
+    # One pointer tensor for both, so that a program may hold the last queries and the first keys.
+    from_q = q_ptr + row * stride_q + head * (2 * HALF)
+    first_ptr = tl.where(is_key, k_ptr + row * stride_k + (head - H) * (2 * HALF), from_q) + offs_d
+    first = tl.load(first_ptr, mask=inside, other=0.0).to(tl.float32)  # [TOKENS, BLOCK_H, BLOCK_D]
+    second = tl.load(first_ptr + HALF, mask=inside, other=0.0).to(tl.float32)
+    new_first = (first * cos - second * sin).to(q_ptr.dtype.element_ty)
+    new_second = (second * cos + first * sin).to(q_ptr.dtype.element_ty)
+    tl.store(first_ptr, new_first, mask=inside)
+    tl.store(first_ptr + HALF, new_second, mask=inside)
+    if CACHED:
+        slot = tl.load(slot_ptr + row, mask=row < tokens, other=-1).to(tl.int64)  # [TOKENS, 1, 1]; -1: nowhere
+        inside = inside & is_key & (slot >= 0)
+        to = slot * (H_KV * 2 * HALF) + (head - H) * (2 * HALF) + offs_d
+        tl.store(k_cache_ptr + to, new_first.to(k_cache_ptr.dtype.element_ty), mask=inside)
+        tl.store(k_cache_ptr + to + HALF, new_second.to(k_cache_ptr.dtype.element_ty), mask=inside)
+        v_from = v_ptr + row * stride_v + (head - H) * (2 * HALF) + offs_d
+        v_first, v_second = tl.load(v_from, mask=inside, other=0.0), tl.load(v_from + HALF, mask=inside, other=0.0)
+        tl.store(v_cache_ptr + to, v_first.to(v_cache_ptr.dtype.element_ty), mask=inside)
+        tl.store(v_cache_ptr + to + HALF, v_second.to(v_cache_ptr.dtype.element_ty), mask=inside)
+
+
+def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, cached: tuple[Tensor, ...] | None) -> None:
+    tokens, heads, size = q.shape
+    if tokens == 0:
+        return
+    v, k_cache, v_cache, slots = cached or (k, k, k, k)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    all_heads = heads + k.shape[1]
+    block_h = min(16, next_power_of_2(all_heads))
+    sizes = tuned(q.device, f"rope {next_power_of_2(size)}", TOKENS=1, num_warps=4)
+    grid = (ceil_div(tokens, sizes["TOKENS"]), ceil_div(all_heads, block_h))
+    rope_kernel[grid](
+        q, k, v, cos, sin, k_cache, v_cache, slots, tokens, q.stride(0), k.stride(0), v.stride(0), cos.stride(0),
+        H=heads, H_KV=k.shape[1], HALF=size // 2, CACHED=cached is not None,
+        BLOCK_H=block_h, BLOCK_D=next_power_of_2(size // 2), **sizes,
+    )  # fmt: skip
+
+
+@operation(
+    "rope",
+    reference=reference,
+    torch=torch_path,
+    check=check,
+    fake=lambda q, k, cos, sin: None,
+    in_place=("q", "k"),
+)
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Turn every head of q and k by its token's angles, in place.
+
+    q [N, H, D], k [N, H_kv, D] (views into one qkv buffer are fine), cos and sin [N, D/2] of each token's position.
+    Raises TypeError and ValueError with the argument's name.
+    """
+    _launch(q, k, cos, sin, None)
+
+
+@operation(
+    "rope_and_cache",
+    reference=cache_reference,
+    torch=cache_torch_path,
+    check=cache_check,
+    fake=lambda q, k, v, cos, sin, k_cache, v_cache, slots: None,
+    in_place=("q", "k", "k_cache", "v_cache"),
+)
+def rope_and_cache(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
+) -> None:
+    """`rope`, and keys and values written to their slots in the same pass.
+
+    v [N, H_kv, D], k_cache and v_cache [slots, H_kv, D], slots [N] int: the row of each token, no two alike; -1 writes
+    nowhere.
+    """
+    _launch(q, k, cos, sin, (v, k_cache, v_cache, slots))

@@ -1,0 +1,250 @@
+"""The registry: which path runs, gradients, bad input, torch.compile, CUDA graphs."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minillm.kernels import (
+    KERNELS,
+    add_rms_norm,
+    common,
+    flash_attention,
+    matmul,
+    matmul_swiglu,
+    rms_norm,
+    rope,
+    softmax,
+    swiglu,
+    use,
+)
+
+from .conftest import error
+
+
+def small(name: str, device="cpu", dtype=torch.float32) -> tuple:
+    """Arguments for each operation."""
+    torch.manual_seed(0)
+    x, w = torch.randn(6, 32, device=device, dtype=dtype), torch.randn(32, device=device, dtype=dtype)
+    q, k = torch.randn(6, 4, 16, device=device, dtype=dtype), torch.randn(6, 2, 16, device=device, dtype=dtype)
+    angles = torch.randn(6, 8, device=device)
+    cu = torch.tensor([0, 2, 6], dtype=torch.int32, device=device)
+    caches = torch.zeros(2, 9, 2, 16, device=device, dtype=dtype)
+    return {
+        "softmax": (x,),
+        "rms_norm": (x, w, 1e-5),
+        "add_rms_norm": (x, x + 1, w, 1e-5),
+        "rope": (q, k, angles.cos(), angles.sin()),
+        "rope_and_cache": (q, k, k + 1, angles.cos(), angles.sin(), *caches, torch.arange(6, device=device)),
+        "swiglu": (x,),
+        "matmul": (x, torch.randn(24, 32, device=device, dtype=dtype)),
+        "matmul_swiglu": (x, torch.randn(24, 32, device=device, dtype=dtype)),
+        "flash_attention": (q, k, k + 1, cu, cu, 4),
+    }[name]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_paths_by_device_and_by_hand(name, monkeypatch):
+    args = small(name)
+    assert KERNELS[name].path(*args) == "torch"  # on a CPU
+    with use("triton"):
+        assert KERNELS[name].path(*args) == "triton"
+        with use("reference", name):
+            assert KERNELS[name].path(*args) == "reference"
+        assert KERNELS[name].path(*args) == "triton"
+    monkeypatch.setenv("MINILLM_KERNELS", "reference")
+    assert KERNELS[name].path(*args) == "reference"
+    monkeypatch.setenv("MINILLM_KERNELS", "cuda")
+    with pytest.raises(ValueError, match="MINILLM_KERNELS: expected one of auto, torch, triton, reference, got 'cuda'"):
+        KERNELS[name].path(*args)
+
+
+def test_use_refuses_what_it_does_not_know():
+    with pytest.raises(ValueError, match="path: expected one of auto"), use("fast"):
+        pass
+    with pytest.raises(ValueError, match="name: expected one of softmax|flash"), use("torch", "softmix"):
+        pass
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_torch_path_is_right(name):
+    results = []
+    for path in ("torch", "reference"):
+        args = small(name)
+        out = getattr(KERNELS[name], path)(*args)
+        results.append(args[:2] if out is None else out if isinstance(out, tuple) else (out,))
+    for got, expected in zip(*results, strict=True):
+        assert error(got, expected.float()) < 2e-6
+
+
+@pytest.mark.parametrize("name", ["softmax", "rms_norm", "add_rms_norm", "swiglu", "matmul", "matmul_swiglu"])
+def test_gradients_pass_through_torch(name):
+    """Where a gradient is wanted, the dispatcher leaves the kernels, even when they were asked for."""
+    gradients = []
+    for path in ("triton", "reference"):
+        args = [a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in small(name)]
+        with use(path):
+            assert KERNELS[name].path(*args) == ("torch" if path == "triton" else path)
+            with torch.no_grad():
+                assert KERNELS[name].path(*args) == path
+            out = KERNELS[name](*args)
+        outputs = (out,) if isinstance(out, torch.Tensor) else out
+        sum((i + o.pow(2)).sum() for i, o in enumerate(outputs)).backward()
+        gradients.append([a.grad for a in args if isinstance(a, torch.Tensor)])
+    for got, expected in zip(*gradients, strict=True):
+        assert error(got, expected) < 1e-5
+
+
+def test_gradients_of_attention():
+    q, k, v, cu, _, longest = small("flash_attention")
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    flash_attention(q, k, v, cu, cu, longest).pow(2).sum().backward()
+    ours = [x.grad.clone() for x in (q, k, v)]
+    for x in (q, k, v):
+        x.grad = None
+    KERNELS["flash_attention"].reference(q, k, v, cu, cu, longest).pow(2).sum().backward()
+    for got, x in zip(ours, (q, k, v), strict=True):
+        assert error(got, x.grad) < 1e-5
+
+
+X = torch.randn(4, 32)
+Q = torch.randn(4, 2, 16)
+CU = torch.tensor([0, 4], dtype=torch.int32)
+BAD = [
+    (softmax, (torch.tensor(1.0),), "x: expected a last axis"),
+    (softmax, (X.long(),), "x: expected float32, float16 or bfloat16, got torch.int64"),
+    (softmax, ([1.0],), "x: expected a tensor, got list"),
+    (softmax, (X, X), "mask: expected bool"),
+    (softmax, (X, torch.ones(3, 3, dtype=torch.bool)), r"mask: expected a shape that broadcasts to \[4, 32\]"),
+    (rms_norm, (X, torch.ones(31), 1e-5), r"weight: expected shape \[32\]"),
+    (rms_norm, (X, torch.ones(32), 0.0), "eps: expected a positive number"),
+    (add_rms_norm, (X, X[:2], torch.ones(32), 1e-5), r"residual: expected shape \[4, 32\]"),
+    (swiglu, (torch.randn(4, 33),), "gate_up: expected a last axis of 2 I"),
+    (matmul, (X, torch.randn(8, 31)), r"x: expected \[..., 31\]"),
+    (matmul, (X, torch.randn(32)), r"w: expected \[N, K\]"),
+    (matmul, (X, torch.randn(8, 32).half()), "w: expected x's dtype"),
+    (matmul_swiglu, (X, torch.randn(7, 32)), "w: expected an even number of rows"),
+    (rope, (torch.randn(4, 2, 15), Q, Q[:, 0, :8], Q[:, 0, :8]), r"q: expected \[tokens, heads, D\] with an even D"),
+    (rope, (Q, Q[:3], Q[:, 0, :8], Q[:, 0, :8]), r"k: expected \[4, heads, 16\]"),
+    (rope, (Q, Q.clone(), Q[:, 0, :7], Q[:, 0, :8]), r"cos: expected \[4, 8\]"),
+    (rope, (Q.transpose(0, 1).contiguous().transpose(0, 1), Q, Q[:, 0, :8], Q[:, 0, :8]), "q: expected heads and"),
+    (flash_attention, (Q[0], Q, Q, CU, CU, 4), r"q: expected \[tokens, heads, D\]"),
+    (flash_attention, (torch.randn(4, 3, 16), Q, Q, CU, CU, 4), "k: expected heads that divide q's 3"),
+    (flash_attention, (Q, Q, Q[:3], CU, CU, 4), "v: expected k's shape"),
+    (flash_attention, (Q, Q, Q, CU.long(), CU, 4), "cu_seqlens_q: expected the bounds"),
+    (flash_attention, (Q, Q, Q, CU, CU, 4, False, 3), "window: expected 0 without causal"),
+    (flash_attention, (Q, Q.half(), Q, CU, CU, 4), "k: expected q's dtype"),
+    (flash_attention, (torch.randn(4, 2, 257),) * 3 + (CU, CU, 4), "D up to 256"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "args", "says"), BAD, ids=[f"{b[0].name} {i}" for i, b in enumerate(BAD)])
+def test_bad_input_is_named(call, args, says):
+    with pytest.raises((TypeError, ValueError), match=says):
+        call(*args)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_empty_input(name):
+    shapes = {"softmax": (0, 8), "swiglu": (0, 8), "matmul": (0, 32), "matmul_swiglu": (0, 32), "rms_norm": (0, 32)}
+    args = small(name)
+    if name in shapes:
+        args = (torch.empty(shapes[name]), *args[1:])
+    elif name == "add_rms_norm":
+        args = (torch.empty(0, 32), torch.empty(0, 32), *args[2:])
+    elif name == "flash_attention":
+        nothing = torch.zeros(1, dtype=torch.int32)
+        args = (*(x[:0] for x in args[:3]), nothing, nothing, 0)
+    else:
+        args = tuple(a[:0] if a.shape[0] == 6 else a for a in args)
+    for path in ("torch", "triton"):
+        with use(path):
+            out = KERNELS[name](*args)
+        assert out is None or (out if isinstance(out, torch.Tensor) else out[0]).shape[0] == 0
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_operators_are_known_to_torch(name):
+    """Schema, fake implementation and what is changed in place, as torch's own checker sees them."""
+    with use("triton"):
+        torch.library.opcheck(
+            KERNELS[name].opaque, small(name, "cuda" if torch.cuda.is_available() else "cpu"),
+            test_utils=("test_schema", "test_faketensor"),
+        )  # fmt: skip
+
+
+def test_importing_needs_no_triton():
+    """As on macOS: no triton, the torch path serves."""
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, minillm.kernels as k\n"
+        "assert not k.HAS_TRITON\n"
+        "print(k.softmax(torch.zeros(1, 4)).tolist(), k.KERNELS['softmax'].path(torch.zeros(1, 4)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[[0.25, 0.25, 0.25, 0.25]] torch", done.stderr
+
+
+def test_unknown_device_gets_the_default_at_once():
+    assert common.tuned(torch.device("cpu"), "softmax 64", num_warps=3) == {"num_warps": 3}
+
+
+def test_stored_sizes_are_ints_for_known_kernels():
+    import json
+    from pathlib import Path
+
+    files = sorted((Path(common.__file__).parent / "tuned").glob("*.json"))
+    for path in files:
+        for key, sizes in json.loads(path.read_text()).items():
+            assert key.split()[0] in {*KERNELS, "rms_norm", "rope"}, key
+            assert all(isinstance(v, int) and v > 0 for v in sizes.values()), (path, key)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_compile_and_in_a_graph(dtype):
+    def block(x, w, gate_up, down):
+        h = rms_norm(x, w, 1e-5)
+        return x + matmul(swiglu(matmul(h, gate_up)), down)
+
+    torch.manual_seed(0)
+    x, w = torch.randn(64, 128, device="cuda", dtype=dtype), torch.ones(128, device="cuda", dtype=dtype)
+    gate_up, down = (torch.randn(s, device="cuda", dtype=dtype) / 16 for s in ((512, 128), (128, 256)))
+    with torch.inference_mode():
+        with use("reference"):
+            expected = block(x, w, gate_up, down)
+        eager = block(x, w, gate_up, down)
+        compiled = torch.compile(block, fullgraph=True)(x, w, gate_up, down)
+        graph, static = torch.cuda.CUDAGraph(), x.clone()
+        with torch.cuda.graph(graph):
+            captured = block(static, w, gate_up, down)
+        static.copy_(x)
+        graph.replay()
+    limit = 1e-5 if dtype == torch.float32 else 1e-2
+    for got in (eager, compiled, captured):
+        assert error(got, expected) < limit
+
+
+@pytest.mark.gpu
+def test_poisoned_outputs_are_all_written(monkeypatch):
+    """torch.empty hands out NaN: whatever a kernel does not write shows."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        out = empty(*args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    for name in KERNELS:
+        args = small(name, "cuda", torch.bfloat16)
+        out = KERNELS[name](*args)
+        for result in args[:2] if out is None else out if isinstance(out, tuple) else (out,):
+            assert result.isfinite().all(), name
+
+
+def test_torch_softmax_and_silu_agree_where_nothing_is_special():
+    x = torch.randn(3, 10)
+    assert torch.equal(softmax(x), x.softmax(-1))
+    assert torch.equal(swiglu(x), F.silu(x[:, :5]) * x[:, 5:])
