@@ -420,8 +420,14 @@ def heads(model: Transformer) -> dict:
         "induction 1": induction[:1],
         "induction 5": induction,
         "first token 5": best["first token"],
+        "first token over 0.9": [tuple(i) for i in (found["first token"] > 0.9).nonzero().tolist()],
     }
     layers, per_layer = found["induction"].shape
+    generator = torch.Generator().manual_seed(0)
+    control = [
+        copy_loss(model, x, tuple(divmod(int(i), per_layer) for i in row[:5]))[1]
+        for row in (torch.randperm(layers * per_layer, generator=generator) for _ in range(15))
+    ]
     result = {
         "best": {name: [[*head, float(found[name][head])] for head in top] for name, top in best.items()},
         "mean by layer": {name: score.mean(1).tolist() for name, score in found.items()},
@@ -429,8 +435,9 @@ def heads(model: Transformer) -> dict:
         "value lengths, first token and others": [value_lengths(watch, head) for head in best["first token"]],
         "induction without the previous-token head": [float(after[head]) for head in induction],
         "silenced": {name: copy_loss(model, x, tuple(silent)) for name, silent in silenced.items()},
-        "each": [[copy_loss(model, x[:2], ((i, h),))[1] for h in range(per_layer)] for i in range(layers)],
-        "each, none silenced": copy_loss(model, x[:2])[1],
+        "heads with first token over 0.9": len(silenced["first token over 0.9"]),
+        "any 5, fifteen draws": control,
+        "each": [[copy_loss(model, x, ((i, h),))[1] for h in range(per_layer)] for i in range(layers)],
     }
     print(json.dumps({k: v for k, v in result.items() if k != "each"}), flush=True)
     return result | {"sentence": sentence(model, best)}

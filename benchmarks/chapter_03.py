@@ -263,6 +263,7 @@ def train_small(
     step_seconds = statistics.median(seconds)  # of all steps, so that a busy moment of the machine does not count
     return model.eval(), {
         "parameters": config.num_parameters(),
+        "vocabulary": config.vocab_size,
         "train tokens": len(ids),
         "steps": STEPS,
         "tokens per step": BATCH * WINDOW,
@@ -321,6 +322,7 @@ def training_part() -> dict:
         "top-p 0.9": SamplingParams(top_p=0.9),
     }
     before = Transformer(model.config).eval()
+    before.reset_parameters(INIT_STD)  # as training starts
     gpt2s_start, _ = train_small(tokenizer, train, held_out, init_std=0.02)
     leaked, _ = train_small(tokenizer, leaky, held_out)
     prompt = "A function is"

@@ -23,8 +23,8 @@ from minillm.learn import check
 # |---|---|---|---|
 # | a vector-Jacobian product whose Jacobian is not diagonal, without building it | 2 of 5 | 15 | Bridle, 1990 |
 #
-# Attention (chapter 2) ends in a softmax along the last axis: $p_i = e^{z_i} / \sum_j e^{z_j}$. Every $z_j$ moves every
-# $p_i$, so each row has a Jacobian of `[C, C]`:
+# Attention (chapter 2) turns its scores into weights by a softmax along the last axis: $p_i = e^{z_i} / \sum_j
+# e^{z_j}$. Every $z_j$ moves every $p_i$, so each row has a Jacobian of `[C, C]`:
 #
 # $$\frac{\partial p_i}{\partial z_j} = p_i\,([i = j] - p_j)$$
 #
@@ -115,20 +115,23 @@ check("1.2", matmul_backward)
 # instead of making `B` matrices and adding them.
 
 # %% [markdown]
-# ## Exercise 1.3: the order of the walk back
+# ## Exercise 1.3: the walk back in waves
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | the order in which backward visits a graph, as PyTorch finds it | 3 of 5 | 20 | Kahn, 1962 |
+# | which nodes backward may visit side by side, by counting users as PyTorch does | 3 of 5 | 20 | Kahn, 1962 |
 #
-# A node may pass its gradient on only when **all** of its users have added their share. Chapter and lab sort the graph
-# depth first, then walk the list from its end. PyTorch's engine does not sort. It counts how many edges lead from users
-# to each node, starts at the result, and releases a node when its last user has been visited: Kahn's algorithm.
+# A node may pass its gradient on only when **all** of its users have added their share. Chapter and lab sort the
+# graph depth first and walk the list from its end. PyTorch's engine does not sort: it counts how many edges lead from
+# users to each node, starts at the result, and releases a node when its last user has been visited. That is Kahn's
+# algorithm. It also tells which nodes are free at the same time, and could run on several threads.
 #
-# Return the nodes in the order in which they are visited: `root` first, every node after all of its users, each node
-# that `root` depends on exactly once. Each node has one attribute that matters, `inputs`, a list of nodes (empty for a
-# leaf); a node may be there twice (`x * x`), and different nodes may have one name. Graphs are deep: a chain of 5,000
-# nodes must work, so do not recurse (Python stops at about 1,000 calls). Leave the nodes as they are.
+# Return these waves. The first is `[root]`; each further wave holds the nodes whose last user was visited in the wave
+# before, in any order. Every node that `root` depends on is in exactly one wave.
+#
+# Each node has one attribute that matters, `inputs`, a list of nodes (empty for a leaf). A node may be there twice
+# (`x * x`), and different nodes may have one name. Graphs are deep: a chain of 5,000 nodes must work, so do not recurse
+# (Python stops at about 1,000 calls). Leave the nodes as they are: no new attributes.
 
 
 # %%
@@ -143,8 +146,8 @@ class Node:
 
 
 # %%
-def backward_order(root: Node) -> list[Node]:
-    """All nodes that root depends on, root first: each once, and after all of its users."""
+def backward_waves(root: Node) -> list[list[Node]]:
+    """The nodes that root depends on, in waves: each node as soon as all of its users stand in earlier waves."""
     ### BEGIN SOLUTION
     users, stack = {root: 0}, [root]  # node -> edges from users not yet visited
     while stack:
@@ -153,41 +156,43 @@ def backward_order(root: Node) -> list[Node]:
                 users[node] = 0
                 stack.append(node)
             users[node] += 1
-    order, ready = [], [root]
-    while ready:
-        order.append(ready.pop())
-        for node in order[-1].inputs:
-            users[node] -= 1
-            if users[node] == 0:
-                ready.append(node)
-    return order
+    waves = [[root]]
+    while waves[-1]:
+        released = []
+        for user in waves[-1]:
+            for node in user.inputs:
+                users[node] -= 1
+                if users[node] == 0:
+                    released.append(node)
+        waves.append(released)
+    return waves[:-1]
     ### END SOLUTION
 
 
 # %%
-check("1.3", backward_order)
+check("1.3", backward_waves)
 
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
 # Two passes. The first walks the graph in any order, visits each node once, and counts for each the edges that arrive
-# from its users. The second walks again, and counts down.
+# from its users. The second counts down.
 # </details>
 
 # %% [markdown]
 # <details><summary>Hint 2</summary>
 #
-# In the second pass keep a list of nodes that nobody waits for any more; at first only `root`. Whenever you take a node
-# out, one edge to each of its inputs (twice to an input that is there twice) is done with.
+# What does `x * x` add to the count of `x`, and how often is it counted down? And which dictionary keys tell two
+# nodes of one name apart?
 # </details>
 
 # %% [markdown] tags=["solution"]
 # **Why.** A node's count reaches 0 exactly when its last user has been visited, so it can never come too early; and
-# in a graph without cycles some node always has count 0, so none is left out. The other way is the lab's: depth
-# first, inputs before users, and the list reversed. Counting has two advantages in an engine: the gradient of a node
-# that is released can be computed at once, on another thread if there is one, and PyTorch may choose among the
-# released ones (it takes the operation that ran last). A breadth-first walk is wrong: it places a node by its
-# *shortest* path from the root, and the longest decides.
+# in a graph without cycles some node always has count 0, so none is left out. A node's wave is its *longest* path
+# from the root; a breadth-first walk goes by the shortest, and is wrong. The other way computes that length: depth
+# first for an order, then one more than the largest wave among the users. Counting needs no order, and an engine can
+# start a node's backward the moment that it is released. (On a CPU PyTorch walks one by one all the same: of the
+# released operations it takes the one that ran last.)
 
 # %% [markdown]
 # ## Exercise 1.4: cross-entropy and its gradient
@@ -240,11 +245,11 @@ check("1.4", cross_entropy)
 # This closed form is also why frameworks have `cross_entropy` on logits rather than on probabilities.
 
 # %% [markdown]
-# ## Exercise 1.5: check a large gradient
+# ## Exercise 1.5: check the gradient of a large model
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | the test that finds wrong derivatives, at a price for large models | 3 of 5 | 20 | Griewank and Walther, 2008 |
+# | the test that finds wrong derivatives, cheap enough for large models | 3 of 5 | 20 | Griewank and Walther, 2008 |
 #
 # The lab checks gradients one element at a time: two runs of the program an element. For a model with millions of
 # parameters, move all of them at once, along a random direction $d$ of length 1. The slope along $d$ can be measured,
@@ -254,9 +259,10 @@ check("1.4", cross_entropy)
 # \text{claimed} = \sum_i \bar x_i\, d_i, \qquad
 # \text{error} = \frac{|\text{measured} - \text{claimed}|}{|\text{measured}| + |\text{claimed}| + 10^{-12}}$$
 #
-# Draw each direction as `rng.standard_normal(x.shape)`, scale it to length 1, and return the **largest** error over
-# `directions` of them. Compute in float64 even if `x` is float32 (near 1, float32 has steps of $1.2 \cdot 10^{-7}$,
-# and a change of $10^{-6}$ drowns in them), and leave `x` as it was.
+# Draw each direction as `rng.standard_normal(x.shape)`, scale it to length 1 (the root of the sum of all squares),
+# and return the **largest** error over `directions` of them; a NaN anywhere must come out as NaN. Compute in float64
+# even if `x` is float32 (near 1, float32 has steps of $1.2 \cdot 10^{-7}$, and a change of $10^{-6}$ drowns in them),
+# and never change `x`, not even for a moment: `f` may look at it.
 
 
 # %%
@@ -271,14 +277,14 @@ def gradient_error(
     """The largest relative error of `gradient`, of x's shape, as the gradient of f at x, along random directions."""
     ### BEGIN SOLUTION
     x = np.asarray(x, np.float64)
-    worst = 0.0
+    errors = []
     for _ in range(directions):
         d = rng.standard_normal(x.shape)
         d = d / np.sqrt((d * d).sum())
         measured = (f(x + eps * d) - f(x - eps * d)) / (2 * eps)
         claimed = (gradient * d).sum()
-        worst = max(worst, abs(measured - claimed) / (abs(measured) + abs(claimed) + 1e-12))
-    return float(worst)
+        errors.append(abs(measured - claimed) / (abs(measured) + abs(claimed) + 1e-12))
+    return float(np.max(errors))  # Python's max would lose a NaN
     ### END SOLUTION
 
 
@@ -288,24 +294,29 @@ check("1.5", gradient_error)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# `np.asarray(x, np.float64)` first; then `x + eps * d` is a new array, and the caller's is safe.
+# `x + eps * d` is a new array; `x += ...` would change the caller's, and `np.asarray` copies nothing that is float64
+# already.
 # </details>
 
 # %% [markdown]
 # <details><summary>Hint 2</summary>
 #
-# The length of an array of any shape is $\sqrt{\sum_i d_i^2}$ over all of its elements. `np.linalg.norm` takes a
-# matrix for something else unless you `ravel` it.
+# `np.linalg.norm(d)` is the length over all elements; with an `axis` or an `ord` it means something else. What is
+# `max(0.0, float("nan"))`?
 # </details>
 
 # %% [markdown] tags=["solution"]
 # **Why.** Expand both sides: $f(x \pm \varepsilon d) = f \pm \varepsilon f^{(1)} + \tfrac{\varepsilon^2}{2} f^{(2)}
 # \pm \tfrac{\varepsilon^3}{6} f^{(3)} + \dots$, with derivatives along $d$. The even terms cancel, and
-# $\tfrac{\varepsilon^2}{6} f^{(3)}$ stays; a one-sided difference keeps $\tfrac{\varepsilon}{2} f^{(2)}$. Rounding
-# adds about $10^{-16} / \varepsilon$, so $\varepsilon$ near $10^{-5}$ or $10^{-6}$ is best. If the gradient is off by
-# $e$, the error is proportional to $e \cdot d$, and a random $d$ is at a right angle to $e$ with probability 0; a
-# second and a third guard against one that is nearly so. What one direction cannot tell is *which* element is wrong:
-# for that, the other way, element by element, on the parameter that failed.
+# $\tfrac{\varepsilon^2}{6} f^{(3)}$ stays; a one-sided difference keeps $\tfrac{\varepsilon}{2} f^{(2)}$. Rounding adds
+# about $|f| \cdot 10^{-16} / \varepsilon$. For a function and derivatives of order one $\varepsilon$ near $10^{-5}$ is
+# best; with a million elements each moves only $\varepsilon / 1000$, and a larger $\varepsilon$ is better.
+#
+# If the gradient is off by $e$, the numerator is $|e \cdot d|$, and a random $d$ is at a right angle to $e$ with
+# probability 0. It may also be nearly at a right angle to the *gradient*: then both slopes are small, rounding stands
+# out, and a right gradient looks bad. So judge a single error near $10^{-4}$ by drawing again; a real mistake stays.
+# What a direction cannot tell is *which* element is wrong: for that, the other way, element by element, on the
+# parameter that failed.
 
 # %% [markdown]
 # ## Exercise 1.6: one step of AdamW
@@ -370,5 +381,5 @@ check("1.6", adamw_step)
 # parameters with large gradients are then hardly decayed. Loshchilov and Hutter moved it out. The memory is the price:
 # two more arrays as large as the model, which is why training needs four times the bytes of the weights (weights,
 # gradients, m, v) before a single activation is counted. Inference needs one.
-# The other way, in production, folds both corrections into the step size and `eps`, which saves two arrays' worth of
-# work (the end of section 2 of Kingma and Ba).
+# The other way folds both corrections into the step size, with `eps` scaled by $\sqrt{1 - \beta_2^t}$ to be the same
+# formula. (The paper multiplies the decay by a schedule of its own; $\eta \lambda$ is PyTorch's convention.)

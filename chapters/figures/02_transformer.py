@@ -288,9 +288,9 @@ def maps() -> None:
 def silenced() -> None:
     """What silencing each head, one at a time, does to copying."""
     measured = results("chapter_02")["heads"]
-    extra = np.array(measured["each"]).T - measured["each, none silenced"]  # [heads, layers]
+    extra = np.array(measured["each"]).T - measured["loss"][1]  # [heads, layers]
     figure, ax = plt.subplots(figsize=(7.4, 2.5))
-    image = ax.imshow(extra, cmap="Reds", vmin=0, vmax=extra.max(), aspect="auto")
+    image = ax.imshow(extra, cmap="RdBu_r", vmin=-extra.max(), vmax=extra.max(), aspect="auto")
     for head, layer in np.argwhere(extra > 0.15 * extra.max()):
         ax.text(layer, head, f"{extra[head, layer]:.1f}", ha="center", va="center", fontsize=7,
                 color="white" if extra[head, layer] > 0.5 * extra.max() else "black")  # fmt: skip

@@ -157,13 +157,17 @@ def arguments(**tensors: Tensor) -> None:
 @cache
 def _stored(device_name: str) -> dict[str, dict[str, Any]]:
     """Tuned sizes of a device: those that ship with the package, then those that `minillm bench tune` found here."""
-    slug = device_name.lower().removeprefix("nvidia ").replace(" ", "-")
     found: dict[str, dict[str, Any]] = {}
     for folder in (Path(__file__).parent / "tuned", tuned_folder()):
-        path = folder / f"{slug}.json"
+        path = folder / f"{slug(device_name)}.json"
         if path.is_file():
             found.update(json.loads(path.read_text(encoding="utf-8")))
     return found
+
+
+def slug(device_name: str) -> str:
+    """A device's name as a file's: "NVIDIA H100 80GB HBM3" becomes "h100-80gb-hbm3"."""
+    return device_name.lower().removeprefix("nvidia ").replace(" ", "-")
 
 
 def tuned_folder() -> Path:

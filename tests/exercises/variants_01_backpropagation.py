@@ -1,5 +1,7 @@
 """Wrong and alternative implementations for the exercises of chapter 1: they keep the checks honest."""
 
+import sys
+
 import numpy as np
 
 from minillm.autograd import unbroadcast as fold
@@ -45,6 +47,11 @@ def softmax_backward(g, p):
     g -= (g * p).sum(axis=-1, keepdims=True)
     g *= p
     return g
+
+
+@wrong("1.1", "returns float32, whatever it was given")
+def softmax_backward(g, p):
+    return (p * (g - (g * p).sum(axis=-1, keepdims=True))).astype(np.float32)
 
 
 @alternative("1.1", "einsum for the sum of a row")
@@ -107,44 +114,6 @@ def matmul_backward(g, a, b):
 # ---- 1.3
 
 
-@wrong("1.3", "depth first, a node as soon as it is met")
-def backward_order(root):
-    order, seen, stack = [], set(), [root]
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            order.append(node)
-            stack.extend(node.inputs)
-    return order
-
-
-@wrong("1.3", "breadth first: goes by the shortest path")
-def backward_order(root):
-    order, seen = [root], {root}
-    for node in order:
-        for before in node.inputs:
-            if before not in seen:
-                seen.add(before)
-                order.append(before)
-    return order
-
-
-@wrong("1.3", "recursion")
-def backward_order(root):
-    order, seen = [], set()
-
-    def visit(node):
-        if node not in seen:
-            seen.add(node)
-            for before in node.inputs:
-                visit(before)
-            order.append(node)
-
-    visit(root)
-    return order[::-1]
-
-
 def _count(root, key=lambda node: node):
     users, stack = {key(root): 0}, [root]
     while stack:
@@ -156,29 +125,44 @@ def _count(root, key=lambda node: node):
     return users
 
 
-def _release(root, users, key=lambda node: node):
-    order, ready = [], [root]
-    while ready:
-        order.append(ready.pop())
-        for node in order[-1].inputs:
-            users[key(node)] -= 1
-            if users[key(node)] == 0:
-                ready.append(node)
-    return order
+def _release(root, users, key=lambda node: node, once=False):
+    waves = [[root]]
+    while waves[-1]:
+        released = []
+        for user in waves[-1]:
+            for node in set(user.inputs) if once else user.inputs:
+                users[key(node)] -= 1
+                if users[key(node)] == 0:
+                    released.append(node)
+        waves.append(released)
+    return waves[:-1]
 
 
-@wrong("1.3", "inputs before users, root at the end")
-def backward_order(root):
-    return _release(root, _count(root))[::-1]
+@wrong("1.3", "breadth first: goes by the shortest path")
+def backward_waves(root):
+    waves, seen = [[root]], {root}
+    while waves[-1]:
+        waves.append([])
+        for user in waves[-2]:
+            for node in user.inputs:
+                if node not in seen:
+                    seen.add(node)
+                    waves[-1].append(node)
+    return waves[:-1]
 
 
-@wrong("1.3", "takes nodes of one name for one node")
-def backward_order(root):
-    return _release(root, _count(root, str), str)
+@wrong("1.3", "one node a wave, in a right order")
+def backward_waves(root):
+    return [[node] for wave in _release(root, _count(root)) for node in wave]
+
+
+@wrong("1.3", "counts a node used twice by one user twice, and counts it down once")
+def backward_waves(root):
+    return _release(root, _count(root), once=True)
 
 
 @wrong("1.3", "counts a node used twice by one user once, and counts it down twice")
-def backward_order(root):
+def backward_waves(root):
     users, stack = {root: 0}, [root]
     while stack:
         for node in set(stack.pop().inputs):
@@ -186,49 +170,65 @@ def backward_order(root):
                 users[node] = 0
                 stack.append(node)
             users[node] += 1
-    order, ready = [], [root]
-    while ready:
-        order.append(ready.pop())
-        for node in order[-1].inputs:
-            users[node] -= 1
-            if users[node] <= 0:
-                ready.append(node)
-    return order
+    return _release(root, users)
 
 
-@wrong("1.3", "releases a node by its first user")
-def backward_order(root):
-    order, ready, seen = [], [root], {root}
-    while ready:
-        order.append(ready.pop(0))
-        for node in order[-1].inputs:
-            if node not in seen:
-                seen.add(node)
-                ready.append(node)
-    return order
+@wrong("1.3", "takes nodes of one name for one node")
+def backward_waves(root):
+    return _release(root, _count(root, str), str)
 
 
-@wrong("1.3", "leaves out the leaves")
-def backward_order(root):
-    order = _release(root, _count(root))
-    return [node for node in order if node.inputs or node is root]
+@wrong("1.3", "counts with recursion")
+def backward_waves(root):
+    users = {root: 0}
+
+    def visit(user):
+        for node in user.inputs:
+            users[node] = users.get(node, 0) + 1
+            if users[node] == 1:
+                visit(node)
+
+    visit(root)
+    return _release(root, users)
+
+
+@wrong("1.3", "raises the recursion limit")
+def backward_waves(root):
+    sys.setrecursionlimit(50_000)
+    return _release(root, _count(root))
+
+
+@wrong("1.3", "marks the nodes")
+def backward_waves(root):
+    for node in _count(root):
+        node.seen = True
+    return _release(root, _count(root))
+
+
+@wrong("1.3", "an empty wave at the end")
+def backward_waves(root):
+    return [*_release(root, _count(root)), []]
+
+
+@wrong("1.3", "waves from the leaves up, turned around: as late as possible")
+def backward_waves(root):
+    height = {}
+    for wave in reversed(_release(root, _count(root))):
+        for node in wave:
+            height[node] = 1 + max((height[n] for n in node.inputs), default=-1)
+    waves = [[] for _ in range(height[root] + 1)]
+    for node, h in height.items():
+        waves[height[root] - h].append(node)
+    return waves
 
 
 @wrong("1.3", "returns names")
-def backward_order(root):
-    return [node.name for node in _release(root, _count(root))]
+def backward_waves(root):
+    return [[node.name for node in wave] for wave in _release(root, _count(root))]
 
 
-@wrong("1.3", "empties the nodes' inputs on the way")
-def backward_order(root):
-    order = _release(root, _count(root))
-    for node in order:
-        node.inputs.clear()
-    return order
-
-
-@alternative("1.3", "the lab's: depth first, inputs before users, turned around")
-def backward_order(root):
+@wrong("1.3", "the lab's list, turned around")
+def backward_waves(root):
     order, seen, stack = [], set(), [(root, False)]
     while stack:
         node, done = stack.pop()
@@ -239,6 +239,27 @@ def backward_order(root):
             stack.append((node, True))
             stack.extend((before, False) for before in node.inputs)
     return order[::-1]
+
+
+@alternative("1.3", "the longest way from the root, over the lab's order")
+def backward_waves(root):
+    order, seen, stack = [], set(), [(root, False)]
+    while stack:
+        node, done = stack.pop()
+        if done:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack.extend((before, False) for before in node.inputs)
+    wave = {root: 0}
+    for user in reversed(order):
+        for node in user.inputs:
+            wave[node] = max(wave.get(node, 0), wave[user] + 1)
+    waves = [[] for _ in range(max(wave.values()) + 1)]
+    for node, i in wave.items():
+        waves[i].append(node)
+    return waves
 
 
 # ---- 1.4
@@ -338,7 +359,7 @@ def cross_entropy(logits, targets):
 # ---- 1.5
 
 
-def _error(f, x, gradient, rng, directions, eps, unit=True, sides=2, divide=2.0, again=True, keep=max):
+def _error(f, x, gradient, rng, directions, eps, unit=True, sides=2, divide=2.0, again=True, keep=np.max):
     x, errors, d = np.asarray(x, np.float64), [], None
     for _ in range(directions):
         if again or d is None:
@@ -380,6 +401,65 @@ def gradient_error(f, x, gradient, rng, directions=4, eps=1e-6):
     return _error(f, x, gradient, rng, directions, eps, keep=np.mean)
 
 
+@wrong("1.5", "loses a NaN in Python's max")
+def gradient_error(f, x, gradient, rng, directions=4, eps=1e-6):
+    return _error(f, x, gradient, rng, directions, eps, keep=lambda errors: max(0.0, *errors))
+
+
+@wrong("1.5", "forgets the absolute value of the difference")
+def gradient_error(f, x, gradient, rng, directions=4, eps=1e-6):
+    x, errors = np.asarray(x, np.float64), []
+    for _ in range(directions):
+        d = rng.standard_normal(x.shape)
+        d = d / np.sqrt((d * d).sum())
+        measured, claimed = (f(x + eps * d) - f(x - eps * d)) / (2 * eps), (gradient * d).sum()
+        errors.append((measured - claimed) / (abs(measured) + abs(claimed) + 1e-12))
+    return float(np.max(errors))
+
+
+@wrong("1.5", "scales each row to length 1")
+def gradient_error(f, x, gradient, rng, directions=4, eps=1e-6):
+    x, errors = np.asarray(x, np.float64), []
+    for _ in range(directions):
+        d = rng.standard_normal(x.shape)
+        d = d / (np.linalg.norm(d, axis=-1, keepdims=True) if d.ndim else abs(d))
+        measured, claimed = (f(x + eps * d) - f(x - eps * d)) / (2 * eps), (gradient * d).sum()
+        errors.append(abs(measured - claimed) / (abs(measured) + abs(claimed) + 1e-12))
+    return float(np.max(errors))
+
+
+@wrong("1.5", "works in the caller's array and puts it back")
+def gradient_error(f, x, gradient, rng, directions=4, eps=1e-6):
+    x, errors = np.asarray(x, np.float64), []
+    for _ in range(directions):
+        d = rng.standard_normal(x.shape)
+        d = d / np.sqrt((d * d).sum())
+        before = x.copy()
+        x[...] = before + eps * d
+        above = f(x)
+        x[...] = before - eps * d
+        measured, claimed = (above - f(x)) / (2 * eps), (gradient * d).sum()
+        x[...] = before
+        errors.append(abs(measured - claimed) / (abs(measured) + abs(claimed) + 1e-12))
+    return float(np.max(errors))
+
+
+@wrong("1.5", "draws from a generator of its own")
+def gradient_error(f, x, gradient, rng, directions=4, eps=1e-6):
+    return _error(f, x, gradient, np.random.default_rng(0), directions, eps)
+
+
+@wrong("1.5", "forgets the small number below the fraction")
+def gradient_error(f, x, gradient, rng, directions=4, eps=1e-6):
+    x, errors = np.asarray(x, np.float64), []
+    for _ in range(directions):
+        d = rng.standard_normal(x.shape)
+        d = d / np.sqrt((d * d).sum())
+        measured, claimed = (f(x + eps * d) - f(x - eps * d)) / (2 * eps), (gradient * d).sum()
+        errors.append(abs(measured - claimed) / np.float64(abs(measured) + abs(claimed)))
+    return float(np.max(errors))
+
+
 @wrong("1.5", "stays in float32")
 def gradient_error(f, x, gradient, rng, directions=4, eps=1e-6):
     errors = []
@@ -405,13 +485,13 @@ def gradient_error(f, x, gradient, rng, directions=4, eps=1e-6):
 
 @wrong("1.5", "takes the scale out by the gradient: 1 for a gradient twice too large")
 def gradient_error(f, x, gradient, rng, directions=4, eps=1e-6):
-    x, worst = np.asarray(x, np.float64), 0.0
+    x, errors = np.asarray(x, np.float64), []
     for _ in range(directions):
         d = rng.standard_normal(x.shape)
         d = d / np.sqrt((d * d).sum())
         measured, claimed = (f(x + eps * d) - f(x - eps * d)) / (2 * eps), (gradient * d).sum()
-        worst = max(worst, abs(measured - claimed) / (abs(measured) + 1e-12))
-    return float(worst)
+        errors.append(abs(measured - claimed) / (abs(measured) + 1e-12))
+    return float(np.max(errors))
 
 
 @alternative("1.5", "all directions drawn first")

@@ -1,0 +1,319 @@
+"""Every kernel against its peers, its floor and its ceiling, in one run.
+
+    python benchmarks/kernels.py                    all suites, recorded under results/<device>/kernels.json
+    python benchmarks/kernels.py memory attention   these suites
+    python benchmarks/kernels.py --quick            a minute's worth; on a CPU the torch paths, nothing recorded
+
+A case has inputs, a floor (bytes to move over the measured copy, FLOPs over the measured product; the larger counts) and
+runs by name: ours, and every peer that is present. Outputs are compared before anything is timed.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from common import median_seconds, record
+from torch import Tensor
+
+from minillm import kernels
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+DTYPE = torch.bfloat16 if GPU else torch.float32
+EPS = 1e-5
+SUITES = ("memory", "matmul", "attention")
+
+
+@dataclass
+class Case:
+    """One operation at one size. `runs`: name -> function of the inputs, "minillm" first."""
+
+    suite: str
+    name: str
+    inputs: tuple[Tensor, ...]
+    runs: dict[str, Callable]
+    bytes: float
+    flops: float = 0.0
+    tolerance: float = 1e-2
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def randn(*shape: int, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape, device=DEVICE) * scale).to(DTYPE)
+
+
+def nbytes(*tensors: Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def compiled(function: Callable) -> Callable:
+    """torch.compile's version, for fixed shapes."""
+    return torch.compile(function, dynamic=False)
+
+
+def rms(x: Tensor, w: Tensor) -> Tensor:
+    x32 = x.float()
+    return w * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
+
+
+def add_rms(x: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return rms(total, w), total
+
+
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    out = []
+    for x in (q, k):
+        first, second = x.chunk(2, -1)
+        c, s = cos.unsqueeze(1).to(x.dtype), sin.unsqueeze(1).to(x.dtype)
+        out.append(torch.cat((first * c - second * s, second * c + first * s), -1))
+    return out[0], out[1]
+
+
+def liger() -> dict[str, Callable]:
+    """Liger's kernels, where it is installed."""
+    try:
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+    except ImportError:
+        return {}
+    return {
+        "rms_norm": lambda x, w: LigerRMSNormFunction.apply(x, w, EPS),
+        "swiglu": lambda x: LigerSiLUMulFunction.apply(*x.chunk(2, -1)),
+    }
+
+
+def memory_cases(quick: bool) -> list[Case]:
+    """Operations that move bytes: tokens x features of an 8B model, SmolLM2's, and a vocabulary."""
+    big = (256, 1024) if quick else (16_384, 4_096)
+    peers, cases = liger(), []
+    for rows, n in [(64, 8192)] if quick else [(16_384, 4_096), (4_096, 32_768), (256, 49_152), (64, 128_256)]:
+        x = randn(rows, n, scale=2)
+        runs = {"minillm": lambda x: kernels.softmax(x), "torch": lambda x: x.softmax(-1)}
+        runs["torch.compile"] = compiled(lambda x: x.softmax(-1))
+        cases.append(Case("memory", f"softmax {rows} x {n}", (x,), runs, 2 * nbytes(x)))
+    for rows, n in [big] if quick else [big, (16_384, 576), (128, 4_096)]:
+        x, w, residual = randn(rows, n), randn(n), randn(rows, n)
+        runs = {"minillm": lambda x, w: kernels.rms_norm(x, w, EPS), "torch": rms, "torch.compile": compiled(rms)}
+        runs |= {"liger": peers["rms_norm"]} if "rms_norm" in peers else {}
+        cases.append(Case("memory", f"rms_norm {rows} x {n}", (x, w), runs, 2 * nbytes(x)))
+        runs = {"minillm": lambda x, r, w: kernels.add_rms_norm(x, r, w, EPS), "torch": add_rms}
+        runs["torch.compile"] = compiled(add_rms)
+        cases.append(Case("memory", f"add_rms_norm {rows} x {n}", (x, residual, w), runs, 4 * nbytes(x)))
+    for rows, n in [(64, 4096)] if quick else [(16_384, 14_336), (16_384, 1_536), (128, 14_336)]:
+        x = randn(rows, 2 * n)
+        plain = kernels.KERNELS["swiglu"].torch
+        runs = {"minillm": lambda x: kernels.swiglu(x), "torch": plain, "torch.compile": compiled(plain)}
+        runs |= {"liger": peers["swiglu"]} if "swiglu" in peers else {}
+        cases.append(Case("memory", f"swiglu {rows} x {n}", (x,), runs, 1.5 * nbytes(x)))
+    return cases + rope_cases(quick)
+
+
+def rope_cases(quick: bool) -> list[Case]:
+    """RoPE in place, and with the cache written."""
+    cases = []
+    for tokens, heads, kv, size in [(64, 9, 3, 64)] if quick else [(16_384, 32, 8, 128), (16_384, 9, 3, 64)]:
+        q, k, v = randn(tokens, heads, size), randn(tokens, kv, size), randn(tokens, kv, size)
+        angles = torch.rand(tokens, size // 2, device=DEVICE) * 6
+        cos, sin = angles.cos(), angles.sin()
+
+        def ours(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+            kernels.rope(q, k, cos, sin)
+            return q, k
+
+        runs = {"minillm": ours, "torch": rotate, "torch.compile": compiled(rotate)}
+        moved = 2 * nbytes(q, k) + nbytes(cos, sin)
+        name = f"{tokens} x {heads}+{kv} x {size}"
+        cases.append(Case("memory", f"rope {name}", (q, k, cos, sin), runs, moved))
+        slots = torch.randperm(tokens, device=DEVICE)
+        caches = torch.zeros(2, tokens, kv, size, device=DEVICE, dtype=DTYPE)
+
+        def cached(q, k, v, cos, sin, k_cache, v_cache, slots) -> tuple[Tensor, ...]:
+            kernels.rope_and_cache(q, k, v, cos, sin, k_cache, v_cache, slots)
+            return q, k_cache, v_cache
+
+        def plain(q, k, v, cos, sin, k_cache, v_cache, slots) -> tuple[Tensor, ...]:
+            q, k = rotate(q, k, cos, sin)
+            k_cache[slots], v_cache[slots] = k, v
+            return q, k_cache, v_cache
+
+        runs = {"minillm": cached, "torch": plain, "torch.compile": compiled(plain)}
+        moved += nbytes(v) + 2 * nbytes(k) + nbytes(slots)
+        inputs = (q, k, v, cos, sin, *caches, slots)
+        cases.append(Case("memory", f"rope_and_cache {name}", inputs, runs, moved))
+    return cases
+
+
+def matmul_cases(quick: bool) -> list[Case]:
+    """Products, square and as an 8B model has them; and with SwiGLU behind."""
+    cases = []
+    shapes = (
+        [(256, 256, 256)]
+        if quick
+        else [(8192,) * 3, (4096,) * 3, (2048,) * 3, (4096, 4096, 14_336), (128, 14_336, 4096)]
+    )
+    for m, n, k in shapes:
+        x, w = randn(m, k), randn(n, k, scale=k**-0.5)
+        runs = {"minillm": lambda x, w: kernels.matmul(x, w), "torch": F.linear}
+        moved = nbytes(x, w) + m * n * x.element_size()
+        cases.append(Case("matmul", f"matmul {m} x {n} x {k}", (x, w), runs, moved, 2.0 * m * n * k))
+    for m, i, k in [] if quick else [(8192, 14_336, 4096), (16_384, 1536, 576)]:
+        x, w = randn(m, k), randn(2 * i, k, scale=k**-0.5)
+        apart = kernels.KERNELS["swiglu"].torch
+        runs = {
+            "minillm": lambda x, w: kernels.matmul_swiglu(x, w),
+            "torch": kernels.KERNELS["matmul_swiglu"].torch,
+            "torch.compile": compiled(lambda x, w: apart(F.linear(x, w))),
+            "cuBLAS, our swiglu": lambda x, w: kernels.swiglu(F.linear(x, w)),
+        }
+        moved = nbytes(x, w) + m * i * x.element_size()
+        cases.append(Case("matmul", f"matmul_swiglu {m} x {i} x {k}", (x, w), runs, moved, 4.0 * m * i * k))
+    return cases
+
+
+def attention_cases(quick: bool) -> list[Case]:
+    """Prompts of 16k tokens in all, in sequences of 1k, 4k and 16k."""
+    cases = []
+    lengths = (256,) if quick else (1024, 4096, 16_384)
+    layouts = [(4, 4, 64)] if quick else [(32, 32, 64), (16, 16, 128), (9, 3, 64), (32, 8, 128)]
+    for heads, kv, size in layouts:
+        for causal in (True, False) if heads == kv else (True,):
+            for length in lengths:
+                cases.append(attention_case(heads, kv, size, length, max(lengths) // length, causal))
+    return cases
+
+
+def attention_case(heads: int, kv: int, size: int, length: int, batch: int, causal: bool) -> Case:
+    q = randn(batch * length, heads, size)
+    k, v = randn(batch * length, kv, size), randn(batch * length, kv, size)
+    bounds = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=DEVICE)
+
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.view(batch, length, -1, size).transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=heads != kv)
+        return out.transpose(1, 2).reshape(-1, heads, size)
+
+    runs = {"minillm": lambda q, k, v: kernels.flash_attention(q, k, v, bounds, bounds, length, causal)}
+    runs |= sdpa_backends(dense) if GPU else {"torch": dense}
+    if GPU:
+        runs["flex_attention"] = flex(batch, length, size, causal, heads != kv)
+    flops = 4.0 * batch * heads * length * length * size * (0.5 if causal else 1)
+    name = f"attention d{size} h{heads}/{kv} {'causal' if causal else 'full'} {length}"
+    return Case("attention", name, (q, k, v), runs, nbytes(q, q, k, v), flops)
+
+
+def sdpa_backends(dense: Callable) -> dict[str, Callable]:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def by(backend) -> Callable:
+        def run(*inputs: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return dense(*inputs)
+
+        return run
+
+    return {"SDPA flash": by(SDPBackend.FLASH_ATTENTION), "SDPA cuDNN": by(SDPBackend.CUDNN_ATTENTION)}
+
+
+def flex(batch: int, length: int, size: int, causal: bool, grouped: bool) -> Callable:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, length, length, DEVICE) if causal else None
+    fast = compiled(flex_attention)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.view(batch, length, -1, size).transpose(1, 2) for x in (q, k, v))
+        out = fast(q, k, v, block_mask=mask, enable_gqa=grouped)
+        return out.transpose(1, 2).reshape(-1, q.shape[1], size)
+
+    return run
+
+
+def difference(got, expected) -> float:
+    """The largest relative difference, in the 2-norm, of several results."""
+    pairs = zip(got, expected, strict=True) if isinstance(got, tuple) else [(got, expected)]
+    return max(float((g.float() - e.float()).norm() / e.float().norm()) for g, e in pairs)
+
+
+def measure(case: Case, ceiling: dict[str, float]) -> dict:
+    """Compare all runs' outputs, then time them: one row of the table."""
+    outputs = {}
+    for name, run in case.runs.items():
+        try:
+            outputs[name] = run(*(t.clone() for t in case.inputs))
+        except Exception as error:
+            case.skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+    peers = [name for name in outputs if name != "minillm"]
+    found = max((difference(outputs["minillm"], outputs[name]) for name in peers), default=0.0)
+    if not found < case.tolerance:
+        raise AssertionError(f"{case.name}: results differ by {found}")
+    del outputs
+    floor = max(case.bytes / ceiling["copy bytes/s"], case.flops / ceiling["matmul FLOP/s"])
+    times = {name: timed(case, case.runs[name]) for name in ("minillm", *peers)}
+    best = min((times[name] for name in peers), default=times["minillm"])
+    row = {
+        "suite": case.suite, "case": case.name, "bytes": case.bytes, "flops": case.flops, "seconds": times,
+        "of the ceiling": floor / times["minillm"], "against the best peer": best / times["minillm"],
+        "difference": found, "skipped": case.skipped,
+    }  # fmt: skip
+    show(row)
+    return row
+
+
+def timed(case: Case, run: Callable) -> float:
+    if not GPU:
+        return median_seconds(lambda: run(*case.inputs))
+    from gpu import copies, seconds
+
+    return seconds([lambda inputs=inputs: run(*inputs) for inputs in copies(*case.inputs)])
+
+
+def show(row: dict) -> None:
+    times = row["seconds"]
+    rate = row["flops"] / times["minillm"] / 1e12 if row["flops"] else row["bytes"] / times["minillm"] / 1e9
+    peers = ", ".join(f"{name} {times[name] / times['minillm']:.2f}" for name in times if name != "minillm")
+    print(
+        f"{row['case']:40} {1e6 * times['minillm']:9.1f} µs {rate:8.0f} {'TFLOP/s' if row['flops'] else 'GB/s':7}"
+        f" {row['of the ceiling']:6.1%} of ceiling; peers take {peers}",
+        flush=True,
+    )
+    for name, why in row["skipped"].items():
+        print(f"    skipped {name}: {why}")
+
+
+def cpu_ceilings() -> dict[str, float]:
+    source = torch.randn(1 << 24)
+    target, a = torch.empty_like(source), torch.randn(1024, 1024)
+    return {
+        "copy bytes/s": 2 * nbytes(source) / median_seconds(lambda: target.copy_(source)),
+        "matmul FLOP/s": 2 * 1024**3 / median_seconds(lambda: a @ a),
+    }
+
+
+@torch.inference_mode()
+def main(arguments: list[str]) -> None:
+    """Measure the suites named, show a table, record it."""
+    quick = "--quick" in arguments
+    wanted = [a for a in arguments if not a.startswith("--")] or list(SUITES)
+    if unknown := set(wanted) - set(SUITES):
+        raise SystemExit(f"suite: expected some of {', '.join(SUITES)}, got {', '.join(unknown)}")
+    if GPU:
+        from gpu import ceilings
+    ceiling = ceilings() if GPU else cpu_ceilings()
+    print({name: f"{value:.3e}" for name, value in ceiling.items()}, flush=True)
+    makers = {"memory": memory_cases, "matmul": matmul_cases, "attention": attention_cases}
+    torch.manual_seed(0)
+    rows = []
+    for suite in wanted:
+        for case in makers[suite](quick or not GPU):
+            rows.append(measure(case, ceiling))
+            torch.compiler.reset()
+    if GPU and not quick:
+        name = "kernels" if wanted == list(SUITES) else "kernels_" + "_".join(wanted)
+        print(record(name, {"ceilings": ceiling, "rows": rows}, packages=("torch", "triton", "liger-kernel")))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

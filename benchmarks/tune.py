@@ -1,0 +1,121 @@
+"""Find each kernel's sizes on this GPU: at most six candidates a shape class, the fastest is stored.
+
+    python benchmarks/tune.py             into the user's cache folder, where the package finds them
+    python benchmarks/tune.py --package   into minillm/kernels/tuned/, to be shipped
+
+A key is a kernel and a shape class, as the kernel's launch names it; a value is what the launch leaves open.
+"""
+
+import itertools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from gpu import copies, seconds
+from kernels import EPS, attention_case, randn
+
+from minillm import kernels
+from minillm.kernels import common
+
+
+def candidates(**choices: list[int]) -> list[dict[str, int]]:
+    """All combinations of the choices."""
+    return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+
+
+def plans() -> dict[str, tuple[Callable[[], tuple], Callable, list[dict[str, int]]]]:
+    """Key -> (inputs, run, candidates)."""
+    found: dict = {}
+    for block, rows in ((4096, 16_384), (32_768, 4_096), (65_536, 256), (131_072, 64)):
+        n = 49_152 if block == 65_536 else 128_256 if block == 131_072 else block
+        found[f"softmax {block}"] = (
+            lambda rows=rows, n=n: (randn(rows, n),),
+            lambda x: kernels.softmax(x),
+            candidates(num_warps=[4, 8, 16, 32]),
+        )
+    for block, n in ((1024, 576), (4096, 4096)):
+        found[f"rms_norm {block}"] = (
+            lambda n=n: (randn(16_384, n), randn(n)),
+            lambda x, w: kernels.rms_norm(x, w, EPS),
+            candidates(ROWS=[1, 2, 4] if block == 1024 else [1, 2], num_warps=[4, 8] if block == 1024 else [4, 8, 16]),
+        )
+    found["swiglu"] = (
+        lambda: (randn(16_384, 28_672),),
+        lambda x: kernels.swiglu(x),
+        candidates(BLOCK=[1024, 2048, 4096], num_warps=[4, 8]),
+    )
+    for size in (64, 128):
+        found[f"rope {size}"] = (
+            lambda size=size: (
+                randn(16_384, 32, size),
+                randn(16_384, 8, size),
+                *torch.rand(2, 16_384, size // 2).cuda(),
+            ),
+            lambda q, k, cos, sin: kernels.rope(q, k, cos, sin),
+            candidates(TOKENS=[1, 2, 4], num_warps=[4, 8]),
+        )
+        case = attention_case(2048 // size, 2048 // size, size, 4096, 4, True)
+        found[f"flash_attention {size}"] = (
+            lambda case=case: case.inputs,
+            case.runs["minillm"],
+            [
+                {"BLOCK_M": m, "BLOCK_N": n, "num_warps": w, "num_stages": s}
+                for m, n, w, s in (
+                    (64, 64, 4, 3),
+                    (64, 64, 4, 2),
+                    (128, 64, 4, 3),
+                    (128, 64, 8, 3),
+                    (128, 128, 8, 2),
+                    (128, 128, 8, 3),
+                )
+            ],
+        )
+    tiles = [(128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 4), (128, 128, 64, 4, 4)]
+    tiles = [
+        {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": g, "num_warps": w, "num_stages": s}
+        for (m, n, k, w, s), g in itertools.product(tiles, (8, 16))
+    ]
+    for name, run in (("matmul", kernels.matmul), ("matmul_swiglu", kernels.matmul_swiglu)):
+        for shape_class, m in (("large", 8192), ("small", 1024)):
+            found[f"{name} tma {shape_class}"] = (
+                lambda m=m: (randn(m, 4096), randn(8192, 4096)),
+                lambda x, w, run=run: run(x, w),
+                tiles,
+            )
+    return found
+
+
+def tune(key: str, inputs: tuple, run: Callable, choices: list[dict[str, int]]) -> dict[str, int]:
+    """The fastest of the choices for `key`; those that do not fit the chip are passed over."""
+    stored, times = common._stored(common._name(0)), {}
+    for sizes in choices:
+        stored[key] = sizes
+        try:
+            times[json.dumps(sizes)] = seconds([lambda i=i: run(*i) for i in copies(*inputs)])
+        except Exception as error:
+            print(f"    {sizes}: {type(error).__name__}: {str(error).splitlines()[0][:80]}")
+    best = min(times, key=times.get)
+    for sizes, time in sorted(times.items(), key=lambda item: item[1]):
+        print(f"    {1e6 * time:9.1f} µs {sizes}", flush=True)
+    stored[key] = json.loads(best)
+    return stored[key]
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Tune everything and store it under this device's name."""
+    folder = Path(common.__file__).parent / "tuned" if "--package" in sys.argv else common.tuned_folder()
+    found = {}
+    for key, (inputs, run, choices) in plans().items():
+        print(key, flush=True)
+        found[key] = tune(key, inputs(), run, choices)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{common.slug(common._name(0))}.json"
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
