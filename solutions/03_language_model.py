@@ -2,14 +2,13 @@
 # # Exercises 3: a language model
 #
 # Six pieces of [chapter 3](../chapters/03_language_model.md), in the order in which the
-# [lab](../notebooks/03_language_model.ipynb) meets them: two of the tokenizer, the step that trains a model, the number
-# that judges it, and two of what turns its output into text. Each has a card, a stub and a `check`. Two hints stand
+# [lab](../notebooks/03_language_model.ipynb) meets them: two of the tokenizer, the step that trains a model, the losses
+# that judge it, and two of what turns its output into text. Each has a card, a stub and a `check`. Two hints stand
 # below each, closed; open them when you are stuck for five minutes.
 #
 # Shapes: `B` sequences, `T` tokens, `V` tokens in the vocabulary.
 
 # %%
-import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -25,19 +24,21 @@ from minillm.learn import check
 # |---|---|---|---|
 # | the training of byte-pair encoding, slow and plain | 2 of 5 | 20 | Sennrich, Haddow and Birch, 2016, section 3.2 |
 #
-# `word_counts` says how often each word of a text occurs. Spell every word as its UTF-8 bytes, one symbol a byte. Then
+# `word_counts` says how often each word of a text occurs. Spell every word as its UTF-8 bytes, one symbol a byte. Then,
 # `num_merges` times:
 #
-# - count every pair of neighboring symbols, over all words, each word as often as it occurs;
+# - count every pair of neighboring symbols, over all words, each word as often as it occurs. Overlapping pairs count:
+#   `a a a` holds two pairs `a a`, of which joining takes one;
 # - take the pair with the highest count; among equals the smallest one, as Python compares tuples of bytes;
+# - if even this pair occurs fewer than `min_count` times, stop: its token would rarely be used, and rarely be trained;
 # - join it wherever it stands, in each word from left to right, so that `a a a` becomes `aa a`.
 #
-# Return the pairs in the order in which they were joined. When no pair is left, return what you have.
+# Return the pairs in the order joined. When no pair is left, return what you have.
 
 
 # %%
-def learn_merges(word_counts: dict[str, int], num_merges: int) -> list[tuple[bytes, bytes]]:
-    """word -> count, number of merges -> [(left, right), ...], most frequent first"""
+def learn_merges(word_counts: dict[str, int], num_merges: int, min_count: int = 1) -> list[tuple[bytes, bytes]]:
+    """word -> count, number of merges, least count of a merge -> [(left, right), ...] in the order joined"""
     ### BEGIN SOLUTION
     words = {word: [bytes([byte]) for byte in word.encode()] for word in word_counts}
     merges = []
@@ -46,20 +47,17 @@ def learn_merges(word_counts: dict[str, int], num_merges: int) -> list[tuple[byt
         for word, symbols in words.items():
             for pair in pairwise(symbols):
                 pairs[pair] = pairs.get(pair, 0) + word_counts[word]
-        if not pairs:
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair), default=None)
+        if best is None or pairs[best] < min_count:
             break
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
         for word, symbols in words.items():
             joined: list[bytes] = []
             i = 0
             while i < len(symbols):
-                if tuple(symbols[i : i + 2]) == best:
-                    joined.append(best[0] + best[1])
-                    i += 2
-                else:
-                    joined.append(symbols[i])
-                    i += 1
+                found = tuple(symbols[i : i + 2]) == best
+                joined.append(best[0] + best[1] if found else symbols[i])
+                i += 2 if found else 1
             words[word] = joined
     return merges
     ### END SOLUTION
@@ -77,42 +75,47 @@ check("3.1", learn_merges)
 #
 # <details><summary>Hint 2</summary>
 #
-# `min` over the pairs with the key `(-count, pair)` finds the highest count and, among equals, the smallest pair. For
-# joining, walk with an index `i` and build a new list: two steps forward after a join, one otherwise. A `for` loop that
-# deletes from the list it walks over skips symbols.
+# Highest count and smallest pair are one comparison, if the key is a tuple: what has to stand in front, and with which
+# sign? For joining, try your loop on a word that holds the pair three times in a row. A `for` loop that deletes from
+# the list it walks over skips symbols.
 # </details>
 
 # %% [markdown] tags=["solution"]
-# **Why.** Each merge adds one token, the one that shortens this text most at this moment. That is greedy: nothing says
-# that the first thousand choices together are the best thousand tokens, and they are not always (Bostrom and Durrett,
-# 2020, "Byte Pair Encoding is Suboptimal for Language Model Pretraining"). Counting over distinct words instead of over
-# the text is what makes it affordable: of the reference text's 104,000 words fewer than 6,000 differ.
-# This version still counts everything anew for every merge. `Tokenizer.train` counts only the words that held the last
-# pair and keeps the counts in a heap: about fifty times faster for a thousand merges of that text, and equal.
+# **Why.** Each merge adds one token, the one that shortens this text most at this moment. (Nearly: overlapping pairs
+# are counted, and joining takes only some of them.) That is greedy: nothing says that the first thousand choices
+# together are the best thousand tokens, and they are not always (Bostrom and Durrett, 2020, "Byte Pair Encoding is
+# Suboptimal for Language Model Pretraining"). Counting over distinct words instead of over the text is what makes it
+# affordable: of the reference text's 104,000 words fewer than 6,000 differ. `min_count` is `min_frequency` in Hugging
+# Face's trainer: a token that the text holds twice costs a row of the embedding, and two examples teach it little.
+# This version still counts everything anew for every merge. The other way is `Tokenizer.train`: it counts only the
+# words that held the last pair and keeps the counts in a heap. About fifty times faster for a thousand merges of that
+# text, and equal.
 
 # %% [markdown]
 # ## Exercise 3.2: encode a word
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | from a word to tokens, as the merges prescribe | 2 of 5 | 15 | Sennrich, Haddow and Birch, 2016, figure 1 |
+# | from a word to tokens, and an account of how | 2 of 5 | 15 | Sennrich, Haddow and Birch, 2016, figure 1 |
 #
-# `ranks` gives each pair that may be joined its place in the order of learning, 0 first. Spell `word` as single bytes.
-# As long as there is a pair of neighbors in `ranks`, join the one with the smallest rank; if it occurs more than once,
-# the leftmost. Return the tokens as bytes. Joined, they are the word.
+# `table` gives each pair that may be joined its rank, its place in the order of learning, 0 first. (The dictionary
+# itself may be in any order.) Spell `word` as single bytes. As long as there is a pair of neighbors in `table`, join
+# the one with the smallest rank; if it occurs more than once, the leftmost.
+#
+# Return two lists: the tokens as bytes, which joined are the word, and the rank of each join in the order in which the
+# joins were made. A pair that is joined at two places is two joins. Leave `table` as it is.
 
 
 # %%
-def encode_word(word: str, ranks: dict[tuple[bytes, bytes], int]) -> list[bytes]:
-    """word, {(left, right): rank} -> tokens, for example "lowest" -> [b"low", b"e", b"s", b"t"]"""
+def encode_word(word: str, table: dict[tuple[bytes, bytes], int]) -> tuple[list[bytes], list[int]]:
+    """word, {(left, right): rank} -> (tokens, ranks), for example "lowest" -> [b"low", b"e", b"s", b"t"], [0, 1]"""
     ### BEGIN SOLUTION
-    tokens = [bytes([byte]) for byte in word.encode()]
-    while True:
-        candidates = [(ranks[pair], i) for i, pair in enumerate(pairwise(tokens)) if pair in ranks]
-        if not candidates:
-            return tokens
-        _, i = min(candidates)
+    tokens, ranks = [bytes([byte]) for byte in word.encode()], []
+    while candidates := [(table[pair], i) for i, pair in enumerate(pairwise(tokens)) if pair in table]:
+        rank, i = min(candidates)
         tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
+        ranks.append(rank)
+    return tokens, ranks
     ### END SOLUTION
 
 
@@ -128,49 +131,59 @@ check("3.2", encode_word)
 #
 # <details><summary>Hint 2</summary>
 #
-# Collect `(rank, position)` of every pair in the table; `min` of that list is the best rank, leftmost first. A slice
-# assignment, `tokens[i : i + 2] = [...]`, replaces two by one.
+# One round needs two things of the pair it joins, what it is worth and where it stands, and both rules of choice want
+# the smaller of two. Do not walk over the table: it has 50,000 pairs, and the word has a dozen.
 # </details>
 
 # %% [markdown] tags=["solution"]
 # **Why.** The model saw its training text as these merges cut it. Another cut of the same word, say the longest token
 # first, is made of the same vocabulary and decodes to the same text, and the model has hardly ever seen it: it answers
-# worse and nothing warns you. This loop looks at all pairs for every join, O(n²) for a word of n bytes; words are
-# short, so it seldom matters, until somebody sends 100,000 letters without a space. `Tokenizer._join` does it with a
-# heap.
+# worse and nothing warns you. The ranks say why a word was cut so. In a learned table they never fall from join to join
+# (unless two merges make the same token), so a tokenizer that had stopped after k merges would make the joins of rank
+# below k, and no others.
+# This loop looks at all pairs for every join, O(n²) for a word of n bytes; words are short, so it seldom matters, until
+# somebody sends 100,000 letters without a space. The other way is `Tokenizer._join`, with a heap and a linked list.
 
 # %% [markdown]
-# ## Exercise 3.3: one step of training
+# ## Exercise 3.3: one step of training, in pieces
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | the step that every language model is made of | 2 of 5 | 15 | Bengio et al., 2003; Radford et al., 2018 |
+# | a step on a batch that does not fit into memory | 3 of 5 | 20 | Bengio et al., 2003; Radford et al., 2018 |
 #
-# `model(token_ids)` gives logits: at every position scores for the token that comes *next*. Take one step:
+# `model(token_ids)` gives logits: at every position scores for the token that comes *next*. Take one step on `batch`:
 #
 # - each position's target is the token after it; the last position has none;
-# - the loss is the mean cross-entropy over the targets, those that are padding (`pad_id`) left out;
-# - gradients are those of this batch alone; the optimizer takes one step.
+# - the loss is the mean cross-entropy over all targets of the batch, those that are padding (`pad_id`) left out;
+# - to save memory, cut the batch into `pieces` equal parts of rows, in order. Each part goes through the model and
+#   backward before the next one enters; gradients add up over the parts (**gradient accumulation**);
+# - then the optimizer takes one step, along the gradient of this batch alone. No clipping.
 #
-# Return the loss as a Python float.
+# `pieces` divides `B` and changes memory and nothing else: not the loss, not the gradient. Parts hold unequal numbers
+# of targets, and a part may hold none at all; the batch has at least one. Return the loss before the step as a Python
+# float.
 
 
 # %%
 def training_step(
     model: Callable[[torch.Tensor], torch.Tensor],
     optimizer: torch.optim.Optimizer,
-    token_ids: torch.Tensor,
+    batch: torch.Tensor,
     pad_id: int,
+    pieces: int = 1,
 ) -> float:
-    """model: [B, T] int64 -> [B, T, V]; token_ids [B, T], shorter rows filled up with pad_id on the right -> loss"""
+    """model: [b, T] int64 -> [b, T, V]; batch [B, T], shorter rows filled up with pad_id on the right -> loss"""
     ### BEGIN SOLUTION
-    logits = model(token_ids[:, :-1])  # [B, T-1, V]
-    targets = token_ids[:, 1:]  # [B, T-1]
-    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=pad_id)
+    count = (batch[:, 1:] != pad_id).sum()
+    total = 0.0
     optimizer.zero_grad()
-    loss.backward()
+    for part in batch.chunk(pieces):  # [B / pieces, T]
+        logits = model(part[:, :-1]).flatten(0, 1)  # [B / pieces · (T-1), V]
+        loss = F.cross_entropy(logits, part[:, 1:].flatten(), ignore_index=pad_id, reduction="sum") / count
+        loss.backward()
+        total += loss.item()
     optimizer.step()
-    return loss.item()
+    return total
     ### END SOLUTION
 
 
@@ -181,103 +194,128 @@ check("3.3", training_step)
 # <details><summary>Hint 1</summary>
 #
 # Inputs are all tokens but the last, targets all but the first. `F.cross_entropy` wants logits `[N, V]` and targets
-# `[N]`, and it has an argument for targets that do not count.
+# `[N]`; it has an argument for targets that do not count, and one that says whether it returns a mean.
 # </details>
 #
 # <details><summary>Hint 2</summary>
 #
-# `.flatten(0, 1)` makes `[B, T-1, V]` into `[B·(T-1), V]`. `ignore_index=pad_id` leaves padding out of the sum and of
-# the number it is divided by. PyTorch adds gradients up until somebody calls `optimizer.zero_grad()`.
+# Take two parts, one with 9 targets and one with 1. How much does one target weigh in the mean over the whole batch,
+# and how much in the mean of the two means? The weight that you want can be known before the model has seen anything.
+# `backward()` adds to `.grad`, and so does the backward of the step before, unless somebody clears it.
 # </details>
 
 # %% [markdown] tags=["solution"]
-# **Why.** One forward pass trains T-1 predictions at once: the causal mask keeps position t from seeing what it is to
-# predict. Padding on the right needs no attention mask here, because no real token attends to what comes after it; it
-# only must not be *learned*, hence `ignore_index`. Real training packs documents back to back instead and pads nothing;
-# the lab does so. The mistake that hides best is a missing shift: the model then learns to copy its input, the loss
-# falls to nearly zero within minutes, and the samples are nonsense. A language model's loss that looks too good is a
-# bug.
+# **Why.** A mean over N targets is a sum of N terms, each divided by N; sums can be cut anywhere, means cannot. The
+# mean of the parts' means weighs a token in a short row more than one in a long row. Widely used trainers did that, or
+# `backward(loss / pieces)`, which is the same, until October 2024 (transformers' pull request 34191 repaired one of
+# them); the curves looked plausible, only a little worse. The other way is to multiply each part's mean by its share
+# of the targets, and then a part without targets is 0 / 0 and needs care.
+# Padding on the right needs no attention mask here, because no real token attends to what comes after it; it only must
+# not be *learned*. `ignore_index=pad_id` has a catch: where padding and end-of-text share an id, it also drops the real
+# end-of-text tokens, and the model never learns to stop. Then count by lengths. Real training packs documents back to
+# back and pads nothing; the lab does so. The mistake that hides best is a missing shift: the model learns to copy its
+# input, the loss falls to nearly zero within minutes, and the samples are nonsense.
 
 # %% [markdown]
-# ## Exercise 3.4: perplexity of a long text
+# ## Exercise 3.4: the loss of every token of a long text
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
 # | every token judged once, with as much context as fits | 3 of 5 | 20 | Baevski and Auli, 2019, section 5.3 |
 #
+# A perplexity is one number. Which tokens surprise the model shows only token by token, so return the vector behind it.
+#
 # The text is longer than the window that the model can see. Show it windows of `window` tokens that begin at 0,
 # `stride`, `2·stride`, ...; the last one may be shorter. A window of tokens b, ..., e-1 has logits for tokens b+1, ...,
-# e. Score each token of the text exactly once, by the *first* window that predicts it. Token 0 has nothing before it
-# and is not scored. Stop when the last token is scored.
+# e. Score each token of the text exactly once, by the *first* window that predicts it: of all windows this one gives it
+# the most context. Token 0 has nothing before it and is not scored. Show no window that has nothing new to score.
 #
-# Return the perplexity: exp of the mean of -ln p(token) over all scored tokens.
+# Return -ln p of tokens 1, 2, ..., in order, as a float32 tensor `[N - 1]` that keeps no graph. Compute in float32,
+# also when the logits come in bfloat16. exp of its mean is the perplexity.
 
 
 # %%
-def perplexity(model: Callable[[torch.Tensor], torch.Tensor], token_ids: list[int], window: int, stride: int) -> float:
-    """model: [1, T] int64 -> [1, T, V], T at most `window`; 1 <= stride <= window -> perplexity"""
+def token_losses(
+    model: Callable[[torch.Tensor], torch.Tensor], token_ids: list[int], window: int, stride: int
+) -> torch.Tensor:
+    """model: [1, T] int64 -> [1, T, V], T at most `window`; 1 <= stride <= window; N >= 2 token ids -> [N - 1]"""
     ### BEGIN SOLUTION
     ids = torch.tensor(token_ids)  # [N]
     last = len(ids) - 1
-    total, scored = 0.0, 0  # tokens 1 .. scored have been scored
+    losses = torch.empty(last)  # [N - 1]: entry i belongs to token i + 1
+    scored = 0  # entries 0 .. scored-1 are written
     for begin in range(0, last, stride):
         end = min(begin + window, last)
         with torch.no_grad():
-            logits = model(ids[None, begin:end])[0]  # [T, V]: predicts tokens begin+1 .. end
-        fresh = end - scored
-        total += F.cross_entropy(logits[-fresh:], ids[scored + 1 : end + 1], reduction="sum").item()
+            logits = model(ids[None, begin:end])[0].float()  # [T, V]: predicts tokens begin+1 .. end
+        losses[scored:end] = F.cross_entropy(logits[scored - begin :], ids[scored + 1 : end + 1], reduction="none")
         scored = end
         if scored == last:
             break
-    return math.exp(total / scored)
+    return losses
     ### END SOLUTION
 
 
 # %%
-check("3.4", perplexity)
+check("3.4", token_losses)
 
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# Keep two numbers: the sum of -ln p, and the last token that is scored. A window ends at `end = min(begin + window, N -
-# 1)` (exclusive), because the last token is only ever a target. Of its predictions only those after the last scored
-# token are new.
+# Entry i of the result belongs to token i + 1. Draw two overlapping windows over a text of ten tokens, write under each
+# which entries it predicts, and strike out what the second one must not touch. The text's last token is never an input.
 # </details>
 #
 # <details><summary>Hint 2</summary>
 #
-# The new ones are the last `end - scored` rows of the logits, for the targets `ids[scored + 1 : end + 1]`.
-# `F.cross_entropy(..., reduction="sum")` adds them up. Divide once, at the end: windows bring different numbers of new
-# tokens, so a mean of means is another number.
+# One number is enough to remember between windows: how many entries are filled. From it and from where the window
+# begins follow the row of the logits that is the first new one, and that row's target. Two traps: a slice `x[-n:]` with
+# n = 0 is everything, and `range` may hold more starts after the window that reached the end.
 # </details>
 
 # %% [markdown] tags=["solution"]
 # **Why.** A token at the start of a window is judged almost without context, which makes the model look worse than it
 # is. With a stride s every token (but the first few) has at least window - s + 1 tokens before it, for window / s times
-# the work. So a perplexity is only a number together with its window and stride. The other classic trap is to let each
-# window predict within itself: its first token is then scored by nobody, and with stride = window a part of the text is
-# silently left out.
+# the work. So a perplexity is only a number together with its window and stride. Two classic traps: each window
+# predicts within itself, so its first token is scored by nobody; or later windows overwrite the entries of earlier
+# ones, and each token keeps the *least* context that it ever had. Nothing crashes in either.
+# The other way cuts the text into overlapping rows `[n, window]` and scores them in one batch, which fills a GPU; the
+# last row is then padded, and the overlap is masked instead of left out. Production evaluators (lm-evaluation-harness)
+# build such windows first and batch them.
 
 # %% [markdown]
-# ## Exercise 3.5: the nucleus
+# ## Exercise 3.5: the nucleus without a sort
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | cut the unreliable tail off a distribution, however long it is | 3 of 5 | 20 | Holtzman et al., 2020, section 3.1 |
+# | top-p for a GPU, where a sort is dear | 4 of 5 | 30 | Holtzman et al., 2020; FlashInfer, 2025 |
 #
-# Keep the smallest set of tokens whose probabilities add up to at least `p`; set the logits of all others to minus
-# infinity. The likeliest token always stays. Every row has its own set. Do not change `logits` itself.
+# Chapter and lab sort each row to find the nucleus. Engines on GPUs search for a threshold instead. For each row, find
+# by bisection the largest t such that the tokens with probability at least t have together at least `p`. Keep these,
+# set the logits of all others to minus infinity.
+#
+# - Every row has its own threshold; `p` is one number for all rows or a tensor `[B]`, 0 < p <= 1.
+# - Tokens of equal probability stay or go together: a threshold cannot tell them apart.
+# - Tokens of different probability are told apart, even small ones that differ by one part in 100,000.
+# - p = 1 keeps every token, however small.
+# - No `sort`, `argsort`, `msort`, `topk` or `kthvalue`. Do not change `logits` or `p`.
 
 
 # %%
-def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """logits [B, V], 0 < p < 1 -> [B, V]: the logits of the nucleus, -inf elsewhere"""
+def keep_top_p(logits: torch.Tensor, p: float | torch.Tensor) -> torch.Tensor:
+    """logits [B, V], p a number or [B] -> [B, V]: the logits of the nucleus, -inf elsewhere"""
     ### BEGIN SOLUTION
-    ordered, order = logits.sort(dim=-1, descending=True)  # [B, V] each
-    probabilities = ordered.softmax(-1)
-    likelier = probabilities.cumsum(-1) - probabilities  # [B, V]: what stands before each token
-    refused = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, likelier >= p)  # [B, V]: back in place
-    return logits.masked_fill(refused, float("-inf"))
+    probabilities = logits.softmax(-1)  # [B, V]
+    p = torch.as_tensor(p, dtype=logits.dtype).reshape(-1, 1)  # [B, 1] or [1, 1]
+    low = torch.zeros(len(logits), 1)  # [B, 1]: what is kept at low is enough,
+    high = torch.full_like(low, 2.0)  # [B, 1]: what is kept at high is not
+    while True:
+        middle = (low + high) / 2
+        if ((middle == low) | (middle == high)).all():  # no float lies between
+            break
+        enough = (probabilities * (probabilities >= middle)).sum(-1, keepdim=True) >= p  # [B, 1]
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    return logits.masked_fill((probabilities < low) & (p < 1), float("-inf"))
     ### END SOLUTION
 
 
@@ -287,24 +325,31 @@ check("3.5", keep_top_p)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# Sort each row by probability, largest first, and add up along the row. The token that brings the sum to p or beyond
-# belongs to the set; the one after it does not. In other words: a token stays while those *before* it have less than p.
+# How much do the tokens above a given threshold have together? That takes a comparison and a sum, in any order, and
+# all rows at once. When the threshold rises, this can only fall. On which side of the answer does a test put you?
 # </details>
 #
 # <details><summary>Hint 2</summary>
 #
-# `ordered, order = logits.sort(dim=-1, descending=True)`. The sum before a token is `cumsum(-1)` minus the token's own
-# probability. `torch.zeros_like(..., dtype=torch.bool).scatter(-1, order, refused)` brings the marks back to where the
-# tokens stand; then `masked_fill`.
+# Say in words what is true of each end of your interval, before and after every step; then it is clear which end the
+# answer is. An interval of length 1 has length 2^-n after n steps, while tokens in the tail lie 10^-9 apart: how many
+# steps are enough, or how do you notice that nothing is left between the ends? And what is the fp32 sum of a row
+# without its smallest token?
 # </details>
 
 # %% [markdown] tags=["solution"]
-# **Why.** The tail of a language model's distribution is thousands of tokens, each nearly impossible and together
-# likely enough to be hit every few words; one absurd token and the text goes astray. Top-k cuts at a fixed number,
-# which is too many where the model is sure and too few where it is not; the nucleus is as wide as the model is unsure.
-# `cumsum > p` without the shift is the usual mistake: it throws out the token that crosses p, and everything when that
-# is the first. minillm's version shifts the sums instead of subtracting, which is exact in fp32, and treats p = 1
-# apart.
+# **Why.** The tail of a language model's distribution is thousands of tokens, each nearly impossible: drawn without a
+# filter, one token in some 70 comes from behind the best thousand (chapter 3), and one absurd token leads the text
+# astray. Top-k cuts at a fixed number, which is too many where the model is sure and too few where it is not; the
+# nucleus is as wide as the model is unsure.
+# What is kept at `low` always has at least `p`, what is kept at `high` has less, and at the end the two are neighbors
+# among the floats: `low` is t itself, the probability of the last token that stays. Moving the wrong end throws out the
+# token that crosses p. p = 1 must be treated apart: in fp32 the sum reaches 1 before the last tokens, or never.
+# Each test reads the row once, without moving anything; a sort of 128,000 logits moves them many times. Engines need
+# fewer tests: they try several thresholds in one pass and let the ends jump to probabilities that occur (FlashInfer's
+# kernels, and Qrita in vLLM). Two other ways: sort and add up, as `minillm.sampling` does, which also decides between
+# equal tokens; or no threshold at all: draw a token, accept it if the likelier ones together have less than p, else
+# draw again among those, which is how FlashInfer samples.
 
 # %% [markdown]
 # ## Exercise 3.6: characters out of a stream of bytes
@@ -313,8 +358,8 @@ check("3.5", keep_top_p)
 # |---|---|---|---|
 # | stream text while tokens end inside characters | 3 of 5 | 20 | Yergeau, 2003, RFC 3629 (UTF-8) |
 #
-# A token is a piece of bytes and may end inside a character: an emoji of four bytes often comes as two tokens. Write a
-# class that a server would use to send text while it is generated:
+# A token is a piece of bytes and may end inside a character: an emoji of four bytes comes as two or three tokens.
+# Write a class that a server would use to send text while it is generated:
 #
 # - `push(data)` takes the bytes of the next token and returns all characters that are complete by now, "" if none is;
 # - bytes that can never become a character (0xFF, say) become U+FFFD at once and do not hold up the rest;
@@ -370,13 +415,14 @@ check("3.6", StreamDecoder)
 #
 # <details><summary>Hint 2</summary>
 #
-# The reason "unexpected end of data" means the beginning of a character: keep it and wait. Any other reason means bytes
-# `start` to `end` are lost: write one U+FFFD and go on behind them. The standard library has the whole thing ready in
-# the module `codecs`; look it up once yours passes.
+# There are two kinds of trouble: bytes that may still become a character, and bytes that never will. Decode
+# `b"\xf0\x9f"` and `b"\xff"` in a cell of your own and compare what the two exceptions say. After the second kind the
+# rest is not done yet: it may hold characters, and either kind of trouble again.
 # </details>
 
 # %% [markdown] tags=["solution"]
-# **Why.** Decoding each token by itself shows two replacement characters where an emoji belongs; decoding the whole
-# text again after every token is quadratic, and still shows them until the character is whole. Keeping at most three
-# bytes back is enough, since no character has more than four. `codecs.getincrementaldecoder("utf-8")("replace")` does
-# the same in C; minillm's `StreamDecoder` is a thin coat over it that also knows special tokens.
+# **Why.** An emoji of two or three tokens, decoded token by token, shows replacement characters in its place; decoding
+# the whole text again after every token is quadratic, and still shows them until the character is whole.
+# Keeping at most three bytes back is enough, since no character has more than four. The other way is in the standard
+# library: `codecs.getincrementaldecoder("utf-8")("replace")` does the same in C; minillm's `StreamDecoder` is a thin
+# coat over it that also knows special tokens.

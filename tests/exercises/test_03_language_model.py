@@ -1,16 +1,16 @@
-"""The contracts of chapter 3's exercises: merges, encoding, the training step, perplexity, the nucleus, streaming."""
+"""The contracts of chapter 3's exercises: merges, encoding, the training step, losses, the nucleus, streaming."""
 
 import codecs
-import copy
 import math
 import random
 import re
-from fractions import Fraction
+from contextlib import ExitStack
+from unittest import mock
 
 import torch
 from torch import nn
 
-from minillm.learn.testing import exercise, expect, expect_close, expect_equal
+from minillm.learn.testing import ContractError, exercise, expect, expect_close, expect_equal, expect_parts
 
 SENTENCES = (
     "A list is a mutable sequence, typically used to store collections of similar items. The list type also provides "
@@ -35,7 +35,7 @@ def joined(symbols: tuple[bytes, ...], pair: tuple[bytes, bytes]) -> tuple[bytes
     return (symbols[0], *joined(symbols[1:], pair))
 
 
-def plain_merges(word_counts: dict[str, int], num_merges: int) -> list[tuple[bytes, bytes]]:
+def plain_merges(word_counts: dict[str, int], num_merges: int, min_count: int = 1) -> list[tuple[bytes, bytes]]:
     """Repeat every word as often as it occurs and count without any weights."""
     text = [tuple(bytes([b]) for b in w.encode()) for w, n in word_counts.items() for _ in range(n)]
     merges = []
@@ -43,100 +43,147 @@ def plain_merges(word_counts: dict[str, int], num_merges: int) -> list[tuple[byt
         pairs = [(s[i], s[i + 1]) for s in text for i in range(len(s) - 1)]
         if not pairs:
             break
-        counted = [(-pairs.count(pair), pair) for pair in set(pairs)]
-        merges.append(min(counted)[1])
+        count, best = min((-pairs.count(pair), pair) for pair in set(pairs))
+        if -count < min_count:
+            break
+        merges.append(best)
         text = [joined(s, merges[-1]) for s in text]
     return merges
+
+
+def pairs_of(got: object) -> list:
+    """`got` as a list of tuples, after holding that it is a list."""
+    what = "nothing (is a `return` missing?)" if got is None else type(got).__name__
+    expect(isinstance(got, list | tuple), f"expected a list of pairs\n  got      {what}")
+    return [tuple(pair) if isinstance(pair, list | tuple) else pair for pair in got]
 
 
 @exercise("3.1", "learn_merges")
 class TestLearnMerges:
     def test_by_hand(self, impl):
         """low 3 times and lower once: first l+o (4 times, before o+w of the same count), then lo+w, then e+r"""
-        got = impl({"low": 3, "lower": 1}, 3)
-        expect_equal("merges", [tuple(pair) for pair in got], [(b"l", b"o"), (b"lo", b"w"), (b"e", b"r")])
+        got = pairs_of(impl({"low": 3, "lower": 1}, 3))
+        expect_equal("merges", got, [(b"l", b"o"), (b"lo", b"w"), (b"e", b"r")])
 
     def test_counts_weigh(self, impl):
         """a word that occurs often counts as often"""
-        expect_equal("first merge", [tuple(p) for p in impl({"ab": 1, "cab": 1, "xy": 5}, 1)], [(b"x", b"y")])
+        expect_equal("first merge", pairs_of(impl({"ab": 1, "cab": 1, "xy": 5}, 1)), [(b"x", b"y")])
 
     def test_ties(self, impl):
         """of equal counts the smallest pair wins, whatever the order of the words"""
         for words in ({"zy": 2, "ab": 2, "ba": 2}, {"ba": 2, "zy": 2, "ab": 2}):
-            expected = [(b"a", b"b"), (b"b", b"a"), (b"z", b"y")]
-            expect_equal("merges", [tuple(p) for p in impl(words, 3)], expected)
+            expect_equal("merges", pairs_of(impl(words, 3)), [(b"a", b"b"), (b"b", b"a"), (b"z", b"y")])
 
-    def test_overlap(self, impl):
+    def test_overlap_counts(self, impl):
+        """aaa twice and bc 3 times: a+a comes first, since overlapping pairs count and it occurs 4 times"""
+        got = pairs_of(impl({"aaa": 2, "bc": 3}, 3))
+        expect_equal("merges", got, [(b"a", b"a"), (b"b", b"c"), (b"aa", b"a")])
+        expect_equal("first merge", pairs_of(impl({"xyxy": 2, "bc": 3}, 1)), [(b"x", b"y")])
+
+    def test_overlap_joins(self, impl):
         """a a a a a becomes aa aa a, from left to right; then aa+a, which is smaller than aa+aa, and the rest"""
-        got = [tuple(p) for p in impl({"aaaaa": 1}, 3)]
+        got = pairs_of(impl({"aaaaa": 1}, 3))
         expect_equal("merges", got, [(b"a", b"a"), (b"aa", b"a"), (b"aa", b"aaa")])
 
     def test_bytes(self, impl):
         """symbols are bytes: é is two of them, and they are joined like any others"""
-        expect_equal("merges", [tuple(p) for p in impl({"é": 2, "ab": 1}, 1)], [(b"\xc3", b"\xa9")])
+        expect_equal("merges", pairs_of(impl({"é": 2, "ab": 1}, 1)), [(b"\xc3", b"\xa9")])
 
     def test_stops(self, impl):
         """when every word is one symbol there is nothing left to join"""
-        expect_equal("merges", [tuple(p) for p in impl({"ab": 1, "c": 4}, 10)], [(b"a", b"b")])
-        expect_equal("no words", impl({}, 3), [])
-        expect_equal("no merges", impl({"ab": 1}, 0), [])
+        expect_equal("merges", pairs_of(impl({"ab": 1, "c": 4}, 10)), [(b"a", b"b")])
+        expect_equal("no words", pairs_of(impl({}, 3)), [])
+        expect_equal("no merges", pairs_of(impl({"ab": 1}, 0)), [])
+
+    def test_min_count(self, impl):
+        """it stops when the most frequent pair occurs fewer than min_count times, and not when just as often"""
+        words = {"ab": 3, "cab": 2, "xy": 4, "uv": 1}
+        for least, count in ((5, 1), (4, 2), (3, 2), (2, 3), (1, 4), (6, 0)):
+            expected = [(b"a", b"b"), (b"x", b"y"), (b"c", b"ab"), (b"u", b"v")][:count]
+            expect_equal(f"merges with min_count={least}", pairs_of(impl(words, 9, least)), expected)
+
+    def test_min_count_is_of_pairs(self, impl):
+        """min_count is about pairs: one that stands in three rare words is frequent"""
+        got = pairs_of(impl({"abc": 1, "dab": 1, "eab": 1}, 9, min_count=3))
+        expect_equal("merges with min_count=3", got, [(b"a", b"b")])
 
     def test_text(self, impl):
-        """on real text it equals counting everything without weights"""
+        """on real text it is as if every word stood in the list as often as it occurs"""
         words = words_of(SENTENCES)
         before = dict(words)
-        expect_equal("merges", [tuple(p) for p in impl(words, 40)], plain_merges(words, 40))
+        expect_equal("merges", pairs_of(impl(words, 40)), plain_merges(words, 40))
+        expect_equal("merges with min_count=4", pairs_of(impl(words, 60, 4)), plain_merges(words, 60, 4))
         expect_equal("word_counts afterwards", words, before)
 
 
-RANKS = {pair: rank for rank, pair in enumerate(plain_merges(words_of(SENTENCES), 120))}
+TABLE = {pair: rank for rank, pair in enumerate(plain_merges(words_of(SENTENCES), 120))}
 
 
-def plain_encode(word: str, ranks: dict[tuple[bytes, bytes], int]) -> list[bytes]:
-    """Apply each merge of the table in turn, everywhere: the same for tables that were learned."""
-    symbols = tuple(bytes([b]) for b in word.encode())
-    for pair in sorted(ranks, key=ranks.get):
-        symbols = joined(symbols, pair)
-    return list(symbols)
+def plain_encode(word: str, table: dict[tuple[bytes, bytes], int]) -> tuple[list[bytes], list[int]]:
+    """Apply each merge in turn, everywhere, and count what became shorter: the same for tables that were learned."""
+    symbols, ranks = tuple(bytes([b]) for b in word.encode()), []
+    for pair in sorted(table, key=table.get):
+        after = joined(symbols, pair)
+        ranks += [table[pair]] * (len(symbols) - len(after))
+        symbols = after
+    return list(symbols), ranks
 
 
 @exercise("3.2", "encode_word")
 class TestEncodeWord:
+    def _same(self, impl, word, table, tokens, ranks=None):
+        got_tokens, got_ranks = expect_parts(impl(word, table), "tokens", "ranks")
+        expect_equal(f"tokens of {word!r}", got_tokens, tokens)
+        if ranks is not None:
+            expect_equal(f"ranks of {word!r}", got_ranks, ranks)
+
     def test_by_hand(self, impl):
-        """lowest with l+o, lo+w, e+s gives low, es, t"""
-        ranks = {(b"l", b"o"): 0, (b"lo", b"w"): 1, (b"e", b"s"): 2}
-        expect_equal("tokens", list(impl("lowest", ranks)), [b"low", b"es", b"t"])
+        """lowest with l+o, lo+w, e+s gives low, es, t by the ranks 0, 1, 2"""
+        table = {(b"l", b"o"): 0, (b"lo", b"w"): 1, (b"e", b"s"): 2}
+        self._same(impl, "lowest", table, [b"low", b"es", b"t"], [0, 1, 2])
 
     def test_rank_decides(self, impl):
-        """the best rank is joined first, not the leftmost pair and not the longest token"""
-        ranks = {(b"b", b"c"): 0, (b"a", b"b"): 1, (b"ab", b"c"): 2}
-        expect_equal("tokens of abc", list(impl("abc", ranks)), [b"a", b"bc"])
-        ranks = {(b"a", b"b"): 0, (b"c", b"d"): 1, (b"b", b"c"): 2, (b"bc", b"d"): 3}
-        expect_equal("tokens of abcd", list(impl("abcd", ranks)), [b"ab", b"cd"])
+        """the smallest rank is joined first, not the leftmost pair and not the longest token"""
+        table = {(b"b", b"c"): 0, (b"a", b"b"): 1, (b"ab", b"c"): 2}
+        self._same(impl, "abc", table, [b"a", b"bc"])
+        table = {(b"a", b"b"): 0, (b"c", b"d"): 1, (b"b", b"c"): 2, (b"bc", b"d"): 3}
+        self._same(impl, "abcd", table, [b"ab", b"cd"])
 
     def test_leftmost(self, impl):
         """of equal ranks the leftmost: aaa is aa a"""
-        expect_equal("tokens", list(impl("aaa", {(b"a", b"a"): 0})), [b"aa", b"a"])
-        expect_equal("tokens", list(impl("aaaaa", {(b"a", b"a"): 0, (b"aa", b"aa"): 1})), [b"aaaa", b"a"])
+        self._same(impl, "aaa", {(b"a", b"a"): 0}, [b"aa", b"a"])
+        self._same(impl, "aaaaa", {(b"a", b"a"): 0, (b"aa", b"aa"): 1}, [b"aaaa", b"a"])
 
-    def test_looks_again(self, impl):
-        """a join may make a pair that the table knows, to its left as well"""
-        ranks = {(b"c", b"d"): 0, (b"b", b"cd"): 1, (b"a", b"bcd"): 2}
-        expect_equal("tokens", list(impl("abcd", ranks)), [b"abcd"])
+    def test_ranks(self, impl):
+        """ranks of the joins in the order made: a rank a join, also when one pair is joined twice"""
+        table = {(b"c", b"d"): 3, (b"a", b"b"): 5, (b"ab", b"cd"): 8}
+        self._same(impl, "abcd", table, [b"abcd"], [3, 5, 8])
+        self._same(impl, "abcdab", table, [b"abcd", b"ab"], [3, 5, 5, 8])
+        self._same(impl, "aaaaa", {(b"a", b"a"): 0, (b"aa", b"aa"): 1}, [b"aaaa", b"a"], [0, 0, 1])
 
-    def test_edges(self, impl):
-        """a word without known pairs stays bytes; an empty word has no tokens"""
-        expect_equal("tokens of é", list(impl("é", {(b"a", b"b"): 0})), [b"\xc3", b"\xa9"])
-        expect_equal("tokens of the empty word", list(impl("", {(b"a", b"b"): 0})), [])
+    def test_order_of_the_table(self, impl):
+        """ranks count, not the order in which the dictionary holds them"""
+        shuffled = list(TABLE.items())
+        random.Random(3).shuffle(shuffled)
+        for word in (" collections", " separated", "similar"):
+            self._same(impl, word, dict(shuffled), *plain_encode(word, TABLE))
+
+    def test_bytes(self, impl):
+        """without merges a word is its UTF-8 bytes, and no rank is used"""
+        self._same(impl, "né", {}, [b"n", b"\xc3", b"\xa9"], [])
+        self._same(impl, "", {(b"a", b"b"): 0}, [], [])
 
     def test_text(self, impl):
         """on real words it equals applying every merge in turn, and nothing is lost"""
-        ranks = dict(RANKS)
-        for word in [*words_of(SENTENCES), "constructions", "listless", "🙂🙂🙂", "separately"]:
-            got = list(impl(word, ranks))
-            expect_equal(f"tokens of {word!r}", got, plain_encode(word, RANKS))
-            expect_equal(f"bytes of {word!r}", b"".join(got), word.encode())
-        expect_equal("the table afterwards", ranks, RANKS)
+        table = dict(TABLE)
+        differ = (" collected", " denoted", " between")  # where the longest token first makes another cut
+        for word in [*words_of(SENTENCES), "constructions", "listless", "🙂🙂🙂", *differ]:
+            expected = plain_encode(word, TABLE)
+            tokens, ranks = expect_parts(impl(word, table), "tokens", "ranks")
+            expect_equal(f"tokens of {word!r}", tokens, expected[0])
+            expect_equal(f"ranks of {word!r}", ranks, expected[1])
+            expect_equal(f"bytes of {word!r}", b"".join(tokens), word.encode())
+        expect_equal("the table afterwards", table, TABLE)
 
 
 PAD = 0
@@ -145,10 +192,10 @@ PAD = 0
 class Toy(nn.Module):
     """Logits of the next token from the running mean of embeddings: causal, differentiable, tiny."""
 
-    def __init__(self, vocab: int = 7, width: int = 5, seed: int = 0):
+    def __init__(self, vocab: int = 7, width: int = 5, scale: float = 1.0):
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.embed = nn.Parameter(torch.randn(vocab, width, generator=generator))
+        generator = torch.Generator().manual_seed(0)
+        self.embed = nn.Parameter(scale * torch.randn(vocab, width, generator=generator))
         self.head = nn.Parameter(torch.randn(width, vocab, generator=generator))
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -156,39 +203,80 @@ class Toy(nn.Module):
         return (self.embed[token_ids].cumsum(1) / seen) @ self.head  # [B, T, V]
 
 
+class InPieces(Toy):
+    """A toy that refuses more than `rows` rows at once, and rows before the last ones have been through backward."""
+
+    def __init__(self, rows: int):
+        super().__init__()
+        self.rows, self.seen, self.waiting = rows, 0, False
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        rows = len(token_ids)
+        expect(rows <= self.rows, f"rows given to the model: expected at most {self.rows} at once\n  got {rows}")
+        expect(not self.waiting, "expected backward of each part before the next part's forward\n  got two forwards")
+        logits = super().forward(token_ids)
+        self.seen += rows
+        if logits.requires_grad:
+            self.waiting = True
+            logits.register_hook(self._went_back)
+        return logits
+
+    def _went_back(self, gradient: torch.Tensor) -> None:
+        self.waiting = False
+
+
 class PlainSGD:
     """What an optimizer is to a training step. torch.optim would import its compiler first, for seconds."""
 
     def __init__(self, parameters, lr: float):
-        self.parameters, self.lr = list(parameters), lr
+        self.param_groups, self.steps = [{"params": list(parameters), "lr": lr}], 0
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        for parameter in self.parameters:
-            parameter.grad = None if set_to_none else torch.zeros_like(parameter)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None if set_to_none else torch.zeros_like(parameter)
 
     @torch.no_grad()
-    def step(self) -> None:
-        for parameter in self.parameters:
-            if parameter.grad is not None:
-                parameter -= self.lr * parameter.grad
+    def step(self, closure=None) -> None:
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
+        self.steps += 1
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter -= group["lr"] * parameter.grad
 
 
-def plain_loss(model: nn.Module, token_ids: torch.Tensor) -> torch.Tensor:
+def plain_loss(model: nn.Module, batch: torch.Tensor, pad: int = PAD) -> torch.Tensor:
     """Mean of -ln p(next token) over real targets, one prediction at a time."""
     losses = []
-    for row in token_ids:
+    for row in batch:
         for t in range(1, len(row)):
-            if row[t] != PAD:
+            if row[t] != pad:
                 scores = model(row[None, :t])[0, -1]
                 losses.append(scores.exp().sum().log() - scores[row[t]])
     return torch.stack(losses).mean()
 
 
-BATCH = torch.tensor([[3, 1, 4, 1, 5, 2], [2, 6, 5, 3, PAD, PAD], [5, 4, PAD, PAD, PAD, PAD]])
+BATCH = torch.tensor([[3, 1, 4, 1, 5, 2], [2, 6, 5, 3, PAD, PAD], [5, 4, PAD, PAD, PAD, PAD], [1, 6, 2, PAD, PAD, PAD]])
 
 
 @exercise("3.3", "training_step")
 class TestTrainingStep:
+    def _same(self, impl, batch, pieces, scale=1.0):
+        """Loss and parameters after one step, against the whole batch in one go."""
+        model, expected = Toy(scale=scale), Toy(scale=scale)
+        loss = plain_loss(expected, batch)
+        loss.backward()
+        given = batch.clone()
+        got = impl(model, PlainSGD(model.parameters(), lr=0.5), given, PAD, pieces)
+        expect_close(f"loss before the step, pieces={pieces}", got, loss.item(), atol=1e-5)
+        for (name, after), want in zip(model.named_parameters(), expected.parameters(), strict=True):
+            what = f"{name} after a step with lr=0.5, pieces={pieces}"
+            expect_close(what, after, want - 0.5 * want.grad, atol=1e-5)
+        expect(torch.equal(given, batch), "the batch was changed")
+
     def test_loss(self, impl):
         """the loss is the mean of -ln p of each next token"""
         model = Toy()
@@ -207,37 +295,60 @@ class TestTrainingStep:
         """pad_id is an argument: token 0 counts when it is not the padding"""
         model = Toy()
         batch = torch.where(BATCH == PAD, 6, torch.where(BATCH == 6, PAD, BATCH))
-        losses = [
-            (scores.exp().sum().log() - scores[row[t]]).item()
-            for row in batch
-            for t in range(1, 6)
-            if row[t] != 6
-            for scores in [model(row[None, :t])[0, -1]]
-        ]
-        got = impl(model, PlainSGD(model.parameters(), lr=0.0), batch, 6)
-        expect_close("loss with pad_id=6", got, sum(losses) / len(losses), atol=1e-5)
+        expected = plain_loss(model, batch, pad=6).item()
+        for pieces in (1, 2):
+            got = impl(model, PlainSGD(model.parameters(), lr=0.0), batch.clone(), 6, pieces)
+            expect_close(f"loss with pad_id=6, pieces={pieces}", got, expected, atol=1e-5)
 
     def test_float(self, impl):
         """the loss is a Python float, so that keeping it does not keep the whole graph"""
         model = Toy()
-        got = impl(model, PlainSGD(model.parameters(), lr=0.0), BATCH.clone(), PAD)
-        expect(isinstance(got, float), f"return value: expected a float\n  got {type(got).__name__}")
+        for pieces in (1, 2):
+            got = impl(model, PlainSGD(model.parameters(), lr=0.0), BATCH.clone(), PAD, pieces)
+            expect(isinstance(got, float), f"return value: expected a float\n  got {type(got).__name__}")
 
     def test_step(self, impl):
-        """the optimizer takes one step along this batch's gradient"""
-        model = Toy()
-        expected = copy.deepcopy(model)
-        plain_loss(expected, BATCH).backward()
-        impl(model, PlainSGD(model.parameters(), lr=0.5), BATCH.clone(), PAD)
-        for (name, got), want in zip(model.named_parameters(), expected.parameters(), strict=True):
-            expect_close(f"{name} after a step", got, want - 0.5 * want.grad, atol=1e-5)
+        """the optimizer steps along this batch's gradient, and the loss is that before the step"""
+        self._same(impl, BATCH, 1)
+
+    def test_pieces(self, impl):
+        """pieces change nothing: loss and gradient are those of the mean over all targets of the batch"""
+        self._same(impl, BATCH, 2)
+        self._same(impl, BATCH, 4)
+        self._same(impl, torch.cat([BATCH, BATCH.flip(0)[:2]]), 3)
+
+    def test_no_targets(self, impl):
+        """a part without a single target adds nothing"""
+        batch = torch.tensor([[3, 1, 4, 1], [5, 2, PAD, PAD], [6, PAD, PAD, PAD], [2, PAD, PAD, PAD]])
+        self._same(impl, batch, 2)
+        self._same(impl, batch, 4)
+
+    def test_one_step(self, impl):
+        """one step of the optimizer, however many pieces"""
+        for pieces in (1, 2, 4):
+            model = Toy()
+            optimizer = PlainSGD(model.parameters(), lr=0.5)
+            impl(model, optimizer, BATCH.clone(), PAD, pieces)
+            expect_equal(f"steps of the optimizer, pieces={pieces}", optimizer.steps, 1)
+
+    def test_memory(self, impl):
+        """the model sees B / pieces rows at once, and each part is through backward before the next one enters"""
+        for pieces in (1, 2, 4):
+            model = InPieces(4 // pieces)
+            impl(model, PlainSGD(model.parameters(), lr=0.5), BATCH.clone(), PAD, pieces)
+            expect(model.seen >= 4, f"rows given to the model: expected all 4\n  got {model.seen}")
+
+    def test_no_clipping(self, impl):
+        """a large gradient is used as it is"""
+        self._same(impl, BATCH, 1, scale=8.0)
+        self._same(impl, BATCH, 2, scale=8.0)
 
     def test_two_steps(self, impl):
         """the second step forgets the first one's gradient"""
         model, expected = Toy(), Toy()
         optimizer = PlainSGD(model.parameters(), lr=0.5)
-        for rows in (BATCH[:1], BATCH[1:]):
-            impl(model, optimizer, rows.clone(), PAD)
+        for rows in (BATCH[:2], BATCH[2:]):
+            impl(model, optimizer, rows.clone(), PAD, 2)
             gradients = torch.autograd.grad(plain_loss(expected, rows), list(expected.parameters()))
             with torch.no_grad():
                 for parameter, gradient in zip(expected.parameters(), gradients, strict=True):
@@ -248,22 +359,30 @@ class TestTrainingStep:
         """40 steps on one batch bring the loss down"""
         model = Toy()
         optimizer = PlainSGD(model.parameters(), lr=1.0)
-        losses = [impl(model, optimizer, BATCH.clone(), PAD) for _ in range(40)]
+        losses = [impl(model, optimizer, BATCH.clone(), PAD, 2) for _ in range(40)]
+        expect(all(isinstance(loss, float) for loss in losses), "return value: expected a float")
         expect(
             losses[-1] < losses[0] / 2,
             f"loss after 40 steps: expected under {losses[0] / 2:.3f}\n  got {losses[-1]:.3f}",
         )
 
 
-def plain_perplexity(token_ids: list[int], window: int, stride: int) -> float:
+def tensor_of(what: str, got: object) -> torch.Tensor:
+    """`got`, after holding that it is a tensor."""
+    found = "nothing (is a `return` missing?)" if got is None else type(got).__name__
+    expect(isinstance(got, torch.Tensor), f"{what}: expected a tensor\n{'':{len(what)}}  got      {found}")
+    return got
+
+
+def plain_losses(token_ids: list[int], window: int, stride: int) -> list[float]:
     """Score each token by the first window that predicts it, one forward pass a token."""
-    model, total = Toy(), 0.0
+    model, losses = Toy(), []
     for target in range(1, len(token_ids)):
         begin = next(b for b in range(0, len(token_ids), stride) if b + window >= target)
         with torch.no_grad():
             scores = model(torch.tensor([token_ids[begin:target]]))[0, -1].double()
-        total += (scores.logsumexp(-1) - scores[token_ids[target]]).item()
-    return math.exp(total / (len(token_ids) - 1))
+        losses.append((scores.logsumexp(-1) - scores[token_ids[target]]).item())
+    return losses
 
 
 class Watched(Toy):
@@ -285,43 +404,58 @@ def tokens(count: int, seed: int = 0) -> list[int]:
     return [random.Random(seed * 1000 + i).randrange(7) for i in range(count)]
 
 
-@exercise("3.4", "perplexity")
-class TestPerplexity:
+@exercise("3.4", "token_losses")
+class TestTokenLosses:
+    def _same(self, impl, count, window, stride):
+        """The vector, then the perplexity that follows from it."""
+        case = f"{count} tokens, window {window}, stride {stride}"
+        expected = plain_losses(tokens(count), window, stride)
+        got = tensor_of(f"losses of {case}", impl(Watched(window), tokens(count), window, stride))
+        expect_equal(f"number of losses of {case}", tuple(got.shape), (count - 1,))
+        expect_close(f"losses of {case}", got, expected, atol=1e-5)
+        perplexity = math.exp(sum(expected) / len(expected))
+        expect_close(f"perplexity of {case}, exp of the mean", got.mean().exp(), perplexity, rtol=1e-4)
+
     def test_uniform(self, impl):
-        """a model that knows nothing about V tokens has perplexity V"""
+        """a model that knows nothing about V tokens has the loss ln V everywhere"""
         got = impl(lambda ids: torch.zeros(1, ids.shape[1], 50), tokens(30), 8, 8)
-        expect_close("perplexity", got, 50.0, rtol=1e-4)
+        expect_close("losses", got, [math.log(50)] * 29, atol=1e-5)
 
     def test_one_window(self, impl):
         """a text that fits into the window is scored in one go, its first token excepted"""
-        expect_close(
-            "perplexity", impl(Watched(64), tokens(20), 64, 64), plain_perplexity(tokens(20), 64, 64), rtol=1e-4
-        )
+        self._same(impl, 20, 64, 64)
 
     def test_windows_side_by_side(self, impl):
         """stride = window: no token is left out between two windows, and the tail counts"""
         for count in (17, 20, 25, 26):
-            expected = plain_perplexity(tokens(count), 8, 8)
-            expect_close(f"perplexity of {count} tokens", impl(Watched(8), tokens(count), 8, 8), expected, rtol=1e-4)
+            self._same(impl, count, 8, 8)
 
     def test_overlapping_windows(self, impl):
-        """a smaller stride gives context, and still scores each token once"""
+        """a smaller stride gives context: each token is scored once, by the first window that predicts it"""
         for window, stride in ((8, 4), (8, 3), (8, 1), (5, 2)):
-            expected = plain_perplexity(tokens(41), window, stride)
-            got = impl(Watched(window), tokens(41), window, stride)
-            expect_close(f"perplexity, window {window}, stride {stride}", got, expected, rtol=1e-4)
+            self._same(impl, 41, window, stride)
 
     def test_short(self, impl):
         """two tokens make one prediction"""
-        expect_close(
-            "perplexity of 2 tokens", impl(Watched(8), [3, 5], 8, 4), plain_perplexity([3, 5], 8, 4), rtol=1e-4
-        )
+        self._same(impl, 2, 8, 4)
 
     def test_no_needless_windows(self, impl):
         """it stops when the last token is scored"""
-        model = Watched(8)
-        impl(model, tokens(17), 8, 2)
-        expect_equal("windows shown for 17 tokens, window 8, stride 2", model.calls, 5)
+        for stride, calls in ((2, 5), (1, 9), (8, 2)):
+            model = Watched(8)
+            impl(model, tokens(17), 8, stride)
+            expect_equal(f"windows shown for 17 tokens, window 8, stride {stride}", model.calls, calls)
+
+    def test_float32(self, impl):
+        """float32 without a graph; logits in bfloat16 are made float32 before the softmax"""
+        got = tensor_of("losses", impl(Toy(), tokens(20), 8, 4))
+        expect_equal("dtype of the losses", got.dtype, torch.float32)
+        expect(not got.requires_grad, "the losses keep a graph, and with it every window's activations")
+        scores = torch.tensor([2.0, 1.0, 0.5, -1.0, 3.0, 0.25, -2.0])
+        got = tensor_of("losses", impl(lambda ids: scores.bfloat16().expand(1, ids.shape[1], 7), tokens(20), 8, 4))
+        expect_equal("dtype of the losses from bfloat16 logits", got.dtype, torch.float32)
+        expected = [(scores.logsumexp(0) - scores[i]).item() for i in tokens(20)[1:]]
+        expect_close("losses from bfloat16 logits", got, expected, atol=1e-5)
 
     def test_inputs(self, impl):
         """the list of tokens stays as it was"""
@@ -331,24 +465,37 @@ class TestPerplexity:
 
 
 def plain_nucleus(row: list[float], p: float) -> list[int]:
-    """Ids of the smallest set, exactly in rationals of fp64 weights."""
-    weights = [Fraction(math.exp(x)) for x in row]
-    order = sorted(range(len(row)), key=lambda i: -row[i])
-    total, kept = Fraction(0), []
-    for i in order:
-        if kept and total >= Fraction(p) * sum(weights):
+    """Ids of the smallest set by its definition: sorted and added up in fp64. For rows without equal logits."""
+    total, weights = math.fsum(map(math.exp, row)), {i: math.exp(x) for i, x in enumerate(row)}
+    kept, mass = [], 0.0
+    for i in sorted(weights, key=lambda i: -row[i]):
+        if mass >= p:
             break
         kept.append(i)
-        total += weights[i]
+        mass += weights[i] / total
     return sorted(kept)
 
 
-def ids_kept(what: str, got: torch.Tensor, logits: torch.Tensor) -> list[list[int]]:
+def ids_kept(what: str, got: object, logits: torch.Tensor) -> list[list[int]]:
     """The ids that stay in each row, after holding shape and values."""
+    got = tensor_of(what, got)
     expect_equal(f"{what}: shape", tuple(got.shape), tuple(logits.shape))
     stays = got > float("-inf")
     expect_close(f"{what}: logits that stay", got[stays], logits[stays], atol=0, rtol=0)
     return [row.nonzero().flatten().tolist() for row in stays]
+
+
+SORTS = [
+    *((torch, name) for name in ("sort", "argsort", "msort", "topk", "kthvalue")),
+    *((torch.Tensor, name) for name in ("sort", "argsort", "msort", "topk", "kthvalue")),
+]
+
+
+def refuse(name: str):
+    def refused(*_args, **_kwargs):
+        raise ContractError(f"expected a search for the threshold\n  got      a call of {name}, which sorts")
+
+    return refused
 
 
 @exercise("3.5", "keep_top_p")
@@ -368,19 +515,70 @@ class TestKeepTopP:
         logits = torch.tensor([[0.6, 0.3, 0.1]]).log()
         expect_equal("ids that stay", ids_kept("p = 0.8", impl(logits, 0.8), logits), [[0, 1]])
 
+    def test_exactly_p(self, impl):
+        """exactly p is enough: of 1/2 1/4 1/8 1/8, p = 1/2 keeps one token and p = 3/4 two"""
+        logits = -math.log(2) * torch.tensor([[2.0, 1.0, 3.0, 3.0]])
+        for p, expected in ((0.5, [[1]]), (0.75, [[0, 1]]), (0.8, [[0, 1, 2, 3]])):
+            expect_equal(f"p = {p}: ids that stay", ids_kept(f"p = {p}", impl(logits, p), logits), expected)
+
+    def test_ties(self, impl):
+        """tokens of equal probability stay or go together"""
+        logits = torch.zeros(1, 4)
+        expect_equal("ids that stay", ids_kept("four equal, p = 0.5", impl(logits, 0.5), logits), [[0, 1, 2, 3]])
+        logits = torch.tensor([[0.1, 0.2, 0.4, 0.1, 0.2]]).log()
+        for p, expected in ((0.3, [[2]]), (0.5, [[1, 2, 4]]), (0.75, [[1, 2, 4]]), (0.85, [[0, 1, 2, 3, 4]])):
+            expect_equal(f"p = {p}: ids that stay", ids_kept(f"p = {p}", impl(logits, p), logits), expected)
+
     def test_rows(self, impl):
-        """each row has its own set: one token where the model is sure, many where it is not"""
-        logits = torch.tensor([[9.0, 0.0, 0.0, 0.0], [0.1, 0.0, 0.2, 0.3]])
+        """each row has its own threshold: one token where the model is sure, many where it is not"""
+        logits = torch.tensor([[9.0, 0.0, 0.1, 0.2], [0.1, 0.0, 0.2, 0.3]])
         expect_equal("ids that stay", ids_kept("two rows", impl(logits, 0.9), logits), [[0], [0, 1, 2, 3]])
 
+    def test_p_per_row(self, impl):
+        """p may be a tensor: each row has its own, also when there are as many rows as tokens"""
+        row = torch.tensor([0.2, 0.5, 0.3]).log()
+        logits, p = row.expand(3, 3).clone(), torch.tensor([0.9, 0.4, 0.7])
+        expect_equal("ids that stay", ids_kept("p per row", impl(logits, p), logits), [[0, 1, 2], [1], [1, 2]])
+        expect_close("p afterwards", p, [0.9, 0.4, 0.7])
+        logits, p = row.expand(2, 3).clone(), torch.tensor([0.6, 1.0])
+        expect_equal("ids that stay", ids_kept("p per row", impl(logits, p), logits), [[1, 2], [0, 1, 2]])
+
     def test_random(self, impl):
-        """on random rows it equals adding up one token at a time"""
+        """on random rows without ties it equals sorting and adding up"""
         logits = 2 * torch.randn(20, 60, generator=torch.Generator().manual_seed(0))
         for p in (0.05, 0.5, 0.9, 0.99):
             expected = [plain_nucleus(row.tolist(), p) for row in logits]
             got = ids_kept(f"p = {p}", impl(logits.clone(), p), logits)
             for row, (mine, want) in enumerate(zip(got, expected, strict=True)):
                 expect_equal(f"p = {p}, row {row}: ids that stay", mine, want)
+
+    def test_near(self, impl):
+        """probabilities near 0.0001 that differ by one part in 100,000 are told apart"""
+        order = torch.randperm(1000, generator=torch.Generator().manual_seed(1))
+        logits = torch.cat([torch.tensor([math.log(9000)]), order * -1e-5])[None]  # [1, 1001]
+        weights = [9000.0, *(math.exp(i * -1e-5) for i in range(1000))]
+        for count in (100, 500, 800):
+            p = (sum(weights[:count]) + weights[count] / 2) / sum(weights)  # half of the token that crosses it
+            expected = [0, *((order < count).nonzero().flatten() + 1).tolist()]
+            got = ids_kept(f"p = {p:.6f}", impl(logits, p), logits)
+            expect_equal(f"p = {p:.6f}: number of tokens that stay", len(got[0]), len(expected))
+            expect_equal(f"p = {p:.6f}: ids that stay", got[0], expected)
+
+    def test_one_keeps_all(self, impl):
+        """p = 1 keeps every token, also those that no fp32 sum would miss"""
+        logits = torch.tensor([[10.0, 9.0, -10.0, -30.0], [0.1, 0.2, 0.3, 0.4]])
+        expect_equal("ids that stay", ids_kept("p = 1", impl(logits, 1.0), logits), [[0, 1, 2, 3]] * 2)
+        logits = 3 * torch.randn(4, 500, generator=torch.Generator().manual_seed(2))
+        for p in (1.0, torch.ones(4)):
+            expect_equal("ids that stay", ids_kept("p = 1", impl(logits, p), logits), [list(range(500))] * 4)
+
+    def test_no_sort(self, impl):
+        """nothing is sorted"""
+        logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(3))
+        with ExitStack() as stack:
+            for owner, name in SORTS:
+                stack.enter_context(mock.patch.object(owner, name, refuse(f"{owner.__name__}.{name}")))
+            tensor_of("the result", impl(logits, 0.7))
 
     def test_input_stays(self, impl):
         """the logits that came in are not changed"""

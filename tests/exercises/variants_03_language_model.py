@@ -1,7 +1,7 @@
 """Wrong and alternative implementations of chapter 3's exercises: checks refuse the first, accept the second."""
 
 import codecs
-import math
+import heapq
 from collections import Counter, defaultdict
 from itertools import pairwise
 
@@ -29,69 +29,113 @@ def _join(symbols, pair):
     return out
 
 
-def _learn(word_counts, num_merges, spell=_spell, join=_join, weigh=True, key=lambda n, pair: (-n, pair)):
+def _best(pairs):
+    return min(pairs, key=lambda pair: (-pairs[pair], pair))
+
+
+def _learn(word_counts, num_merges, min_count=1, spell=_spell, join=_join, pairs_of=pairwise, best=_best, weigh=True):
     words = {word: spell(word) for word in word_counts}
     merges = []
     for _ in range(num_merges):
         pairs = Counter()
         for word, symbols in words.items():
-            for pair in pairwise(symbols):
+            for pair in pairs_of(symbols):
                 pairs[pair] += word_counts[word] if weigh else 1
-        if not pairs:
+        if not pairs or pairs[best(pairs)] < min_count:
             break
-        merges.append(min(pairs, key=lambda pair: key(pairs[pair], pair)))
+        merges.append(best(pairs))
         words = {word: join(symbols, merges[-1]) for word, symbols in words.items()}
     return merges
 
 
 @wrong("3.1", "counts each distinct word once")
-def learn_merges(word_counts, num_merges):
-    return _learn(word_counts, num_merges, weigh=False)
+def learn_merges(word_counts, num_merges, min_count=1):
+    return _learn(word_counts, num_merges, min_count, weigh=False)
+
+
+@wrong("3.1", "counts a pair once a word")
+def learn_merges(word_counts, num_merges, min_count=1):
+    return _learn(word_counts, num_merges, min_count, pairs_of=lambda symbols: set(pairwise(symbols)))
+
+
+@wrong("3.1", "counts aaa as one pair, without overlap")
+def learn_merges(word_counts, num_merges, min_count=1):
+    def pairs_of(symbols):
+        last, found = {}, []
+        for i, pair in enumerate(pairwise(symbols)):
+            if last.get(pair, -2) < i - 1:
+                found.append(pair)
+                last[pair] = i
+        return found
+
+    return _learn(word_counts, num_merges, min_count, pairs_of=pairs_of)
 
 
 @wrong("3.1", "takes the first of equally frequent pairs")
-def learn_merges(word_counts, num_merges):
-    return _learn(word_counts, num_merges, key=lambda n, pair: -n)
+def learn_merges(word_counts, num_merges, min_count=1):
+    return _learn(word_counts, num_merges, min_count, best=lambda pairs: max(pairs, key=pairs.get))
 
 
 @wrong("3.1", "takes the largest of equally frequent pairs")
-def learn_merges(word_counts, num_merges):
-    return _learn(word_counts, num_merges, key=lambda n, pair: (-n, [-b for b in pair[0]], [-b for b in pair[1]]))
+def learn_merges(word_counts, num_merges, min_count=1):
+    return _learn(word_counts, num_merges, min_count, best=lambda pairs: max(pairs, key=lambda p: (pairs[p], p)))
 
 
 @wrong("3.1", "spells characters instead of bytes")
-def learn_merges(word_counts, num_merges):
-    return _learn(word_counts, num_merges, spell=lambda word: [c.encode() for c in word])
+def learn_merges(word_counts, num_merges, min_count=1):
+    return _learn(word_counts, num_merges, min_count, spell=lambda word: [c.encode() for c in word])
 
 
 @wrong("3.1", "counts once and takes the most frequent pairs of single bytes")
-def learn_merges(word_counts, num_merges):
+def learn_merges(word_counts, num_merges, min_count=1):
     pairs = Counter()
     for word, count in word_counts.items():
         for pair in pairwise(_spell(word)):
             pairs[pair] += count
-    return sorted(pairs, key=lambda pair: (-pairs[pair], pair))[:num_merges]
+    frequent = [pair for pair in pairs if pairs[pair] >= min_count]
+    return sorted(frequent, key=lambda pair: (-pairs[pair], pair))[:num_merges]
 
 
 @wrong("3.1", "does not stop when no pair is left")
-def learn_merges(word_counts, num_merges):
-    merges = _learn(word_counts, num_merges)
+def learn_merges(word_counts, num_merges, min_count=1):
+    merges = _learn(word_counts, num_merges, min_count)
     return merges + [(b"", b"")] * (num_merges - len(merges))
 
 
 @wrong("3.1", "joins only the first place in each word")
-def learn_merges(word_counts, num_merges):
+def learn_merges(word_counts, num_merges, min_count=1):
     def join(symbols, pair):
         for i, found in enumerate(pairwise(symbols)):
             if found == pair:
                 return [*symbols[:i], pair[0] + pair[1], *symbols[i + 2 :]]
         return symbols
 
-    return _learn(word_counts, num_merges, join=join)
+    return _learn(word_counts, num_merges, min_count, join=join)
+
+
+@wrong("3.1", "ignores min_count")
+def learn_merges(word_counts, num_merges, min_count=1):
+    return _learn(word_counts, num_merges)
+
+
+@wrong("3.1", "stops at a pair that occurs min_count times")
+def learn_merges(word_counts, num_merges, min_count=1):
+    return _learn(word_counts, num_merges, min_count + 1 if min_count > 1 else 1)
+
+
+@wrong("3.1", "leaves out words that occur fewer than min_count times")
+def learn_merges(word_counts, num_merges, min_count=1):
+    return _learn({word: n for word, n in word_counts.items() if n >= min_count}, num_merges, min_count)
+
+
+@wrong("3.1", "joins one pair too many: looks at min_count afterwards")
+def learn_merges(word_counts, num_merges, min_count=1):
+    sure = _learn(word_counts, num_merges, min_count)
+    return _learn(word_counts, min(len(sure) + (min_count > 1), num_merges))
 
 
 @alternative("3.1", "counts anew only the words that hold the joined pair")
-def learn_merges(word_counts, num_merges):
+def learn_merges(word_counts, num_merges, min_count=1):
     words = {word: _spell(word) for word in word_counts}
     pairs, where = Counter(), defaultdict(set)
     for word, symbols in words.items():
@@ -99,8 +143,8 @@ def learn_merges(word_counts, num_merges):
             pairs[pair] += word_counts[word]
             where[pair].add(word)
     merges = []
-    while len(merges) < num_merges and (left := [p for p in pairs if pairs[p] > 0]):
-        best = min(left, key=lambda pair: (-pairs[pair], pair))
+    while len(merges) < num_merges and (left := {p: n for p, n in pairs.items() if n > 0 and n >= min_count}):
+        best = _best(left)
         merges.append(best)
         for word in where[best]:
             for pair in pairwise(words[word]):
@@ -115,247 +159,520 @@ def learn_merges(word_counts, num_merges):
 # ---- 3.2 encode a word ---------------------------------------------------------------------------------------------
 
 
+def _encode(word, table, key=lambda rank, i: (rank, i), spell=_spell):
+    tokens, ranks = spell(word), []
+    while known := [(key(table[pair], i), i) for i, pair in enumerate(pairwise(tokens)) if pair in table]:
+        i = min(known)[1]
+        ranks.append(table[tokens[i], tokens[i + 1]])
+        tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
+    return tokens, ranks
+
+
 @wrong("3.2", "takes the longest token of the vocabulary first")
-def encode_word(word, ranks):
-    vocab = {a + b for a, b in ranks}
+def encode_word(word, table):
+    vocab = {a + b for a, b in table}
     data, tokens = word.encode(), []
     while data:
         size = next((n for n in range(len(data), 1, -1) if data[:n] in vocab), 1)
         tokens.append(data[:size])
         data = data[size:]
-    return tokens
+    return tokens, [rank for token in tokens for rank in _encode(token.decode(errors="ignore"), table)[1]]
+
+
+@wrong("3.2", "takes the longest token first, and the right ranks")
+def encode_word(word, table):
+    vocab = {a + b for a, b in table}
+    data, tokens = word.encode(), []
+    while data:
+        size = next((n for n in range(len(data), 1, -1) if data[:n] in vocab), 1)
+        tokens.append(data[:size])
+        data = data[size:]
+    return tokens, _encode(word, table)[1]
 
 
 @wrong("3.2", "joins the leftmost known pair, whatever its rank")
-def encode_word(word, ranks):
-    tokens = _spell(word)
-    while known := [i for i, pair in enumerate(pairwise(tokens)) if pair in ranks]:
-        tokens[known[0] : known[0] + 2] = [tokens[known[0]] + tokens[known[0] + 1]]
-    return tokens
+def encode_word(word, table):
+    return _encode(word, table, key=lambda rank, i: i)
 
 
 @wrong("3.2", "takes the largest rank first")
-def encode_word(word, ranks):
-    tokens = _spell(word)
-    while known := [(-ranks[pair], i) for i, pair in enumerate(pairwise(tokens)) if pair in ranks]:
-        i = min(known)[1]
-        tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
-    return tokens
+def encode_word(word, table):
+    return _encode(word, table, key=lambda rank, i: (-rank, i))
 
 
 @wrong("3.2", "takes the rightmost of equal ranks")
-def encode_word(word, ranks):
-    tokens = _spell(word)
-    while known := [(ranks[pair], -i) for i, pair in enumerate(pairwise(tokens)) if pair in ranks]:
-        i = -min(known)[1]
-        tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
-    return tokens
+def encode_word(word, table):
+    return _encode(word, table, key=lambda rank, i: (rank, -i))
 
 
 @wrong("3.2", "goes through the word once")
-def encode_word(word, ranks):
-    tokens = []
+def encode_word(word, table):
+    tokens, ranks = [], []
     for symbol in _spell(word):
-        if tokens and (tokens[-1], symbol) in ranks:
+        if tokens and (tokens[-1], symbol) in table:
+            ranks.append(table[tokens[-1], symbol])
             tokens[-1] += symbol
         else:
             tokens.append(symbol)
-    return tokens
+    return tokens, ranks
 
 
 @wrong("3.2", "spells characters instead of bytes")
-def encode_word(word, ranks):
-    tokens = [character.encode() for character in word]
-    while known := [(ranks[pair], i) for i, pair in enumerate(pairwise(tokens)) if pair in ranks]:
+def encode_word(word, table):
+    return _encode(word, table, spell=lambda word: [character.encode() for character in word])
+
+
+@wrong("3.2", "applies the merges in the order of the dictionary")
+def encode_word(word, table):
+    tokens, ranks = _spell(word), []
+    for pair, rank in table.items():
+        joined = _join(tokens, pair)
+        ranks += [rank] * (len(tokens) - len(joined))
+        tokens = joined
+    return tokens, sorted(ranks)
+
+
+@wrong("3.2", "takes the position in the dictionary for the rank")
+def encode_word(word, table):
+    return _encode(word, {pair: i for i, pair in enumerate(table)})
+
+
+@wrong("3.2", "notes a rank once for all the places it joins")
+def encode_word(word, table):
+    tokens, ranks = _encode(word, table)
+    return tokens, sorted(set(ranks))
+
+
+@wrong("3.2", "returns the positions of the joins")
+def encode_word(word, table):
+    tokens, positions = _spell(word), []
+    while known := [(table[pair], i) for i, pair in enumerate(pairwise(tokens)) if pair in table]:
         i = min(known)[1]
+        positions.append(i)
         tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
-    return tokens
+    return tokens, positions
 
 
-@alternative("3.2", "applies every merge of the table in turn")
-def encode_word(word, ranks):
-    tokens = _spell(word)
-    for pair in sorted(ranks, key=ranks.get):
-        tokens = _join(tokens, pair)
-    return tokens
+@wrong("3.2", "returns the ranks of the last joins of the tokens, from left to right")
+def encode_word(word, table):
+    tokens, _ = _encode(word, table)
+    of_token = {a + b: rank for (a, b), rank in table.items()}
+    return tokens, [of_token[token] for token in tokens if token in of_token]
 
 
-# ---- 3.3 one step of training --------------------------------------------------------------------------------------
+@wrong("3.2", "returns the tokens alone")
+def encode_word(word, table):
+    return _encode(word, table)[0]
+
+
+@wrong("3.2", "takes what it used out of the table")
+def encode_word(word, table):
+    tokens, ranks = _encode(word, table)
+    for pair in [pair for pair, rank in table.items() if rank in ranks]:
+        del table[pair]
+    return tokens, ranks
+
+
+@alternative("3.2", "applies every merge of the table in turn, by rank")
+def encode_word(word, table):
+    tokens, ranks = _spell(word), []
+    for pair in sorted(table, key=table.get):
+        joined = _join(tokens, pair)
+        ranks += [table[pair]] * (len(tokens) - len(joined))
+        tokens = joined
+    return tokens, ranks
+
+
+@alternative("3.2", "a heap of pairs over a linked list")
+def encode_word(word, table):
+    tokens, ranks = _spell(word), []
+    n = len(tokens)
+    after, before = list(range(1, n + 1)), list(range(-1, n - 1))
+    heap = [(table[pair], i, *pair) for i, pair in enumerate(pairwise(tokens)) if pair in table]
+    heapq.heapify(heap)
+    while heap:
+        rank, i, left, right = heapq.heappop(heap)
+        j = after[i]
+        if tokens[i] != left or j >= n or tokens[j] != right:
+            continue  # one of the two has been joined to another
+        ranks.append(rank)
+        tokens[i], tokens[j], after[i] = left + right, None, after[j]
+        if after[i] < n:
+            before[after[i]] = i
+        for k in (before[i], i):
+            if k >= 0 and after[k] < n and (pair := (tokens[k], tokens[after[k]])) in table:
+                heapq.heappush(heap, (table[pair], k, *pair))
+    return [token for token in tokens if token is not None], ranks
+
+
+# ---- 3.3 one step of training, in pieces ---------------------------------------------------------------------------
+
+
+def _sum(model, part, pad_id):
+    """The summed loss of some rows, and how many targets they hold."""
+    logits, targets = model(part[:, :-1]).flatten(0, 1), part[:, 1:].flatten()
+    return F.cross_entropy(logits, targets, ignore_index=pad_id, reduction="sum"), (targets != pad_id).sum()
+
+
+def _count(batch, pad_id):
+    return (batch[:, 1:] != pad_id).sum()
 
 
 @wrong("3.3", "does not shift: the target is the input")
-def training_step(model, optimizer, token_ids, pad_id):
-    loss = F.cross_entropy(model(token_ids).flatten(0, 1), token_ids.flatten(), ignore_index=pad_id)
+def training_step(model, optimizer, batch, pad_id, pieces=1):
     optimizer.zero_grad()
-    loss.backward()
+    total = 0.0
+    for part in batch.chunk(pieces):
+        logits = model(part).flatten(0, 1)
+        loss = F.cross_entropy(logits, part.flatten(), ignore_index=pad_id, reduction="sum")
+        loss = loss / (batch != pad_id).sum()
+        loss.backward()
+        total += loss.item()
     optimizer.step()
-    return loss.item()
+    return total
 
 
 @wrong("3.3", "shifts the wrong way: predicts the token before")
-def training_step(model, optimizer, token_ids, pad_id):
-    logits = model(token_ids)[:, 1:]
-    loss = F.cross_entropy(logits.flatten(0, 1), token_ids[:, :-1].flatten(), ignore_index=pad_id)
+def training_step(model, optimizer, batch, pad_id, pieces=1):
     optimizer.zero_grad()
-    loss.backward()
+    total = 0.0
+    for part in batch.chunk(pieces):
+        logits, targets = model(part)[:, 1:].flatten(0, 1), part[:, :-1].flatten()
+        loss = F.cross_entropy(logits, targets, ignore_index=pad_id, reduction="sum") / _count(batch, pad_id)
+        loss.backward()
+        total += loss.item()
     optimizer.step()
-    return loss.item()
+    return total
 
 
 @wrong("3.3", "learns to predict padding")
-def training_step(model, optimizer, token_ids, pad_id):
-    loss = F.cross_entropy(model(token_ids[:, :-1]).flatten(0, 1), token_ids[:, 1:].flatten())
+def training_step(model, optimizer, batch, pad_id, pieces=1):
     optimizer.zero_grad()
-    loss.backward()
+    total = 0.0
+    for part in batch.chunk(pieces):
+        loss = F.cross_entropy(model(part[:, :-1]).flatten(0, 1), part[:, 1:].flatten()) / pieces
+        loss.backward()
+        total += loss.item()
     optimizer.step()
-    return loss.item()
+    return total
 
 
 @wrong("3.3", "divides by all positions, padding included")
-def training_step(model, optimizer, token_ids, pad_id):
-    targets = token_ids[:, 1:].flatten()
-    loss = F.cross_entropy(model(token_ids[:, :-1]).flatten(0, 1), targets, ignore_index=pad_id, reduction="sum")
-    loss = loss / len(targets)
+def training_step(model, optimizer, batch, pad_id, pieces=1):
     optimizer.zero_grad()
-    loss.backward()
+    total = 0.0
+    for part in batch.chunk(pieces):
+        loss = _sum(model, part, pad_id)[0] / batch[:, 1:].numel()
+        loss.backward()
+        total += loss.item()
     optimizer.step()
-    return loss.item()
+    return total
 
 
 @wrong("3.3", "ignores token 0 whatever pad_id is")
-def training_step(model, optimizer, token_ids, pad_id):
-    loss = F.cross_entropy(model(token_ids[:, :-1]).flatten(0, 1), token_ids[:, 1:].flatten(), ignore_index=0)
+def training_step(model, optimizer, batch, pad_id, pieces=1):
     optimizer.zero_grad()
-    loss.backward()
+    total = 0.0
+    for part in batch.chunk(pieces):
+        loss = _sum(model, part, 0)[0] / _count(batch, 0)
+        loss.backward()
+        total += loss.item()
     optimizer.step()
-    return loss.item()
+    return total
+
+
+@wrong("3.3", "the mean of the parts' means")
+def training_step(model, optimizer, batch, pad_id, pieces=1):
+    optimizer.zero_grad()
+    total = 0.0
+    for part in batch.chunk(pieces):
+        loss, count = _sum(model, part, pad_id)
+        loss = loss / count.clamp(min=1) / pieces
+        loss.backward()
+        total += loss.item()
+    optimizer.step()
+    return total
+
+
+@wrong("3.3", "adds the parts' means up")
+def training_step(model, optimizer, batch, pad_id, pieces=1):
+    optimizer.zero_grad()
+    total = 0.0
+    for part in batch.chunk(pieces):
+        loss, count = _sum(model, part, pad_id)
+        loss = loss / count.clamp(min=1)
+        loss.backward()
+        total += loss.item()
+    optimizer.step()
+    return total
+
+
+@wrong("3.3", "0 / 0 for a part without targets")
+def training_step(model, optimizer, batch, pad_id, pieces=1):
+    optimizer.zero_grad()
+    total, count = 0.0, _count(batch, pad_id)
+    for part in batch.chunk(pieces):
+        loss, targets = _sum(model, part, pad_id)
+        loss = loss / targets * (targets / count)
+        loss.backward()
+        total += loss.item()
+    optimizer.step()
+    return total
+
+
+@wrong("3.3", "the mean of the rows' means")
+def training_step(model, optimizer, batch, pad_id, pieces=1):
+    optimizer.zero_grad()
+    total, rows = 0.0, (batch[:, 1:] != pad_id).any(1).sum()
+    for part in batch.chunk(pieces):
+        logits, targets = model(part[:, :-1]), part[:, 1:]
+        losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=pad_id, reduction="none").sum(1)
+        loss = (losses / (targets != pad_id).sum(1).clamp(min=1)).sum() / rows
+        loss.backward()
+        total += loss.item()
+    optimizer.step()
+    return total
+
+
+@wrong("3.3", "a step a part")
+def training_step(model, optimizer, batch, pad_id, pieces=1):
+    total = 0.0
+    for part in batch.chunk(pieces):
+        optimizer.zero_grad()
+        loss = _sum(model, part, pad_id)[0] / _count(batch, pad_id)
+        loss.backward()
+        optimizer.step()
+        total += loss.item()
+    return total
+
+
+@wrong("3.3", "clears the gradients before each part, so that only the last one counts")
+def training_step(model, optimizer, batch, pad_id, pieces=1):
+    total = 0.0
+    for part in batch.chunk(pieces):
+        optimizer.zero_grad()
+        loss = _sum(model, part, pad_id)[0] / _count(batch, pad_id)
+        loss.backward()
+        total += loss.item()
+    optimizer.step()
+    return total
 
 
 @wrong("3.3", "adds gradients up over steps")
-def training_step(model, optimizer, token_ids, pad_id):
-    loss = F.cross_entropy(model(token_ids[:, :-1]).flatten(0, 1), token_ids[:, 1:].flatten(), ignore_index=pad_id)
-    loss.backward()
+def training_step(model, optimizer, batch, pad_id, pieces=1):
+    total = 0.0
+    for part in batch.chunk(pieces):
+        loss = _sum(model, part, pad_id)[0] / _count(batch, pad_id)
+        loss.backward()
+        total += loss.item()
     optimizer.step()
-    return loss.item()
+    return total
 
 
-@wrong("3.3", "clears the gradients after backward")
-def training_step(model, optimizer, token_ids, pad_id):
-    loss = F.cross_entropy(model(token_ids[:, :-1]).flatten(0, 1), token_ids[:, 1:].flatten(), ignore_index=pad_id)
-    loss.backward()
+@wrong("3.3", "clears the gradients between backward and the step")
+def training_step(model, optimizer, batch, pad_id, pieces=1):
+    total = 0.0
+    for part in batch.chunk(pieces):
+        loss = _sum(model, part, pad_id)[0] / _count(batch, pad_id)
+        loss.backward()
+        total += loss.item()
     optimizer.zero_grad()
     optimizer.step()
+    return total
+
+
+@wrong("3.3", "clips the gradient to length 1")
+def training_step(model, optimizer, batch, pad_id, pieces=1):
+    optimizer.zero_grad()
+    total = 0.0
+    for part in batch.chunk(pieces):
+        loss = _sum(model, part, pad_id)[0] / _count(batch, pad_id)
+        loss.backward()
+        total += loss.item()
+    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    optimizer.step()
+    return total
+
+
+@wrong("3.3", "shows the whole batch at once")
+def training_step(model, optimizer, batch, pad_id, pieces=1):
+    loss = _sum(model, batch, pad_id)[0] / _count(batch, pad_id)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
     return loss.item()
+
+
+@wrong("3.3", "one backward for all parts, which keeps all their activations")
+def training_step(model, optimizer, batch, pad_id, pieces=1):
+    loss = sum(_sum(model, part, pad_id)[0] for part in batch.chunk(pieces)) / _count(batch, pad_id)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+@wrong("3.3", "returns the last part's loss")
+def training_step(model, optimizer, batch, pad_id, pieces=1):
+    optimizer.zero_grad()
+    for part in batch.chunk(pieces):
+        loss = _sum(model, part, pad_id)[0] / _count(batch, pad_id)
+        loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+@wrong("3.3", "returns the loss after the step")
+def training_step(model, optimizer, batch, pad_id, pieces=1):
+    optimizer.zero_grad()
+    for part in batch.chunk(pieces):
+        (_sum(model, part, pad_id)[0] / _count(batch, pad_id)).backward()
+    optimizer.step()
+    with torch.no_grad():
+        return sum(_sum(model, part, pad_id)[0].item() for part in batch.chunk(pieces)) / _count(batch, pad_id).item()
 
 
 @wrong("3.3", "returns the tensor with its graph")
-def training_step(model, optimizer, token_ids, pad_id):
-    loss = F.cross_entropy(model(token_ids[:, :-1]).flatten(0, 1), token_ids[:, 1:].flatten(), ignore_index=pad_id)
+def training_step(model, optimizer, batch, pad_id, pieces=1):
     optimizer.zero_grad()
-    loss.backward()
+    total = 0.0
+    for part in batch.chunk(pieces):
+        loss = _sum(model, part, pad_id)[0] / _count(batch, pad_id)
+        loss.backward()
+        total = total + loss
     optimizer.step()
-    return loss
+    return total
 
 
 @alternative("3.3", "gathers log probabilities by hand and clears gradients at the end")
-def training_step(model, optimizer, token_ids, pad_id):
-    targets = token_ids[:, 1:]
-    logprobs = model(token_ids)[:, :-1].log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    loss = -logprobs[targets != pad_id].mean()
-    loss.backward()
+def training_step(model, optimizer, batch, pad_id, pieces=1):
+    count, total = _count(batch, pad_id), 0.0
+    for part in batch.split(len(batch) // pieces):
+        targets = part[:, 1:]
+        logprobs = model(part)[:, :-1].log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        loss = -logprobs[targets != pad_id].sum() / count
+        loss.backward()
+        total += loss.item()
     optimizer.step()
     optimizer.zero_grad()
-    return float(loss)
+    return total
 
 
-# ---- 3.4 perplexity ------------------------------------------------------------------------------------------------
+@alternative("3.3", "backward on the sums, and the gradients divided before the step")
+def training_step(model, optimizer, batch, pad_id, pieces=1):
+    optimizer.zero_grad()
+    total, count = 0.0, 0
+    for part in batch.chunk(pieces):
+        loss, targets = _sum(model, part, pad_id)
+        loss.backward()
+        total, count = total + loss.item(), count + targets.item()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad /= count
+    optimizer.step()
+    return total / count
+
+
+# ---- 3.4 the loss of every token of a long text --------------------------------------------------------------------
 
 
 def _losses(model, ids, targets):
     with torch.no_grad():
-        return F.cross_entropy(model(ids[None])[0], targets, reduction="none")
+        return F.cross_entropy(model(ids[None])[0].float(), targets, reduction="none")
+
+
+def _windows(count, window, stride):
+    """(begin, end, first entry that is new) of every window."""
+    last, scored = count - 1, 0
+    for begin in range(0, last, stride):
+        end = min(begin + window, last)
+        yield begin, end, scored
+        scored = end
+        if end == last:
+            break
+
+
+def _right(model, token_ids, window, stride):
+    ids = torch.tensor(token_ids)
+    return torch.cat(
+        [
+            _losses(model, ids[begin:end], ids[begin + 1 : end + 1])[scored - begin :]
+            for begin, end, scored in _windows(len(ids), window, stride)
+        ]
+    )
 
 
 @wrong("3.4", "each window predicts within itself, so its first token is scored by nobody")
-def perplexity(model, token_ids, window, stride):
+def token_losses(model, token_ids, window, stride):
     ids = torch.tensor(token_ids)
-    total, count = 0.0, 0
-    for begin in range(0, len(ids), window):
-        part = ids[begin : begin + window]
-        if len(part) > 1:
-            with torch.no_grad():
-                logits = model(part[None])[0, :-1]
-            total += F.cross_entropy(logits, part[1:], reduction="sum").item()
-            count += len(part) - 1
-    return math.exp(total / count)
+    parts = [ids[begin : begin + window] for begin in range(0, len(ids), window)]
+    return torch.cat([_losses(model, part[:-1], part[1:]) for part in parts if len(part) > 1])
 
 
 @wrong("3.4", "scores every prediction of every window")
-def perplexity(model, token_ids, window, stride):
+def token_losses(model, token_ids, window, stride):
     ids = torch.tensor(token_ids)
-    losses, last = [], len(ids) - 1
-    for begin in range(0, last, stride):
-        end = min(begin + window, last)
-        losses.append(_losses(model, ids[begin:end], ids[begin + 1 : end + 1]))
-        if end == last:
-            break
-    return torch.cat(losses).mean().exp().item()
+    windows = _windows(len(ids), window, stride)
+    return torch.cat([_losses(model, ids[begin:end], ids[begin + 1 : end + 1]) for begin, end, _ in windows])
 
 
-@wrong("3.4", "averages the windows' means")
-def perplexity(model, token_ids, window, stride):
+@wrong("3.4", "later windows overwrite what earlier ones scored with more context")
+def token_losses(model, token_ids, window, stride):
     ids = torch.tensor(token_ids)
-    means, last, scored = [], len(ids) - 1, 0
-    for begin in range(0, last, stride):
-        end = min(begin + window, last)
-        losses = _losses(model, ids[begin:end], ids[begin + 1 : end + 1])
-        means.append(losses[-(end - scored) :].mean().item())
-        scored = end
-        if end == last:
-            break
-    return math.exp(sum(means) / len(means))
+    losses = torch.empty(len(ids) - 1)
+    for begin, end, _ in _windows(len(ids), window, stride):
+        losses[begin:end] = _losses(model, ids[begin:end], ids[begin + 1 : end + 1])
+    return losses
 
 
-@wrong("3.4", "averages the windows' perplexities")
-def perplexity(model, token_ids, window, stride):
-    ids = torch.tensor(token_ids)
-    values, last, scored = [], len(ids) - 1, 0
-    for begin in range(0, last, stride):
-        end = min(begin + window, last)
-        losses = _losses(model, ids[begin:end], ids[begin + 1 : end + 1])
-        values.append(losses[-(end - scored) :].mean().exp().item())
-        scored = end
-        if end == last:
-            break
-    return sum(values) / len(values)
+@wrong("3.4", "windows side by side, whatever the stride")
+def token_losses(model, token_ids, window, stride):
+    return _right(model, token_ids, window, window)
 
 
 @wrong("3.4", "drops the tail that fills no window")
-def perplexity(model, token_ids, window, stride):
+def token_losses(model, token_ids, window, stride):
     ids = torch.tensor(token_ids)
     losses, scored, last = [], 0, len(ids) - 1
     for begin in range(0, max(last - window, 0) + 1, stride):
         end = min(begin + window, last)
-        losses.append(_losses(model, ids[begin:end], ids[begin + 1 : end + 1])[-(end - scored) :])
+        losses.append(_losses(model, ids[begin:end], ids[begin + 1 : end + 1])[scored - begin :])
         scored = end
-    return torch.cat(losses).mean().exp().item()
+    return torch.cat(losses)
 
 
-@wrong("3.4", "returns the cross-entropy")
-def perplexity(model, token_ids, window, stride):
+@wrong("3.4", "new windows score the last `stride` tokens, also at the end of the text")
+def token_losses(model, token_ids, window, stride):
     ids = torch.tensor(token_ids)
-    losses, scored, last = [], 0, len(ids) - 1
-    for begin in range(0, last, stride):
-        end = min(begin + window, last)
-        losses.append(_losses(model, ids[begin:end], ids[begin + 1 : end + 1])[-(end - scored) :])
-        scored = end
-        if end == last:
-            break
-    return torch.cat(losses).mean().item()
+    losses = []
+    for begin, end, _ in _windows(len(ids), window, stride):
+        fresh = _losses(model, ids[begin:end], ids[begin + 1 : end + 1])
+        losses.append(fresh[-stride:] if begin else fresh)
+    return torch.cat(losses)
+
+
+@wrong("3.4", "returns the mean")
+def token_losses(model, token_ids, window, stride):
+    return _right(model, token_ids, window, stride).mean()
+
+
+@wrong("3.4", "returns ln p without the minus")
+def token_losses(model, token_ids, window, stride):
+    return -_right(model, token_ids, window, stride)
+
+
+@wrong("3.4", "returns probabilities")
+def token_losses(model, token_ids, window, stride):
+    return (-_right(model, token_ids, window, stride)).exp()
+
+
+@wrong("3.4", "keeps a place for token 0")
+def token_losses(model, token_ids, window, stride):
+    return torch.cat([torch.zeros(1), _right(model, token_ids, window, stride)])
 
 
 @wrong("3.4", "goes on when all is scored")
-def perplexity(model, token_ids, window, stride):
+def token_losses(model, token_ids, window, stride):
     ids = torch.tensor(token_ids)
     losses, scored, last = [], 0, len(ids) - 1
     for begin in range(0, last, stride):
@@ -363,97 +680,254 @@ def perplexity(model, token_ids, window, stride):
         fresh = _losses(model, ids[begin:end], ids[begin + 1 : end + 1])
         losses.append(fresh[len(fresh) - (end - scored) :])
         scored = end
-    return torch.cat(losses).mean().exp().item()
+    return torch.cat(losses)
+
+
+@wrong("3.4", "keeps the graph")
+def token_losses(model, token_ids, window, stride):
+    ids = torch.tensor(token_ids)
+    losses = []
+    for begin, end, scored in _windows(len(ids), window, stride):
+        logits = model(ids[None, begin:end])[0].float()
+        losses.append(F.cross_entropy(logits, ids[begin + 1 : end + 1], reduction="none")[scored - begin :])
+    return torch.cat(losses)
+
+
+@wrong("3.4", "a softmax in bfloat16 when the logits are")
+def token_losses(model, token_ids, window, stride):
+    ids = torch.tensor(token_ids)
+    losses = []
+    for begin, end, scored in _windows(len(ids), window, stride):
+        with torch.no_grad():
+            logprobs = model(ids[None, begin:end])[0].log_softmax(-1)
+        losses.append(-logprobs.gather(-1, ids[begin + 1 : end + 1, None])[scored - begin :, 0].float())
+    return torch.cat(losses)
+
+
+@wrong("3.4", "returns a list")
+def token_losses(model, token_ids, window, stride):
+    return _right(model, token_ids, window, stride).tolist()
 
 
 @alternative("3.4", "a list of the losses of all tokens, filled from left to right")
-def perplexity(model, token_ids, window, stride):
+def token_losses(model, token_ids, window, stride):
     losses, begin = [], 0
     while len(losses) < len(token_ids) - 1:
         end = min(begin + window, len(token_ids) - 1)
         with torch.no_grad():
-            logprobs = model(torch.tensor([token_ids[begin:end]]))[0].log_softmax(-1)
+            logprobs = model(torch.tensor([token_ids[begin:end]]))[0].float().log_softmax(-1)
         losses += [-logprobs[i - 1 - begin, token_ids[i]].item() for i in range(len(losses) + 1, end + 1)]
         begin += stride
-    return math.exp(sum(losses) / len(losses))
+    return torch.tensor(losses)
 
 
-# ---- 3.5 the nucleus -----------------------------------------------------------------------------------------------
+@alternative("3.4", "all windows from last to first, the earlier overwriting the later")
+def token_losses(model, token_ids, window, stride):
+    ids = torch.tensor(token_ids)
+    losses = torch.empty(len(ids) - 1)
+    for begin, end, _ in reversed(list(_windows(len(ids), window, stride))):
+        losses[begin:end] = _losses(model, ids[begin:end], ids[begin + 1 : end + 1])
+    return losses
 
 
-@wrong("3.5", "throws out the token that crosses p")
-def keep_top_p(logits, p):
+# ---- 3.5 the nucleus without a sort --------------------------------------------------------------------------------
+
+
+def _sorted_set(logits, p):
+    """What stays, by the sorted definition."""
+    p = torch.as_tensor(p).reshape(-1, 1)
     ordered, order = logits.sort(dim=-1, descending=True)
-    refused = ordered.softmax(-1).cumsum(-1) > p
-    return logits.masked_fill(torch.zeros_like(refused).scatter(-1, order, refused), float("-inf"))
+    probabilities = ordered.softmax(-1)
+    refused = (probabilities.cumsum(-1) - probabilities >= p) & (p < 1)
+    return torch.zeros_like(refused).scatter(-1, order, refused)
 
 
-@wrong("3.5", "throws out the token that crosses p, unless it is the first")
+def _bisect(probabilities, p, rounds=200, step=lambda mass, p: mass >= p):
+    """The two ends of the interval, [B, 1] each."""
+    low, high = torch.zeros(len(probabilities), 1), torch.full((len(probabilities), 1), 2.0)
+    for _ in range(rounds):
+        middle = (low + high) / 2
+        mass = (probabilities * (probabilities >= middle)).sum(-1, keepdim=True)
+        enough = step(mass, p)
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    return low, high
+
+
+def _column(p):
+    return torch.as_tensor(p, dtype=torch.float32).reshape(-1, 1)
+
+
+def _cut(logits, refused):
+    return logits.masked_fill(refused, float("-inf"))
+
+
+@wrong("3.5", "sorts")
 def keep_top_p(logits, p):
-    ordered, order = logits.sort(dim=-1, descending=True)
-    refused = ordered.softmax(-1).cumsum(-1) > p
-    refused[..., 0] = False
-    return logits.masked_fill(torch.zeros_like(refused).scatter(-1, order, refused), float("-inf"))
+    return _cut(logits, _sorted_set(logits, p))
+
+
+@wrong("3.5", "sorts for the threshold, then keeps equal tokens together")
+def keep_top_p(logits, p):
+    least = logits.masked_fill(_sorted_set(logits, p), float("inf")).amin(-1, keepdim=True)
+    return _cut(logits, logits < least)
+
+
+@wrong("3.5", "throws out the token that crosses p: keeps what lies above the other end")
+def keep_top_p(logits, p):
+    probabilities = logits.softmax(-1)
+    _, high = _bisect(probabilities, _column(p))
+    return _cut(logits, (probabilities < high) & (_column(p) < 1))
+
+
+@wrong("3.5", "keeps what is larger than the threshold")
+def keep_top_p(logits, p):
+    probabilities = logits.softmax(-1)
+    low, _ = _bisect(probabilities, _column(p))
+    return _cut(logits, (probabilities <= low) & (_column(p) < 1))
+
+
+@wrong("3.5", "wants more than p")
+def keep_top_p(logits, p):
+    probabilities = logits.softmax(-1)
+    low, _ = _bisect(probabilities, _column(p), step=lambda mass, p: mass > p)
+    return _cut(logits, (probabilities < low) & (_column(p) < 1))
+
+
+@wrong("3.5", "halves 20 times")
+def keep_top_p(logits, p):
+    probabilities = logits.softmax(-1)
+    low, _ = _bisect(probabilities, _column(p), rounds=20)
+    return _cut(logits, (probabilities < low) & (_column(p) < 1))
+
+
+@wrong("3.5", "stops when the sum is within 0.01 of p")
+def keep_top_p(logits, p):
+    probabilities, p = logits.softmax(-1), _column(p)
+    low, high = torch.zeros(len(logits), 1), torch.full((len(logits), 1), 2.0)
+    for _ in range(200):
+        middle = (low + high) / 2
+        mass = (probabilities * (probabilities >= middle)).sum(-1, keepdim=True)
+        near = (mass - p).abs() < 0.01
+        low = torch.where(near | (mass >= p), middle, low)
+        high = torch.where(near | (mass < p), middle, high)
+    return _cut(logits, (probabilities < low) & (p < 1))
+
+
+@wrong("3.5", "p = 1 loses tokens that no fp32 sum misses")
+def keep_top_p(logits, p):
+    probabilities = logits.softmax(-1)
+    return _cut(logits, probabilities < _bisect(probabilities, _column(p))[0])
 
 
 @wrong("3.5", "keeps tokens whose own probability is at least 1 - p")
 def keep_top_p(logits, p):
     probabilities = logits.softmax(-1)
-    refused = (probabilities < 1 - p) & (probabilities < probabilities.amax(-1, keepdim=True))
-    return logits.masked_fill(refused, float("-inf"))
+    return _cut(logits, (probabilities < 1 - _column(p)) & (probabilities < probabilities.amax(-1, keepdim=True)))
 
 
-@wrong("3.5", "leaves the marks in sorted order")
+@wrong("3.5", "one threshold for the whole batch")
 def keep_top_p(logits, p):
-    ordered, _ = logits.sort(dim=-1, descending=True)
-    probabilities = ordered.softmax(-1)
-    return logits.masked_fill(probabilities.cumsum(-1) - probabilities >= p, float("-inf"))
+    probabilities = logits.softmax(-1)
+    low, _ = _bisect(probabilities, _column(p))
+    return _cut(logits, (probabilities < low.min()) & (_column(p) < 1))
 
 
-@wrong("3.5", "one set for the whole batch")
+@wrong("3.5", "takes the first row's p for all rows")
 def keep_top_p(logits, p):
-    ordered, order = logits.sort(dim=-1, descending=True)
-    sizes = (ordered.softmax(-1).cumsum(-1) < p).sum(-1) + 1
-    refused = (torch.arange(logits.shape[-1]) >= sizes.max()).expand_as(logits)
-    return logits.masked_fill(torch.zeros_like(refused).scatter(-1, order, refused), float("-inf"))
+    p = _column(p)[:1]
+    probabilities = logits.softmax(-1)
+    return _cut(logits, (probabilities < _bisect(probabilities, p)[0]) & (p < 1))
+
+
+@wrong("3.5", "compares a column of sums with a row of p")
+def keep_top_p(logits, p):
+    probabilities, p = logits.softmax(-1), torch.as_tensor(p, dtype=torch.float32)
+    low, _ = _bisect(probabilities, p)
+    return _cut(logits, (probabilities < low) & (_column(p) < 1))
+
+
+@wrong("3.5", "splits equal tokens: adds up in the order of the ids")
+def keep_top_p(logits, p):
+    probabilities, p = logits.softmax(-1), _column(p)
+    low, _ = _bisect(probabilities, p)
+    above, same = probabilities > low, probabilities == low
+    sums = (probabilities * above).sum(-1, keepdim=True) + (probabilities * same).cumsum(-1) - probabilities
+    return _cut(logits, ~(above | (same & (sums < p))) & (p < 1))
 
 
 @wrong("3.5", "returns probabilities")
 def keep_top_p(logits, p):
-    ordered, order = logits.sort(dim=-1, descending=True)
-    probabilities = ordered.softmax(-1)
-    refused = probabilities.cumsum(-1) - probabilities >= p
-    kept = logits.masked_fill(torch.zeros_like(refused).scatter(-1, order, refused), float("-inf"))
-    return kept.softmax(-1)
+    probabilities = logits.softmax(-1)
+    low, _ = _bisect(probabilities, _column(p))
+    return _cut(logits, (probabilities < low) & (_column(p) < 1)).softmax(-1)
+
+
+@wrong("3.5", "returns normalized logits")
+def keep_top_p(logits, p):
+    probabilities = logits.softmax(-1)
+    low, _ = _bisect(probabilities, _column(p))
+    return _cut(logits, (probabilities < low) & (_column(p) < 1)).log_softmax(-1)
 
 
 @wrong("3.5", "writes into its input")
 def keep_top_p(logits, p):
-    ordered, order = logits.sort(dim=-1, descending=True)
-    probabilities = ordered.softmax(-1)
-    refused = probabilities.cumsum(-1) - probabilities >= p
-    return logits.masked_fill_(torch.zeros_like(refused).scatter(-1, order, refused), float("-inf"))
+    probabilities = logits.softmax(-1)
+    low, _ = _bisect(probabilities, _column(p))
+    return logits.masked_fill_((probabilities < low) & (_column(p) < 1), float("-inf"))
 
 
-@alternative("3.5", "a loop over rows and tokens")
+@alternative("3.5", "a loop over rows, halving an interval of logits")
 def keep_top_p(logits, p):
-    out = torch.full_like(logits, float("-inf"))
-    for row, scores in enumerate(logits):
-        total = 0.0
-        for i in scores.argsort(descending=True).tolist():
-            if total >= p:
-                break
-            out[row, i] = scores[i]
-            total += scores.softmax(-1)[i].item()
+    out = logits.clone()
+    for row, share in zip(out, _column(p).expand(len(logits), 1).flatten().tolist(), strict=True):
+        if share == 1:
+            continue
+        weights = (row - row.max()).exp().double()
+        low, high = row.min().double(), row.max().double() + 1
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if weights[row >= middle].sum() >= share * weights.sum() else (low, middle)
+        row[row < low] = float("-inf")
     return out
 
 
-@alternative("3.5", "sorts in ascending order and cuts off 1 - p")
+@alternative("3.5", "halves 45 times, in fp64")
 def keep_top_p(logits, p):
-    ordered, order = logits.sort(dim=-1)
-    refused = ordered.softmax(-1).cumsum(-1) <= 1 - p
-    refused[..., -1] = False
-    return logits.masked_fill(torch.zeros_like(refused).scatter(-1, order, refused), float("-inf"))
+    probabilities = logits.double().softmax(-1)
+    low, high = torch.zeros(len(logits), 1).double(), probabilities.amax(-1, keepdim=True) * 2
+    for _ in range(45):
+        middle = (low + high) / 2
+        enough = torch.where(probabilities < middle, 0, probabilities).sum(-1, keepdim=True) >= _column(p)
+        low, high = middle.where(enough, low), high.where(enough, middle)
+    return logits.where((probabilities >= low) | (_column(p) >= 1), float("-inf"))
+
+
+@alternative("3.5", "searches the bits of the float, from the highest to the lowest")
+def keep_top_p(logits, p):
+    probabilities, p = logits.softmax(-1), _column(p)
+    bits = probabilities.view(torch.int32)  # floats that are not negative are ordered as their bits
+    least = torch.zeros(len(logits), 1, dtype=torch.int32)
+    for bit in range(30, -1, -1):
+        tried = least | (1 << bit)
+        enough = (probabilities * (bits >= tried)).sum(-1, keepdim=True) >= p
+        least = torch.where(enough, tried, least)
+    return _cut(logits, (bits < least) & (p < 1))
+
+
+@alternative("3.5", "lets the ends jump to probabilities that occur")
+def keep_top_p(logits, p):
+    probabilities, p = logits.softmax(-1), _column(p)
+    low, high = probabilities.amin(-1, keepdim=True), torch.full((len(logits), 1), 2.0)
+    while True:
+        between = (probabilities > low) & (probabilities < high)
+        if not between.any():
+            return _cut(logits, (probabilities < low) & (p < 1))
+        middle = torch.where(between.any(-1, keepdim=True), (low + high) / 2, high)
+        next_up = torch.where(probabilities >= middle, probabilities, 2.0).amin(-1, keepdim=True)
+        next_down = torch.where(probabilities < middle, probabilities, 0.0).amax(-1, keepdim=True)
+        enough = (probabilities * (probabilities >= middle)).sum(-1, keepdim=True) >= p
+        low = torch.where(enough, next_up, low)
+        high = torch.where(enough, high, torch.where(next_down > low, torch.nextafter(next_down, high), next_up))
 
 
 # ---- 3.6 characters out of a stream of bytes -----------------------------------------------------------------------
