@@ -65,7 +65,6 @@ def ceilings() -> dict[str, float]:
     source = torch.randint(0, 255, (2 << 30,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     copy = 2 * source.numel() / seconds([lambda: target.copy_(source)])
-    del source, target
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     product = 2 * 8192**3 / seconds([lambda: a @ b.T])
     return {"copy bytes/s": copy, "matmul FLOP/s": product}

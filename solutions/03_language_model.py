@@ -149,7 +149,7 @@ check("3.2", encode_word)
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | a step on a batch that does not fit into memory | 3 of 5 | 20 | Bengio et al., 2003; Radford et al., 2018 |
+# | a step on a batch that does not fit into memory | 3 of 5 | 20 | Radford et al., 2019 |
 #
 # `model(token_ids)` gives logits: at every position scores for the token that comes *next*. Take one step on `batch`:
 #
@@ -214,7 +214,7 @@ check("3.3", training_step)
 # not be *learned*. `ignore_index=pad_id` has a catch: where padding and end-of-text share an id, it also drops the real
 # end-of-text tokens, and the model never learns to stop. Then count by lengths. Real training packs documents back to
 # back and pads nothing; the lab does so. The mistake that hides best is a missing shift: the model learns to copy its
-# input, the loss falls to nearly zero within minutes, and the samples are nonsense.
+# input, the loss falls to nearly zero within a hundred steps, and the samples are nonsense.
 
 # %% [markdown]
 # ## Exercise 3.4: the loss of every token of a long text
