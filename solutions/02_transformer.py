@@ -1,41 +1,56 @@
 # %% [markdown]
 # # Exercises 2: the transformer
 #
-# Six pieces of [chapter 2](../chapters/02_transformer.md), in the order in which the
-# [lab](../notebooks/02_transformer.ipynb) builds them. Each has a card, a stub and a `check`. Two hints stand below
-# each, closed; open them when you are stuck for five minutes.
+# Six functions, each at most 30 lines: the parts of a decoder as engines need them. They belong to
+# [chapter 2](../chapters/02_transformer.md) and its [lab](../notebooks/02_transformer.ipynb); each asks for one
+# step beyond what these two show.
 #
-# Shapes: `B` sequences, `T` tokens, `H` query heads, `H_kv` key/value heads, `D` features a head, `hidden` = width of
-# the residual stream.
+# Run the next cell, then take the exercises in any order. Replace `raise NotImplementedError(...)` by your code and
+# run the `check` cell under it: it says which contracts hold, and on a failure what was expected and what came.
+#
+# Shapes: `B` sequences, `T` query tokens, `S` key tokens, `H` query heads, `H_kv` key/value heads, `D` features a
+# head, `hidden` = width of the residual stream.
 
 # %%
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
 from minillm.learn import check
 
 # %% [markdown]
-# ## Exercise 2.1: scaled dot-product attention with a mask
+# ## Exercise 2.1: attention with a mask and a window
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | the weighted average at the center of everything | 2 of 5 | 15 | Vaswani et al., 2017, section 3.2.1 |
+# | attention that survives padding, at any size of the scores | 3 of 5 | 20 | Beltagy et al., 2020, section 3.1 |
 #
-# Compute `softmax(q kᵀ / sqrt(D)) v` without `F.scaled_dot_product_attention`.
+# Compute `softmax(q kᵀ / sqrt(D)) v` without `F.scaled_dot_product_attention`, where some pairs are hidden:
 #
-# - Every query row of `q` gets one weight for each key row of `k`. Its weights are positive and sum to 1.
-# - `mask` is boolean: True means "may attend". A pair with False gets weight exactly 0, and the rest still sums to 1.
-# - Any number of leading dimensions (batch, heads) must work.
+# - `mask` is boolean: True means "may attend". Masked weights are exactly 0, whatever the scores are, and the
+#   others of the row still sum to 1.
+# - `window`, if it is not 0: query t sees only the last `window` keys up to its own, t - window + 1 .. t (then
+#   S = T). A pair must be allowed by the mask **and** by the window.
+# - A row that may see nothing gives 0, not NaN. Such rows are padding: nobody reads them, but a NaN spreads.
+# - Any number of leading dimensions (batch, heads) must work, and every mask that broadcasts to `[..., T, S]`.
 
 
 # %%
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, window: int = 0
+) -> torch.Tensor:
     """q [..., T, D], k [..., S, D], v [..., S, D_v], mask bool, broadcastable to [..., T, S] -> [..., T, D_v]"""
     ### BEGIN SOLUTION
     scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5  # [..., T, S]
+    hidden = torch.zeros(scores.shape[-2:], dtype=torch.bool, device=q.device)  # [T, S]
+    if window:
+        back = torch.arange(q.shape[-2], device=q.device)[:, None] - torch.arange(k.shape[-2], device=q.device)
+        hidden = (back < 0) | (back >= window)
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return scores.softmax(dim=-1) @ v  # [..., T, D_v]
+        hidden = hidden | ~mask  # [..., T, S]
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)  # an empty row is NaN here
+    return weights.masked_fill(hidden, 0.0) @ v  # [..., T, D_v]
     ### END SOLUTION
 
 
@@ -45,99 +60,125 @@ check("2.1", attention)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# Three lines: scores, mask, weighted sum. `k.transpose(-2, -1)` swaps the last two dimensions whatever stands before
-# them. Which dimension of `[..., T, S]` belongs to one query's choices?
+# Bring mask and window into one boolean tensor first. For the window you need t - s for every pair: two `arange`s,
+# one of them a column.
 # </details>
-#
+
+# %% [markdown]
 # <details><summary>Hint 2</summary>
 #
-# A weight of exactly 0 after the softmax needs a score of minus infinity before it, since exp(-inf) = 0:
-# `scores.masked_fill(~mask, float("-inf"))`. Zeroing weights after the softmax leaves rows that no longer sum to 1.
+# A constant such as -1e9 is no minus infinity: in an empty row every score would be the same constant, and the
+# softmax would spread the weight evenly. So use the real one, and ask what 0/0 leaves behind, in which rows, and
+# which entries of these rows your boolean tensor marks.
 # </details>
 
 # %% [markdown] tags=["solution"]
-# **Why.** The dot product of two vectors with D independent entries of variance 1 has variance D. Divided by sqrt(D)
-# it has variance 1 again, so the softmax starts soft at any head size. The mask goes in front of the softmax because
-# the softmax normalizes over what it sees: a key that is removed afterwards has already taken its share. `-1e9`
-# instead of `-inf` also works in fp32 but overflows in fp16; `-inf` is safe as long as no row is masked entirely
-# (softmax of only `-inf` is 0/0; `NoCache.attend` lets padding attend to itself for this reason). Subtracting the
-# row's maximum before `exp` is needed when you write the softmax by hand; `Tensor.softmax` does it.
+# **Why.** If the entries of q and k are independent with mean 0 and variance 1, their dot product has variance D;
+# divided by sqrt(D) it has variance 1 again, so the softmax starts soft at any head size. The mask goes in front of
+# the softmax, because a key that is removed afterwards has already taken its share, and a very large masked score
+# takes all of it: dividing by the rest then is 0/0. A fill of -100 hides only from rows whose scores are well above
+# it.
+#
+# Softmax of -inf alone is 0/0 = NaN, with `Tensor.softmax` as by hand (-inf minus a maximum of -inf). Torch 2.13's
+# fused kernel on a CPU gives 0 for such a row; other kernels and versions differ, so `NoCache.attend` lets padding
+# attend to itself. The other way is a softmax by hand: take from each row its own maximum over the *visible*
+# scores, exponentiate, set hidden entries to 0, and divide by the sum where it is not 0. Kernels do this block by
+# block (chapter 5), and skip blocks that lie outside the window: with `window` W the work grows as T · W, not T².
 
 # %% [markdown]
-# ## Exercise 2.2: RMSNorm
+# ## Exercise 2.2: residual sum and RMSNorm in one
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | the norm of every Llama-like model | 1 of 5 | 10 | Zhang and Sennrich, 2019 |
+# | the norm as engines call it, in half precision | 2 of 5 | 15 | Zhang and Sennrich, 2019 |
 #
-# Divide each vector of the last dimension by its root mean square, then scale each feature:
+# Between two sublayers stand a sum and a norm. Engines do both in one kernel, which reads and writes the stream
+# once:
 #
-# `x / sqrt(mean(x²) + eps) · weight`
+# 1. `new_residual = x + residual`, in the dtype of `x`: the stream, handed on to the next sum;
+# 2. `normed = new_residual / sqrt(mean(new_residual²) + eps) · weight`, in the dtype of `x`: the next sublayer's
+#    input.
 #
-# `x` may be half precision. Compute the statistics in fp32 and return `x`'s own dtype: in fp16 the square of 300 is
-# already infinite.
+# All three tensors have one dtype, which may be fp16 or bf16. Then square, mean, root and quotient are computed in
+# fp32 all the same, and they start from the **rounded** sum: norm and stream must not speak of different numbers.
+# Write it out, without `F.rms_norm`, and return new tensors (a real kernel overwrites its inputs).
 
 
 # %%
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
-    """x [..., hidden], weight [hidden] -> [..., hidden], dtype of x"""
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-5
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and residual [..., hidden], weight [hidden], one dtype -> (normed, new_residual), both like x"""
     ### BEGIN SOLUTION
-    x32 = x.float()
-    x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)  # [..., hidden] · [..., 1]
-    return weight * x32.to(x.dtype)
+    new_residual = x + residual
+    stream = new_residual.float()
+    scaled = stream * torch.rsqrt(stream.pow(2).mean(-1, keepdim=True) + eps)  # [..., hidden] · [..., 1]
+    return weight * scaled.to(x.dtype), new_residual
     ### END SOLUTION
 
 
 # %%
-check("2.2", rms_norm)
+check("2.2", add_rms_norm)
 
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# `mean(-1, keepdim=True)` keeps a dimension of size 1, so that the division broadcasts over the features. No mean is
+# Take the two outputs apart: the stream never leaves its own dtype, the statistic never leaves fp32. No mean is
 # subtracted: that would be LayerNorm.
 # </details>
-#
+
+# %% [markdown]
 # <details><summary>Hint 2</summary>
 #
-# `x.float()` first, `.to(x.dtype)` last. `eps` stands under the root, beside the mean of squares.
+# There are two roundings to half precision, and the order decides: which one comes before the square, which one
+# after the quotient? `x.float() + residual.float()` has not been rounded yet.
 # </details>
 
 # %% [markdown] tags=["solution"]
-# **Why.** LayerNorm subtracts the mean and divides by the standard deviation. RMSNorm leaves the mean alone: one
-# reduction instead of two, no bias, and the paper finds the same quality. The output does not change when `x` is
-# scaled (up to `eps`), so a layer sees the direction of the residual stream and not its length, which grows from
-# layer to layer. `torch.nn.functional.rms_norm` is another way. Whether the scaling by `weight` happens before or
-# after the cast back differs by model (Llama: after; Gemma: before, with `1 + weight`); in half precision the last
-# bit tells.
+# **Why.** RMSNorm leaves the mean alone: one reduction instead of LayerNorm's two, no bias, and the paper finds the
+# same quality. One entry of SmolLM2's stream reaches 22,550 (chapter 2, "What heads do"). Its square, 5.1 · 10⁸,
+# does not fit into fp16, which ends at 65,504: the mean is infinite, the whole vector becomes 0. In bf16 it fits,
+# but mean and root keep 8 bits each, and every feature is off by the same factor, up to 0.4 % a rounding.
+#
+# Why the rounded sum? It is what memory holds: whoever reads the stream later (the next sum, a second GPU, a
+# recomputation) sees these numbers. vLLM's CUDA kernel `fused_add_rms_norm` does the same. Another way is
+# `F.rms_norm(x + residual, (hidden,), weight, eps)`, which also computes in fp32. Whether the scaling by `weight`
+# happens before or after the cast back differs by model (Llama: after; Gemma: before, with `1 + weight`); in half
+# precision the last bit tells, and the checks accept both.
 
 # %% [markdown]
-# ## Exercise 2.3: rotary positions
+# ## Exercise 2.3: partial rotary positions
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | turn queries and keys by their position | 3 of 5 | 20 | Su et al., 2021 |
+# | turn some features of a head by the token's position, and leave the rest | 3 of 5 | 20 | Su et al., 2021 |
 #
-# Split each head into two halves. Feature `i` of the first half and feature `i` of the second are one pair, a point
-# in the plane: `D/2` pairs. Turn pair `i` counterclockwise by the angle `position · theta^(-2i/D)`, for i = 0 .. D/2
-# - 1:
+# Chapter and lab turn whole heads. GPT-NeoX turns only the first quarter of each head, and other models follow:
+# what is not turned can match content whatever the distance.
+#
+# Only the first `rotary` features of each head turn (even, 2 <= rotary <= D); the rest pass through. Pairs are
+# halves of the rotated part: feature `i` with feature `i + rotary/2`, for i = 0 .. rotary/2 - 1. Pair `i` turns
+# counterclockwise by the angle `position · theta^(-2i/rotary)`:
 #
 # - `first'  = first · cos - second · sin`
 # - `second' = second · cos + first · sin`
 #
-# The same for every batch row and head. The contract that matters: the dot product of a turned query and a turned key
-# depends on the two positions only through their difference.
+# `positions` are integers of shape `[..., T]`, also negative ones; its leading dimensions broadcast against those
+# of `x` (`[T]` for all sequences alike, `[B, T]` for sequences of different offsets). Every head of a token turns
+# alike. Compute angles in fp32 or better, and return the dtype of `x`.
 
 
 # %%
-def rope(x: torch.Tensor, positions: torch.Tensor, theta: float = 10_000.0) -> torch.Tensor:
-    """x [B, T, H, D], positions [T] (any integers) -> [B, T, H, D]"""
+def rope(x: torch.Tensor, positions: torch.Tensor, rotary: int, theta: float = 10_000.0) -> torch.Tensor:
+    """x [..., T, H, D], positions [..., T] integers, rotary even -> like x"""
     ### BEGIN SOLUTION
-    exponents = torch.arange(0, x.shape[-1], 2, device=x.device).float() / x.shape[-1]  # [D/2]
-    angles = torch.outer(positions.float(), theta**-exponents)  # [T, D/2]
-    cos, sin = angles.cos()[:, None, :], angles.sin()[:, None, :]  # [T, 1, D/2]: the same for every head
-    first, second = x.chunk(2, dim=-1)  # [B, T, H, D/2] each
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)  # [B, T, H, D]
+    half = rotary // 2
+    frequencies = theta ** (-2 / rotary * torch.arange(half, device=x.device))  # [rotary/2]
+    angles = positions.float()[..., None, None] * frequencies  # [..., T, 1, rotary/2]: the same for every head
+    cos, sin = angles.cos(), angles.sin()
+    first, second, rest = x.split((half, half, x.shape[-1] - rotary), dim=-1)
+    turned = first * cos - second * sin, second * cos + first * sin  # [..., T, H, rotary/2] each
+    return torch.cat((*turned, rest), dim=-1).to(x.dtype)  # [..., T, H, D]
     ### END SOLUTION
 
 
@@ -147,63 +188,60 @@ check("2.3", rope)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# `torch.outer(positions, frequencies)` gives the table of angles, `[T, D/2]`. It must meet `[B, T, H, D/2]`: where is
-# a dimension missing?
+# `torch.outer` takes vectors only. Multiply by broadcasting: positions `[..., T]` must meet
+# `[..., T, H, rotary/2]`, so two dimensions are missing at their end.
 # </details>
-#
+
+# %% [markdown]
 # <details><summary>Hint 2</summary>
 #
-# Frequencies: `theta ** -(torch.arange(0, D, 2) / D)`. Give cos and sin a heads dimension with `[:, None, :]`.
-# Halves: `x.chunk(2, dim=-1)`; put them back together with `torch.cat`, first half first. Compute both new halves
-# from the old ones.
+# bf16 has 8 bits: which integers above 256 does it know? So when may `x`'s dtype enter, and what is the dtype of a
+# product of bf16 and fp32? For the features that pass through, `split` takes a tuple of sizes, and a size may be 0.
 # </details>
 
 # %% [markdown] tags=["solution"]
-# **Why.** A rotation by angle a is multiplication with e^(ia). For a pair seen as one complex number, the real part
-# of q·e^(i·m·f) times the conjugate of k·e^(i·n·f) is the real part of q·k̄·e^(i·(m-n)·f): only m - n is left. The
-# paper pairs neighbors (0, 1), (2, 3), ...; Hugging Face checkpoints pair the halves (0, D/2), (1, D/2 + 1), .... The
-# two differ by a fixed reordering of features that is absorbed in the rows of `q_proj` and `k_proj`, so either is
-# right as long as weights and code agree. `fetch.py` undoes the reordering for GGUF files.
+# **Why.** A rotation by angle a is multiplication with $e^{\mathrm{i}a}$; in the score only the difference of the
+# two angles is left, and it does not matter whether positions start at 0, at -5 or at 1,000. Features that pass
+# through add a part that knows no distance at all. GPT-NeoX-20B turns 25 % of each head (Black et al., 2022); in a
+# config this is `partial_rotary_factor`. The exponent runs over the rotated part, so that the slowest pair is
+# nearly as slow as in a full head.
+#
+# Other ways: complex numbers (`torch.view_as_complex`, `torch.polar`); or Hugging Face's
+# `x · cos + rotate_half(x) · sin` with doubled tables. The paper pairs neighbors (0, 1), (2, 3), ...; Hugging
+# Face's checkpoints pair halves. The two differ by a reordering of rows of `q_proj` and `k_proj`, so either is
+# right as long as weights and code agree. Engines look cos and sin up in a table by position, as
+# `Transformer.forward` does.
 
 # %% [markdown]
-# ## Exercise 2.4: grouped-query attention
+# ## Exercise 2.4: grouped-query attention without copies
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | project, split into heads, share keys and values, merge | 3 of 5 | 20 | Ainslie et al., 2023 |
+# | share keys and values between query heads, and read them once | 3 of 5 | 25 | Ainslie et al., 2023 |
 #
-# From the stream `x` to what attention adds to it, without positions:
+# The lab repeats keys and values until every query head has its own. That is right, and it gives back what sharing
+# saved: the copy is as large as the cache of multi-head attention. Do without:
 #
-# 1. project: `q = x · w_qᵀ`, `k = x · w_kᵀ`, `v = x · w_vᵀ` (weights as `nn.Linear` stores them: `[out, in]`);
-# 2. split the features into heads of `D = w_q.shape[0] / num_heads`: head `h` is features `h·D .. (h+1)·D - 1`;
-# 3. causal attention in every query head; query head `h` reads key/value head `h // (num_heads / num_kv_heads)`;
-# 4. put the heads side by side again and project with `w_o`.
-#
-# `F.scaled_dot_product_attention(q, k, v, is_causal=True)` on `[B, heads, T, D]` is welcome; do the sharing yourself.
+# - query head h reads key/value head `h // (H / H_kv)`;
+# - the T queries belong to the **last** T of the S tokens, as when a cache holds the earlier ones: query t sees
+#   keys 0 .. S - T + t. With T = S that is plain causal attention, with T = 1 a decode step;
+# - no tensor on the way may hold a key or value more than once: group the queries instead. Not only
+#   `repeat_interleave` and an indexed `k[:, heads]` copy; a `@` that broadcasts over a dimension of size 1 lays the
+#   repeated matrix out in memory too;
+# - write it out, without `F.scaled_dot_product_attention`.
 
 
 # %%
-def grouped_query_attention(
-    x: torch.Tensor,
-    w_q: torch.Tensor,
-    w_k: torch.Tensor,
-    w_v: torch.Tensor,
-    w_o: torch.Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-) -> torch.Tensor:
-    """x [B, T, hidden], w_q [H·D, hidden], w_k and w_v [H_kv·D, hidden], w_o [hidden, H·D] -> [B, T, hidden]"""
-
+def grouped_query_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """q [B, H, T, D], k and v [B, H_kv, S, D], T <= S -> [B, H, T, D]"""
     ### BEGIN SOLUTION
-    def heads(weight: torch.Tensor, count: int) -> torch.Tensor:
-        return F.linear(x, weight).unflatten(-1, (count, -1)).transpose(1, 2)  # [B, count, T, D]
-
-    groups = num_heads // num_kv_heads
-    q = heads(w_q, num_heads)  # [B, H, T, D]
-    k = heads(w_k, num_kv_heads).repeat_interleave(groups, dim=1)  # [B, H, T, D]
-    v = heads(w_v, num_kv_heads).repeat_interleave(groups, dim=1)  # [B, H, T, D]
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # [B, H, T, D]
-    return F.linear(out.transpose(1, 2).flatten(2), w_o)  # [B, T, H·D] -> [B, T, hidden]
+    tokens, keys = q.shape[2], k.shape[2]
+    grouped = q.unflatten(1, (k.shape[1], -1))  # [B, H_kv, H / H_kv, T, D]
+    scores = grouped.flatten(2, 3) @ k.transpose(-2, -1) / q.shape[-1] ** 0.5  # [B, H_kv, H / H_kv · T, S]
+    future = torch.ones(tokens, keys, dtype=torch.bool, device=q.device).triu(keys - tokens + 1)  # [T, S]
+    scores = scores.unflatten(2, (-1, tokens)).masked_fill(future, float("-inf"))  # [B, H_kv, H / H_kv, T, S]
+    out = scores.softmax(dim=-1).flatten(2, 3) @ v  # [B, H_kv, H / H_kv · T, D]
+    return out.reshape(q.shape)  # [B, H, T, D]
     ### END SOLUTION
 
 
@@ -213,51 +251,65 @@ check("2.4", grouped_query_attention)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# A `view` to `[B, heads, T, D]` mixes tokens and features. Go through `[B, T, heads, D]`, then swap two dimensions;
-# swap them back before you merge.
+# For one key/value head, the queries of its whole group, all heads and all tokens, are just rows that meet the same
+# keys. `unflatten` splits the head dimension in two: which of the two sizes comes first?
 # </details>
-#
+
+# %% [markdown]
 # <details><summary>Hint 2</summary>
 #
-# With 6 query and 2 key/value heads, query heads 0, 1, 2 read key head 0 and 3, 4, 5 read key head 1:
-# `repeat_interleave`, not `repeat`.
+# A matrix product does not care which head a row came from, but the mask does: give the scores their group and
+# token dimensions back before you hide anything. In the mask, what is the first key that query 0 must not see?
+# `triu` takes the number of a diagonal.
 # </details>
 
 # %% [markdown] tags=["solution"]
 # **Why.** Sharing keys and values shrinks what must be kept for every past token (the KV cache, chapter 6) by
-# `num_heads / num_kv_heads`; queries are not kept, so they stay many. `repeat_interleave` copies and is only for
-# clarity: `enable_gqa=True` (in `minillm/model/layers.py`), an `expand`, or a kernel that reads head `h // groups`
-# (chapter 5) computes the same without the copies. With one key/value head this is multi-query attention (Shazeer,
-# 2019), with as many as query heads it is multi-head attention.
+# `H / H_kv`; queries are not kept, so they stay many. A decode step reads the whole cache for one token, so its
+# time is the bytes it reads; a copy for each query head would read them once and write and read them `H / H_kv`
+# times more. With the group folded into the rows, a matrix times a vector becomes a matrix times a thin matrix:
+# `H / H_kv` times the arithmetic for each byte read. Decode kernels (chapter 5) fold the same way.
+#
+# Another way is `torch.einsum("bkgtd,bksd->bkgts", ...)`, which folds by itself, a loop over query heads with views
+# of `k`, or `enable_gqa=True` of torch's fused function (in `minillm/model/layers.py`). With one key/value head
+# this is multi-query attention (Shazeer, 2019), with as many as query heads it is multi-head attention.
 
 # %% [markdown]
-# ## Exercise 2.5: a decoder layer from its parts
+# ## Exercise 2.5: a decoder layer, sequential and parallel
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | norms, residual stream and SwiGLU wired as in Llama | 2 of 5 | 15 | Shazeer, 2020; Touvron et al., 2023 |
+# | norms, residual stream and SwiGLU wired in two ways | 2 of 5 | 15 | Shazeer, 2020; Black et al., 2022 |
 #
-# Attention is given: `attend` maps `[B, T, hidden]` to `[B, T, hidden]`. Wire the rest:
+# Attention is given: `attend` maps `[B, T, hidden]` to `[B, T, hidden]`; call it once. Wire the rest, in two forms.
+# `norm1` has the weight `input_layernorm`, `norm2` the weight `post_attention_layernorm`:
 #
-# 1. the stream, plus attention of the normalized stream (weight `input_layernorm`);
-# 2. that sum, plus SwiGLU of the normalized sum (weight `post_attention_layernorm`).
+# - sequential (Llama): `x` becomes `x + attend(norm1(x))`, then the result `x` becomes `x + mlp(norm2(x))`;
+# - parallel: `x + attend(norm1(x)) + mlp(norm2(x))`, where both branches read the same `x`. GPT-NeoX has this form;
+#   GPT-J and PaLM also share one norm between the branches.
 #
-# SwiGLU: `down(silu(gate(h)) · up(h))` with matrices `gate_proj`, `up_proj`, `down_proj` as `nn.Linear` stores them.
-# `F.rms_norm(x, (hidden,), weight, eps)` and `F.silu` are at hand.
+# `mlp` is SwiGLU: `down(silu(gate(h)) · up(h))` with matrices `gate_proj`, `up_proj`, `down_proj` as `nn.Linear`
+# stores them. `F.rms_norm(x, (hidden,), weight, eps)` and `F.silu` are at hand.
 
 
 # %%
-def decoder_layer(x: torch.Tensor, weights: dict[str, torch.Tensor], attend, eps: float = 1e-5) -> torch.Tensor:
+def decoder_layer(
+    x: torch.Tensor,
+    weights: dict[str, torch.Tensor],
+    attend: Callable[[torch.Tensor], torch.Tensor],
+    parallel: bool,
+    eps: float = 1e-5,
+) -> torch.Tensor:
     """One layer around `attend`.  x [B, T, hidden] -> [B, T, hidden]
 
     weights: norms [hidden], gate_proj and up_proj [intermediate, hidden], down_proj [hidden, intermediate].
     """
     ### BEGIN SOLUTION
     hidden = x.shape[-1:]
-    x = x + attend(F.rms_norm(x, hidden, weights["input_layernorm"], eps))
-    h = F.rms_norm(x, hidden, weights["post_attention_layernorm"], eps)  # [B, T, hidden]
+    middle = x + attend(F.rms_norm(x, hidden, weights["input_layernorm"], eps))
+    h = F.rms_norm(x if parallel else middle, hidden, weights["post_attention_layernorm"], eps)  # [B, T, hidden]
     gated = F.silu(F.linear(h, weights["gate_proj"])) * F.linear(h, weights["up_proj"])  # [B, T, intermediate]
-    return x + F.linear(gated, weights["down_proj"])
+    return middle + F.linear(gated, weights["down_proj"])
     ### END SOLUTION
 
 
@@ -267,38 +319,48 @@ check("2.5", decoder_layer)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# The stream itself is never normalized inside a layer: a norm stands in front of each sublayer, on a side road. What
-# is the MLP's input: the stream before or after attention?
+# The stream itself is never normalized inside a layer: a norm stands in front of each sublayer, on a side road.
+# Draw both forms; they differ in one arrow.
 # </details>
-#
+
+# %% [markdown]
 # <details><summary>Hint 2</summary>
 #
-# `x = x + attend(norm(x))`, then `x + mlp(norm(x))` with the new `x`. In the MLP the silu sits on `gate`, and the
-# product is elementwise.
+# Set the MLP to 0: do the two forms still differ? So which line needs to know `parallel`? And mind `x += ...`: it
+# writes into the caller's tensor.
 # </details>
 
 # %% [markdown] tags=["solution"]
 # **Why.** With the norm on the side road ("pre-norm") the stream is a plain sum: embedding + attention 0 + MLP 0 +
-# attention 1 + .... Gradients reach every layer unscaled, so deep stacks train without tricks (Xiong et al., 2020,
-# "On Layer Normalization in the Transformer Architecture"). The original transformer normalized the sum
-# ("post-norm"). GPT-J and PaLM feed attention and MLP from the same norm, in parallel; Llama does one after the
-# other. The gate decides, feature by feature, how much of `up` passes.
+# attention 1 + .... Gradients have a direct path to every layer, so deep stacks need less care with learning rate
+# and warm-up than with the original transformer's norm on the sum ("post-norm"; Xiong et al., 2020, "On Layer
+# Normalization in the Transformer Architecture").
+#
+# In the parallel form neither branch waits for the other: the matrices that read the norm can be joined in one
+# product (with a shared norm), and in tensor parallelism one all-reduce a layer is enough instead of two. PaLM
+# reports training about 15 % faster, with a small loss of quality at 8B and none at 62B (Chowdhery et al., 2022).
+# The weights of one form are useless in the other. Another way to write SwiGLU is one matrix for gate and up, as
+# `minillm`'s `MLP` has it.
 
 # %% [markdown]
-# ## Exercise 2.6: count parameters, FLOPs and cache bytes
+# ## Exercise 2.6: what a prompt and a decode step cost
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | know what a model costs from its config alone | 3 of 5 | 25 | Kaplan et al., 2020, section 2.1 |
+# | FLOPs, bytes and a floor in seconds from the config alone | 3 of 5 | 25 | Pope et al., 2023, section 2 |
 #
-# Given a config, return a dictionary with three exact integers:
+# Return a dictionary with four entries. The first three are exact integers, of type `int`:
 #
 # - `"parameters"`: of a Llama model as in chapter 2 (no biases, two norms a layer and one at the end). A tied head
 #   has no parameters of its own.
-# - `"flops"`: of one forward over a prompt of `tokens` tokens, logits for every token. A multiply-add is 2 FLOPs.
-#   Count the matrix products only: projections, MLP, head (tied or not), and in attention scores and weighted sum,
-#   where the token at index t attends to t + 1 tokens. The embedding is a lookup.
-# - `"kv_bytes"`: to keep keys and values of all `tokens` tokens in all layers, 2 bytes a number.
+# - `"flops"`: of one forward over a prompt of `tokens` tokens, with logits for the **last** token only. A
+#   multiply-add is 2 FLOPs. Count the matrix products: projections, MLP, head (tied or not), and in attention
+#   scores and weighted sum, where the token at index t attends to t + 1 tokens. The embedding is a lookup.
+# - `"kv_bytes"`: to keep keys and values of these `tokens` tokens in all layers, 2 bytes a number.
+# - `"step_seconds"`: a floor for one decode step of `batch` sequences. Each has one new token, which attends to
+#   `context` tokens (itself included) and needs logits. Nothing is faster than its memory or its arithmetic: the
+#   larger of bytes / `bandwidth` and FLOPs / `rate`. Bytes: all parameters once, 2 bytes each, and the cache of
+#   `batch` · `context` tokens.
 #
 # The check passes an object that has these attributes and no others: `vocab_size`, `hidden_size`,
 # `intermediate_size`, `num_hidden_layers`, `num_attention_heads`, `num_key_value_heads`, `head_dim`,
@@ -306,21 +368,26 @@ check("2.5", decoder_layer)
 
 
 # %%
-def account(config, tokens: int) -> dict[str, int]:
-    """{"parameters", "flops" of a forward over `tokens` tokens, "kv_bytes" of them in 16 bits}"""
+def account(config, tokens: int, batch: int, context: int, bandwidth: float, rate: float) -> dict[str, int | float]:
+    """{"parameters", "flops", "kv_bytes", "step_seconds"}; bandwidth in bytes a second, rate in FLOPs a second"""
     ### BEGIN SOLUTION
     hidden, layers = config.hidden_size, config.num_hidden_layers
     q_size = config.num_attention_heads * config.head_dim
     kv_size = config.num_key_value_heads * config.head_dim
-    attention = hidden * (2 * q_size + 2 * kv_size)  # q and o, k and v
-    mlp = 3 * hidden * config.intermediate_size  # gate, up, down
+    matrices = layers * hidden * (2 * q_size + 2 * kv_size + 3 * config.intermediate_size)  # q, o, k, v; gate, up, down
     head = config.vocab_size * hidden
-    embeddings = head if config.tie_word_embeddings else 2 * head
-    pairs = tokens * (tokens + 1) // 2  # 1 + 2 + ... + tokens
+    parameters = (1 if config.tie_word_embeddings else 2) * head + matrices + (2 * layers + 1) * hidden
+    kv_bytes = layers * 2 * kv_size * 2  # of one token
+
+    def flops(rows: int, seen: int, logits: int) -> int:  # `seen`: keys that the queries see, all added up
+        return 2 * rows * matrices + 4 * layers * q_size * seen + 2 * logits * head
+
+    step_bytes = 2 * parameters + batch * context * kv_bytes
     return {
-        "parameters": embeddings + layers * (attention + mlp + 2 * hidden) + hidden,
-        "flops": 2 * tokens * (layers * (attention + mlp) + head) + 4 * layers * q_size * pairs,
-        "kv_bytes": tokens * layers * 2 * kv_size * 2,
+        "parameters": parameters,
+        "flops": flops(tokens, tokens * (tokens + 1) // 2, 1),
+        "kv_bytes": tokens * kv_bytes,
+        "step_seconds": max(step_bytes / bandwidth, flops(batch, batch * context, batch) / rate),
     }
     ### END SOLUTION
 
@@ -331,19 +398,31 @@ check("2.6", account)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# A matrix `[out, in]` has out · in parameters and costs 2 · out · in FLOPs a token. List a layer's matrices: four in
-# attention (two of them narrow), three in the MLP.
+# A matrix `[out, in]` has out · in parameters and costs 2 · out · in FLOPs for every token that passes. List a
+# layer's matrices: four in attention (two of them narrow), three in the MLP. Which tokens pass the head?
 # </details>
-#
+
+# %% [markdown]
 # <details><summary>Hint 2</summary>
 #
-# For one query and one key, scores cost 2 · D and the weighted sum 2 · D in each of the H query heads. Queries and
-# keys meet 1 + 2 + ... + tokens times. Only key/value heads are cached: `H_kv · D` numbers each for keys and values.
+# Prompt and decode step are one formula with three numbers: tokens that pass the layers, pairs of a query and a key
+# it sees, tokens that pass the head. What are the three for each? For one pair, every query head does one product
+# over `D` for the score and one for the weighted sum. `/` makes a float even of whole numbers.
 # </details>
 
 # %% [markdown] tags=["solution"]
-# **Why.** Everything but attention over the context is a weight times a vector, so FLOPs are twice the parameters
-# that are used as matrices: 2N a token. Only attention over the context grows with the length, and only with *query*
-# heads: grouped-query attention saves memory, not FLOPs. Norm weights and the embedding lookup do not multiply
-# matrices. `ModelConfig.parameters()`, `flops_per_token()` and `kv_bytes_per_token()` in `minillm/config.py` are the
-# same sums by part; the lab checks them against SmolLM2's real tensors and against torch's `FlopCounterMode`.
+# **Why.** All but attention over the context is a weight times a vector: FLOPs are twice the parameters that are
+# used as matrices. Only attention over the context grows with the length, and only with *query* heads:
+# grouped-query attention saves bytes, not FLOPs. Serving computes the last token's logits only: the others would
+# predict tokens that the prompt already has. SmolLM2's head is a fifth of a token's FLOPs at short context, so this
+# saves nearly a fifth of a prompt. Training needs all logits.
+#
+# At batch 1 the weights decide: 2 bytes read for 2 FLOPs, where hardware offers hundreds of FLOPs a byte. A larger
+# batch reads the weights once for all its tokens and is nearly free until arithmetic takes over; its caches are not
+# shared, and at long context they outweigh the weights (chapter 8 builds on both). The floor is a little high for
+# an untied model, whose embedding table counts here although a step reads only `batch` of its rows: 7 % for Llama 3
+# 8B.
+#
+# Another way is to list all tensors and products and add up, as the check does. `ModelConfig` in
+# `minillm/config.py` has the same sums by part; the lab holds them against SmolLM2's real tensors and torch's
+# `FlopCounterMode`.
