@@ -102,8 +102,9 @@ def rope_kernel(
     CACHED: tl.constexpr, TOKENS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """TOKENS tokens and BLOCK_H heads a program; the queries' heads come first, then the keys'."""
-    row = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None, None]  # [TOKENS, 1, 1]
-    head = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :, None]  # [1, BLOCK_H, 1]
+    blocks = tl.cdiv(H + H_KV, BLOCK_H)  # of heads
+    row = (tl.program_id(0) // blocks * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None, None]  # [TOKENS, 1, 1]
+    head = (tl.program_id(0) % blocks * BLOCK_H + tl.arange(0, BLOCK_H))[None, :, None]  # [1, BLOCK_H, 1]
     offs_d = tl.arange(0, BLOCK_D)[None, None, :]  # [1, 1, BLOCK_D]
     inside = (row < tokens) & (offs_d < HALF)
     cos = tl.load(cos_ptr + row * stride_cos + offs_d, mask=inside, other=0.0)
@@ -141,9 +142,9 @@ def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, cached: tuple[Tensor
     cos, sin = cos.contiguous(), sin.contiguous()
     all_heads = heads + k.shape[1]
     block_h = min(16, next_power_of_2(all_heads))
-    sizes = tuned(q.device, f"rope {next_power_of_2(size)}", TOKENS=1, num_warps=4)
-    grid = (ceil_div(tokens, sizes["TOKENS"]), ceil_div(all_heads, block_h))
-    rope_kernel[grid](
+    name = "rope" if cached is None else "rope_and_cache"
+    sizes = tuned(q.device, f"{name} {next_power_of_2(size)}", TOKENS=1, num_warps=4)
+    rope_kernel[(ceil_div(tokens, sizes["TOKENS"]) * ceil_div(all_heads, block_h),)](
         q, k, v, cos, sin, k_cache, v_cache, slots, tokens, q.stride(0), k.stride(0), v.stride(0), cos.stride(0),
         H=heads, H_KV=k.shape[1], HALF=size // 2, CACHED=cached is not None,
         BLOCK_H=block_h, BLOCK_D=next_power_of_2(size // 2), **sizes,

@@ -40,8 +40,9 @@ def check(gate_up: Tensor) -> None:
 @triton.jit
 def swiglu_kernel(x_ptr, y_ptr, n, stride_x, BLOCK: tl.constexpr):
     """BLOCK elements of one row a program."""
-    row = tl.program_id(0).to(tl.int64)
-    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(n, BLOCK)  # of a row: programs that follow one another read what lies side by side
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    offs = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(x_ptr + row * stride_x + offs, mask=offs < n, other=0.0).to(tl.float32)  # [BLOCK]
     up = tl.load(x_ptr + row * stride_x + n + offs, mask=offs < n, other=0.0).to(tl.float32)
     silu = (gate * tl.sigmoid(gate)).to(y_ptr.dtype.element_ty).to(tl.float32)  # rounded where torch rounds
@@ -67,5 +68,5 @@ def swiglu(gate_up: Tensor) -> Tensor:
     if rows.shape[0] == 0:
         return y
     sizes = tuned(gate_up.device, "swiglu", BLOCK=4096 if n > 2048 else 1024, num_warps=8)
-    swiglu_kernel[(rows.shape[0], ceil_div(n, sizes["BLOCK"]))](rows, y, n, rows.stride(0), **sizes)
+    swiglu_kernel[(ceil_div(n, sizes["BLOCK"]) * rows.shape[0],)](rows, y, n, rows.stride(0), **sizes)
     return y
