@@ -89,12 +89,14 @@ def memory_cases(quick: bool) -> list[Case]:
     """Operations that move bytes: tokens x features of an 8B model, SmolLM2's, and a vocabulary."""
     big = (256, 1024) if quick else (16_384, 4_096)
     peers, cases = liger(), []
-    for rows, n in [(64, 8192)] if quick else [(16_384, 4_096), (4_096, 32_768), (256, 49_152), (64, 128_256)]:
+    for rows, n in (
+        [(64, 8192)] if quick else [(65_536, 4_096), (16_384, 4_096), (4_096, 32_768), (256, 49_152), (64, 128_256)]
+    ):
         x = randn(rows, n, scale=2)
         runs = {"minillm": lambda x: kernels.softmax(x), "torch": lambda x: x.softmax(-1)}
         runs["torch.compile"] = compiled(lambda x: x.softmax(-1))
         cases.append(Case("memory", f"softmax {rows} x {n}", (x,), runs, 2 * nbytes(x)))
-    for rows, n in [big] if quick else [big, (16_384, 576), (128, 4_096)]:
+    for rows, n in [big] if quick else [(65_536, 4_096), big, (16_384, 576), (128, 4_096)]:
         x, w, residual = randn(rows, n), randn(n), randn(rows, n)
         runs = {"minillm": lambda x, w: kernels.rms_norm(x, w, EPS), "torch": rms, "torch.compile": compiled(rms)}
         runs |= {"liger": peers["rms_norm"]} if "rms_norm" in peers else {}
@@ -114,7 +116,9 @@ def memory_cases(quick: bool) -> list[Case]:
 def rope_cases(quick: bool) -> list[Case]:
     """RoPE in place, and with the cache written."""
     cases = []
-    for tokens, heads, kv, size in [(64, 9, 3, 64)] if quick else [(16_384, 32, 8, 128), (16_384, 9, 3, 64)]:
+    for tokens, heads, kv, size in (
+        [(64, 9, 3, 64)] if quick else [(65_536, 32, 8, 128), (16_384, 32, 8, 128), (16_384, 9, 3, 64)]
+    ):
         q, k, v = randn(tokens, heads, size), randn(tokens, kv, size), randn(tokens, kv, size)
         angles = torch.rand(tokens, size // 2, device=DEVICE) * 6
         cos, sin = angles.cos(), angles.sin()
@@ -161,14 +165,16 @@ def matmul_cases(quick: bool) -> list[Case]:
         cases.append(Case("matmul", f"matmul {m} x {n} x {k}", (x, w), runs, moved, 2.0 * m * n * k))
     for m, i, k in [] if quick else [(8192, 14_336, 4096), (16_384, 1536, 576)]:
         x, w = randn(m, k), randn(2 * i, k, scale=k**-0.5)
+        plain = kernels.KERNELS["swiglu"].torch
         runs = {
-            "minillm": lambda x, w: kernels.matmul_swiglu(x, w),
-            "torch": kernels.KERNELS["matmul_swiglu"].torch,
-            "torch.compile": compiled(lambda x, w: kernels.KERNELS["swiglu"].torch(F.linear(x, w))),
-            "cuBLAS, our swiglu": lambda x, w: kernels.swiglu(F.linear(x, w)),
+            "minillm": lambda x, turns, w: kernels.matmul_swiglu(x, turns),
+            "torch": lambda x, turns, w: kernels.KERNELS["swiglu"].torch(F.linear(x, w)),
+            "torch.compile": compiled(lambda x, turns, w, plain=plain: plain(F.linear(x, w))),
+            "cuBLAS, our swiglu": lambda x, turns, w: kernels.swiglu(F.linear(x, w)),
         }
         moved = nbytes(x, w) + m * i * x.element_size()
-        cases.append(Case("matmul", f"matmul_swiglu {m} x {i} x {k}", (x, w), runs, moved, 4.0 * m * i * k))
+        name = f"matmul_swiglu {m} x {i} x {k}"
+        cases.append(Case("matmul", name, (x, kernels.interleave(w), w), runs, moved, 4.0 * m * i * k))
     return cases
 
 

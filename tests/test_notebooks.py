@@ -59,6 +59,12 @@ class TestLab:
             ]
             assert not [s for s in strings if re.match(r"(/[A-Za-z]+/|[A-Z]:\\|~/)", s)]
 
+    def test_outputs_name_no_folder_of_this_machine(self, path):
+        shown = json.dumps([cell["outputs"] for cell in _code(path)])
+        shown = re.sub(r'"image/[a-z+]+": "[^"]*"', "", shown)
+        assert not re.search(r"site-packages|\.venv|/home/|/Users/|/tmp/", shown)
+        assert str(root()) not in shown
+
     def test_kernel_and_links(self, path):
         notebook = json.loads(path.read_text(encoding="utf-8"))
         assert notebook["metadata"]["kernelspec"]["name"] == "python3"

@@ -4,9 +4,9 @@ Bytes: each element read once and written once, 2 · rows · N · element size, 
 5 an element, one of them an exponential. At 16 bits that is 1.25 FLOPs a byte, where an H100 could do 300: memory
 is the limit. torch's unfused form (max, subtract, exp, sum, divide) reads and writes five times as much.
 
-Rows of more than MAX_BLOCK elements go through the loop of Milakov and Gimelshein (2018, "Online normalizer
-calculation for softmax"): one pass keeps a running maximum and a sum that is rescaled whenever the maximum grows, a
-second pass writes. That reads twice.
+A row that is too long for registers goes through a loop: one pass keeps the maximum so far and the sum, rescaled
+whenever the maximum grows (Milakov and Gimelshein, 2018, "Online normalizer calculation for softmax"), a second pass
+writes. It reads twice, but the second time from L2, since few rows are on their way at once.
 
 A row with everything masked gives zeros (torch's softmax of -inf alone gives NaN).
 """
@@ -17,8 +17,6 @@ from torch import Tensor
 from .common import arguments, next_power_of_2, operation, tl, triton, tuned
 
 __all__ = ["softmax"]
-
-MAX_BLOCK = 65_536  # elements of a row that one program holds in registers
 
 
 def reference(x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -74,31 +72,36 @@ def softmax_kernel(
 
 
 @triton.jit
+def load_block(x_ptr, mask_ptr, start, n, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    """Elements start ... start + BLOCK - 1 of a row, times log2(e); -inf where masked or past the end."""
+    offs = start + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs, mask=offs < n, other=-float("inf")).to(tl.float32) * 1.4426950408889634
+    if MASKED:
+        x = tl.where(tl.load(mask_ptr + offs, mask=offs < n, other=0) != 0, x, -float("inf"))
+    return x  # [BLOCK]
+
+
+@triton.jit
 def long_softmax_kernel(
     x_ptr, mask_ptr, y_ptr, n, stride_x, stride_mask,
     MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row a program, in two passes of BLOCK elements: the online maximum and sum, then the result."""
+    """One row a program, in two passes of BLOCK elements: the maximum and the sum so far, then the result."""
     row = tl.program_id(0).to(tl.int64)
-    top = tl.full((BLOCK,), -3.0e38, tl.float32)  # of each lane; lanes are joined after the loop
-    total = tl.zeros((BLOCK,), tl.float32)
+    x_ptr, mask_ptr, y_ptr = x_ptr + row * stride_x, mask_ptr + row * stride_mask, y_ptr + row * n
+    top = -3.0e38
+    sums = tl.zeros((BLOCK,), tl.float32)  # one a lane, joined after the loop: one exponential an element and pass
     for start in range(0, n, BLOCK):
-        offs = start + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + row * stride_x + offs, mask=offs < n, other=-float("inf")).to(tl.float32)
-        if MASKED:
-            x = tl.where(tl.load(mask_ptr + row * stride_mask + offs, mask=offs < n, other=0) != 0, x, -float("inf"))
-        new_top = tl.maximum(top, x)
-        total = total * tl.exp(top - new_top) + tl.exp(x - new_top)
+        x = load_block(x_ptr, mask_ptr, start, n, MASKED, BLOCK)
+        new_top = tl.maximum(top, tl.max(x, 0))
+        sums = sums * tl.exp2(top - new_top) + tl.exp2(x - new_top)
         top = new_top
-    row_top = tl.max(top, 0)
-    row_total = tl.sum(total * tl.exp(top - row_top), 0)
-    scale = 1.0 / tl.where(row_total == 0, 1.0, row_total)
+    total = tl.sum(sums, 0)
+    shift = top + tl.log2(tl.where(total == 0, 1.0, total))
     for start in range(0, n, BLOCK):
         offs = start + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + row * stride_x + offs, mask=offs < n, other=-float("inf")).to(tl.float32)
-        if MASKED:
-            x = tl.where(tl.load(mask_ptr + row * stride_mask + offs, mask=offs < n, other=0) != 0, x, -float("inf"))
-        tl.store(y_ptr + row * n + offs, (tl.exp(x - row_top) * scale).to(y_ptr.dtype.element_ty), mask=offs < n)
+        y = tl.exp2(load_block(x_ptr, mask_ptr, start, n, MASKED, BLOCK) - shift)
+        tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=offs < n)
 
 
 @operation(
@@ -117,10 +120,10 @@ def softmax(x: Tensor, mask: Tensor | None = None) -> Tensor:
     if rows.shape[0] == 0:
         return y
     kept = rows if mask is None else mask.broadcast_to(x.shape).reshape(-1, n).contiguous().view(torch.uint8)
-    block = next_power_of_2(n)
-    sizes = tuned(x.device, f"softmax {min(block, 2 * MAX_BLOCK)}", num_warps=max(1, min(16, block // 1024)))
-    kernel, block = (softmax_kernel, block) if block <= MAX_BLOCK else (long_softmax_kernel, 16_384)
-    kernel[(rows.shape[0],)](
-        rows, kept, y, n, rows.stride(0), kept.stride(0), MASKED=mask is not None, BLOCK=block, **sizes
-    )
+    longest = next_power_of_2(n)
+    sizes = tuned(
+        x.device, f"softmax {longest}", BLOCK=min(longest, 8192), num_warps=max(1, min(8, longest // 512))
+    )  # fmt: skip
+    kernel = softmax_kernel if sizes["BLOCK"] >= n else long_softmax_kernel
+    kernel[(rows.shape[0],)](rows, kept, y, n, rows.stride(0), kept.stride(0), MASKED=mask is not None, **sizes)
     return y
