@@ -28,12 +28,18 @@ def candidates(**choices: list[int]) -> list[dict[str, int]]:
 def plans() -> dict[str, tuple[Callable[[], tuple], Callable, list[dict[str, int]]]]:
     """Key -> (inputs, run, candidates)."""
     found: dict = {}
-    for block, rows in ((4096, 16_384), (32_768, 4_096), (65_536, 256), (131_072, 64)):
-        n = 49_152 if block == 65_536 else 128_256 if block == 131_072 else block
+    for block, n, rows in (
+        (4096, 4096, 65_536),
+        (32_768, 32_768, 4096),
+        (65_536, 49_152, 2048),
+        (131_072, 128_256, 1024),
+    ):
+        whole = [{"BLOCK": block, "num_warps": warps} for warps in (8, 16, 32)] if block <= 32_768 else []
+        loops = [{"BLOCK": b, "num_warps": w} for b, w in ((4096, 8), (8192, 8), (8192, 16), (16_384, 16))]
         found[f"softmax {block}"] = (
             lambda rows=rows, n=n: (randn(rows, n),),
             lambda x: kernels.softmax(x),
-            candidates(num_warps=[4, 8, 16, 32]),
+            whole + (loops if block > 4096 else []),
         )
     for block, n in ((1024, 576), (4096, 4096)):
         found[f"rms_norm {block}"] = (
@@ -54,7 +60,12 @@ def plans() -> dict[str, tuple[Callable[[], tuple], Callable, list[dict[str, int
                 *torch.rand(2, 16_384, size // 2).cuda(),
             ),
             lambda q, k, cos, sin: kernels.rope(q, k, cos, sin),
-            candidates(TOKENS=[1, 2, 4], num_warps=[4, 8]),
+            candidates(TOKENS=[1, 2, 4], num_warps=[2, 4]),
+        )
+        found[f"rope_and_cache {size}"] = (
+            lambda size=size: cached_inputs(size),
+            kernels.rope_and_cache,
+            candidates(TOKENS=[1, 2, 4], num_warps=[2, 4]),
         )
         case = attention_case(2048 // size, 2048 // size, size, 4096, 4, True)
         found[f"flash_attention {size}"] = (
@@ -72,19 +83,32 @@ def plans() -> dict[str, tuple[Callable[[], tuple], Callable, list[dict[str, int
                 )
             ],
         )
-    tiles = [(128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 4), (128, 128, 64, 4, 4)]
+    tiles = [
+        (128, 256, 64, 8, 3),
+        (128, 128, 64, 4, 4),
+        (128, 128, 128, 8, 3),
+        (64, 256, 64, 4, 4),
+        (64, 128, 64, 4, 5),
+    ]
     tiles = [
         {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": g, "num_warps": w, "num_stages": s}
-        for (m, n, k, w, s), g in itertools.product(tiles, (8, 16))
+        for (m, n, k, w, s), g in itertools.product(tiles, (8,))
     ]
     for name, run in (("matmul", kernels.matmul), ("matmul_swiglu", kernels.matmul_swiglu)):
-        for shape_class, m in (("large", 8192), ("small", 1024)):
+        for shape_class, m in (("large", 8192), ("64", 64), ("128", 128), ("256", 256), ("1024", 1024)):
             found[f"{name} tma {shape_class}"] = (
                 lambda m=m: (randn(m, 4096), randn(8192, 4096)),
                 lambda x, w, run=run: run(x, w),
                 tiles,
             )
     return found
+
+
+def cached_inputs(size: int) -> tuple:
+    """Queries, keys and values of 16,384 tokens, and slots in a drawn order."""
+    q, k, v = randn(16_384, 32, size), randn(16_384, 8, size), randn(16_384, 8, size)
+    angles = torch.rand(2, 16_384, size // 2, device="cuda")
+    return q, k, v, *angles, randn(16_384, 8, size), randn(16_384, 8, size), torch.randperm(16_384, device="cuda")
 
 
 def tune(key: str, inputs: tuple, run: Callable, choices: list[dict[str, int]]) -> dict[str, int]:

@@ -104,8 +104,9 @@ class Operation:
         if forced not in PATHS:
             raise ValueError(f"MINILLM_KERNELS: expected one of {', '.join(PATHS)}, got {forced!r}")
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            return "torch" if forced in ("auto", "triton") else forced  # the kernels have no backward
+        wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        if wants_gradient or any(t.dtype == torch.float64 for t in tensors):
+            return "torch" if forced in ("auto", "triton") else forced  # kernels: no backward, and sums in fp32
         if forced != "auto":
             return forced
         return "triton" if HAS_TRITON and all(t.is_cuda for t in tensors) else "torch"
@@ -142,13 +143,13 @@ def use(path: str, name: str = "") -> Iterator[None]:
 
 
 def arguments(**tensors: Tensor) -> None:
-    """Hold that all are tensors of one device and of a floating dtype that the kernels know."""
+    """Hold that all are tensors of one device and of a floating dtype."""
     first = None
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise TypeError(f"{name}: expected float32, float16 or bfloat16, got {tensor.dtype}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
         first = first or (name, tensor)
         if tensor.device != first[1].device:
             raise ValueError(f"{name}: expected the device of {first[0]}, {first[1].device}, got {tensor.device}")

@@ -153,7 +153,8 @@ def _launch(x: Tensor, w: Tensor, fused: bool) -> Tensor:
     if m == 0 or n == 0:
         return y.reshape(*x.shape[:-1], n_y)
     rows, w = (t if t.stride(-1) == 1 else t.contiguous() for t in (rows, w))
-    name, shape_class = "matmul_swiglu" if fused else "matmul", "small" if min(m, n) < 2048 else "large"
+    name = "matmul_swiglu" if fused else "matmul"
+    shape_class = "large" if m > 1024 else next(size for size in (64, 128, 256, 1024) if m <= size)
     if k and x.dtype != torch.float32 and fits_descriptor(rows, w, y) and _has_copy_engine(x):
         _launch_tma(rows, w, y, fused, tuned(x.device, f"{name} tma {shape_class}", **_TMA))
     else:

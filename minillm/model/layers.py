@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ModelConfig
+from ..kernels import KERNELS, flash_attention, rms_norm, rope, swiglu
 
 __all__ = [
     "MLP",
@@ -25,6 +26,7 @@ __all__ = [
     "apply_rope",
     "attention",
     "rope_tables",
+    "rotate",
 ]
 
 
@@ -40,9 +42,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()  # fp16 squares overflow, and a bf16 mean is rounded
-        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * x32.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rope_tables(config: ModelConfig, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
@@ -84,6 +84,15 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)  # [..., heads, D]
 
 
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """`apply_rope` for queries and keys; on a GPU one kernel that turns both in place."""
+    if KERNELS["rope"].path(q, k) != "triton":
+        return apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+    cos, sin = (x.expand(*q.shape[:-2], -1).reshape(-1, x.shape[-1]) for x in (cos, sin))  # [N, D/2]
+    rope(q.view(-1, *q.shape[-2:]), k.view(-1, *k.shape[-2:]), cos, sin)
+    return q, k
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q kᵀ / sqrt(D)) v; causal when `mask` is None.
 
@@ -91,6 +100,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     H, D]. Query head h reads key/value head h // (H / H_kv). Sources: Vaswani et al., 2017; Ainslie et al., 2023
     (grouped queries).
     """
+    sequences, tokens = q.shape[:2]
+    if mask is None and k.shape[1] == tokens and KERNELS["flash_attention"].path(q, k, v) == "triton":
+        bounds = torch.arange(0, sequences * tokens + 1, tokens, dtype=torch.int32, device=q.device)
+        out = flash_attention(*(x.flatten(0, 1) for x in (q, k, v)), bounds, bounds, tokens)  # [B · T, H, D]
+        return out.unflatten(0, (sequences, tokens))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, tokens, D]
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
@@ -156,7 +170,7 @@ class Attention(nn.Module):
         )  # [..., heads, D]
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        q, k = rotate(q, k, *rope)
         out = cache.attend(self.layer, q, k, v, batch)  # [..., H, D]
         return self.o_proj(out.flatten(-2))  # [..., hidden]
 
@@ -172,5 +186,4 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)  # [..., intermediate] each
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(swiglu(self.gate_up_proj(hidden_states)))  # silu(gate) · up: [..., intermediate]
