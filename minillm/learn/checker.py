@@ -242,8 +242,9 @@ def load_notebook(path: Path) -> dict[str, Any]:
     namespace: dict[str, Any] = {"__name__": "__main__", PROBLEMS: problems}
     _loading = True
     try:
-        for source in _code_cells(path):
-            name = f"<{path.name}: {source.strip().splitlines()[0][:50]}>"
+        for number, source in enumerate(_code_cells(path), 1):
+            # Numbered, as cells may begin alike, and Triton reads a kernel's source back by this name.
+            name = f"<{path.name}, code cell {number}: {source.strip().splitlines()[0][:50]}>"
             linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
             try:
                 with _limits(_Capped()):

@@ -46,7 +46,8 @@ def _variant(kind: str, number: str, what: str) -> Callable:
     def mark(impl: Any) -> Any:
         impl.variant = (kind, number, what)
         # A file holds several variants under one name: keep them all, not only the last that the name is bound to.
-        vars(sys.modules[impl.__module__]).setdefault("VARIANTS", []).append(impl)
+        module = getattr(impl, "fn", impl).__module__  # a Triton kernel is an object around its function
+        vars(sys.modules[module]).setdefault("VARIANTS", []).append(impl)
         return impl
 
     return mark

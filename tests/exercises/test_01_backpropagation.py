@@ -314,7 +314,9 @@ class TestGradientError:
         for shape in [(4,), (3, 4), (2, 1, 3)]:
             _, steps, _, _ = self._points(impl, shape, 16, 0.5)
             what = f"x of shape {list(shape)}"
-            expect(len(steps) >= 32, f"{what}: expected f at 2 points for each of 16 directions\n  got {len(steps)} in all")
+            expect(
+                len(steps) >= 32, f"{what}: expected f at 2 points for each of 16 directions\n  got {len(steps)} in all"
+            )
             expect_close(f"{what}: lengths of the directions", np.linalg.norm(steps, axis=1), np.ones(len(steps)))
             different = len(np.unique(np.round(steps, 6), axis=0))
             expect(different >= 32, f"{what}: expected 32 different points for 16 directions\n  got {different}")

@@ -1,0 +1,691 @@
+"""Wrong and alternative implementations for the exercises of chapter 4: they keep the checks honest."""
+
+import triton
+import triton.language as tl
+
+from minillm.learn.testing import alternative, wrong
+
+# ---- 4.1
+
+
+@wrong("4.1", "masks with n alone: the padding counts")
+@triton.jit
+def masked_softmax_kernel(x_ptr, length_ptr, y_ptr, n, stride_x, BLOCK: tl.constexpr):
+    row, offs = tl.program_id(0), tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * stride_x + offs, mask=offs < n, other=-float("inf")).to(tl.float32)
+    e = tl.exp(x - tl.max(x, 0))
+    tl.store(y_ptr + row * n + offs, (e / tl.sum(e, 0)).to(y_ptr.dtype.element_ty), mask=offs < n)
+
+
+@wrong("4.1", "masked elements read as 0, and e^0 is 1")
+@triton.jit
+def masked_softmax_kernel(x_ptr, length_ptr, y_ptr, n, stride_x, BLOCK: tl.constexpr):
+    row, offs = tl.program_id(0), tl.arange(0, BLOCK)
+    keep = offs < tl.load(length_ptr + row)
+    x = tl.load(x_ptr + row * stride_x + offs, mask=keep, other=0.0).to(tl.float32)
+    e = tl.exp(x - tl.max(x, 0))
+    tl.store(y_ptr + row * n + offs, (e / tl.sum(e, 0)).to(y_ptr.dtype.element_ty), mask=offs < n)
+
+
+@wrong("4.1", "a row of length 0 gives NaN")
+@triton.jit
+def masked_softmax_kernel(x_ptr, length_ptr, y_ptr, n, stride_x, BLOCK: tl.constexpr):
+    row, offs = tl.program_id(0), tl.arange(0, BLOCK)
+    keep = offs < tl.load(length_ptr + row)
+    x = tl.load(x_ptr + row * stride_x + offs, mask=keep, other=-float("inf")).to(tl.float32)
+    e = tl.exp(x - tl.max(x, 0))
+    tl.store(y_ptr + row * n + offs, (e / tl.sum(e, 0)).to(y_ptr.dtype.element_ty), mask=offs < n)
+
+
+@wrong("4.1", "stores only the elements that count: the rest of y is what lay there")
+@triton.jit
+def masked_softmax_kernel(x_ptr, length_ptr, y_ptr, n, stride_x, BLOCK: tl.constexpr):
+    row, offs = tl.program_id(0), tl.arange(0, BLOCK)
+    keep = offs < tl.load(length_ptr + row)
+    x = tl.load(x_ptr + row * stride_x + offs, mask=keep, other=-float("inf")).to(tl.float32)
+    e = tl.exp(x - tl.maximum(tl.max(x, 0), -3.0e38))
+    total = tl.sum(e, 0)
+    y = e / tl.where(total == 0, 1.0, total)
+    tl.store(y_ptr + row * n + offs, y.to(y_ptr.dtype.element_ty), mask=keep)
+
+
+@wrong("4.1", "stores without a mask: writes into the next row")
+@triton.jit
+def masked_softmax_kernel(x_ptr, length_ptr, y_ptr, n, stride_x, BLOCK: tl.constexpr):
+    row = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards, so that the next program does not repair it
+    offs = tl.arange(0, BLOCK)
+    keep = offs < tl.load(length_ptr + row)
+    x = tl.load(x_ptr + row * stride_x + offs, mask=keep, other=-float("inf")).to(tl.float32)
+    e = tl.exp(x - tl.maximum(tl.max(x, 0), -3.0e38))
+    total = tl.sum(e, 0)
+    y = e / tl.where(total == 0, 1.0, total)
+    last = row == tl.num_programs(0) - 1
+    tl.store(y_ptr + row * n + offs, y.to(y_ptr.dtype.element_ty), mask=(offs < n) | ((offs < 2 * n) & ~last))
+
+
+@wrong("4.1", "takes rows of x to lie n apart")
+@triton.jit
+def masked_softmax_kernel(x_ptr, length_ptr, y_ptr, n, stride_x, BLOCK: tl.constexpr):
+    row, offs = tl.program_id(0), tl.arange(0, BLOCK)
+    keep = offs < tl.load(length_ptr + row)
+    x = tl.load(x_ptr + row * n + offs, mask=keep, other=-float("inf")).to(tl.float32)
+    e = tl.exp(x - tl.maximum(tl.max(x, 0), -3.0e38))
+    total = tl.sum(e, 0)
+    y = e / tl.where(total == 0, 1.0, total)
+    tl.store(y_ptr + row * n + offs, y.to(y_ptr.dtype.element_ty), mask=offs < n)
+
+
+@wrong("4.1", "does not subtract the maximum")
+@triton.jit
+def masked_softmax_kernel(x_ptr, length_ptr, y_ptr, n, stride_x, BLOCK: tl.constexpr):
+    row, offs = tl.program_id(0), tl.arange(0, BLOCK)
+    keep = offs < tl.load(length_ptr + row)
+    e = tl.exp(tl.load(x_ptr + row * stride_x + offs, mask=keep, other=-float("inf")).to(tl.float32))
+    total = tl.sum(e, 0)
+    y = e / tl.where(total == 0, 1.0, total)
+    tl.store(y_ptr + row * n + offs, y.to(y_ptr.dtype.element_ty), mask=offs < n)
+
+
+@wrong("4.1", "loads the whole row and masks afterwards: right numbers, too many bytes")
+@triton.jit
+def masked_softmax_kernel(x_ptr, length_ptr, y_ptr, n, stride_x, BLOCK: tl.constexpr):
+    row, offs = tl.program_id(0), tl.arange(0, BLOCK)
+    keep = offs < tl.load(length_ptr + row)
+    x = tl.load(x_ptr + row * stride_x + offs, mask=offs < n, other=0.0).to(tl.float32)
+    x = tl.where(keep, x, -float("inf"))
+    e = tl.exp(x - tl.maximum(tl.max(x, 0), -3.0e38))
+    total = tl.sum(e, 0)
+    y = e / tl.where(total == 0, 1.0, total)
+    tl.store(y_ptr + row * n + offs, y.to(y_ptr.dtype.element_ty), mask=offs < n)
+
+
+@wrong("4.1", "exponentials rounded to fp16 before they are added")
+@triton.jit
+def masked_softmax_kernel(x_ptr, length_ptr, y_ptr, n, stride_x, BLOCK: tl.constexpr):
+    row, offs = tl.program_id(0), tl.arange(0, BLOCK)
+    keep = offs < tl.load(length_ptr + row)
+    x = tl.load(x_ptr + row * stride_x + offs, mask=keep, other=-float("inf")).to(tl.float32)
+    e = tl.exp(x - tl.maximum(tl.max(x, 0), -3.0e38)).to(tl.float16)
+    total = tl.sum(e, 0).to(tl.float16).to(tl.float32)
+    y = (e.to(tl.float32) / tl.where(total == 0, 1.0, total)).to(tl.float16)
+    tl.store(y_ptr + row * n + offs, y.to(y_ptr.dtype.element_ty), mask=offs < n)
+
+
+@alternative("4.1", "2^x, and a `where` in place of the finite maximum")
+@triton.jit
+def masked_softmax_kernel(x_ptr, length_ptr, y_ptr, n, stride_x, BLOCK: tl.constexpr):
+    row, offs = tl.program_id(0), tl.arange(0, BLOCK)
+    keep = offs < tl.load(length_ptr + row)
+    x = tl.load(x_ptr + row * stride_x + offs, mask=keep, other=0.0).to(tl.float32) * 1.4426950408889634
+    top = tl.max(tl.where(keep, x, -3.0e38), 0)
+    e = tl.where(keep, tl.exp2(x - top), 0.0)
+    y = e / tl.maximum(tl.sum(e, 0), 1e-30)
+    tl.store(y_ptr + row * n + offs, y.to(y_ptr.dtype.element_ty), mask=offs < n)
+
+
+# ---- 4.2
+
+
+@wrong("4.2", "handles the first block only")
+@triton.jit
+def add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, n, stride_x, stride_residual, eps, BLOCK: tl.constexpr):
+    row, offs = tl.program_id(0), tl.arange(0, BLOCK)
+    x_ptr, residual_ptr = x_ptr + row * stride_x, residual_ptr + row * stride_residual
+    h = tl.load(x_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+    h += tl.load(residual_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+    h = h.to(residual_ptr.dtype.element_ty)
+    tl.store(residual_ptr + offs, h, mask=offs < n)
+    h = h.to(tl.float32)
+    w = tl.load(weight_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+    y = h * tl.rsqrt(tl.sum(h * h, 0) / n + eps) * w
+    tl.store(x_ptr + offs, y.to(x_ptr.dtype.element_ty), mask=offs < n)
+
+
+@wrong("4.2", "the mean over the lanes of all blocks instead of n elements")
+@triton.jit
+def add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, n, stride_x, stride_residual, eps, BLOCK: tl.constexpr):
+    row, squares = tl.program_id(0), tl.zeros((BLOCK,), tl.float32)
+    x_ptr, residual_ptr = x_ptr + row * stride_x, residual_ptr + row * stride_residual
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        h = tl.load(x_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        h += tl.load(residual_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        h = h.to(residual_ptr.dtype.element_ty)
+        tl.store(residual_ptr + offs, h, mask=offs < n)
+        squares += h.to(tl.float32) * h.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(squares, 0) / (tl.cdiv(n, BLOCK) * BLOCK) + eps)
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        h = tl.load(residual_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        w = tl.load(weight_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        tl.store(x_ptr + offs, (h * scale * w).to(x_ptr.dtype.element_ty), mask=offs < n)
+
+
+@wrong("4.2", "the norm is of the sum before rounding")
+@triton.jit
+def add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, n, stride_x, stride_residual, eps, BLOCK: tl.constexpr):
+    row, squares = tl.program_id(0), tl.zeros((BLOCK,), tl.float32)
+    x_ptr, residual_ptr = x_ptr + row * stride_x, residual_ptr + row * stride_residual
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        h = tl.load(x_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        h += tl.load(residual_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        squares += h * h
+        tl.store(residual_ptr + offs, h.to(residual_ptr.dtype.element_ty), mask=offs < n)
+    scale = tl.rsqrt(tl.sum(squares, 0) / n + eps)
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        h = tl.load(residual_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        w = tl.load(weight_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        tl.store(x_ptr + offs, (h * scale * w).to(x_ptr.dtype.element_ty), mask=offs < n)
+
+
+@wrong("4.2", "squares in the inputs' dtype: fp16 overflows")
+@triton.jit
+def add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, n, stride_x, stride_residual, eps, BLOCK: tl.constexpr):
+    row, squares = tl.program_id(0), tl.zeros((BLOCK,), tl.float32)
+    x_ptr, residual_ptr = x_ptr + row * stride_x, residual_ptr + row * stride_residual
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        h = tl.load(x_ptr + offs, mask=offs < n, other=0.0) + tl.load(residual_ptr + offs, mask=offs < n, other=0.0)
+        tl.store(residual_ptr + offs, h, mask=offs < n)
+        squares += (h * h).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(squares, 0) / n + eps)
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        h = tl.load(residual_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        w = tl.load(weight_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        tl.store(x_ptr + offs, (h * scale * w).to(x_ptr.dtype.element_ty), mask=offs < n)
+
+
+@wrong("4.2", "eps outside the root")
+@triton.jit
+def add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, n, stride_x, stride_residual, eps, BLOCK: tl.constexpr):
+    row, squares = tl.program_id(0), tl.zeros((BLOCK,), tl.float32)
+    x_ptr, residual_ptr = x_ptr + row * stride_x, residual_ptr + row * stride_residual
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        h = tl.load(x_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        h += tl.load(residual_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        h = h.to(residual_ptr.dtype.element_ty)
+        tl.store(residual_ptr + offs, h, mask=offs < n)
+        squares += h.to(tl.float32) * h.to(tl.float32)
+    scale = 1.0 / (tl.sqrt(tl.sum(squares, 0) / n) + eps)
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        h = tl.load(residual_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        w = tl.load(weight_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        tl.store(x_ptr + offs, (h * scale * w).to(x_ptr.dtype.element_ty), mask=offs < n)
+
+
+@wrong("4.2", "one stride for both tensors")
+@triton.jit
+def add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, n, stride_x, stride_residual, eps, BLOCK: tl.constexpr):
+    row, squares = tl.program_id(0), tl.zeros((BLOCK,), tl.float32)
+    x_ptr, residual_ptr = x_ptr + row * stride_x, residual_ptr + row * stride_x
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        h = tl.load(x_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        h += tl.load(residual_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        h = h.to(residual_ptr.dtype.element_ty)
+        tl.store(residual_ptr + offs, h, mask=offs < n)
+        squares += h.to(tl.float32) * h.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(squares, 0) / n + eps)
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        h = tl.load(residual_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        w = tl.load(weight_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        tl.store(x_ptr + offs, (h * scale * w).to(x_ptr.dtype.element_ty), mask=offs < n)
+
+
+@wrong("4.2", "adds again in the second pass: residual is twice x too large there, and x is read twice")
+@triton.jit
+def add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, n, stride_x, stride_residual, eps, BLOCK: tl.constexpr):
+    row, squares = tl.program_id(0), tl.zeros((BLOCK,), tl.float32)
+    x_ptr, residual_ptr = x_ptr + row * stride_x, residual_ptr + row * stride_residual
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        h = tl.load(x_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        h += tl.load(residual_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        h = h.to(residual_ptr.dtype.element_ty)
+        tl.store(residual_ptr + offs, h, mask=offs < n)
+        squares += h.to(tl.float32) * h.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(squares, 0) / n + eps)
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        h = tl.load(residual_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        h += tl.load(x_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        w = tl.load(weight_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        tl.store(x_ptr + offs, (h * scale * w).to(x_ptr.dtype.element_ty), mask=offs < n)
+
+
+@wrong("4.2", "never stores the sum, and reads x a second time instead")
+@triton.jit
+def add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, n, stride_x, stride_residual, eps, BLOCK: tl.constexpr):
+    row, squares = tl.program_id(0), tl.zeros((BLOCK,), tl.float32)
+    x_ptr, residual_ptr = x_ptr + row * stride_x, residual_ptr + row * stride_residual
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        h = tl.load(x_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        h += tl.load(residual_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        squares += h * h
+    scale = tl.rsqrt(tl.sum(squares, 0) / n + eps)
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        h = tl.load(x_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        h += tl.load(residual_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        w = tl.load(weight_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        tl.store(x_ptr + offs, (h * scale * w).to(x_ptr.dtype.element_ty), mask=offs < n)
+
+
+@wrong("4.2", "rounds before it multiplies by the weight")
+@triton.jit
+def add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, n, stride_x, stride_residual, eps, BLOCK: tl.constexpr):
+    row, squares = tl.program_id(0), tl.zeros((BLOCK,), tl.float32)
+    x_ptr, residual_ptr = x_ptr + row * stride_x, residual_ptr + row * stride_residual
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        h = tl.load(x_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        h += tl.load(residual_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        h = h.to(residual_ptr.dtype.element_ty)
+        tl.store(residual_ptr + offs, h, mask=offs < n)
+        squares += h.to(tl.float32) * h.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(squares, 0) / n + eps)
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        h = tl.load(residual_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        w = tl.load(weight_ptr + offs, mask=offs < n, other=0.0)
+        y = (h * scale).to(x_ptr.dtype.element_ty).to(tl.float32) * w.to(tl.float32)
+        tl.store(x_ptr + offs, y.to(x_ptr.dtype.element_ty), mask=offs < n)
+
+
+@alternative("4.2", "one scalar for the squares, and a division by the root")
+@triton.jit
+def add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, n, stride_x, stride_residual, eps, BLOCK: tl.constexpr):
+    row, squares = tl.program_id(0).to(tl.int64), 0.0
+    for start in range(tl.cdiv(n, BLOCK)):
+        offs = start * BLOCK + tl.arange(0, BLOCK)
+        r_ptrs = residual_ptr + row * stride_residual + offs
+        h = tl.load(r_ptrs, mask=offs < n, other=0.0).to(tl.float32)
+        h += tl.load(x_ptr + row * stride_x + offs, mask=offs < n, other=0.0).to(tl.float32)
+        h = h.to(residual_ptr.dtype.element_ty)
+        tl.store(r_ptrs, h, mask=offs < n)
+        squares += tl.sum(h.to(tl.float32) * h.to(tl.float32), 0)
+    tl.debug_barrier()
+    root = tl.sqrt(squares / n + eps)
+    for start in range(tl.cdiv(n, BLOCK)):
+        offs = start * BLOCK + tl.arange(0, BLOCK)
+        h = tl.load(residual_ptr + row * stride_residual + offs, mask=offs < n, other=0.0).to(tl.float32)
+        y = h / root * tl.load(weight_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        tl.store(x_ptr + row * stride_x + offs, y.to(x_ptr.dtype.element_ty), mask=offs < n)
+
+
+# ---- 4.3
+
+
+@wrong("4.3", "no mask along k: adds the NaN behind the matrices")
+@triton.jit
+def matmul_bias_kernel(
+    x_ptr, w_ptr, bias_ptr, y_ptr, m, n, k, stride_xm, stride_xk, stride_wk, stride_wn, stride_ym, stride_yn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, k, BLOCK_K):
+        ks = start + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + rows * stride_xm + ks[None, :] * stride_xk, mask=rows < m, other=0.0)
+        w = tl.load(w_ptr + ks[:, None] * stride_wk + columns * stride_wn, mask=columns < n, other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+    y = acc + tl.load(bias_ptr + columns, mask=columns < n, other=0.0).to(tl.float32)
+    inside = (rows < m) & (columns < n)
+    tl.store(y_ptr + rows * stride_ym + columns * stride_yn, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@wrong("4.3", "the last block along k is left out")
+@triton.jit
+def matmul_bias_kernel(
+    x_ptr, w_ptr, bias_ptr, y_ptr, m, n, k, stride_xm, stride_xk, stride_wk, stride_wn, stride_ym, stride_yn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(k // BLOCK_K):
+        ks = start * BLOCK_K + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + rows * stride_xm + ks[None, :] * stride_xk, mask=rows < m, other=0.0)
+        w = tl.load(w_ptr + ks[:, None] * stride_wk + columns * stride_wn, mask=columns < n, other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+    y = acc + tl.load(bias_ptr + columns, mask=columns < n, other=0.0).to(tl.float32)
+    inside = (rows < m) & (columns < n)
+    tl.store(y_ptr + rows * stride_ym + columns * stride_yn, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@wrong("4.3", "x and w contiguous along their last axis, whatever the strides say")
+@triton.jit
+def matmul_bias_kernel(
+    x_ptr, w_ptr, bias_ptr, y_ptr, m, n, k, stride_xm, stride_xk, stride_wk, stride_wn, stride_ym, stride_yn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, k, BLOCK_K):
+        ks = start + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + rows * k + ks[None, :], mask=(rows < m) & (ks[None, :] < k), other=0.0)
+        w = tl.load(w_ptr + ks[:, None] * n + columns, mask=(ks[:, None] < k) & (columns < n), other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+    y = acc + tl.load(bias_ptr + columns, mask=columns < n, other=0.0).to(tl.float32)
+    inside = (rows < m) & (columns < n)
+    tl.store(y_ptr + rows * stride_ym + columns * stride_yn, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@wrong("4.3", "y contiguous, whatever its strides say")
+@triton.jit
+def matmul_bias_kernel(
+    x_ptr, w_ptr, bias_ptr, y_ptr, m, n, k, stride_xm, stride_xk, stride_wk, stride_wn, stride_ym, stride_yn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, k, BLOCK_K):
+        ks = start + tl.arange(0, BLOCK_K)
+        inside = (rows < m) & (ks[None, :] < k)
+        x = tl.load(x_ptr + rows * stride_xm + ks[None, :] * stride_xk, mask=inside, other=0.0)
+        inside = (ks[:, None] < k) & (columns < n)
+        w = tl.load(w_ptr + ks[:, None] * stride_wk + columns * stride_wn, mask=inside, other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+    y = acc + tl.load(bias_ptr + columns, mask=columns < n, other=0.0).to(tl.float32)
+    tl.store(y_ptr + rows * n + columns, y.to(y_ptr.dtype.element_ty), mask=(rows < m) & (columns < n))
+
+
+@wrong("4.3", "accumulates in the inputs' dtype")
+@triton.jit
+def matmul_bias_kernel(
+    x_ptr, w_ptr, bias_ptr, y_ptr, m, n, k, stride_xm, stride_xk, stride_wk, stride_wn, stride_ym, stride_yn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), y_ptr.dtype.element_ty)
+    for start in range(0, k, BLOCK_K):
+        ks = start + tl.arange(0, BLOCK_K)
+        inside = (rows < m) & (ks[None, :] < k)
+        x = tl.load(x_ptr + rows * stride_xm + ks[None, :] * stride_xk, mask=inside, other=0.0)
+        inside = (ks[:, None] < k) & (columns < n)
+        w = tl.load(w_ptr + ks[:, None] * stride_wk + columns * stride_wn, mask=inside, other=0.0)
+        acc = (acc.to(tl.float32) + tl.dot(x, w, input_precision="ieee")).to(y_ptr.dtype.element_ty)
+    y = acc + tl.load(bias_ptr + columns, mask=columns < n, other=0.0)
+    inside = (rows < m) & (columns < n)
+    tl.store(y_ptr + rows * stride_ym + columns * stride_yn, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@wrong("4.3", "adds the bias in every step along k")
+@triton.jit
+def matmul_bias_kernel(
+    x_ptr, w_ptr, bias_ptr, y_ptr, m, n, k, stride_xm, stride_xk, stride_wk, stride_wn, stride_ym, stride_yn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, k, BLOCK_K):
+        ks = start + tl.arange(0, BLOCK_K)
+        inside = (rows < m) & (ks[None, :] < k)
+        x = tl.load(x_ptr + rows * stride_xm + ks[None, :] * stride_xk, mask=inside, other=0.0)
+        inside = (ks[:, None] < k) & (columns < n)
+        w = tl.load(w_ptr + ks[:, None] * stride_wk + columns * stride_wn, mask=inside, other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+        acc += tl.load(bias_ptr + columns, mask=columns < n, other=0.0).to(tl.float32)
+    inside = (rows < m) & (columns < n)
+    tl.store(y_ptr + rows * stride_ym + columns * stride_yn, acc.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@wrong("4.3", "stores without a mask along the rows' ends")
+@triton.jit
+def matmul_bias_kernel(
+    x_ptr, w_ptr, bias_ptr, y_ptr, m, n, k, stride_xm, stride_xk, stride_wk, stride_wn, stride_ym, stride_yn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, k, BLOCK_K):
+        ks = start + tl.arange(0, BLOCK_K)
+        inside = (rows < m) & (ks[None, :] < k)
+        x = tl.load(x_ptr + rows * stride_xm + ks[None, :] * stride_xk, mask=inside, other=0.0)
+        inside = (ks[:, None] < k) & (columns < n)
+        w = tl.load(w_ptr + ks[:, None] * stride_wk + columns * stride_wn, mask=inside, other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+    y = acc + tl.load(bias_ptr + columns, mask=columns < n, other=0.0).to(tl.float32)
+    inside = (rows < m) & (
+        (columns < n) | (columns * stride_yn + rows * stride_ym < (m - 1) * stride_ym + n * stride_yn)
+    )
+    tl.store(y_ptr + rows * stride_ym + columns * stride_yn, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@wrong("4.3", "computes all rows of tiles in every program of a column: right numbers, too many bytes")
+@triton.jit
+def matmul_bias_kernel(
+    x_ptr, w_ptr, bias_ptr, y_ptr, m, n, k, stride_xm, stride_xk, stride_wk, stride_wn, stride_ym, stride_yn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    for tile in range(tl.cdiv(m, BLOCK_M)):
+        rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, k, BLOCK_K):
+            ks = start + tl.arange(0, BLOCK_K)
+            inside = (rows < m) & (ks[None, :] < k)
+            x = tl.load(x_ptr + rows * stride_xm + ks[None, :] * stride_xk, mask=inside, other=0.0)
+            inside = (ks[:, None] < k) & (columns < n)
+            w = tl.load(w_ptr + ks[:, None] * stride_wk + columns * stride_wn, mask=inside, other=0.0)
+            acc = tl.dot(x, w, acc, input_precision="ieee")
+        y = acc + tl.load(bias_ptr + columns, mask=columns < n, other=0.0).to(tl.float32)
+        inside = (rows < m) & (columns < n)
+        tl.store(y_ptr + rows * stride_ym + columns * stride_yn, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@alternative("4.3", "starts from the bias, pointers that move along k")
+@triton.jit
+def matmul_bias_kernel(
+    x_ptr, w_ptr, bias_ptr, y_ptr, m, n, k, stride_xm, stride_xk, stride_wk, stride_wn, stride_ym, stride_yn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
+    w_ptrs = w_ptr + offs_k[:, None] * stride_wk + offs_n[None, :] * stride_wn
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc += tl.load(bias_ptr + offs_n, mask=offs_n < n, other=0.0).to(tl.float32)[None, :]
+    for left in range(k, 0, -BLOCK_K):
+        x = tl.load(x_ptrs, mask=(offs_m[:, None] < m) & (offs_k[None, :] < left), other=0.0)
+        w = tl.load(w_ptrs, mask=(offs_k[:, None] < left) & (offs_n[None, :] < n), other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+        x_ptrs += BLOCK_K * stride_xk
+        w_ptrs += BLOCK_K * stride_wk
+    y_ptrs = y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :] * stride_yn
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(offs_m[:, None] < m) & (offs_n[None, :] < n))
+
+
+# ---- 4.4
+
+
+def _apart(steps, machine, combine=max):
+    total = 0.0
+    for step in steps:
+        moved = sum(step["reads"].values()) + sum(step["writes"].values())
+        total += machine["launch"] + combine((moved / machine["bandwidth"], step["flops"] / machine["flops"]))
+    return total
+
+
+def _fused(steps, moved, machine, launches=1, combine=max):
+    flops = sum(step["flops"] for step in steps)
+    times = (moved / machine["bandwidth"], flops / machine["flops"])
+    return launches * machine["launch"] + combine(times), flops / moved
+
+
+def _bytes(steps, outputs):
+    made, reads, writes = set(), {}, {}
+    for step in steps:
+        reads |= {name: size for name, size in step["reads"].items() if name not in made}
+        writes |= {name: size for name, size in step["writes"].items() if name in outputs}
+        made |= set(step["writes"])
+    return sum(reads.values()) + sum(writes.values())
+
+
+@wrong("4.4", "adds the times of memory and arithmetic")
+def roofline(steps, outputs, machine):
+    return _apart(steps, machine, sum), *_fused(steps, _bytes(steps, outputs), machine, combine=sum)
+
+
+@wrong("4.4", "the fused kernel is launched once a step")
+def roofline(steps, outputs, machine):
+    return _apart(steps, machine), *_fused(steps, _bytes(steps, outputs), machine, launches=len(steps))
+
+
+@wrong("4.4", "the fused kernel still moves intermediates")
+def roofline(steps, outputs, machine):
+    moved = sum(sum(s["reads"].values()) + sum(s["writes"].values()) for s in steps)
+    return _apart(steps, machine), *_fused(steps, moved, machine)
+
+
+@wrong("4.4", "an input that several steps read moves once a step")
+def roofline(steps, outputs, machine):
+    made, moved = set(), 0
+    for step in steps:
+        moved += sum(size for name, size in step["reads"].items() if name not in made)
+        made |= set(step["writes"])
+    writes = {name: size for step in steps for name, size in step["writes"].items() if name in outputs}
+    return _apart(steps, machine), *_fused(steps, moved + sum(writes.values()), machine)
+
+
+@wrong("4.4", "an intermediate that is an output is read back")
+def roofline(steps, outputs, machine):
+    made, reads, writes = set(), {}, {}
+    for step in steps:
+        reads |= {name: size for name, size in step["reads"].items() if name not in made or name in outputs}
+        writes |= {name: size for name, size in step["writes"].items() if name in outputs}
+        made |= set(step["writes"])
+    return _apart(steps, machine), *_fused(steps, sum(reads.values()) + sum(writes.values()), machine)
+
+
+@wrong("4.4", "a tensor that is updated in place is not read")
+def roofline(steps, outputs, machine):
+    made = {name for step in steps for name in step["writes"]}
+    reads = {n: size for step in steps for n, size in step["reads"].items() if n not in made}
+    writes = {n: size for step in steps for n, size in step["writes"].items() if n in outputs}
+    return _apart(steps, machine), *_fused(steps, sum(reads.values()) + sum(writes.values()), machine)
+
+
+@wrong("4.4", "fused: the sum of the steps' maxima instead of the maximum of the sums")
+def roofline(steps, outputs, machine):
+    seconds, intensity = _fused(steps, _bytes(steps, outputs), machine)
+    arithmetic = sum(step["flops"] for step in steps) / machine["flops"]
+    extra = sum(
+        max(sum(s["writes"].values()) / machine["bandwidth"] - s["flops"] / machine["flops"], 0) for s in steps[1:]
+    )
+    bound = seconds - machine["launch"] == arithmetic and len(steps) > 1
+    return _apart(steps, machine), seconds + (extra if bound else 0), intensity
+
+
+@wrong("4.4", "intensity upside down: bytes a FLOP")
+def roofline(steps, outputs, machine):
+    seconds, intensity = _fused(steps, _bytes(steps, outputs), machine)
+    return _apart(steps, machine), seconds, 1 / intensity
+
+
+@alternative("4.4", "sets of names first, bytes afterwards")
+def roofline(steps, outputs, machine):
+    return _apart(steps, machine), *_fused(steps, _bytes(steps, outputs), machine)
+
+
+# ---- 4.5
+
+
+def _total(num_m, num_n, programs, row_bytes, column_bytes, tile):
+    total = 0
+    for start in range(0, num_m * num_n, programs):
+        wave = [tile(i) for i in range(start, min(start + programs, num_m * num_n))]
+        total += row_bytes * len({m for m, _ in wave}) + column_bytes * len({n for _, n in wave})
+    return total
+
+
+def _tile(i, num_m, num_n, group):
+    first = i // (group * num_n) * group
+    height = min(group, num_m - first)
+    return first + i % (group * num_n) % height, i % (group * num_n) // height
+
+
+@wrong("4.5", "the square root of the programs, without looking at the tiles")
+def best_group(num_m, num_n, programs, row_bytes, column_bytes):
+    group = min(num_m, max(1, round(programs**0.5)))
+    case = num_m, num_n, programs, row_bytes, column_bytes
+    return group, _total(*case, lambda i: _tile(i, num_m, num_n, group))
+
+
+@wrong("4.5", "the last band as high as the others: tiles outside the grid")
+def best_group(num_m, num_n, programs, row_bytes, column_bytes):
+    def tile(i, group):
+        return i // (group * num_n) * group + i % group, i % (group * num_n) // group
+
+    case = num_m, num_n, programs, row_bytes, column_bytes
+    return min((_total(*case, lambda i, g=g: tile(i, g)), g) for g in range(1, num_m + 1))[::-1]
+
+
+@wrong("4.5", "numbers run along the rows of a band")
+def best_group(num_m, num_n, programs, row_bytes, column_bytes):
+    case = num_m, num_n, programs, row_bytes, column_bytes
+    return min((_total(*case, lambda i: divmod(i, num_n)), g) for g in range(1, num_m + 1))[::-1]
+
+
+@wrong("4.5", "costs of rows and columns exchanged")
+def best_group(num_m, num_n, programs, row_bytes, column_bytes):
+    case = num_m, num_n, programs, column_bytes, row_bytes
+    return min((_total(*case, lambda i, g=g: _tile(i, num_m, num_n, g)), g) for g in range(1, num_m + 1))[::-1]
+
+
+@wrong("4.5", "counts strips instead of bytes when it chooses")
+def best_group(num_m, num_n, programs, row_bytes, column_bytes):
+    case = num_m, num_n, programs
+    _, g = min((_total(*case, 1, 1, lambda i, g=g: _tile(i, num_m, num_n, g)), g) for g in range(1, num_m + 1))
+    return g, _total(*case, row_bytes, column_bytes, lambda i: _tile(i, num_m, num_n, g))
+
+
+@wrong("4.5", "leaves out the last, short wave")
+def best_group(num_m, num_n, programs, row_bytes, column_bytes):
+    def total(g):
+        moved = 0
+        for start in range(0, num_m * num_n - programs + 1, programs):
+            wave = [_tile(i, num_m, num_n, g) for i in range(start, start + programs)]
+            moved += row_bytes * len({m for m, _ in wave}) + column_bytes * len({n for _, n in wave})
+        return moved
+
+    return min((total(g), g) for g in range(1, num_m + 1))[::-1]
+
+
+@wrong("4.5", "of several best groups the largest")
+def best_group(num_m, num_n, programs, row_bytes, column_bytes):
+    case = num_m, num_n, programs, row_bytes, column_bytes
+    moved, g = min((_total(*case, lambda i, g=g: _tile(i, num_m, num_n, g)), -g) for g in range(1, num_m + 1))
+    return -g, moved
+
+
+@wrong("4.5", "a strip stays in the cache for ever")
+def best_group(num_m, num_n, programs, row_bytes, column_bytes):
+    return 1, num_m * row_bytes + num_n * column_bytes
+
+
+@alternative("4.5", "builds the order by walking through the bands")
+def best_group(num_m, num_n, programs, row_bytes, column_bytes):
+    best = None
+    for g in range(1, num_m + 1):
+        order = [
+            (m, n) for first in range(0, num_m, g) for n in range(num_n) for m in range(first, min(first + g, num_m))
+        ]
+        total = _total(num_m, num_n, programs, row_bytes, column_bytes, order.__getitem__)
+        if best is None or total < best[1]:
+            best = g, total
+    return best
