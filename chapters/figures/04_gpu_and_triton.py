@@ -1,0 +1,206 @@
+"""Draws the figures of chapter 4: `python chapters/figures/04_gpu_and_triton.py`.
+
+04_memory.svg, 04_program.svg, 04_order.svg; 04_roofline.svg from benchmarks/results/h200, once it is recorded.
+"""
+
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+
+from minillm.learn.excerpts import results
+
+HERE = Path(__file__).parent
+BLUE, RED, GREEN, GOLD, GRAY, LIGHT = "#1f5fa8", "#c0392b", "#2e7d4f", "#b7791f", "#666666", "#eef3f9"
+plt.rcParams.update(
+    {
+        "font.size": 11,
+        "font.family": "DejaVu Sans",
+        "mathtext.fontset": "dejavusans",
+        "svg.hashsalt": "minillm",  # the same file for the same figure
+        "figure.facecolor": "white",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+)
+
+
+def save(figure: plt.Figure, name: str) -> None:
+    """Write name.svg here; with a folder as the script's argument also name.png into it, to look at."""
+    figure.savefig(HERE / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight", pad_inches=0.1)
+    if len(sys.argv) > 1:
+        figure.savefig(Path(sys.argv[1]) / f"{name}.png", dpi=110, bbox_inches="tight", pad_inches=0.1)
+    plt.close(figure)
+
+
+def canvas(width: float, height: float) -> tuple[plt.Figure, plt.Axes]:
+    """An empty drawing surface with one unit an inch."""
+    figure, ax = plt.subplots(figsize=(width, height))
+    ax.set_xlim(0, width)
+    ax.set_ylim(0, height)
+    ax.set_aspect("equal")
+    ax.axis("off")
+    return figure, ax
+
+
+def box(ax: plt.Axes, x: float, y: float, width: float, height: float, color: str, fill: str = LIGHT) -> None:
+    ax.add_patch(
+        FancyBboxPatch(
+            (x, y),
+            width,
+            height,
+            boxstyle="round,pad=0,rounding_size=0.1",
+            fc=fill,
+            ec=color,
+            lw=1.3,
+            mutation_aspect=1,
+        )
+    )
+
+
+def memory() -> None:
+    """The levels of memory, what each is for, and its size."""
+    figure, ax = canvas(10.6, 5.3)
+    box(ax, 0.2, 2.15, 7.0, 2.75, GRAY, "white")
+    ax.text(0.4, 4.65, "one of 132 streaming multiprocessors", va="center", color=GRAY)
+    for i in range(4):
+        x = 0.45 + 1.67 * i
+        box(ax, x, 3.15, 1.5, 1.2, BLUE)
+        ax.text(x + 0.75, 4.05, "scheduler", ha="center", va="center", fontsize=10)
+        ax.text(x + 0.75, 3.75, "tensor core", ha="center", va="center", fontsize=10)
+        ax.text(x + 0.75, 3.4, "registers 64 KB", ha="center", va="center", fontsize=8.5, color=BLUE, weight="bold")
+    box(ax, 0.45, 2.35, 6.51, 0.6, GREEN, "#edf6f0")
+    ax.text(3.7, 2.65, "shared memory and L1, 256 KB", ha="center", va="center", color=GREEN, weight="bold")
+    box(ax, 0.2, 1.2, 7.0, 0.6, GOLD, "#fbf4e6")
+    ax.text(3.7, 1.5, "L2 cache, 50 MB, shared by all", ha="center", va="center", color=GOLD, weight="bold")
+    box(ax, 0.2, 0.2, 7.0, 0.65, RED, "#fbeeec")
+    ax.text(3.7, 0.52, "device memory (HBM3e), 141 GB, 4.8 TB/s", ha="center", va="center", color=RED, weight="bold")
+    for low, high in ((0.85, 1.2), (1.8, 2.35), (2.95, 3.15)):
+        ax.add_patch(
+            FancyArrowPatch((3.7, low), (3.7, high), arrowstyle="<|-|>", mutation_scale=11, color=GRAY, lw=1.2)
+        )
+    for y, color, text in (
+        (3.75, BLUE, "of one thread\n33 MB on the whole chip"),
+        (2.65, GREEN, "of the programs on this\nmultiprocessor: tiles of a matmul"),
+        (1.5, GOLD, "holds what other programs\nread a moment ago"),
+        (0.52, RED, "everything else: weights,\nactivations, the KV cache"),
+    ):
+        ax.text(7.45, y, text, va="center", color=color, fontsize=10)
+    save(figure, "04_memory")
+
+
+def program() -> None:
+    """Ten numbers, three programs of four lanes: offsets and mask."""
+    figure, ax = canvas(10.4, 3.7)
+    colors = (BLUE, GREEN, GOLD)
+    for i in range(12):
+        inside, color = i < 10, colors[i // 4]
+        x = 1.6 + 0.68 * i + 0.12 * (i // 4)
+        ax.add_patch(
+            Rectangle((x, 2.0), 0.62, 0.5, fc=LIGHT if inside else "white", ec=color, lw=1.3, ls="-" if inside else ":")
+        )
+        ax.text(x + 0.31, 2.25, str(i), ha="center", va="center", color="black" if inside else GRAY)
+        ax.add_patch(Rectangle((x, 1.2), 0.62, 0.42, fc=color if inside else "white", ec=color, lw=1.3))
+        ax.text(
+            x + 0.31, 1.41, "yes" if inside else "no", ha="center", va="center", fontsize=9.5,
+            color="white" if inside else RED,
+        )  # fmt: skip
+        ax.text(x + 0.31, 0.82, f"x[{i}]" if inside else "–", ha="center", va="center", fontsize=9.5, color=GRAY)
+    for p, color in enumerate(colors):
+        left = 1.6 + 0.68 * 4 * p + 0.12 * p
+        ax.text(left + 1.33, 3.3, f"program {p}", ha="center", va="center", color=color, weight="bold")
+        ax.text(left + 1.33, 2.9, f"{p} · 4 + (0, 1, 2, 3)", ha="center", va="center", color=color, fontsize=10)
+    for y, text in ((2.25, "offsets"), (1.41, "offsets < 10"), (0.82, "in memory")):
+        ax.text(1.4, y, text, ha="right", va="center")
+    ax.text(
+        5.8,
+        0.3,
+        "x has ten numbers; offsets 10 and 11 send no request",
+        ha="center",
+        va="center",
+        color=RED,
+        fontsize=10,
+    )
+    save(figure, "04_program")
+
+
+def order() -> None:
+    """Sixteen programs that run at once, row by row and in groups of four rows."""
+    figure, axes = plt.subplots(1, 2, figsize=(10.4, 4.6))
+    for ax, group in zip(axes, (1, 4), strict=True):
+        numbers = np.empty((8, 16), int)
+        for i in range(numbers.size):
+            first = i // (group * 16) * group
+            numbers[first + i % (group * 16) % group, i % (group * 16) // group] = i
+        wave = numbers < 16
+        for (m, n), number in np.ndenumerate(numbers):
+            running = wave[m, n]
+            ax.add_patch(Rectangle((n, m), 1, 1, fc=BLUE if running else "white", ec="#bbbbbb", lw=0.7))
+            ax.text(n + 0.5, m + 0.5, number, ha="center", va="center", fontsize=7, color="white" if running else GRAY)
+        rows, columns = wave.any(1), wave.any(0)
+        for m in np.flatnonzero(rows):
+            ax.add_patch(Rectangle((-1.5, m + 0.12), 1.2, 0.76, fc=RED, ec="none"))
+        for n in np.flatnonzero(columns):
+            ax.add_patch(Rectangle((n + 0.12, -1.5), 0.76, 1.2, fc=GOLD, ec="none"))
+        ax.set_title(f"{'row by row' if group == 1 else 'in groups of 4 rows'}: {rows.sum()} + {columns.sum()} strips")
+        ax.text(-1.7, 4, "rows of x", rotation=90, ha="right", va="center", color=RED)
+        ax.text(8, -1.75, "columns of w", ha="center", va="bottom", color=GOLD)
+        ax.set_xlim(-2.6, 16.2)
+        ax.set_ylim(8.2, -2.6)
+        ax.set_aspect("equal")
+        ax.axis("off")
+    save(figure, "04_order")
+
+
+def roofline() -> None:
+    """Measured FLOP/s over intensity, under the two measured ceilings."""
+    try:
+        r = results("chapter_04", device="h200")
+    except FileNotFoundError:
+        print("04_roofline.svg: not drawn, benchmarks/results/h200/chapter_04.json is not recorded yet")
+        return
+    copy, peak = r["ceilings"]["copy bytes/s"], r["ceilings"]["matmul FLOP/s"]
+    figure, ax = plt.subplots(figsize=(9.2, 4.9))
+    intensity = np.logspace(-1.3, 4, 200)
+    ax.loglog(intensity, np.minimum(copy * intensity, peak) / 1e12, color=GRAY, lw=1.6)
+    ax.text(
+        0.3,
+        0.3 * copy / 1e12 * 1.25,
+        f"copy, {copy / 1e12:.2f} TB/s",
+        rotation=45,
+        rotation_mode="anchor",
+        transform_rotates_text=True,
+        color=GRAY,
+        fontsize=10,
+    )
+    ax.text(8e3, peak / 1e12 * 1.15, f"bf16 product, {peak / 1e12:.0f} TFLOP/s", ha="right", color=GRAY, fontsize=10)
+    ax.axvline(peak / copy, color=GRAY, lw=0.8, ls=":")
+    ax.text(peak / copy * 1.1, 0.05, f"ridge, {peak / copy:.0f}", color=GRAY, fontsize=10)
+    styles = {"minillm matmul": (BLUE, "o"), "cuBLAS": (GOLD, "x"), "multiply-adds in fp32": (RED, "s")}
+    for kernel, (color, marker) in styles.items():
+        points = [p for p in r["roofline"] if p["kernel"] == kernel]
+        x, y = [p["intensity"] for p in points], [p["flops/s"] / 1e12 for p in points]
+        ax.plot(x, y, marker, color=color, ms=6, label=kernel, mfc="none" if marker == "s" else color)
+    for ladder in r["ladders"]:
+        best = min(ladder["rungs"], key=lambda rung: rung["seconds"])
+        x = ladder["flops"] / ladder["needed"]
+        if x < 10:
+            ax.plot(x, ladder["flops"] / best["seconds"] / 1e12, "^", color=GREEN, ms=6)
+    ax.plot([], [], "^", color=GREEN, label="best of add, softmax, norm, SwiGLU")
+    ax.set_xlabel("FLOPs a byte")
+    ax.set_ylabel("TFLOP/s")
+    ax.set_ylim(0.03, peak / 1e12 * 2)
+    ax.legend(frameon=False, loc="upper left")
+    save(figure, "04_roofline")
+
+
+if __name__ == "__main__":
+    memory()
+    program()
+    order()
+    roofline()
