@@ -124,6 +124,28 @@ def check(
 
 
 @app.command()
+def bench(
+    suite: Annotated[str, typer.Argument(help="kernels, or tune: find the kernels' sizes for this GPU.")],
+    quick: Annotated[bool, typer.Option("--quick", help="A minute's worth, nothing recorded.")] = False,
+) -> None:
+    """Measure against peers, floors and ceilings; on a GPU the result is recorded under benchmarks/results/."""
+    import subprocess
+
+    from .learn.paths import root
+
+    suites = ("kernels", "tune")
+    if suite not in suites:
+        _fail(ValueError(f"suite: expected one of {', '.join(suites)}, got {suite!r}"))
+    if suite == "tune":
+        import torch
+
+        if not torch.cuda.is_available():
+            _fail(ValueError("suite: tune needs a GPU; on a CPU the torch paths run, which have nothing to tune"))
+    command = [sys.executable, str(root() / "benchmarks" / f"{suite}.py"), *(["--quick"] if quick else [])]
+    raise typer.Exit(subprocess.run(command).returncode)
+
+
+@app.command()
 def progress(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable, for an instructor.")] = False,
 ) -> None:

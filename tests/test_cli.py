@@ -44,6 +44,7 @@ def test_generate_streams_an_answer_and_its_speed():
         (["fetch", "unknown"], "expected one of smollm2-135m-instruct"),
         (["check", "99"], "chapter: expected one of"),
         (["check", "1", "--file", "missing.ipynb"], "no such file"),
+        (["bench", "kernel"], "suite: expected one of kernels, tune, got 'kernel'"),
     ],
 )
 def test_errors_are_one_line(arguments, says):
@@ -51,6 +52,24 @@ def test_errors_are_one_line(arguments, says):
     assert result.exit_code == 1
     assert says in result.output
     assert "Traceback" not in result.output
+
+
+def test_tuning_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    result = run(app, ["bench", "tune"])
+    assert result.exit_code == 1
+    assert "tune needs a GPU" in result.output
+
+
+@pytest.mark.slow
+def test_quick_bench_compares_and_records_nothing():
+    before = {path: path.stat().st_mtime for path in (root() / "benchmarks" / "results").rglob("*")}
+    done = subprocess.run(
+        [sys.executable, "-m", "minillm.cli", "bench", "kernels", "--quick"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"µs .* of ceiling; peers take torch", done.stdout)) >= 8
+    assert before == {path: path.stat().st_mtime for path in (root() / "benchmarks" / "results").rglob("*")}
 
 
 def test_check_on_stubs_and_on_solutions():

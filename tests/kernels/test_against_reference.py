@@ -15,10 +15,10 @@ pytestmark = pytest.mark.usefixtures("triton")
 EXAMPLES = settings(max_examples=60 if GPU else 12)
 
 
-def close(name: str, got, expected, dtype: torch.dtype) -> None:
+def close(name: str, got, expected, dtype: torch.dtype, typical: float = 0.0) -> None:
     pairs = zip(got, expected, strict=True) if isinstance(got, tuple) else [(got, expected)]
     for i, (g, e) in enumerate(pairs):
-        assert error(g, e) < TOLERANCE[dtype], f"{name}, result {i}, shape {list(g.shape)}"
+        assert error(g, e, typical) < TOLERANCE[dtype], f"{name}, result {i}, shape {list(g.shape)}"
 
 
 def randn(seed: int, *shape: int, device, dtype) -> torch.Tensor:
@@ -127,10 +127,10 @@ def products(device, dtype, m, n, k, aligned, seed):
     if aligned:  # what the copy engine can read
         n, k = n + -n % 8, k + -k % 8
     x, w = randn(seed, m, k, device=device, dtype=dtype), randn(seed + 1, n, k, device=device, dtype=dtype)
-    close("matmul", KERNELS["matmul"](x, w), KERNELS["matmul"].reference(x, w), dtype)
+    close("matmul", KERNELS["matmul"](x, w), KERNELS["matmul"].reference(x, w), dtype, typical=k**0.5)
     w = randn(seed + 1, 2 * n, k, device=device, dtype=dtype) / k**0.5
     op = KERNELS["matmul_swiglu"]
-    close("matmul_swiglu", op(x, w), op.reference(x, w), dtype)
+    close("matmul_swiglu", op(x, w), op.reference(x, w), dtype, typical=0.4)
 
 
 def test_matmul(device, dtype):
@@ -162,8 +162,8 @@ def sequences(device, dtype, lengths, heads, size, mask, seed):
     given_ = (q, k, v, *bounds, max(pair[0] for pair in lengths), *mask)
     op = KERNELS["flash_attention"]
     expected = op.reference(*given_)
-    close("flash_attention", op(*given_), expected, dtype)
-    close("its torch path", op.torch(*given_), expected, dtype)
+    close("flash_attention", op(*given_), expected, dtype, typical=0.1)
+    close("its torch path", op.torch(*given_), expected, dtype, typical=0.1)
 
 
 def test_flash_attention(device, dtype):
