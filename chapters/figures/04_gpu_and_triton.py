@@ -168,9 +168,8 @@ def roofline() -> None:
         0.3,
         0.3 * copy / 1e12 * 1.25,
         f"copy, {copy / 1e12:.2f} TB/s",
-        rotation=45,
+        rotation=33,
         rotation_mode="anchor",
-        transform_rotates_text=True,
         color=GRAY,
         fontsize=10,
     )
