@@ -242,8 +242,8 @@ def measure(name: str, run: Callable, inputs: tuple[Tensor, ...], expected: Tens
     try:
         found = difference(run(*inputs), expected)
     except Exception as error:
-        if "OutOfResources" not in type(error).__name__ and "SDPA" not in name:
-            raise
+        if "OutOfResources" not in type(error).__name__ and "SDPA" not in name and "warps" not in name:
+            raise  # a size that the compiler refuses is a row too; a step of the ladder must run
         print(f"  {name:32} skipped: {error}", flush=True)
         return {"step": name, "skipped": str(error).splitlines()[0][:120]}
     if not found < (1e-5 if CPU else 2e-2):
