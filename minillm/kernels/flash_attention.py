@@ -2,7 +2,7 @@
 
 FLOPs: 4 T S D a query head (two products), half of that when causal. Bytes, if q, k, v and the result move once:
 (2 H T + 2 H_kv S) D · element size; the naive way also writes and reads scores and weights, 4 H T S numbers more. At
-4,096 tokens, 32 heads of 64 in bf16, that is 2.1 GB against 0.07 GB. So done, arithmetic is the limit.
+4,096 tokens, 32 heads of 64 in bf16, that is 4.3 GB against 0.07 GB. So done, arithmetic is the limit.
 
 How: a program holds BLOCK_M queries and walks over the keys in blocks of BLOCK_N. Softmax needs the maximum and the sum
 of a whole row, but both can be had on the way. With m the maximum so far, l the sum of e^(s - m) and a the sum of

@@ -1,0 +1,475 @@
+"""The contracts of the exercises of chapter 5."""
+
+import itertools
+import math
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minillm.learn.testing import exercise, expect, expect_close, expect_equal, expect_parts
+
+INF = float("inf")
+
+
+def randn(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))) * scale
+
+
+class Largest(TorchDispatchMode):
+    """Keeps the number of elements of the largest tensor that any torch operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(t, torch.Tensor):
+                self.elements = max(self.elements, t.numel())
+        return out
+
+
+def expect_untouched(call, **tensors: torch.Tensor) -> None:
+    before = {name: t.clone() for name, t in tensors.items()}
+    call()
+    for name, t in tensors.items():
+        same = torch.equal(t.nan_to_num(7.0), before[name].nan_to_num(7.0))
+        expect(same, f"expected {name} as it was before the call\n  got a changed one")
+
+
+# ---- 5.1
+
+
+def partial(scores: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The definition, from all scores at once.  scores [..., T, S], v [..., S, D]; rows with -inf see nothing there."""
+    if scores.shape[-1] == 0:
+        m = torch.full(scores.shape[:-1], -INF)
+        return m, torch.zeros_like(m), torch.zeros(*m.shape, v.shape[-1])
+    m = scores.amax(-1)
+    weights = torch.where(scores == -INF, 0.0, torch.exp(scores - torch.where(m == -INF, 0.0, m)[..., None]))
+    return m, weights.sum(-1), weights @ v
+
+
+def expect_partial(what: str, got, expected) -> None:
+    got = expect_parts(got, "m", "l", "acc")
+    for name, g, e in zip(("m", "l", "acc"), got, expected, strict=True):
+        expect_close(f"{what}: {name}", g, e, atol=1e-5, rtol=1e-5)
+
+
+def pieces(*sizes: int, shape: tuple[int, ...] = (4,), scale: float = 3.0, seed: int = 0):
+    """Scores and values of sum(sizes) keys, whole and in pieces."""
+    scores, v = randn(*shape, sum(sizes), seed=seed, scale=scale), randn(*shape[:-1], sum(sizes), 3, seed=seed + 1)
+    parts = [partial(s, x) for s, x in zip(scores.split(sizes, -1), v.split(sizes, -2), strict=True)]
+    return partial(scores, v), parts
+
+
+def clones(part) -> tuple[torch.Tensor, ...]:
+    return tuple(t.clone() for t in part)
+
+
+@exercise("5.1", "merge")
+class TestMerge:
+    def test_by_hand(self, impl):
+        """scores (0, ln 2) and (ln 4, ln 8), values 1, 2, 3, 4: m = ln 8, l = 15/8, acc = 49/8"""
+        a = torch.tensor([math.log(2)]), torch.tensor([1.5]), torch.tensor([[2.5]])
+        b = torch.tensor([math.log(8)]), torch.tensor([1.5]), torch.tensor([[5.5]])
+        expect_partial("merged", impl(a, b), (torch.tensor([math.log(8)]), [1.875], [[6.125]]))
+
+    def test_two_parts(self, impl):
+        """the merge of two parts is the partial result of all keys, whichever has the larger maximum"""
+        for seed in range(4):
+            whole, (a, b) = pieces(3, 5, seed=seed)
+            expect_partial("a with b", impl(clones(a), clones(b)), whole)
+            expect_partial("b with a", impl(clones(b), clones(a)), whole)
+
+    def test_any_order_any_grouping(self, impl):
+        """four parts in all 24 orders, left to right and in pairs: always the same"""
+        whole, parts = pieces(1, 4, 2, 3)
+        for order in itertools.permutations(parts):
+            a, b, c, d = (clones(p) for p in order)
+            expect_partial("((a b) c) d", impl(impl(impl(a, b), c), d), whole)
+            a, b, c, d = (clones(p) for p in order)
+            expect_partial("(a b)(c d)", impl(impl(a, b), impl(c, d)), whole)
+
+    def test_neutral_element(self, impl):
+        """the partial result of no keys changes nothing, from either side; two of them give it again"""
+        whole, (a, none) = pieces(6, 0)
+        expect_partial("a with nothing", impl(clones(a), clones(none)), whole)
+        expect_partial("nothing with a", impl(clones(none), clones(a)), whole)
+        expect_partial("nothing with nothing", impl(clones(none), clones(none)), none)
+
+    def test_each_query_for_itself(self, impl):
+        """queries with keys on both sides, on one and on none, in one call"""
+        scores, v = randn(4, 6), randn(6, 3)
+        scores[1, :3] = scores[2, 3:] = scores[3] = -INF
+        a, b = partial(scores[:, :3], v[:3]), partial(scores[:, 3:], v[3:])
+        expect_partial("merged", impl(a, b), partial(scores, v))
+
+    def test_large_scores(self, impl):
+        """scores of ±1,000: finite, and equal to the softmax in fp64"""
+        whole, (a, b) = pieces(4, 4, scale=1000.0, seed=2)
+        expect_partial("merged", impl(a, b), whole)
+        low = tuple(torch.tensor(x) for x in ([-1000.0], [1.0], [[1.0]]))
+        lower = tuple(torch.tensor(x) for x in ([-1001.0], [1.0], [[3.0]]))
+        e = math.exp(-1)
+        expect_partial("merged", impl(low, lower), ([-1000.0], [1 + e], [[1 + 3 * e]]))
+
+    def test_leading_dimensions(self, impl):
+        """batch and heads in front: m and l [2, 3, 4], acc [2, 3, 4, D]"""
+        whole, (a, b) = pieces(3, 5, shape=(2, 3, 4))
+        expect_partial("merged", impl(a, b), whole)
+
+    def test_inputs_untouched(self, impl):
+        """both inputs are as before the call"""
+        _, (a, b) = pieces(3, 5)
+        expect_untouched(
+            lambda: impl(a, b), **{f"{s}[{i}]": t for s, p in (("a", a), ("b", b)) for i, t in enumerate(p)}
+        )
+
+
+# ---- 5.2
+
+
+def tile_reference(q, k, v, position, sink=None):
+    """The definition in fp64, scores written out."""
+    scores = q.double() @ k.double().T / q.shape[1] ** 0.5
+    scores = scores.masked_fill(torch.arange(len(k)) > position + torch.arange(len(q))[:, None], -INF)
+    if sink is not None:
+        scores = torch.cat((scores, torch.full((len(q), 1), float(sink), dtype=torch.float64)), 1)
+        v = torch.cat((v.double(), torch.zeros(1, v.shape[1], dtype=torch.float64)))
+    out = torch.nan_to_num(scores.softmax(-1)) @ v.double()
+    return out, scores.logsumexp(-1)
+
+
+@exercise("5.2", "flash_tile")
+class TestFlashTile:
+    def _same(self, impl, tokens, keys, position, block, sink=None, scale=1.0, size=8):
+        q, k, v = randn(tokens, size, scale=scale), randn(keys, size, seed=1), randn(keys, size, seed=2)
+        out, lse = expect_parts(impl(q, k, v, position, block, sink), "out", "log-sum-exp")
+        expected = tile_reference(q, k, v, position, sink)
+        what = f"T = {tokens}, S = {keys}, position = {position}, block = {block}, sink = {sink}"
+        expect_close(f"output, {what}", out, expected[0], atol=2e-5, rtol=1e-4)
+        expect_close(f"log-sum-exp, {what}", lse, expected[1], atol=2e-5, rtol=1e-5)
+
+    def test_one_block(self, impl):
+        """all keys in one block: causal attention"""
+        self._same(impl, 4, 4, 0, 4)
+        self._same(impl, 4, 4, 0, 64)
+
+    def test_many_blocks(self, impl):
+        """blocks of 1, 3 and 16 keys, none of which need divide the 21 keys"""
+        for block in (1, 3, 16):
+            self._same(impl, 5, 21, 16, block)
+
+    def test_positions(self, impl):
+        """the tile stands anywhere: at the start, in the middle, past the last key"""
+        for position in (0, 7, 30):
+            self._same(impl, 6, 20, position, 4)
+
+    def test_sink(self, impl):
+        """a sink takes its share of the sum and adds nothing to the output, small, large, and with no key in sight"""
+        for sink in (-2.0, 0.0, 3.0, 50.0):
+            self._same(impl, 5, 12, 7, 4, sink)
+        self._same(impl, 3, 5, -8, 4, 1.5)
+
+    def test_queries_that_see_nothing(self, impl):
+        """output 0; log-sum-exp -inf without a sink, and the sink with one"""
+        self._same(impl, 6, 9, -4, 2)
+        self._same(impl, 6, 9, -4, 2, -1.0)
+        self._same(impl, 3, 0, 0, 4)
+
+    def test_large_scores(self, impl):
+        """scores of several hundred: finite"""
+        self._same(impl, 5, 21, 16, 4, scale=300.0)
+
+    def test_hidden_keys_not_visited(self, impl):
+        """NaN behind the block of the last visible key does not reach the output"""
+        q, k, v = randn(4, 8), randn(32, 8, seed=1), randn(32, 8, seed=2)
+        expected = tile_reference(q, k, v, 4)[0]
+        k[8:] = v[8:] = float("nan")
+        expect_close("output", impl(q, k, v, 4, 4)[0], expected, atol=1e-5)
+
+    def test_half_precision(self, impl):
+        """fp16 and bf16: output in that dtype, log-sum-exp and everything in between in fp32"""
+        for dtype, atol in ((torch.float16, 1e-3), (torch.bfloat16, 8e-3)):
+            q, k, v = (randn(n, 16, seed=s).to(dtype) for n, s in ((4, 0), (300, 1), (300, 2)))
+            out, lse = impl(q, k, v, 296, 16)
+            expected = tile_reference(q, k, v, 296)
+            expect_equal("dtype of the output", out.dtype, dtype)
+            expect_equal("dtype of the log-sum-exp", lse.dtype, torch.float32)
+            expect_close(f"output in {dtype}", out, expected[0], atol=atol, rtol=atol)
+            expect_close(f"log-sum-exp in {dtype}", lse, expected[1], atol=1e-4)
+
+    def test_no_score_matrix(self, impl):
+        """8 queries, 512 keys, blocks of 16: no tensor of 8 x 512 elements at any time"""
+        q, k, v = randn(8, 4), randn(512, 4, seed=1), randn(512, 4, seed=2)
+        with Largest() as largest:
+            impl(q, k, v, 504, 16)
+        expect(
+            largest.elements < 8 * 512,
+            f"expected tensors of fewer than 4,096 elements\n  got one of {largest.elements:,}",
+        )
+
+    def test_inputs_untouched(self, impl):
+        """q, k and v are as before the call"""
+        q, k, v = randn(4, 8), randn(9, 8, seed=1), randn(9, 8, seed=2)
+        expect_untouched(lambda: impl(q, k, v, 5, 4, 1.0), q=q, k=k, v=v)
+
+
+# ---- 5.3
+
+
+def kinds(first, block_m, block_n, len_q, len_k, left, right) -> list[str]:
+    """What each key block is, pair by pair."""
+    found = []
+    for start in range(0, len_k, block_n):
+        seen = [
+            0 <= j < len_k and (left < 0 or j >= p - left) and (right < 0 or j <= p + right)
+            for p in (i + len_k - len_q for i in range(first, min(first + block_m, len_q)))
+            for j in range(start, start + block_n)
+        ]
+        found.append("whole" if all(seen) else "masked" if any(seen) else "hidden")
+    return found
+
+
+def expand(ranges, blocks: int) -> list[str]:
+    begin, whole_begin, whole_end, end = ranges
+    return [
+        "whole" if whole_begin <= b < whole_end else "masked" if begin <= b < end else "hidden" for b in range(blocks)
+    ]
+
+
+@exercise("5.3", "block_ranges")
+class TestBlockRanges:
+    def _same(self, impl, block_m, block_n, len_q, len_k, left=-1, right=0):
+        for first in range(0, len_q, block_m):
+            got = expect_parts(impl(first, block_m, block_n, len_q, len_k, left, right), "begin", "whole_begin",
+                               "whole_end", "end")  # fmt: skip
+            what = f"tile at {first}, blocks of {block_m} x {block_n}, {len_q} queries, {len_k} keys, ({left}, {right})"
+            expect(all(isinstance(x, int) for x in got), f"{what}: expected four int\n  got {got}")
+            ordered = 0 <= got[0] <= got[1] <= got[2] <= got[3] <= -(-len_k // block_n)
+            expect(ordered, f"{what}: expected 0 <= begin <= whole_begin <= whole_end <= end <= blocks\n  got {got}")
+            expected = kinds(first, block_m, block_n, len_q, len_k, left, right)
+            expect_equal(f"blocks, {what}", expand(got, len(expected)), expected)
+
+    def test_causal(self, impl):
+        """causal: whole blocks, then the diagonal; any two block sizes"""
+        for block_m, block_n in ((4, 4), (8, 4), (4, 8), (6, 4)):
+            self._same(impl, block_m, block_n, 24, 24)
+
+    def test_full(self, impl):
+        """no limit on either side: all whole, but a last block that is not full"""
+        self._same(impl, 4, 4, 12, 12, -1, -1)
+        self._same(impl, 4, 4, 12, 14, -1, -1)
+
+    def test_lengths(self, impl):
+        """more keys than queries (a cache), and lengths that no block divides"""
+        for len_q, len_k in ((5, 21), (13, 13), (1, 30), (7, 16)):
+            self._same(impl, 4, 4, len_q, len_k)
+
+    def test_more_queries_than_keys(self, impl):
+        """queries before the first key: tiles that visit nothing, and tiles that are never whole"""
+        self._same(impl, 4, 4, 19, 8)
+        self._same(impl, 4, 4, 19, 8, 3, 1)
+
+    def test_short_last_tile(self, impl):
+        """queries past the end do not count: the last tile's blocks may be whole for the few that are there"""
+        self._same(impl, 8, 4, 9, 20, 9, 3)
+        self._same(impl, 8, 2, 9, 20, 5, 0)
+
+    def test_windows(self, impl):
+        """looking back, ahead and both ways; windows shorter than a tile"""
+        for left, right in ((0, 0), (2, 0), (7, 0), (16, 0), (-1, 5), (5, -1), (0, 9), (3, 3), (11, 6)):
+            self._same(impl, 4, 4, 24, 24, left, right)
+            self._same(impl, 8, 4, 15, 26, left, right)
+
+    def test_long(self, impl):
+        """lengths of 10¹²: no loop over keys or blocks"""
+        n = 10**12
+        got = impl(n - 128, 128, 64, n, n, -1, 0)
+        expect_equal("ranges of the last causal tile", tuple(got), (0, 0, n // 64 - 2, n // 64))
+        got = impl(n // 2, 128, 64, n, n, 255, 0)
+        expect_equal("whole blocks of a window of 256", got[2] - got[1], 2)
+
+
+# ---- 5.4
+
+
+def splits(bounds: list[list[int]], batch: int = 2, heads: int = 3, size: int = 4, scale: float = 2.0):
+    """Attention of one query over keys in chunks; bounds[b] are sequence b's.  (outs, lses, out, lse), fp64 inside."""
+    keys = max(x[-1] for x in bounds)
+    scores, v = randn(batch, heads, keys, scale=scale).double(), randn(batch, heads, keys, size, seed=1).double()
+    count = len(bounds[0]) - 1
+    outs = torch.full((count, batch, heads, size), float("nan"), dtype=torch.float64)
+    lses = torch.full((count, batch, heads), -INF, dtype=torch.float64)
+    out, lse = torch.zeros(batch, heads, size, dtype=torch.float64), torch.full((batch, heads), -INF).double()
+    for b, edges in enumerate(bounds):
+        for n, (i, j) in enumerate(itertools.pairwise(edges)):
+            if i < j:
+                outs[n, b] = torch.einsum("hs,hsd->hd", scores[b, :, i:j].softmax(-1), v[b, :, i:j])
+                lses[n, b] = scores[b, :, i:j].logsumexp(-1)
+        if edges[-1]:
+            out[b] = torch.einsum("hs,hsd->hd", scores[b, :, : edges[-1]].softmax(-1), v[b, :, : edges[-1]])
+            lse[b] = scores[b, :, : edges[-1]].logsumexp(-1)
+    return outs.float(), lses.float(), out, lse
+
+
+@exercise("5.4", "combine_splits")
+class TestCombineSplits:
+    def _same(self, impl, bounds, scale=2.0):
+        outs, lses, out, lse = splits(bounds, len(bounds), scale=scale)
+        got = expect_parts(impl(outs, lses), "out", "lse")
+        expect_close(f"output, chunks {bounds}", got[0], out, atol=1e-5)
+        expect_close(f"log-sum-exp, chunks {bounds}", got[1], lse, atol=1e-4, rtol=1e-5)
+
+    def test_by_hand(self, impl):
+        """sums of exponentials 3 and 1, outputs 8 and 0: the output is 6, the log-sum-exp ln 4"""
+        outs = torch.tensor([8.0, 0.0]).reshape(2, 1, 1, 1)
+        out, lse = expect_parts(impl(outs, torch.tensor([math.log(3), 0.0]).reshape(2, 1, 1)), "out", "lse")
+        expect_close("output", out, [[[6.0]]])
+        expect_close("log-sum-exp", lse, [[math.log(4)]])
+
+    def test_one_chunk(self, impl):
+        """a single chunk: nothing changes"""
+        self._same(impl, [[0, 9], [0, 9]])
+
+    def test_chunks_of_any_length(self, impl):
+        """2 to 5 chunks of different lengths equal attention over all keys"""
+        self._same(impl, [[0, 5, 10], [0, 1, 10]])
+        self._same(impl, [[0, 3, 4, 11, 12, 40], [0, 8, 16, 24, 32, 40]])
+
+    def test_empty_chunks(self, impl):
+        """chunks without keys, first, last or between: their output is NaN from old memory, and does not count"""
+        self._same(impl, [[0, 0, 6, 6, 9], [0, 4, 8, 12, 16]])
+        self._same(impl, [[0, 7, 7, 7, 7], [0, 0, 0, 0, 7]])
+
+    def test_infinite_leftovers(self, impl):
+        """leftovers in empty chunks may be infinite too"""
+        outs, lses, out, _ = splits([[0, 5, 5], [0, 4, 9]])
+        outs[1, 0] = INF
+        expect_close("output", impl(outs, lses)[0], out, atol=1e-5)
+
+    def test_a_sequence_without_keys(self, impl):
+        """no key in any chunk: output 0, log-sum-exp -inf"""
+        self._same(impl, [[0, 0, 0], [0, 4, 9]])
+
+    def test_large(self, impl):
+        """log-sum-exps of about ±1,000: finite"""
+        self._same(impl, [[0, 5, 10], [0, 1, 10]], scale=1000.0)
+        outs, lses, out, lse = splits([[0, 5, 10], [0, 1, 10]])
+        got = impl(outs, lses - 1000)
+        expect_close("output of very small sums", got[0], out, atol=1e-3)
+        expect_close("log-sum-exp of very small sums", got[1], lse - 1000, atol=1e-3)
+
+    def test_half_precision(self, impl):
+        """outputs in fp16 and bf16: combined in fp32, rounded once, returned in their dtype"""
+        for dtype in (torch.float16, torch.bfloat16):
+            outs, lses, _, _ = splits([list(range(0, 65, 4)), list(range(0, 65, 4))])
+            outs = outs.to(dtype)
+            weights = lses.double().softmax(0)[..., None]
+            out, lse = impl(outs, lses)
+            expect_equal("dtype of the output", out.dtype, dtype)
+            expect_equal("dtype of the log-sum-exp", lse.dtype, torch.float32)
+            exact = (weights * outs.double()).sum(0)
+            expect_close(f"output in {dtype}", out, exact, atol=1e-6, rtol=0.52 * torch.finfo(dtype).eps)
+
+    def test_no_loop(self, impl):
+        """4,096 chunks take no more tensor operations than 2"""
+
+        class Count(TorchDispatchMode):
+            calls = 0
+
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                self.calls += 1
+                return func(*args, **(kwargs or {}))
+
+        counts = []
+        for n in (2, 4096):
+            outs, lses = randn(n, 1, 1, 2), randn(n, 1, 1)
+            with Count() as count:
+                impl(outs, lses)
+            counts.append(count.calls)
+        expect(
+            counts[1] <= counts[0] + 4,
+            f"expected about {counts[0]} operations for 4,096 chunks, as for 2\n  got {counts[1]:,}",
+        )
+
+    def test_inputs_untouched(self, impl):
+        """outs and lses are as before the call, leftovers too"""
+        outs, lses, _, _ = splits([[0, 5, 5], [0, 4, 9]])
+        expect_untouched(lambda: impl(outs, lses), outs=outs, lses=lses)
+
+
+# ---- 5.5
+
+
+def alibi_reference(q, k, v, slope):
+    back = torch.arange(len(q))[:, None] - torch.arange(len(k))
+    scores = q.double() @ k.double().T * q.shape[1] ** -0.5 - slope * back
+    return scores.masked_fill(back < 0, -INF).softmax(-1) @ v.double()
+
+
+def on_device(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [t.cuda() if torch.cuda.is_available() else t for t in tensors]
+
+
+@exercise("5.5", "flash_alibi")
+class TestFlashAlibi:
+    def _same(self, impl, tokens, size=16, slope=0.25, block_m=16, block_n=16, dtype=torch.float32, scale=1.0):
+        q, k, v = on_device(*(randn(tokens, size, seed=s, scale=c).to(dtype) for s, c in ((0, scale), (1, 1), (2, 1))))
+        got = impl(q, k, v, slope, block_m, block_n)
+        atol = 1e-5 if dtype == torch.float32 else 2e-3
+        what = f"T = {tokens}, D = {size}, slope = {slope}, blocks of {block_m} x {block_n}, {dtype}"
+        expect_equal(f"dtype, {what}", got.dtype, dtype)
+        expect_close(f"output, {what}", got, alibi_reference(q.cpu(), k.cpu(), v.cpu(), slope), atol=atol, rtol=atol)
+
+    def test_one_block(self, impl):
+        """one tile, one block, no bias: causal attention"""
+        self._same(impl, 16, slope=0.0)
+
+    def test_bias(self, impl):
+        """the penalty grows with the distance"""
+        self._same(impl, 16, slope=0.5)
+
+    def test_several_blocks(self, impl):
+        """three tiles and three blocks, where the maximum moves"""
+        self._same(impl, 48)
+        self._same(impl, 48, slope=0.0, scale=4.0)
+
+    def test_any_length(self, impl):
+        """lengths that no block divides, and a single token"""
+        for tokens in (1, 21, 40):
+            self._same(impl, tokens)
+
+    def test_block_sizes(self, impl):
+        """tiles longer than blocks and the other way round; D = 32"""
+        self._same(impl, 40, 32, block_m=32, block_n=16)
+        self._same(impl, 40, 32, block_m=16, block_n=32)
+
+    def test_large_scores(self, impl):
+        """scores of several hundred, and a steep slope: finite"""
+        self._same(impl, 40, scale=200.0)
+        self._same(impl, 40, slope=20.0)
+
+    def test_hidden_blocks_not_visited(self, impl):
+        """an infinite value reaches no query of an earlier tile: hidden blocks are not visited"""
+        q, k, v = on_device(*(randn(48, 16, seed=s) for s in range(3)))
+        expected = alibi_reference(q.cpu(), k.cpu(), v.cpu(), 0.25)
+        v[32:] = INF
+        expect_close("output of the first two tiles", impl(q, k, v, 0.25, 16, 16)[:32], expected[:32], atol=1e-5)
+
+    def test_half_precision(self, impl):
+        """fp16 in and out, the running state in fp32: 40 values of 30,000 do not overflow"""
+        self._same(impl, 40, dtype=torch.float16)
+        q, k = on_device(torch.zeros(40, 16, dtype=torch.float16), randn(40, 16).half())
+        v = torch.full_like(k, 30_000.0)
+        expect_close("output", impl(q, k, v, 0.0, 16, 16), torch.full((40, 16), 30_000.0), rtol=2e-3)
+
+    def test_no_score_matrix(self, impl):
+        """96 tokens: torch makes no tensor of 96 x 96 elements"""
+        q, k, v = on_device(*(randn(96, 16, seed=s) for s in range(3)))
+        with Largest() as largest:
+            impl(q, k, v, 0.25, 32, 32)
+        expect(
+            largest.elements < 96 * 96,
+            f"expected tensors of fewer than 9,216 elements\n  got one of {largest.elements:,}",
+        )

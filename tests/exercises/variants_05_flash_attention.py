@@ -1,0 +1,591 @@
+"""Wrong and alternative implementations for the exercises of chapter 5: they keep the checks honest."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from minillm.kernels.common import tl, triton
+from minillm.learn.testing import alternative, wrong
+
+INF = float("inf")
+
+# ---- 5.1
+
+
+@wrong("5.1", "adds without rescaling")
+def merge(a, b):
+    return torch.maximum(a[0], b[0]), a[1] + b[1], a[2] + b[2]
+
+
+@wrong("5.1", "no care for two empty sides: -inf minus -inf")
+def merge(a, b):
+    m = torch.maximum(a[0], b[0])
+    x, y = torch.exp(a[0] - m), torch.exp(b[0] - m)
+    return m, a[1] * x + b[1] * y, a[2] * x[..., None] + b[2] * y[..., None]
+
+
+@wrong("5.1", "rescales the left side alone, as the running softmax does with raw scores")
+def merge(a, b):
+    m = torch.maximum(a[0], b[0])
+    x = torch.exp(a[0] - m.masked_fill(m == -INF, 0.0))
+    return m, a[1] * x + b[1], a[2] * x[..., None] + b[2]
+
+
+@wrong("5.1", "the factor upside down: overflows, and is wrong before that")
+def merge(a, b):
+    m = torch.maximum(a[0], b[0])
+    o = m.masked_fill(m == -INF, 0.0)
+    x, y = torch.exp(o - a[0]), torch.exp(o - b[0])
+    return m, a[1] * x + b[1] * y, a[2] * x[..., None] + b[2] * y[..., None]
+
+
+@wrong("5.1", "forgets to rescale acc")
+def merge(a, b):
+    m = torch.maximum(a[0], b[0])
+    o = m.masked_fill(m == -INF, 0.0)
+    return m, a[1] * torch.exp(a[0] - o) + b[1] * torch.exp(b[0] - o), a[2] + b[2]
+
+
+@wrong("5.1", "returns the attention in place of the sum")
+def merge(a, b):
+    m = torch.maximum(a[0], b[0])
+    o = m.masked_fill(m == -INF, 0.0)
+    x, y = torch.exp(a[0] - o), torch.exp(b[0] - o)
+    total = a[1] * x + b[1] * y
+    return m, total, (a[2] * x[..., None] + b[2] * y[..., None]) / total.clamp(min=1e-30)[..., None]
+
+
+@wrong("5.1", "back to exponentials of the scores themselves: overflows")
+def merge(a, b):
+    x, y = torch.exp(a[0]), torch.exp(b[0])
+    m = torch.maximum(a[0], b[0])
+    z = torch.exp(m).clamp(min=1e-30)
+    return m, (a[1] * x + b[1] * y) / z, (a[2] * x[..., None] + b[2] * y[..., None]) / z[..., None]
+
+
+@wrong("5.1", "decides for all queries at once which side is larger")
+def merge(a, b):
+    if a[0].max() < b[0].max():
+        a, b = b, a
+    m = a[0]
+    y = torch.exp(b[0] - m.masked_fill(m == -INF, 0.0))
+    return m, a[1] + b[1] * y, a[2] + b[2] * y[..., None]
+
+
+@wrong("5.1", "works in the caller's tensors")
+def merge(a, b):
+    m = torch.maximum(a[0], b[0])
+    o = m.masked_fill(m == -INF, 0.0)
+    for part in (a, b):
+        shrink = torch.exp(part[0] - o)
+        part[1].mul_(shrink)
+        part[2].mul_(shrink[..., None])
+    return m, a[1] + b[1], a[2] + b[2]
+
+
+@wrong("5.1", "a maximum of -1e30 for no keys, so that nothing merged with nothing is not what it was")
+def merge(a, b):
+    m = torch.maximum(a[0], b[0]).clamp(min=-1e30)
+    x, y = torch.exp(a[0] - m), torch.exp(b[0] - m)
+    return m, a[1] * x + b[1] * y, a[2] * x[..., None] + b[2] * y[..., None]
+
+
+@alternative("5.1", "nan_to_num on the factors, stacked")
+def merge(a, b):
+    ms, ls = torch.stack((a[0], b[0])), torch.stack((a[1], b[1]))
+    m = ms.amax(0)
+    factors = torch.nan_to_num(torch.exp(ms - m), nan=1.0)
+    accs = torch.stack((a[2], b[2]))
+    return m, (ls * factors).sum(0), (accs * factors[..., None]).sum(0)
+
+
+# ---- 5.2
+
+
+def tile(q, k, v, position, block, sink, *, dtype=torch.float32, end=None, mask="causal", rescale=True, start=None,
+         back=False):  # fmt: skip
+    """The right tile, with switches for what can go wrong."""
+    tokens, size = q.shape
+    positions = position + torch.arange(tokens)[:, None]
+    m, total, acc = start or (
+        torch.full((tokens,), -INF if sink is None else sink, dtype=dtype),
+        torch.full((tokens,), 0.0 if sink is None else 1.0, dtype=dtype),
+        torch.zeros(tokens, size, dtype=dtype),
+    )
+    end = max(0, min(len(k), position + tokens)) if end is None else end
+    starts = range(0, end, block)
+    for first in reversed(starts) if back else starts:
+        keys = torch.arange(first, min(first + block, len(k)))
+        s = q.to(dtype) @ k[keys].to(dtype).T / size**0.5
+        if mask == "causal":
+            s = s.masked_fill(keys > positions, -INF)
+        elif mask == "strict":
+            s = s.masked_fill(keys >= positions, -INF)
+        elif mask == "square":
+            s = s.masked_fill(keys > torch.arange(tokens)[:, None], -INF)
+        elif mask == "finite":
+            s = s.masked_fill(keys > positions, -1e9)
+        new = torch.maximum(m, s.amax(1))
+        origin = new.masked_fill(new == -INF, 0.0)
+        p, shrink = torch.exp(s - origin[:, None]), torch.exp(m - origin)
+        total = total * shrink + p.sum(1)
+        acc = (acc * shrink[:, None] if rescale else acc) + p @ v[keys].to(dtype)
+        m = new
+    return (acc / total.masked_fill(total == 0, 1.0)[:, None]).to(q.dtype), (m + torch.log(total)).float()
+
+
+@wrong("5.2", "does not rescale the accumulator")
+def flash_tile(q, k, v, position, block, sink=None):
+    return tile(q, k, v, position, block, sink, rescale=False)
+
+
+@wrong("5.2", "the sink is forgotten")
+def flash_tile(q, k, v, position, block, sink=None):
+    return tile(q, k, v, position, block, None)
+
+
+@wrong("5.2", "the sink enters the sum as it is, not as an exponential from the maximum")
+def flash_tile(q, k, v, position, block, sink=None):
+    out, lse = tile(q, k, v, position, block, None)
+    if sink is None:
+        return out, lse
+    total = lse.exp() + sink
+    return out * (lse.exp() / total)[:, None], total.log()
+
+
+@wrong("5.2", "a query does not see itself")
+def flash_tile(q, k, v, position, block, sink=None):
+    return tile(q, k, v, position, block, sink, mask="strict")
+
+
+@wrong("5.2", "the mask of a tile at position 0")
+def flash_tile(q, k, v, position, block, sink=None):
+    return tile(q, k, v, position, block, sink, mask="square")
+
+
+@wrong("5.2", "masks with -1e9: a query that sees nothing averages what it must not see")
+def flash_tile(q, k, v, position, block, sink=None):
+    return tile(q, k, v, position, block, sink, mask="finite", end=len(k))
+
+
+@wrong("5.2", "visits every block")
+def flash_tile(q, k, v, position, block, sink=None):
+    return tile(q, k, v, position, block, sink, end=len(k))
+
+
+@wrong("5.2", "stops at the first query's last key")
+def flash_tile(q, k, v, position, block, sink=None):
+    return tile(q, k, v, position, block, sink, end=max(0, min(len(k), position + 1)))
+
+
+@wrong("5.2", "computes in the inputs' dtype")
+def flash_tile(q, k, v, position, block, sink=None):
+    return tile(q, k, v, position, block, sink, dtype=q.dtype)
+
+
+@wrong("5.2", "drops the last keys when the block does not divide them")
+def flash_tile(q, k, v, position, block, sink=None):
+    end = max(0, min(len(k), position + len(q)))
+    return tile(q, k, v, position, block, sink, end=end // block * block)
+
+
+@wrong("5.2", "all scores at once")
+def flash_tile(q, k, v, position, block, sink=None):
+    end = max(0, min(len(k), position + len(q)))
+    s = q.float() @ k[:end].float().T / q.shape[1] ** 0.5
+    s = s.masked_fill(torch.arange(end) > position + torch.arange(len(q))[:, None], -INF)
+    if sink is not None:
+        s = torch.cat((s, torch.full((len(q), 1), sink)), 1)
+    p = torch.nan_to_num(s.softmax(1))[:, :end]
+    return (p @ v[:end].float()).to(q.dtype), s.logsumexp(1)
+
+
+@wrong("5.2", "the log-sum-exp without the maximum")
+def flash_tile(q, k, v, position, block, sink=None):
+    out, lse = tile(q, k, v, position, block, sink)
+    return out, lse.exp().log()
+
+
+@alternative("5.2", "from right to left, and the sink at the end")
+def flash_tile(q, k, v, position, block, sink=None):
+    out, lse = tile(q.float(), k, v, position, block, None, back=True)
+    if sink is not None:
+        total = torch.logaddexp(lse, torch.tensor(sink))
+        out, lse = out * torch.exp(lse - total)[:, None], total
+    return out.to(q.dtype), lse
+
+
+# ---- 5.3
+
+
+def ranges(first, block_m, block_n, len_q, len_k, left, right, short=True):
+    low = first + len_k - len_q
+    high = (min(first + block_m, len_q) if short else first + block_m) - 1 + len_k - len_q
+    some = max(low - left, 0) if left >= 0 else 0, min(high + right + 1, len_k) if right >= 0 else len_k
+    all_ = max(high - left, 0) if left >= 0 else 0, min(low + right + 1, len_k) if right >= 0 else len_k
+    return some, all_
+
+
+def to_blocks(some, all_, n):
+    if some[0] >= some[1]:
+        return 0, 0, 0, 0
+    begin, end = some[0] // n, -(-some[1] // n)
+    a, b = -(-all_[0] // n), max(all_[1], 0) // n
+    return (begin, a, b, end) if a < b else (begin, begin, begin, end)
+
+
+@wrong("5.3", "takes query i to stand at position i")
+def block_ranges(first, block_m, block_n, len_q, len_k, left=-1, right=0):
+    return to_blocks(*ranges(first, block_m, block_n, len_k, len_k, left, right), block_n)
+
+
+@wrong("5.3", "visits everything, masked")
+def block_ranges(first, block_m, block_n, len_q, len_k, left=-1, right=0):
+    return 0, 0, 0, -(-len_k // block_n)
+
+
+@wrong("5.3", "ends before the diagonal block")
+def block_ranges(first, block_m, block_n, len_q, len_k, left=-1, right=0):
+    begin, a, b, end = to_blocks(*ranges(first, block_m, block_n, len_q, len_k, left, right), block_n)
+    return begin, a, b, max(b, end - 1) if right >= 0 else end
+
+
+@wrong("5.3", "a last block past the end counts as whole")
+def block_ranges(first, block_m, block_n, len_q, len_k, left=-1, right=0):
+    some, all_ = ranges(first, block_m, block_n, len_q, len_k, left, right)
+    if all_[1] == len_k:
+        all_ = all_[0], -(-len_k // block_n) * block_n
+    return to_blocks(some, all_, block_n)
+
+
+@wrong("5.3", "the window as a number of keys: one too few on the left")
+def block_ranges(first, block_m, block_n, len_q, len_k, left=-1, right=0):
+    left = left - 1 if left > 0 else left
+    return to_blocks(*ranges(first, block_m, block_n, len_q, len_k, left, right), block_n)
+
+
+@wrong("5.3", "whole blocks by the union: the highest query's view")
+def block_ranges(first, block_m, block_n, len_q, len_k, left=-1, right=0):
+    some, _ = ranges(first, block_m, block_n, len_q, len_k, left, right)
+    return to_blocks(some, some, block_n)
+
+
+@wrong("5.3", "begins at the highest query's window: keys of the others are lost")
+def block_ranges(first, block_m, block_n, len_q, len_k, left=-1, right=0):
+    some, all_ = ranges(first, block_m, block_n, len_q, len_k, left, right)
+    return to_blocks((all_[0], some[1]), all_, block_n)
+
+
+@wrong("5.3", "counts queries past the end of a short tile")
+def block_ranges(first, block_m, block_n, len_q, len_k, left=-1, right=0):
+    return to_blocks(*ranges(first, block_m, block_n, len_q, len_k, left, right, short=False), block_n)
+
+
+@wrong("5.3", "ignores what lies ahead: every window is causal")
+def block_ranges(first, block_m, block_n, len_q, len_k, left=-1, right=0):
+    return to_blocks(*ranges(first, block_m, block_n, len_q, len_k, left, 0), block_n)
+
+
+@wrong("5.3", "returns keys instead of blocks")
+def block_ranges(first, block_m, block_n, len_q, len_k, left=-1, right=0):
+    return tuple(b * block_n for b in to_blocks(*ranges(first, block_m, block_n, len_q, len_k, left, right), block_n))
+
+
+@wrong("5.3", "an empty intersection gives whole_end before whole_begin")
+def block_ranges(first, block_m, block_n, len_q, len_k, left=-1, right=0):
+    some, all_ = ranges(first, block_m, block_n, len_q, len_k, left, right)
+    if some[0] >= some[1]:
+        return 0, 0, 0, 0
+    return some[0] // block_n, -(-all_[0] // block_n), max(all_[1], 0) // block_n, -(-some[1] // block_n)
+
+
+@wrong("5.3", "no care for tiles that see nothing: blocks before the first")
+def block_ranges(first, block_m, block_n, len_q, len_k, left=-1, right=0):
+    some, all_ = ranges(first, block_m, block_n, len_q, len_k, left, right)
+    begin, end = some[0] // block_n, -(-some[1] // block_n)
+    a, b = -(-all_[0] // block_n), all_[1] // block_n
+    return (begin, a, b, end) if a < b else (begin, begin, begin, end)
+
+
+@alternative("5.3", "an infinite window as a very long one")
+def block_ranges(first, block_m, block_n, len_q, len_k, left=-1, right=0):
+    far = len_q + len_k
+    left, right = (far if left < 0 else left), (far if right < 0 else right)
+    low, high = first + len_k - len_q, min(first + block_m, len_q) - 1 + len_k - len_q
+
+    def clip(x):
+        return min(max(x, 0), len_k)
+
+    begin, end = clip(low - left) // block_n, (clip(high + right + 1) + block_n - 1) // block_n
+    if clip(low - left) >= clip(high + right + 1):
+        return 0, 0, 0, 0
+    a, b = (clip(high - left) + block_n - 1) // block_n, clip(low + right + 1) // block_n
+    b = max(a, b)
+    return (begin, a, b, end) if b > a else (begin, end, end, end)
+
+
+# ---- 5.4
+
+
+@wrong("5.4", "the mean of the chunks")
+def combine_splits(outs, lses):
+    return torch.nan_to_num(outs.float()).mean(0).to(outs.dtype), lses.logsumexp(0)
+
+
+@wrong("5.4", "adds the chunks: their sums are lost")
+def combine_splits(outs, lses):
+    return torch.nan_to_num(outs.float()).sum(0).to(outs.dtype), lses.logsumexp(0)
+
+
+@wrong("5.4", "multiplies leftovers by 0: 0 · NaN is NaN")
+def combine_splits(outs, lses):
+    m = lses.amax(0)
+    share = torch.exp(lses - m.masked_fill(m == -INF, 0.0))
+    out = (share[..., None] * outs.float()).sum(0) / share.sum(0).clamp(min=1e-30)[..., None]
+    return out.to(outs.dtype), lses.logsumexp(0)
+
+
+@wrong("5.4", "removes NaN alone: infinite leftovers stay")
+def combine_splits(outs, lses):
+    m = lses.amax(0)
+    m = m.masked_fill(m == -INF, 0.0)
+    share = torch.exp(lses - m)
+    values = torch.where(outs.isnan(), 0.0, outs.float())
+    out = (share[..., None] * values).sum(0) / share.sum(0).clamp(min=1e-30)[..., None]
+    return out.to(outs.dtype), m + share.sum(0).log()
+
+
+@wrong("5.4", "softmax over the chunks: NaN for a sequence without keys")
+def combine_splits(outs, lses):
+    values = torch.where(lses[..., None] > -INF, outs.float(), 0.0)
+    return (lses.softmax(0)[..., None] * values).sum(0).to(outs.dtype), lses.logsumexp(0)
+
+
+@wrong("5.4", "exponentials without the maximum")
+def combine_splits(outs, lses):
+    share = lses.exp()
+    values = torch.where(share[..., None] > 0, outs.float(), 0.0)
+    out = (share[..., None] * values).sum(0) / share.sum(0).clamp(min=1e-30)[..., None]
+    return out.to(outs.dtype), share.sum(0).log()
+
+
+@wrong("5.4", "combines in the outputs' dtype")
+def combine_splits(outs, lses):
+    m = lses.amax(0)
+    m = m.masked_fill(m == -INF, 0.0)
+    share = torch.exp(lses - m)
+    weights = (share / share.sum(0).clamp(min=1e-30)).to(outs.dtype)
+    values = torch.where(weights[..., None] > 0, outs, torch.zeros((), dtype=outs.dtype))
+    return (weights[..., None] * values).sum(0), m + share.sum(0).log()
+
+
+@wrong("5.4", "base 2, while log-sum-exps are natural")
+def combine_splits(outs, lses):
+    m = lses.amax(0)
+    m = m.masked_fill(m == -INF, 0.0)
+    share = torch.exp2(lses - m)
+    values = torch.where(share[..., None] > 0, outs.float(), 0.0)
+    out = (share[..., None] * values).sum(0) / share.sum(0).clamp(min=1e-30)[..., None]
+    return out.to(outs.dtype), m + share.sum(0).log2()
+
+
+@wrong("5.4", "a loop over the chunks")
+def combine_splits(outs, lses):
+    lse = torch.full(lses.shape[1:], -INF)
+    out = torch.zeros(outs.shape[1:])
+    for o, x in zip(outs.float(), lses, strict=True):
+        total = torch.logaddexp(lse, x)
+        a, b = (torch.nan_to_num(torch.exp(y - total)) for y in (lse, x))
+        out = a[..., None] * out + torch.where(b[..., None] > 0, b[..., None] * o, 0.0)
+        lse = total
+    return out.to(outs.dtype), lse
+
+
+@wrong("5.4", "cleans the caller's workspace")
+def combine_splits(outs, lses):
+    outs[lses == -INF] = 0
+    lse = lses.logsumexp(0)
+    weights = torch.exp(lses - lse.masked_fill(lse == -INF, 0.0))
+    return (weights[..., None] * outs.float()).sum(0).to(outs.dtype), lse
+
+
+@alternative("5.4", "torch.logsumexp and weights from it")
+def combine_splits(outs, lses):
+    lse = lses.logsumexp(0)
+    weights = torch.exp(lses - lse.masked_fill(lse == -INF, 0.0))
+    values = outs.float().masked_fill((lses == -INF)[..., None], 0.0)
+    return torch.einsum("nbh,nbhd->bhd", weights, values).to(outs.dtype), lse
+
+
+# ---- 5.5
+
+
+@triton.jit
+def switched_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, T, scale, slope,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WRONG: tl.constexpr,
+):  # fmt: skip
+    """The right kernel, but for what WRONG names."""
+    first, offs_d = tl.program_id(0) * BLOCK_M, tl.arange(0, D)
+    offs_m = first + tl.arange(0, BLOCK_M)
+    q = tl.load(q_ptr + offs_m[:, None] * D + offs_d, mask=offs_m[:, None] < T, other=0.0)
+    row_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    row_sum, acc = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M, D), tl.float32)
+    end = tl.minimum(first + BLOCK_M, T)
+    if WRONG == "visits all":
+        end = T
+    if WRONG == "stops early":
+        end = tl.minimum(first + BLOCK_M, T) // BLOCK_N * BLOCK_N
+    if WRONG == "square blocks":
+        end = tl.minimum((tl.program_id(0) + 1) * BLOCK_N, T)
+    for start in range(0, end, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        offs_kv = offs_n[:, None] * D + offs_d
+        k = tl.load(k_ptr + offs_kv, mask=offs_n[:, None] < T, other=0.0)
+        v = tl.load(v_ptr + offs_kv, mask=offs_n[:, None] < T, other=0.0)
+        back = offs_m[:, None] - offs_n[None, :]
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if WRONG == "bias before the scale":
+            scores = (scores - slope * back) * scale
+        elif WRONG == "bias grows":
+            scores = scores * scale + slope * back
+        elif WRONG == "bias of the block":
+            scores = scores * scale - slope * (tl.arange(0, BLOCK_M)[:, None] - tl.arange(0, BLOCK_N)[None, :])
+        else:
+            scores = scores * scale - slope * back
+        if WRONG != "no mask":
+            scores = tl.where(back >= 0, scores, -float("inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        if WRONG == "no maximum":
+            new_max = tl.zeros((BLOCK_M,), tl.float32)
+        weights = tl.exp(scores - new_max[:, None])
+        shrink = tl.exp(row_max - new_max)
+        if WRONG == "no maximum":
+            shrink = tl.zeros((BLOCK_M,), tl.float32) + 1.0
+        row_sum = row_sum * shrink + tl.sum(weights, 1)
+        if WRONG != "no rescaling":
+            acc = acc * shrink[:, None]
+        acc += tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        if WRONG == "half accumulator":
+            acc = acc.to(o_ptr.dtype.element_ty).to(tl.float32)
+        row_max = new_max
+    if WRONG != "not divided":
+        acc = acc / row_sum[:, None]
+    tl.store(o_ptr + offs_m[:, None] * D + offs_d, acc.to(o_ptr.dtype.element_ty), mask=offs_m[:, None] < T)
+
+
+def launch(q, k, v, slope, block_m, block_n, what="", programs=None):
+    out = torch.empty_like(q) if what != "grid" else torch.zeros_like(q)
+    grid = (triton.cdiv(len(q), block_m) if programs is None else programs,)
+    switched_kernel[grid](
+        q, k, v, out, len(q), q.shape[1] ** -0.5, slope, D=q.shape[1], BLOCK_M=block_m, BLOCK_N=block_n, WRONG=what
+    )
+    return out
+
+
+@wrong("5.5", "does not rescale the accumulator")
+def flash_alibi(q, k, v, slope, block_m=16, block_n=16):
+    return launch(q, k, v, slope, block_m, block_n, "no rescaling")
+
+
+@wrong("5.5", "visits every block and leaves hiding to the mask")
+def flash_alibi(q, k, v, slope, block_m=16, block_n=16):
+    return launch(q, k, v, slope, block_m, block_n, "visits all")
+
+
+@wrong("5.5", "the last block, when it is not full, is not visited")
+def flash_alibi(q, k, v, slope, block_m=16, block_n=16):
+    return launch(q, k, v, slope, block_m, block_n, "stops early")
+
+
+@wrong("5.5", "ends as if both block sizes were equal")
+def flash_alibi(q, k, v, slope, block_m=16, block_n=16):
+    return launch(q, k, v, slope, block_m, block_n, "square blocks")
+
+
+@wrong("5.5", "the bias is scaled by 1/sqrt(D) too")
+def flash_alibi(q, k, v, slope, block_m=16, block_n=16):
+    return launch(q, k, v, slope, block_m, block_n, "bias before the scale")
+
+
+@wrong("5.5", "the bias has the wrong sign")
+def flash_alibi(q, k, v, slope, block_m=16, block_n=16):
+    return launch(q, k, v, slope, block_m, block_n, "bias grows")
+
+
+@wrong("5.5", "distances within the block instead of in the text")
+def flash_alibi(q, k, v, slope, block_m=16, block_n=16):
+    return launch(q, k, v, slope, block_m, block_n, "bias of the block")
+
+
+@wrong("5.5", "no causal mask within a block")
+def flash_alibi(q, k, v, slope, block_m=16, block_n=16):
+    return launch(q, k, v, slope, block_m, block_n, "no mask")
+
+
+@wrong("5.5", "no maximum: exponentials overflow")
+def flash_alibi(q, k, v, slope, block_m=16, block_n=16):
+    return launch(q, k, v, slope, block_m, block_n, "no maximum")
+
+
+@wrong("5.5", "the accumulator in fp16")
+def flash_alibi(q, k, v, slope, block_m=16, block_n=16):
+    return launch(q, k, v, slope, block_m, block_n, "half accumulator")
+
+
+@wrong("5.5", "never divides by the sum")
+def flash_alibi(q, k, v, slope, block_m=16, block_n=16):
+    return launch(q, k, v, slope, block_m, block_n, "not divided")
+
+
+@wrong("5.5", "a grid rounded down")
+def flash_alibi(q, k, v, slope, block_m=16, block_n=16):
+    return launch(q, k, v, slope, block_m, block_n, "grid", programs=max(1, len(q) // block_m))
+
+
+@wrong("5.5", "torch, with scores and biases written out")
+def flash_alibi(q, k, v, slope, block_m=16, block_n=16):
+    back = torch.arange(len(q), device=q.device)[:, None] - torch.arange(len(k), device=q.device)
+    scores = q.float() @ k.float().T * q.shape[1] ** -0.5 - slope * back
+    return (scores.masked_fill(back < 0, -INF).softmax(-1) @ v.float()).to(q.dtype)
+
+
+@triton.jit
+def reversed_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, T, scale, slope,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """From right to left, with 2^x; -1e30 stands for no key yet."""
+    first, offs_d = tl.program_id(0) * BLOCK_M, tl.arange(0, D)
+    offs_m = first + tl.arange(0, BLOCK_M)
+    q = tl.load(q_ptr + offs_m[:, None] * D + offs_d, mask=offs_m[:, None] < T, other=0.0)
+    row_max = tl.full((BLOCK_M,), -1e30, tl.float32)
+    row_sum, acc = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M, D), tl.float32)
+    blocks = tl.cdiv(tl.minimum(first + BLOCK_M, T), BLOCK_N)
+    for i in range(blocks):
+        offs_n = (blocks - 1 - i) * BLOCK_N + tl.arange(0, BLOCK_N)
+        offs_kv = offs_n[:, None] * D + offs_d
+        k = tl.load(k_ptr + offs_kv, mask=offs_n[:, None] < T, other=0.0)
+        v = tl.load(v_ptr + offs_kv, mask=offs_n[:, None] < T, other=0.0)
+        back = offs_m[:, None] - offs_n[None, :]
+        scores = (tl.dot(q, tl.trans(k), input_precision="ieee") * scale - slope * back) * 1.4426950408889634
+        scores = tl.where(back >= 0, scores, -float("inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        weights, shrink = tl.exp2(scores - new_max[:, None]), tl.exp2(row_max - new_max)
+        row_sum = row_sum * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        row_max = new_max
+    out = (acc / row_sum[:, None]).to(o_ptr.dtype.element_ty)
+    tl.store(o_ptr + offs_m[:, None] * D + offs_d, out, mask=offs_m[:, None] < T)
+
+
+@alternative("5.5", "from right to left, with 2^x")
+def flash_alibi(q, k, v, slope, block_m=16, block_n=16):
+    out = torch.empty_like(q)
+    reversed_kernel[(-(-len(q) // block_m),)](
+        q, k, v, out, len(q), q.shape[1] ** -0.5, slope, D=q.shape[1], BLOCK_M=block_m, BLOCK_N=block_n
+    )
+    return out
