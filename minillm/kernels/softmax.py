@@ -2,7 +2,7 @@
 
 Bytes: each element read once and written once, 2 · rows · N · element size, if a row fits into registers. FLOPs: about
 5 an element, one of them an exponential. At 16 bits that is 1.25 FLOPs a byte, where an H100 could do 300: memory
-is the limit. torch's unfused form (max, subtract, exp, sum, divide) reads and writes five times as much.
+is the limit. torch's unfused form (max, subtract, exp, sum, divide) reads and writes four times as much.
 
 A row that is too long for registers goes through a loop: one pass keeps the maximum so far and the sum, rescaled
 whenever the maximum grows (Milakov and Gimelshein, 2018, "Online normalizer calculation for softmax"), a second pass
