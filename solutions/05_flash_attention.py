@@ -316,7 +316,8 @@ check("5.4", combine_splits)
 #
 # Program n takes the queries `n · BLOCK_M` ... of T. q, k, v and the output are contiguous `[T, D]`, fp32 or fp16; D is
 # a power of two of at least 16; T is anything. Blocks of keys that the tile cannot see are not visited. The running
-# state is fp32, `tl.dot` gets `input_precision="ieee"`. Loads past the end need a mask, and so does the store.
+# state is fp32, `tl.dot` gets `input_precision="ieee"` (which only a GPU shows). Loads past the end need a mask, and so
+# does the store: without it this notebook's kernel may crash.
 #
 # `flash_alibi` allocates and launches: `alibi_kernel[(number of programs,)](arguments ...)`.
 
