@@ -103,7 +103,8 @@ check("4.1", masked_softmax_kernel)
 # - One program a row. Rows lie `stride_x` and `stride_residual` elements apart.
 # - The sum is rounded to the dtype of `residual` when it is stored, and **the norm is taken of the rounded sum**: later
 #   layers will see the rounded one.
-# - Squares, their mean and the scaling are in fp32. `x / sqrt(mean(x²) + eps) * weight`, rounded once at the end.
+# - Squares, their mean and the scaling are in fp32. `x / sqrt(mean(x²) + eps) * weight`, rounded once at the end
+#   (the chapter's kernel rounds before the weight, too).
 # - Of each row, `x` is read once and written once; `residual` is read at most twice and written once.
 #
 # ```python

@@ -2,6 +2,7 @@
 
 import math
 import os
+from contextlib import nullcontext
 
 import torch
 
@@ -13,14 +14,32 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 NAN = float("nan")
 
 
+ROOM = 8192  # elements of NaN before and behind a tensor: a store without its mask shows there, and does no harm
+
+
+def roomy(x: torch.Tensor) -> torch.Tensor:
+    """A copy of x with room around it."""
+    whole = torch.full((x.numel() + 2 * ROOM,), NAN, dtype=x.dtype, device=DEVICE)
+    inner = whole[ROOM : ROOM + x.numel()].view(x.shape)
+    return inner.copy_(x)
+
+
+def expect_room_untouched(*tensors: torch.Tensor) -> None:
+    for t in tensors:
+        flat = torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage())
+        if t.is_floating_point() and flat.numel() > 2 * ROOM:
+            around = torch.cat((flat[:ROOM], flat[-ROOM:]))
+            expect(bool(around.isnan().all()), "memory outside a tensor was written: a store needs its mask")
+
+
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+    return roomy(torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype))
 
 
 def view(x: torch.Tensor, extra: int = 3, transposed: bool = False) -> torch.Tensor:
     """The same matrix amid NaN: rows further apart than they are long (transposed: columns), NaN behind the last."""
     x = x.T if transposed else x
-    memory = torch.full((x.shape[0] + 2, x.shape[1] + extra), NAN, dtype=x.dtype, device=x.device)
+    memory = roomy(torch.full((x.shape[0] + 2, x.shape[1] + extra), NAN, dtype=x.dtype, device=x.device))
     out = memory[: x.shape[0], : x.shape[1]]
     out.copy_(x)
     return out.T if transposed else out
@@ -32,6 +51,7 @@ def launch(kernel, grid: tuple, *args, **sizes) -> None:
         kernel[grid](*args, **sizes)
     except Exception as error:
         raise (error.__cause__ or error) from None
+    expect_room_untouched(*(a for a in args if isinstance(a, torch.Tensor)))
 
 
 def power_of_2(n: int) -> int:
@@ -43,7 +63,7 @@ def power_of_2(n: int) -> int:
 
 def run_softmax(kernel, x: torch.Tensor, lengths: list[int], block: int | None = None) -> torch.Tensor:
     length = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
-    y = torch.full(x.shape, NAN, dtype=x.dtype, device=DEVICE)
+    y = roomy(torch.full(x.shape, NAN, dtype=x.dtype))
     launch(kernel, (x.shape[0],), x, length, y, x.shape[1], x.stride(0), BLOCK=block or power_of_2(x.shape[1]))
     return y
 
@@ -103,7 +123,7 @@ class TestMaskedSoftmax:
         if not INTERPRETED:
             return
         x, lengths = randn(4, 12), [3, 12, 0, 7]
-        length, y = torch.tensor(lengths, dtype=torch.int32), torch.empty(4, 12)
+        length, y = torch.tensor(lengths, dtype=torch.int32), roomy(torch.zeros(4, 12))
         with footprint(x=x, y=y) as seen:
             launch(impl, (4,), x, length, y, 12, 12, BLOCK=16)
         expect_equal("bytes of x read", seen.bytes_moved("x"), 4 * sum(lengths))
@@ -133,7 +153,7 @@ class TestAddRMSNorm:
 
     def test_by_hand(self, impl):
         """x = (1, 5), residual = (2, -1): sum (3, 4), mean square 12.5, weight (1, 2)"""
-        x, residual = torch.tensor([[1.0, 5.0]], device=DEVICE), torch.tensor([[2.0, -1.0]], device=DEVICE)
+        x, residual = roomy(torch.tensor([[1.0, 5.0]])), roomy(torch.tensor([[2.0, -1.0]]))
         weight = torch.tensor([1.0, 2.0], device=DEVICE)
         launch(impl, (1,), x, residual, weight, 2, 2, 2, 0.0, BLOCK=2)
         expect_close("residual afterwards", residual, [[3.0, 4.0]])
@@ -199,7 +219,7 @@ class TestAddRMSNorm:
 class TestMatmulBias:
     def _same(self, impl, x, w, bias, y=None, blocks=(16, 16, 16), atol=1e-5, rtol=1e-5):
         (m, k), n = x.shape, w.shape[1]
-        y = torch.full((m, n), NAN, dtype=x.dtype, device=DEVICE) if y is None else y
+        y = roomy(torch.full((m, n), NAN, dtype=x.dtype)) if y is None else y
         sizes = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), blocks, strict=True))
         grid = (-(-m // blocks[0]), -(-n // blocks[1]))
         launch(impl, grid, x, w, bias, y, m, n, k, *x.stride(), *w.stride(), *y.stride(), **sizes)
@@ -210,16 +230,22 @@ class TestMatmulBias:
         self._same(impl, randn(16, 16), randn(16, 16, seed=1), randn(16, seed=2))
 
     def test_grid(self, impl):
-        """several tiles and steps, no two sizes alike: 32 x 64 x 48 in tiles of 16 x 32 x 16"""
+        """several tiles and steps: 32 x 64 x 48 in tiles of 16 x 32 x 16, and one row of three tiles"""
         self._same(impl, randn(32, 48), randn(48, 64, seed=1), randn(64, seed=2), blocks=(16, 32, 16))
+        self._same(impl, randn(16, 16), randn(16, 96, seed=1), randn(96, seed=2), blocks=(16, 32, 16))
 
     def test_no_multiples(self, impl):
         """21 x 19 x 35: tiles hang over on all three axes, over NaN"""
-        self._same(impl, view(randn(21, 35)), view(randn(35, 19, seed=1)), view(randn(1, 19, seed=2))[0])
+        x, w, bias = view(randn(21, 35)), view(randn(35, 19, seed=1)), randn(19, seed=2)
+        y = roomy(torch.full((21, 19), NAN))
+        with footprint(x=x, w=w, bias=bias, y=y) if INTERPRETED else nullcontext() as seen:
+            self._same(impl, x, w, bias, y)
+        strays = seen.strays if INTERPRETED else 0
+        expect(strays == 0, f"expected no access outside x, w, bias and y\n  got {strays} (a mask is missing)")
 
     def test_nothing_is_written_outside(self, impl):
         """a result amid other data: what lies around it stays"""
-        memory = torch.full((24, 30), 7.0, device=DEVICE)
+        memory = roomy(torch.full((24, 30), 7.0))
         self._same(impl, randn(18, 16), randn(16, 20, seed=1), randn(20, seed=2), y=memory[:18, :20])
         expect(bool((memory[18:] == 7).all() and (memory[:, 20:] == 7).all()), "memory around y was written")
 
@@ -227,13 +253,13 @@ class TestMatmulBias:
         """x, w and y as transposed views, one at a time and all together"""
         for tx, tw, ty in ((True, False, False), (False, True, False), (False, False, True), (True, True, True)):
             x, w = view(randn(18, 20), transposed=tx), view(randn(20, 22, seed=1), transposed=tw)
-            y = torch.full((22, 18), NAN, device=DEVICE).T if ty else None
+            y = roomy(torch.full((22, 18), NAN)).T if ty else None
             self._same(impl, x, w, randn(22, seed=2), y)
 
     def test_accumulates_in_fp32(self, impl):
         """fp16 inputs, k = 2,112: the sum of 2,112 ones, plus a bias of 0.5 that is rounded with it, is 2,112"""
-        x, w = (torch.ones(shape, device=DEVICE, dtype=torch.float16) for shape in ((16, 2112), (2112, 16)))
-        bias = torch.full((16,), 0.5, device=DEVICE, dtype=torch.float16)
+        x, w = (roomy(torch.ones(shape, dtype=torch.float16)) for shape in ((16, 2112), (2112, 16)))
+        bias = roomy(torch.full((16,), 0.5, dtype=torch.float16))
         self._same(impl, x, w, bias, blocks=(16, 16, 32), atol=0.6)
         x, w = randn(16, 512, dtype=torch.float16), randn(512, 16, seed=1, dtype=torch.float16)
         bias = randn(16, seed=2, dtype=torch.float16)
@@ -250,7 +276,7 @@ class TestMatmulBias:
         """reads x once for each column of tiles, w once for each row of tiles (where bytes can be counted)"""
         if not INTERPRETED:
             return
-        x, w, bias, y = randn(40, 24), randn(24, 20, seed=1), randn(20, seed=2), torch.empty(40, 20)
+        x, w, bias, y = randn(40, 24), randn(24, 20, seed=1), randn(20, seed=2), roomy(torch.zeros(40, 20))
         with footprint(x=x, w=w, y=y) as seen:
             sizes = (*x.stride(), *w.stride(), *y.stride())
             launch(impl, (3, 2), x, w, bias, y, 40, 20, 24, *sizes, BLOCK_M=16, BLOCK_N=16, BLOCK_K=16)
