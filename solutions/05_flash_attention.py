@@ -258,6 +258,7 @@ check("5.3", block_ranges)
 #
 # - Return the attention over all chunks `[B, H, D]` and its log-sum-exp `[B, H]`.
 # - Outputs may come in fp16 or bf16; compute in fp32, and return the output in their dtype, the log-sum-exp in fp32.
+# - A NaN in a chunk that has keys is a mistake made before, and must show.
 # - A sequence without any key gets 0 and `-inf`. Log-sum-exps of ±1,000 are no problem.
 # - No Python loop over chunks: the reduction is a handful of tensor operations. Inputs stay as they are.
 

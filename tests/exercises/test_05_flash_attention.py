@@ -348,6 +348,13 @@ class TestCombineSplits:
         outs[1, 0] = INF
         expect_close("output", impl(outs, lses)[0], out, atol=1e-5)
 
+    def test_a_real_nan(self, impl):
+        """NaN from a chunk that has keys is somebody's mistake, and shows"""
+        outs, lses, _, _ = splits([[0, 4, 9], [0, 4, 9]])
+        outs[0, 0, 0, 0] = math.nan
+        got = impl(outs, lses)[0]
+        expect(bool(got[0, 0, 0].isnan()), f"expected NaN\n  got      {float(got[0, 0, 0])}")
+
     def test_a_sequence_without_keys(self, impl):
         """no key in any chunk: output 0, log-sum-exp -inf"""
         self._same(impl, [[0, 0, 0], [0, 4, 9]])
