@@ -3,50 +3,16 @@
 01_graph.svg, 01_broadcast.svg, 01_memory.svg, 01_digits.svg; the last two from benchmarks/results/.
 """
 
-import sys
-from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from style import canvas, look, save
 
 from minillm.data import digits
 from minillm.learn.excerpts import results
 
-HERE = Path(__file__).parent
 FORWARD, BACKWARD, GRAY, LIGHT = "#1f5fa8", "#c0392b", "#666666", "#eef3f9"
-plt.rcParams.update(
-    {
-        "font.size": 11,
-        "font.family": "DejaVu Sans",
-        "mathtext.fontset": "dejavusans",
-        "svg.hashsalt": "minillm",  # the same file for the same figure
-        "figure.facecolor": "white",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-)
-
-
-def save(figure: plt.Figure, name: str) -> None:
-    """Write name.svg here; with a folder as the script's argument also name.png into it, to look at."""
-    figure.savefig(HERE / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight", pad_inches=0.1)
-    if len(sys.argv) > 1:
-        figure.savefig(Path(sys.argv[1]) / f"{name}.png", dpi=110, bbox_inches="tight", pad_inches=0.1)
-    plt.close(figure)
-
-
-def canvas(width: float, height: float) -> tuple[plt.Figure, plt.Axes]:
-    """An empty drawing surface with one unit an inch."""
-    figure, ax = plt.subplots(figsize=(width, height))
-    ax.set_xlim(0, width)
-    ax.set_ylim(0, height)
-    ax.set_aspect("equal")
-    ax.axis("off")
-    return figure, ax
+look(11)
 
 
 def graph() -> None:

@@ -4,41 +4,18 @@
 benchmarks/results/.
 """
 
-import sys
 from itertools import pairwise
-from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyBboxPatch, Rectangle
+from style import look, save
 
 from minillm.learn.excerpts import results
 from minillm.model.tokenizer import BYTE_TO_CHAR, Tokenizer
 from minillm.model.weights import model_path
 
-HERE = Path(__file__).parent
 BLUE, RED, GRAY, LIGHT, PALE = "#1f5fa8", "#c0392b", "#666666", "#eef3f9", "#d9d9d9"
-plt.rcParams.update(
-    {
-        "font.size": 11,
-        "font.family": "DejaVu Sans",
-        "mathtext.fontset": "dejavusans",
-        "svg.hashsalt": "minillm",  # the same file for the same figure
-        "figure.facecolor": "white",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-)
-
-
-def save(figure: plt.Figure, name: str) -> None:
-    """Write name.svg here; with a folder as the script's argument also name.png into it, to look at."""
-    figure.savefig(HERE / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight", pad_inches=0.1)
-    if len(sys.argv) > 1:
-        figure.savefig(Path(sys.argv[1]) / f"{name}.png", dpi=110, bbox_inches="tight", pad_inches=0.1)
-    plt.close(figure)
+look(11)
 
 
 def merge_history(tokenizer: Tokenizer, word: str) -> tuple[list[bytes], list[tuple[int, int, int, int]]]:

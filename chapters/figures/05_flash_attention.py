@@ -1,39 +1,14 @@
 """Draw the figures of chapter 5: `python chapters/figures/05_flash_attention.py` writes 05_*.svg beside this file."""
 
-import sys
-from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from style import look, save
 
 from minillm.learn.excerpts import results
 
-FOLDER = Path(__file__).parent
 BLUE, ORANGE, GREEN, RED, GRAY, LIGHT = "#2f6db5", "#d9822b", "#3a8f5c", "#c0392b", "#777777", "#e8edf3"
-plt.rcParams.update(
-    {
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "figure.facecolor": "white",
-        "savefig.facecolor": "white",
-        "svg.hashsalt": "minillm",
-        "legend.frameon": False,
-        "axes.titlesize": 9.5,
-    }
-)
-
-
-def save(figure: plt.Figure, name: str) -> None:
-    """Write FOLDER/name.svg, the same bytes every time; with a folder as argument also a PNG there, to look at."""
-    figure.savefig(FOLDER / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
-    if sys.argv[1:]:
-        figure.savefig(Path(sys.argv[1]) / f"{name}.png", dpi=100, bbox_inches="tight")
-    plt.close(figure)
+look(9)
 
 
 def blank(ax: Axes, width: float, height: float) -> None:
