@@ -32,14 +32,14 @@ def plans() -> dict[str, tuple[Callable[[], tuple], Callable, list[dict[str, int
         (4096, 4096, 65_536),
         (32_768, 32_768, 4096),
         (65_536, 49_152, 2048),
-        (131_072, 128_256, 1024),
+        (131_072, 128_256, 64),
     ):
         whole = [{"BLOCK": block, "num_warps": warps} for warps in (8, 16, 32)] if block <= 32_768 else []
-        loops = [{"BLOCK": b, "num_warps": w} for b, w in ((4096, 8), (8192, 8), (8192, 16), (16_384, 16))]
+        loops = [{"BLOCK": b, "num_warps": w} for b, w in ((4096, 8), (8192, 8), (8192, 16), (16_384, 16), (32_768, 32))]
         found[f"softmax {block}"] = (
             lambda rows=rows, n=n: (randn(rows, n),),
             lambda x: kernels.softmax(x),
-            whole + (loops if block > 4096 else []),
+            whole + (loops[: 6 - len(whole)] if block > 4096 else []),
         )
     for block, n in ((1024, 576), (4096, 4096)):
         found[f"rms_norm {block}"] = (
@@ -95,9 +95,13 @@ def plans() -> dict[str, tuple[Callable[[], tuple], Callable, list[dict[str, int
         for (m, n, k, w, s), g in itertools.product(tiles, (8,))
     ]
     for name, run in (("matmul", kernels.matmul), ("matmul_swiglu", kernels.matmul_swiglu)):
-        for shape_class, m in (("large", 8192), ("64", 64), ("128", 128), ("256", 256), ("1024", 1024)):
+        for shape_class, m, n in (
+            ("large", 8192, 8192),
+            *((str(m), m, 8192) for m in (64, 128, 256, 1024)),
+            *((f"{m} wide", m, 14_336) for m in (64, 128, 256)),
+        ):
             found[f"{name} tma {shape_class}"] = (
-                lambda m=m: (randn(m, 4096), randn(8192, 4096)),
+                lambda m=m, n=n: (randn(m, 4096), randn(n, 4096)),
                 lambda x, w, run=run: run(x, w),
                 tiles,
             )

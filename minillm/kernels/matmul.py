@@ -154,7 +154,9 @@ def _launch(x: Tensor, w: Tensor, fused: bool) -> Tensor:
         return y.reshape(*x.shape[:-1], n_y)
     rows, w = (t if t.stride(-1) == 1 else t.contiguous() for t in (rows, w))
     name = "matmul_swiglu" if fused else "matmul"
-    shape_class = "large" if m > 1024 else next(size for size in (64, 128, 256, 1024) if m <= size)
+    shape_class = "large" if m > 1024 else next(str(size) for size in (64, 128, 256, 1024) if m <= size)
+    if m <= 256 and n >= 12_288:  # enough columns to give large tiles to every multiprocessor
+        shape_class += " wide"
     if k and x.dtype != torch.float32 and fits_descriptor(rows, w, y) and _has_copy_engine(x):
         _launch_tma(rows, w, y, fused, tuned(x.device, f"{name} tma {shape_class}", **_TMA))
     else:

@@ -6,7 +6,8 @@ is the limit. torch's unfused form (max, subtract, exp, sum, divide) reads and w
 
 A row that is too long for registers goes through a loop: one pass keeps the maximum so far and the sum, rescaled
 whenever the maximum grows (Milakov and Gimelshein, 2018, "Online normalizer calculation for softmax"), a second pass
-writes. It reads twice, but the second time from L2, since few rows are on their way at once.
+writes. It reads twice, but the second time from a cache, since few rows are on their way at once: backwards, what came
+last being surest there, and with hints that x is to stay until then and that nobody waits for y.
 
 A row with everything masked gives zeros (torch's softmax of -inf alone gives NaN).
 """
@@ -72,10 +73,12 @@ def softmax_kernel(
 
 
 @triton.jit
-def load_block(x_ptr, mask_ptr, start, n, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+def load_block(x_ptr, mask_ptr, start, n, MASKED: tl.constexpr, BLOCK: tl.constexpr, KEEP: tl.constexpr):
     """Elements start ... start + BLOCK - 1 of a row, times log2(e); -inf where masked or past the end."""
     offs = start + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + offs, mask=offs < n, other=-float("inf")).to(tl.float32) * 1.4426950408889634
+    policy: tl.constexpr = "evict_last" if KEEP else "evict_first"
+    x = tl.load(x_ptr + offs, mask=offs < n, other=-float("inf"), eviction_policy=policy)
+    x = x.to(tl.float32) * 1.4426950408889634
     if MASKED:
         x = tl.where(tl.load(mask_ptr + offs, mask=offs < n, other=0) != 0, x, -float("inf"))
     return x  # [BLOCK]
@@ -92,16 +95,17 @@ def long_softmax_kernel(
     top = -3.0e38
     sums = tl.zeros((BLOCK,), tl.float32)  # one a lane, joined after the loop: one exponential an element and pass
     for start in range(0, n, BLOCK):
-        x = load_block(x_ptr, mask_ptr, start, n, MASKED, BLOCK)
+        x = load_block(x_ptr, mask_ptr, start, n, MASKED, BLOCK, KEEP=True)
         new_top = tl.maximum(top, tl.max(x, 0))
         sums = sums * tl.exp2(top - new_top) + tl.exp2(x - new_top)
         top = new_top
     total = tl.sum(sums, 0)
     shift = top + tl.log2(tl.where(total == 0, 1.0, total))
-    for start in range(0, n, BLOCK):
-        offs = start + tl.arange(0, BLOCK)
-        y = tl.exp2(load_block(x_ptr, mask_ptr, start, n, MASKED, BLOCK) - shift)
-        tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=offs < n)
+    last = (tl.cdiv(n, BLOCK) - 1) * BLOCK
+    for done in range(0, n, BLOCK):
+        offs = last - done + tl.arange(0, BLOCK)
+        y = tl.exp2(load_block(x_ptr, mask_ptr, last - done, n, MASKED, BLOCK, KEEP=False) - shift)
+        tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=offs < n, cache_modifier=".cs")
 
 
 @operation(
