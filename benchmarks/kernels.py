@@ -81,7 +81,7 @@ def liger() -> dict[str, Callable]:
         return {}
     return {
         "rms_norm": lambda x, w: LigerRMSNormFunction.apply(x, w, EPS),
-        "swiglu": lambda x: LigerSiLUMulFunction.apply(*x.chunk(2, -1)),
+        "swiglu": lambda x, gate, up: LigerSiLUMulFunction.apply(gate, up),  # wants them apart and contiguous
     }
 
 
@@ -106,10 +106,13 @@ def memory_cases(quick: bool) -> list[Case]:
         cases.append(Case("memory", f"add_rms_norm {rows} x {n}", (x, residual, w), runs, 4 * nbytes(x)))
     for rows, n in [(64, 4096)] if quick else [(16_384, 14_336), (16_384, 1_536), (128, 14_336)]:
         x = randn(rows, 2 * n)
+        inputs = (x, *(half.contiguous() for half in x.chunk(2, -1)))
         plain = kernels.KERNELS["swiglu"].torch
-        runs = {"minillm": lambda x: kernels.swiglu(x), "torch": plain, "torch.compile": compiled(plain)}
+        fused = compiled(plain)
+        runs = {"minillm": lambda x, *_: kernels.swiglu(x), "torch": lambda x, *_, plain=plain: plain(x)}
+        runs["torch.compile"] = lambda x, *_, fused=fused: fused(x)
         runs |= {"liger": peers["swiglu"]} if "swiglu" in peers else {}
-        cases.append(Case("memory", f"swiglu {rows} x {n}", (x,), runs, 1.5 * nbytes(x)))
+        cases.append(Case("memory", f"swiglu {rows} x {n}", inputs, runs, 1.5 * nbytes(x)))
     return cases + rope_cases(quick)
 
 
@@ -144,7 +147,7 @@ def rope_cases(quick: bool) -> list[Case]:
             return q, k_cache, v_cache
 
         runs = {"minillm": cached, "torch": plain, "torch.compile": compiled(plain)}
-        moved += nbytes(v) + 2 * nbytes(k) + nbytes(slots)
+        moved += 2 * nbytes(v) + nbytes(slots)
         inputs = (q, k, v, cos, sin, *caches, slots)
         cases.append(Case("memory", f"rope_and_cache {name}", inputs, runs, moved))
     return cases

@@ -6,8 +6,8 @@ Each pair (x_i, x_{i + D/2}) of a head turns by the angle of its token's positio
     x_{i+D/2} <- x_{i+D/2} cos_i + x_i sin_i
 
 Bytes a token: (H + H_kv) D elements read and written, and D numbers of cos and sin, which heads share. With the cache
-also H_kv D values read, and 2 H_kv D written to the slots: the keys take one trip through the chip instead of three
-(rotate, then read and copy). FLOPs: 3 an element. Memory is the limit.
+also H_kv D values read and written; the keys go to their slots alone, since attention reads them there: one trip
+through the chip instead of two (rotate, then read and copy). FLOPs: 3 an element. Memory is the limit.
 
 Sources: Su et al., 2021, "RoFormer", with Hugging Face's layout of pairs (the halves of a head); slots as in vLLM
 (Kwon et al., 2023).
@@ -43,16 +43,16 @@ def torch_path(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
 def cache_reference(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
 ) -> None:
-    """`reference`, then rows copied to their slots."""
-    reference(q, k, cos, sin)
+    """`reference` on q and a copy of k, then rows copied to their slots."""
+    reference(q, k := k.clone(), cos, sin)
     _store(k, v, k_cache, v_cache, slots)
 
 
 def cache_torch_path(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
 ) -> None:
-    """`torch_path`, then rows copied to their slots."""
-    torch_path(q, k, cos, sin)
+    """`torch_path` on q and a copy of k, then rows copied to their slots."""
+    torch_path(q, k := k.clone(), cos, sin)
     _store(k, v, k_cache, v_cache, slots)
 
 
@@ -120,8 +120,9 @@ def rope_kernel(
     second = tl.load(first_ptr + HALF, mask=inside, other=0.0).to(tl.float32)
     new_first = (first * cos - second * sin).to(q_ptr.dtype.element_ty)
     new_second = (second * cos + first * sin).to(q_ptr.dtype.element_ty)
-    tl.store(first_ptr, new_first, mask=inside)
-    tl.store(first_ptr + HALF, new_second, mask=inside)
+    in_place = inside & (head < H) if CACHED else inside
+    tl.store(first_ptr, new_first, mask=in_place)
+    tl.store(first_ptr + HALF, new_second, mask=in_place)
     if CACHED:
         slot = tl.load(slot_ptr + row, mask=row < tokens, other=-1).to(tl.int64)  # [TOKENS, 1, 1]; -1: nowhere
         inside = inside & is_key & (slot >= 0)
@@ -174,14 +175,14 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     torch=cache_torch_path,
     check=cache_check,
     fake=lambda q, k, v, cos, sin, k_cache, v_cache, slots: None,
-    in_place=("q", "k", "k_cache", "v_cache"),
+    in_place=("q", "k_cache", "v_cache"),
 )
 def rope_and_cache(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
 ) -> None:
-    """`rope`, and keys and values written to their slots in the same pass.
+    """Turn q in place; write the turned keys, and the values, to their slots in the same pass. k stays as it is.
 
-    v [N, H_kv, D], k_cache and v_cache [slots, H_kv, D], slots [N] int: the row of each token, no two alike; -1 writes
+    q, k, cos and sin as for `rope`, v [N, H_kv, D], k_cache and v_cache [slots, H_kv, D], slots [N] int: the row of each token, no two alike; -1 writes
     nowhere.
     """
     _launch(q, k, cos, sin, (v, k_cache, v_cache, slots))
