@@ -1,6 +1,6 @@
 """Pictures of the recorded GPU results, beside them: roofline, peers, attention by length.
 
-python benchmarks/plots.py [device]      results/<device>/kernels.json -> kernels_*.svg (default: h200)
+python benchmarks/plots.py [device]      results/<device>/kernels.json -> kernels_*.svg (default: h100)
 """
 
 import json
@@ -76,7 +76,7 @@ def lengths(rows: list[dict]) -> plt.Figure:
     return figure
 
 
-def main(device: str = "h200") -> None:
+def main(device: str = "h100") -> None:
     """Write all pictures of a device."""
     folder = ROOT / "benchmarks" / "results" / device
     recorded = json.loads((folder / "kernels.json").read_text(encoding="utf-8"))["results"]
