@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..kernels import KERNELS, flash_attention, rms_norm, rope, swiglu
+from ..kernels import KERNELS, add_rms_norm, flash_attention, rms_norm, rope, swiglu
 
 __all__ = [
     "MLP",
@@ -43,6 +43,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(norm of x + residual, the sum itself), in one kernel on a GPU; without a residual x is the sum."""
+        return (self(x), x) if residual is None else add_rms_norm(x, residual, self.weight, self.eps)
 
 
 def rope_tables(config: ModelConfig, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
@@ -115,6 +119,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 class AttentionCache(Protocol):
     """What a layer asks for attention: it may remember earlier keys and values, in whatever form it likes."""
 
+    def place(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], batch: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Turn q and k to their tokens' positions (`rope`: cos and sin); who remembers k and v does it here -> q, k"""
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Any) -> Tensor:
         """Attention of this step's queries.  q [..., H, D], k and v [..., H_kv, D] -> [..., H, D]"""
 
@@ -135,6 +144,12 @@ class PaddedBatch:
 
 class NoCache:
     """The cache that keeps nothing: causal attention among the tokens of this call, [B, T, ...]."""
+
+    def place(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], batch: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Turn q and k, remember nothing."""
+        return rotate(q, k, *rope)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: PaddedBatch | None) -> Tensor:
         """Attend; of `batch` only the mask matters. A padding row attends to itself and means nothing."""
@@ -170,7 +185,7 @@ class Attention(nn.Module):
         )  # [..., heads, D]
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, k, *rope)
+        q, k = cache.place(self.layer, q, k, v, rope, batch)  # turned by RoPE
         out = cache.attend(self.layer, q, k, v, batch)  # [..., H, D]
         return self.o_proj(out.flatten(-2))  # [..., hidden]
 

@@ -12,7 +12,11 @@ __all__ = ["Layer", "Transformer"]
 
 
 class Layer(nn.Module):
-    """Attention, then MLP, each behind a norm and added to the residual stream.  [..., hidden] -> [..., hidden]"""
+    """Attention, then MLP, each behind a norm and added to the residual stream.
+
+    The stream and the branch that is still to be added to it travel apart, so that adding and norming are one kernel:
+    (branch, stream or None) -> (branch, stream), each [..., hidden].
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -21,9 +25,13 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, hidden_states: Tensor, rope: tuple[Tensor, Tensor], cache: AttentionCache, batch: Any) -> Tensor:
-        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), rope, cache, batch)
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+    def forward(
+        self, branch: Tensor, stream: Tensor | None, rope: tuple[Tensor, Tensor], cache: AttentionCache, batch: Any
+    ) -> tuple[Tensor, Tensor]:
+        normed, stream = self.input_layernorm.add(branch, stream)
+        branch = self.self_attn(normed, rope, cache, batch)
+        normed, stream = self.post_attention_layernorm.add(branch, stream)
+        return self.mlp(normed), stream
 
 
 class Transformer(nn.Module):
@@ -71,10 +79,10 @@ class Transformer(nn.Module):
         if token_ids.device.type == "cpu":
             self._check(token_ids, positions)
         rope = self.rope_cos[positions], self.rope_sin[positions]  # [..., D/2] each
-        hidden_states = self.embed_tokens(token_ids)  # [..., hidden]
+        branch, stream = self.embed_tokens(token_ids), None  # [..., hidden]
         for layer in self.layers:
-            hidden_states = layer(hidden_states, rope, cache or NO_CACHE, batch)
-        return self.norm(hidden_states)
+            branch, stream = layer(branch, stream, rope, cache or NO_CACHE, batch)
+        return self.norm.add(branch, stream)[0]
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Scores of the next token, in fp32.  [..., hidden] -> [..., vocab]"""
