@@ -6,6 +6,7 @@ Forward only: where a gradient is wanted, the torch path runs. Importing this ne
 from .common import HAS_TRITON, INTERPRETED, KERNELS, Operation, use
 from .flash_attention import flash_attention
 from .matmul import interleave, matmul, matmul_swiglu
+from .paged_attention import paged_attention
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope, rope_and_cache
 from .softmax import softmax
@@ -21,6 +22,7 @@ __all__ = [
     "interleave",
     "matmul",
     "matmul_swiglu",
+    "paged_attention",
     "rms_norm",
     "rope",
     "rope_and_cache",
