@@ -199,8 +199,22 @@ def join_kernel(
 
 def splits(sequences: int, num_kv_heads: int, device: torch.device) -> int:
     """Into how many parts a decoding step cuts each context, so that every multiprocessor has work: a power of 2."""
-    wanted = ceil_div(2 * sm_count(device.index), max(1, sequences * num_kv_heads))
-    return min(64, next_power_of_2(wanted)) if wanted > 1 else 1
+    wanted = ceil_div(7 * sm_count(device.index) // 4, max(1, sequences * num_kv_heads))
+    return min(64, next_power_of_2(wanted))
+
+
+# On an H100: a program that has a multiprocessor nearly for itself wants large tiles.
+_SIZES = {
+    "decode": {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 2, "num_stages": 3},
+    "split": {"BLOCK_M": 16, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3},
+    "prefill": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+}
+
+
+def _sizes(q: Tensor, kind: str, block_d: int) -> dict[str, int]:
+    if q.dtype == torch.float32 or block_d > 128:  # larger elements or heads: tiles that fit into shared memory
+        return {**_SIZES[kind], "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+    return tuned(q.device, f"paged_attention {kind} {block_d}", **_SIZES[kind])
 
 
 @operation(
@@ -227,13 +241,9 @@ def paged_attention(
     if tokens == 0 or sequences == 0:
         return out
     block_d, block_g = max(16, next_power_of_2(size)), next_power_of_2(heads // kv_heads)
-    kind = "decode" if decode else "prefill"
-    default = {"BLOCK_M": 16 if decode else 64, "BLOCK_N": 64 if block_d <= 128 else 32, "num_warps": 4}
-    sizes = tuned(q.device, f"paged_attention {kind} {block_d}", **default, num_stages=3 if block_d <= 128 else 2)
-    if q.dtype == torch.float32:
-        sizes |= {"BLOCK_N": 32, "num_stages": 1}
-    block_q = max(1, max(16, sizes.pop("BLOCK_M")) // block_g)
     parts = splits(sequences, kv_heads, q.device) if decode else 1
+    sizes = _sizes(q, "prefill" if not decode else "split" if parts > 1 else "decode", block_d)
+    block_q = max(1, max(16, sizes.pop("BLOCK_M")) // block_g)
     target = out if parts == 1 else torch.empty((tokens, heads, parts, size), dtype=torch.float32, device=q.device)
     lse = target if parts == 1 else torch.empty((tokens, heads, parts), dtype=torch.float32, device=q.device)
     blocks = sequences if decode else tokens // block_q + sequences

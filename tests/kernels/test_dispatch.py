@@ -164,6 +164,8 @@ def test_empty_input(name):
     elif name == "flash_attention":
         nothing = torch.zeros(1, dtype=torch.int32)
         args = (*(x[:0] for x in args[:3]), nothing, nothing, 0)
+    elif name == "paged_attention":
+        args = (args[0][:0], *args[1:3], *(torch.zeros(n, dtype=torch.int32) for n in ((0, 1), 0, 1)), 0, 2)
     else:
         args = tuple(a[:0] if a.shape[0] == 6 else a for a in args)
     for path in ("torch", "triton"):

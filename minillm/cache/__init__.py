@@ -1,0 +1,1 @@
+"""Caches for keys and values: in a row, or in blocks."""
