@@ -61,9 +61,10 @@ class Blocks(RuleBasedStateMachine):
     @rule(data=st.data(), more=TOKENS)
     def fork(self, data, more):
         parent = data.draw(st.sampled_from([r for r in self.requests if r.computed]))
-        child = Request(self.pool, [*parent.tokens[: parent.computed], *more])
-        child.table = parent.table.fork(parent.computed)
-        child.computed = parent.computed - data.draw(st.integers(0, 1))  # n > 1 computes the last token again
+        count = data.draw(st.integers(1, parent.computed))
+        child = Request(self.pool, [*parent.tokens[:count], *more])
+        child.table = parent.table.fork(count)
+        child.computed = count - data.draw(st.integers(0, 1))  # n > 1 computes the last token again
         self.requests.append(child)
 
     @precondition(lambda self: self.requests)

@@ -1,0 +1,65 @@
+"""The cache in blocks: one pool of slots a layer, written by slot and read through block tables.
+
+`blocks.py` decides which block is whose; here are the tensors. Block b covers the slots b · block_size ...
+(b + 1) · block_size - 1.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import ModelConfig
+from ..kernels import paged_attention, rope_and_cache
+
+__all__ = ["PagedCache"]
+
+
+class PagedCache:
+    """Keys and values of `num_blocks` blocks in every layer, each [layers, slots, H_kv, D].
+
+    A step's batch says which token goes to which slot (`slots`) and which blocks each sequence reads (`block_tables`,
+    `context_lens`, `cu_seqlens_q`, `max_seqlen_q`): see `engine/batch.py`.
+    """
+
+    def __init__(
+        self, config: ModelConfig, num_blocks: int, block_size: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        if num_blocks < 1 or block_size < 1 or block_size & (block_size - 1):
+            raise ValueError(
+                f"block_size, num_blocks: expected a power of 2 and 1 or more, got {block_size} and {num_blocks}"
+            )
+        self.block_size = block_size
+        shape = (config.num_hidden_layers, num_blocks * block_size, config.num_key_value_heads, config.head_dim)
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks: num_blocks · block_size · config.kv_bytes_per_token."""
+        return self.k.nbytes + self.v.nbytes
+
+    def place(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], batch: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Turn q; store the turned k, and v, in the slots of the batch: one kernel.  q [N, H, D], k and v [N, H_kv, D]
+
+        The k that comes back is not turned: attention reads the stored one.
+        """
+        rope_and_cache(q, k, v, *rope, self.k[layer], self.v[layer], batch.slots)
+        return q, k
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Any) -> Tensor:
+        """Attention of the batch's queries to all that their sequences have stored.  [N, H, D] -> [N, H, D]"""
+        return paged_attention(
+            q, self.k[layer], self.v[layer], batch.block_tables, batch.context_lens, batch.cu_seqlens_q,
+            batch.max_seqlen_q, self.block_size,
+        )  # fmt: skip
+
+    def copy(self, pairs: list[tuple[int, int]]) -> None:
+        """Copy whole blocks, (from, to) each, in every layer, before a step writes: copy on write."""
+        if not pairs:
+            return
+        blocks = torch.tensor(pairs, device=self.k.device)  # [pairs, 2]
+        for cache in (self.k, self.v):
+            by_block = cache.unflatten(1, (-1, self.block_size))  # [layers, blocks, block_size, H_kv, D]
+            by_block[:, blocks[:, 1]] = by_block[:, blocks[:, 0]]
