@@ -23,7 +23,7 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 DTYPE = torch.bfloat16 if GPU else torch.float32
 EPS = 1e-5
-SUITES = ("memory", "matmul", "attention")
+SUITES = ("memory", "matmul", "attention", "paged")
 
 
 @dataclass
@@ -239,6 +239,35 @@ def flex(batch: int, length: int, size: int, causal: bool, grouped: bool) -> Cal
     return run
 
 
+def paged_cases(quick: bool) -> list[Case]:
+    """Decoding, one query a sequence: keys and values in blocks of 16, and for SDPA in a row."""
+    shapes = [(4, 256)] if quick else [(1, 8192), (1, 32_768), (16, 2048), (64, 2048), (128, 4096)]
+    layouts = [(9, 3, 64)] if quick else [(32, 8, 128), (9, 3, 64)]
+    return [paged_case(*layout, *shape) for layout in layouts for shape in shapes]
+
+
+def paged_case(heads: int, kv: int, size: int, sequences: int, context: int, block_size: int = 16) -> Case:
+    q, k, v = (randn(sequences, n, length, size) for n, length in ((heads, 1), (kv, context), (kv, context)))
+    width = context // block_size
+    order = torch.randperm(sequences * width, device=DEVICE)
+    blocks = (x.transpose(1, 2).reshape(-1, block_size, kv, size) for x in (k, v))
+    k_blocks, v_blocks = (torch.empty_like(x).index_copy_(0, order, x).flatten(0, 1) for x in blocks)
+    tables = order.view(sequences, width).int()
+    lengths = torch.full((sequences,), context, dtype=torch.int32, device=DEVICE)
+    bounds = torch.arange(sequences + 1, dtype=torch.int32, device=DEVICE)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, k_blocks: Tensor, v_blocks: Tensor) -> Tensor:
+        return kernels.paged_attention(q[:, :, 0], k_blocks, v_blocks, tables, lengths, bounds, 1, block_size)
+
+    def dense(q: Tensor, k: Tensor, v: Tensor, k_blocks: Tensor, v_blocks: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)[:, :, 0]
+
+    name = f"paged decode d{size} h{heads}/{kv} {sequences} x {context}"
+    runs = {"minillm": ours, "SDPA, contiguous": dense}
+    flops = 4.0 * sequences * context * heads * size
+    return Case("paged", name, (q, k, v, k_blocks, v_blocks), runs, nbytes(k, v), flops)
+
+
 def difference(got, expected) -> float:
     """The largest relative difference, in the 2-norm, of several results."""
     pairs = zip(got, expected, strict=True) if isinstance(got, tuple) else [(got, expected)]
@@ -280,10 +309,11 @@ def timed(case: Case, run: Callable) -> float:
 
 def show(row: dict) -> None:
     times = row["seconds"]
-    rate = row["flops"] / times["minillm"] / 1e12 if row["flops"] else row["bytes"] / times["minillm"] / 1e9
+    by_flops = row["flops"] > 100 * row["bytes"]
+    rate = row["flops"] / times["minillm"] / 1e12 if by_flops else row["bytes"] / times["minillm"] / 1e9
     peers = ", ".join(f"{name} {times[name] / times['minillm']:.2f}" for name in times if name != "minillm")
     print(
-        f"{row['case']:40} {1e6 * times['minillm']:9.1f} µs {rate:8.0f} {'TFLOP/s' if row['flops'] else 'GB/s':7}"
+        f"{row['case']:40} {1e6 * times['minillm']:9.1f} µs {rate:8.0f} {'TFLOP/s' if by_flops else 'GB/s':7}"
         f" {row['of the ceiling']:6.1%} of ceiling; peers take {peers}",
         flush=True,
     )
@@ -311,7 +341,7 @@ def main(arguments: list[str]) -> None:
         from gpu import ceilings
     ceiling = ceilings() if GPU else cpu_ceilings()
     print({name: f"{value:.3e}" for name, value in ceiling.items()}, flush=True)
-    makers = {"memory": memory_cases, "matmul": matmul_cases, "attention": attention_cases}
+    makers = {"memory": memory_cases, "matmul": matmul_cases, "attention": attention_cases, "paged": paged_cases}
     torch.manual_seed(0)
     rows = []
     for suite in wanted:

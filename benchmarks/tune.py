@@ -35,7 +35,9 @@ def plans() -> dict[str, tuple[Callable[[], tuple], Callable, list[dict[str, int
         (131_072, 128_256, 64),
     ):
         whole = [{"BLOCK": block, "num_warps": warps} for warps in (8, 16, 32)] if block <= 32_768 else []
-        loops = [{"BLOCK": b, "num_warps": w} for b, w in ((4096, 8), (8192, 8), (8192, 16), (16_384, 16), (32_768, 32))]
+        loops = [
+            {"BLOCK": b, "num_warps": w} for b, w in ((4096, 8), (8192, 8), (8192, 16), (16_384, 16), (32_768, 32))
+        ]
         found[f"softmax {block}"] = (
             lambda rows=rows, n=n: (randn(rows, n),),
             lambda x: kernels.softmax(x),

@@ -36,9 +36,7 @@ class Batch:
     last: Tensor
 
 
-def make_batch(
-    scheduled: Sequence[tuple[Request, int]], block_size: int, device: torch.device | str = "cpu"
-) -> Batch:
+def make_batch(scheduled: Sequence[tuple[Request, int]], block_size: int, device: torch.device | str = "cpu") -> Batch:
     """The batch of (request, number of new tokens) pairs, each request's `num_computed` counted up to before them."""
     counts = np.array([count for _, count in scheduled], np.int64)
     starts = np.array([request.num_computed for request, _ in scheduled], np.int64)

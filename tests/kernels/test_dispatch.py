@@ -42,7 +42,15 @@ def small(name: str, device="cpu", dtype=torch.float32) -> tuple:
         "matmul": (x, torch.randn(24, 32, device=device, dtype=dtype)),
         "matmul_swiglu": (x, torch.randn(24, 32, device=device, dtype=dtype)),
         "flash_attention": (q, k, k + 1, cu, cu, 4),
-        "paged_attention": (q, *torch.randn_like(caches[:, :8]), cu.new_tensor([[1, 0, 0], [3, 2, 1]]), cu[1:], cu, 4, 2),
+        "paged_attention": (
+            q,
+            *torch.randn_like(caches[:, :8]),
+            cu.new_tensor([[1, 0, 0], [3, 2, 1]]),
+            cu[1:],
+            cu,
+            4,
+            2,
+        ),
     }[name]
 
 
