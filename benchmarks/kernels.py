@@ -250,7 +250,7 @@ def paged_case(heads: int, kv: int, size: int, sequences: int, context: int, blo
     q, k, v = (randn(sequences, n, length, size) for n, length in ((heads, 1), (kv, context), (kv, context)))
     width = context // block_size
     order = torch.randperm(sequences * width, device=DEVICE)
-    blocks = (x.transpose(1, 2).reshape(-1, block_size, kv, size) for x in (k, v))
+    blocks = (x.transpose(1, 2).reshape(-1, block_size, kv, size).contiguous() for x in (k, v))
     k_blocks, v_blocks = (torch.empty_like(x).index_copy_(0, order, x).flatten(0, 1) for x in blocks)
     tables = order.view(sequences, width).int()
     lengths = torch.full((sequences,), context, dtype=torch.int32, device=DEVICE)
@@ -282,6 +282,8 @@ def measure(case: Case, ceiling: dict[str, float]) -> dict:
             outputs[name] = run(*(t.clone() for t in case.inputs))
         except Exception as error:
             case.skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+    if "minillm" not in outputs:
+        raise AssertionError(f"{case.name}: {case.skipped['minillm']}")
     peers = [name for name in outputs if name != "minillm"]
     found = max((difference(outputs["minillm"], outputs[name]) for name in peers), default=0.0)
     if not found < case.tolerance:
