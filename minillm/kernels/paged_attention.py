@@ -18,6 +18,7 @@ Sources: Kwon et al., 2023, "Efficient Memory Management for Large Language Mode
 al., 2023, "Flash-Decoding" (the split); the search for a program's sequence is vLLM's.
 """
 
+import itertools
 import math
 
 import torch
@@ -65,7 +66,7 @@ def torch_path(
 ) -> Tensor:  # fmt: skip
     """All sequences with one query in one padded call of torch's fused attention, longer ones in a call each."""
     out, bounds, lengths = torch.zeros_like(q), cu_seqlens_q.tolist(), context_lens.tolist()
-    counts = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    counts = [b - a for a, b in itertools.pairwise(bounds)]
     single = [i for i, (count, length) in enumerate(zip(counts, lengths, strict=True)) if count == 1 and length]
     several = [i for i, (count, length) in enumerate(zip(counts, lengths, strict=True)) if count > 1 and length]
     for group in ([single] if single else []) + [[i] for i in several]:

@@ -182,7 +182,7 @@ def rope_and_cache(
 ) -> None:
     """Turn q in place; write the turned keys, and the values, to their slots in the same pass. k stays as it is.
 
-    q, k, cos and sin as for `rope`, v [N, H_kv, D], k_cache and v_cache [slots, H_kv, D], slots [N] int: the row of each token, no two alike; -1 writes
-    nowhere.
+    q, k, cos and sin as for `rope`; v [N, H_kv, D]; k_cache and v_cache [slots, H_kv, D]; slots [N] int: the row of
+    each token, no two alike; -1 writes nowhere.
     """
     _launch(q, k, cos, sin, (v, k_cache, v_cache, slots))

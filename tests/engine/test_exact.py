@@ -33,9 +33,10 @@ def oracle(model, prompt, max_tokens, limit):
 
 
 # Few different beginnings, so that prefixes are shared; and the same prompt more than once.
-PROMPTS = st.tuples(st.sampled_from([(), (1, 2, 3, 4), (1, 2, 3, 4, 5, 6, 7, 8, 9)]), st.lists(st.integers(0, 3), min_size=1, max_size=9)).map(
-    lambda parts: (*parts[0], *parts[1])
-)  # fmt: skip
+BEGINNINGS = [(), (1, 2, 3, 4), (1, 2, 3, 4, 5, 6, 7, 8, 9)]
+PROMPTS = st.builds(
+    lambda a, b: (*a, *b), st.sampled_from(BEGINNINGS), st.lists(st.integers(0, 3), min_size=1, max_size=9)
+)
 ARRIVALS = st.lists(
     st.tuples(PROMPTS, st.integers(1, 12), st.integers(0, 6), st.integers(0, 2), st.none() | st.integers(1, 8)),
     min_size=1, max_size=7,
