@@ -55,7 +55,7 @@ test-browser: $(READY)
 	$(BIN)/pytest tests/browser -m browser -rs
 
 cog: $(READY)
-	$(BIN)/cog -P -r README.md chapters/*.md
+	$(BIN)/cog -P -r README.md benchmarks/NOTES.md chapters/*.md
 
 labs: $(READY)
 	$(BIN)/python -m minillm.learn.labs

@@ -31,6 +31,7 @@ DOCUMENTS = [
     root() / "chapters" / "glossary.md",
     root() / "README.md",
     root() / "CONTRIBUTING.md",
+    root() / "benchmarks" / "NOTES.md",
 ]
 by_stem = pytest.mark.parametrize("path", CHAPTERS, ids=[path.stem for path in ALL])
 
@@ -121,7 +122,10 @@ def test_links_and_anchors_resolve(path):
             assert anchor in [slug(h) for h in headings], target
 
 
-@pytest.mark.parametrize("path", [*CHAPTERS, root() / "README.md"], ids=[*[p.stem for p in ALL], "README"])
+QUOTING = [root() / "README.md", root() / "benchmarks" / "NOTES.md"]
+
+
+@pytest.mark.parametrize("path", [*CHAPTERS, *QUOTING], ids=[*[p.stem for p in ALL], *[p.stem for p in QUOTING]])
 def test_in_step_with_the_code(path):
     """cog would print the same again; `make cog` regenerates."""
     done = subprocess.run(

@@ -1,6 +1,6 @@
 """Draws the figures of chapter 4: `python chapters/figures/04_gpu_and_triton.py`.
 
-04_memory.svg, 04_program.svg, 04_order.svg; 04_roofline.svg from benchmarks/results/h200.
+04_memory.svg, 04_program.svg, 04_order.svg; 04_roofline.svg from benchmarks/results/h100.
 """
 
 import matplotlib.pyplot as plt
@@ -45,7 +45,7 @@ def memory() -> None:
     box(ax, 0.2, 1.2, 7.0, 0.6, GOLD, "#fbf4e6")
     ax.text(3.7, 1.5, "L2 cache, 50 MB, shared by all", ha="center", va="center", color=GOLD, weight="bold")
     box(ax, 0.2, 0.2, 7.0, 0.65, RED, "#fbeeec")
-    ax.text(3.7, 0.52, "device memory (HBM3e), 141 GB, 4.8 TB/s", ha="center", va="center", color=RED, weight="bold")
+    ax.text(3.7, 0.52, "device memory (HBM3), 80 GB, 3.35 TB/s", ha="center", va="center", color=RED, weight="bold")
     for low, high in ((0.85, 1.2), (1.8, 2.35), (2.95, 3.15)):
         ax.add_patch(
             FancyArrowPatch((3.7, low), (3.7, high), arrowstyle="<|-|>", mutation_scale=11, color=GRAY, lw=1.2)
@@ -125,21 +125,21 @@ def order() -> None:
 
 def roofline() -> None:
     """Measured FLOP/s over intensity, under the two measured ceilings."""
-    r = results("chapter_04", device="h200")
+    r = results("chapter_04", device="h100")
     copy, peak = r["ceilings"]["copy bytes/s"], r["ceilings"]["matmul FLOP/s"]
     figure, ax = plt.subplots(figsize=(9.2, 4.9))
     intensity = np.logspace(-1.3, 4, 200)
     ax.loglog(intensity, np.minimum(copy * intensity, peak) / 1e12, color=GRAY, lw=1.6)
     ax.text(
         0.3,
-        0.3 * copy / 1e12 * 1.25,
+        0.3 * copy / 1e12 * 1.6,
         f"copy, {copy / 1e12:.2f} TB/s",
         rotation=33,
         rotation_mode="anchor",
         color=GRAY,
         fontsize=10,
     )
-    ax.text(8e3, peak / 1e12 * 1.3, f"cuBLAS, bf16, {peak / 1e12:.0f} TFLOP/s", ha="right", color=GRAY, fontsize=10)
+    ax.text(1e4, peak / 1e12 * 1.3, f"cuBLAS, bf16, {peak / 1e12:.0f} TFLOP/s", ha="right", color=GRAY, fontsize=10)
     ax.axvline(peak / copy, color=GRAY, lw=0.8, ls=":")
     ax.text(peak / copy * 1.1, 0.05, f"ridge, {peak / copy:.0f}", color=GRAY, fontsize=10)
     styles = {"minillm matmul": (BLUE, "o"), "cuBLAS": (GOLD, "x"), "multiply-adds in fp32": (RED, "s")}

@@ -139,7 +139,7 @@ def blocks(length: int = 16, window: int = 5) -> None:
 
 def ladder() -> None:
     """TFLOP/s of every step for both head sizes, with the peers and the large product as lines."""
-    measured = results("chapter_05", "h200")
+    measured = results("chapter_05", "h100")
     figure, axes = plt.subplots(1, 2, figsize=(7.8, 3.6), sharey=True)
     product = measured["ceilings"]["matmul FLOP/s"] / 1e12
     for ax, case in zip(axes, measured["ladder"].values(), strict=True):
@@ -149,7 +149,9 @@ def ladder() -> None:
         colors = [GREEN if name == "minillm" else BLUE for name in names]
         ax.barh(range(len(names)), rows.values(), color=colors, height=0.7)
         for i, value in enumerate(rows.values()):
-            ax.text(value + 6, i, f"{value:.0f}", va="center", fontsize=7.5)
+            ax.text(
+                value + 8, i, f"{value:.0f}", va="center", fontsize=7.5, bbox={"fc": "white", "ec": "none", "pad": 0.8}
+            )
         for (name, value), color in zip(
             (*peers.items(), ("large product", product)), (ORANGE, RED, "black"), strict=False
         ):
