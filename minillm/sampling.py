@@ -1,11 +1,14 @@
-"""From logits to the next token: greedy, temperature, top-k, top-p, min-p, repetition penalty.
+"""From logits to the next token: greedy, temperature, top-k, top-p, min-p, penalties.
 
 Everything works on logits [V] or [B, V] and returns the same shape. A filter sets the logits of the tokens that it
 refuses to -inf and leaves the others alone, so that filters can follow one another and one softmax at the end makes
-probabilities again. The order is vLLM's: repetition penalty, temperature, min-p, top-k, top-p. It matters: transformers
+probabilities again. The order is vLLM's: penalties, temperature, min-p, top-k, top-p. It matters: transformers
 applies min-p last, and then the same options may leave more tokens.
 
 An option is a number, or a tensor [B] with one value a row, so that requests with different options share a batch.
+
+Random numbers come from a generator, or from `kernels.gumbel_noise`, which computes them from (seed, position, token):
+then a request's tokens do not depend on its neighbors in the batch, nor on how often it was interrupted.
 """
 
 import math
@@ -19,6 +22,7 @@ from torch import Tensor
 
 __all__ = [
     "SamplingParams",
+    "apply_count_penalties",
     "apply_repetition_penalty",
     "apply_temperature",
     "distribution",
@@ -43,7 +47,9 @@ class SamplingParams:
     - top_p: keep the smallest set of tokens that has this probability; 1 keeps all.
     - min_p: keep the tokens that have at least this share of the likeliest one's probability; 0 keeps all.
     - repetition_penalty: above 1 makes the tokens of prompt and output less likely.
+    - presence_penalty, frequency_penalty: taken off the logits of the output's tokens, once, and once an occurrence.
     - seed: same seed, same tokens.
+    - n: how many completions of the prompt; the i-th of a seeded request has seed + i.
     - stop: strings that end the text and are not part of it. stop_token_ids: tokens that end it.
     - max_tokens, min_tokens: limits of the output's length. ignore_eos: go on after the end token.
     - logprobs: how many candidates to report with each token; None reports nothing.
@@ -57,7 +63,10 @@ class SamplingParams:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int | None = None
+    n: int = 1
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     max_tokens: int = 16
@@ -70,6 +79,9 @@ class SamplingParams:
         self._number("top_p", lambda p: 0 < p <= 1, "a number above 0 and up to 1 (keeps all)")
         self._number("min_p", lambda p: 0 <= p <= 1, "a number from 0 (keeps all) to 1")
         self._number("repetition_penalty", lambda r: 0 < r < math.inf, "a number above 0; 1 changes nothing")
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._number(name, lambda x: -2 <= x <= 2, "a number from -2 to 2; 0 changes nothing")
+        self._number("n", lambda n: n >= 1, "an integer, 1 or more", int)
         self._number("top_k", lambda k: k >= -1, "an integer, 1 or more, or 0 to keep all", int)
         self._number("max_tokens", lambda n: n >= 1, "an integer, 1 or more", int)
         self._number("min_tokens", lambda n: 0 <= n <= self.max_tokens, "an integer from 0 to max_tokens", int)
@@ -121,6 +133,22 @@ def apply_repetition_penalty(logits: Tensor, penalty: float | Tensor, previous_t
         row[torch.as_tensor(ids, dtype=torch.long, device=logits.device)] = True
     penalty = _column(penalty, logits)
     return torch.where(occurred, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def apply_count_penalties(
+    logits: Tensor, presence: float | Tensor, frequency: float | Tensor, output_token_ids: Sequence
+) -> Tensor:
+    """logits - presence · [token occurred] - frequency · (how often), counted in the output alone.
+
+    output_token_ids: for [B, V] one list a row. Source: OpenAI's API reference, "presence_penalty" and
+    "frequency_penalty".
+    """
+    counts = torch.zeros_like(logits)
+    rows = [(counts, output_token_ids)] if logits.dim() == 1 else zip(counts, output_token_ids, strict=True)
+    for row, ids in rows:
+        ids = torch.as_tensor(ids, dtype=torch.long, device=logits.device)
+        row.index_add_(0, ids, torch.ones_like(ids, dtype=row.dtype))
+    return logits - _column(presence, logits) * (counts > 0) - _column(frequency, logits) * counts
 
 
 def apply_temperature(logits: Tensor, temperature: float | Tensor) -> Tensor:
@@ -181,17 +209,25 @@ def keep_min_p(logits: Tensor, min_p: float | Tensor) -> Tensor:
 
 
 def distribution(
-    logits: Tensor, params: SamplingParams | Sequence[SamplingParams], previous_token_ids: Sequence = ()
+    logits: Tensor,
+    params: SamplingParams | Sequence[SamplingParams],
+    previous_token_ids: Sequence = (),
+    output_token_ids: Sequence = (),
 ) -> Tensor:
     """The probabilities that `sample` draws from.  [V] or [B, V] -> the same shape, fp32
 
-    params: one for all rows, or one a row. previous_token_ids: as in `apply_repetition_penalty`; needed only where a
-    penalty is not 1.
+    params: one for all rows, or one a row. previous_token_ids: as in `apply_repetition_penalty`, output_token_ids: as
+    in `apply_count_penalties`; needed only where a penalty is set.
     """
     each = _each(params)
-    logits = _penalized(logits.float(), each, previous_token_ids)
+    logits = _penalized(logits.float(), each, previous_token_ids, output_token_ids)
+    return _filtered(logits, each).softmax(-1)
+
+
+def _filtered(logits: Tensor, each: Sequence[SamplingParams]) -> Tensor:
+    """Logits after temperature and filters; of a greedy row only the likeliest token is left."""
     is_greedy = [p.temperature < GREEDY_BELOW for p in each]
-    best = F.one_hot(greedy(logits), logits.shape[-1]).float() if any(is_greedy) else logits  # [..., V]
+    best = torch.full_like(logits, REFUSED).scatter_(-1, greedy(logits).unsqueeze(-1), 0.0) if any(is_greedy) else None
     if all(is_greedy):
         return best
     temperatures = [1.0 if row else p.temperature for row, p in zip(is_greedy, each, strict=True)]
@@ -199,9 +235,7 @@ def distribution(
     logits = keep_min_p(logits, _option([p.min_p for p in each], logits))
     logits = keep_top_k(logits, _option([p.top_k for p in each], logits))
     logits = keep_top_p(logits, _option([p.top_p for p in each], logits))
-    if any(is_greedy):
-        return torch.where(torch.tensor(is_greedy, device=logits.device)[:, None], best, logits.softmax(-1))
-    return logits.softmax(-1)
+    return logits if best is None else torch.where(torch.tensor(is_greedy, device=logits.device)[:, None], best, logits)
 
 
 def draw(probabilities: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
@@ -224,25 +258,36 @@ def sample(
     params: SamplingParams | Sequence[SamplingParams],
     previous_token_ids: Sequence = (),
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    output_token_ids: Sequence = (),
+    noise: Tensor | None = None,
 ) -> Tensor:
     """The next token of each row.  logits [V] or [B, V] -> [] or [B] int64
 
-    Arguments as in `distribution` and `draw`. The caller makes the generator from `params.seed`, once a request.
+    Arguments as in `distribution` and `draw`; with `noise` [..., V] from `gumbel_noise`, no generator is asked.
     """
     each = _each(params)
     if all(p.temperature < GREEDY_BELOW for p in each):
-        return greedy(_penalized(logits, each, previous_token_ids))
-    return draw(distribution(logits, params, previous_token_ids), generator)
+        return greedy(_penalized(logits, each, previous_token_ids, output_token_ids))
+    if noise is None:
+        return draw(distribution(logits, params, previous_token_ids, output_token_ids), generator)
+    logits = _penalized(logits.float(), each, previous_token_ids, output_token_ids)
+    return (_filtered(logits, each) + noise).argmax(-1)
 
 
 def _each(params: SamplingParams | Sequence[SamplingParams]) -> Sequence[SamplingParams]:
     return [params] if isinstance(params, SamplingParams) else params
 
 
-def _penalized(logits: Tensor, each: Sequence[SamplingParams], previous_token_ids: Sequence) -> Tensor:
-    if all(p.repetition_penalty == 1 for p in each):
-        return logits
-    return apply_repetition_penalty(logits, _option([p.repetition_penalty for p in each], logits), previous_token_ids)
+def _penalized(logits: Tensor, each: Sequence[SamplingParams], previous: Sequence, output: Sequence) -> Tensor:
+    if any(p.repetition_penalty != 1 for p in each):
+        logits = apply_repetition_penalty(logits, _option([p.repetition_penalty for p in each], logits), previous)
+    if any(p.presence_penalty or p.frequency_penalty for p in each):
+        presence, frequency = (
+            _option([float(getattr(p, name)) for p in each], logits)
+            for name in ("presence_penalty", "frequency_penalty")
+        )
+        logits = apply_count_penalties(logits, presence, frequency, output)
+    return logits
 
 
 def _option(values: list, logits: Tensor) -> Any:

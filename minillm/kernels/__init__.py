@@ -5,6 +5,7 @@ Forward only: where a gradient is wanted, the torch path runs. Importing this ne
 
 from .common import HAS_TRITON, INTERPRETED, KERNELS, Operation, use
 from .flash_attention import flash_attention
+from .gumbel_argmax import gumbel_argmax, gumbel_noise
 from .matmul import interleave, matmul, matmul_swiglu
 from .paged_attention import paged_attention
 from .rms_norm import add_rms_norm, rms_norm
@@ -19,6 +20,8 @@ __all__ = [
     "Operation",
     "add_rms_norm",
     "flash_attention",
+    "gumbel_argmax",
+    "gumbel_noise",
     "interleave",
     "matmul",
     "matmul_swiglu",
