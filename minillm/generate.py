@@ -1,16 +1,20 @@
-"""Plain generation, one sequence at a time: the oracle that every faster way must agree with.
+"""Plain generation: the oracle that every faster way must agree with, and the same loop with a cache.
 
 `naive` recomputes the whole sequence for every token. That is slow (chapter 6 counts how slow) and obviously right.
+`cached` computes each token once. `cached_batch` takes several sequences through the same steps: static batching.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 
+from .cache.contiguous import ContiguousCache
 from .model import Transformer
+from .model.layers import NoCache
 from .sampling import SamplingParams, sample
 
-__all__ = ["Step", "naive"]
+__all__ = ["Step", "cached", "cached_batch", "naive", "occupancy"]
 
 
 class Step(int):
@@ -22,40 +26,142 @@ class Step(int):
     logprobs: dict[int, float] | None = None
 
 
-@torch.inference_mode()
 def naive(
-    model: Transformer, token_ids: list[int], params: SamplingParams, max_model_len: int | None = None
+    model: Transformer,
+    token_ids: list[int],
+    params: SamplingParams,
+    max_model_len: int | None = None,
+    window: int = 0,
 ) -> Iterator[Step]:
-    """Generate token ids after `token_ids`, one at a time, the end token included.
+    """Generate token ids after `token_ids`, one at a time, the end token included; computes everything every time.
 
     Stops after `params.max_tokens` tokens, at an end token (unless `ignore_eos`), at one of `stop_token_ids`, or when
-    the sequence is `max_model_len` tokens long. Log probabilities are those of the model, before temperature and
-    filters, as in vLLM.
+    the sequence is `max_model_len` tokens long. With `window=W` a token attends to the last W tokens. Log
+    probabilities are those of the model, before temperature and filters, as in vLLM.
     """
-    device = model.embed_tokens.weight.device
-    limit = max_model_len or model.config.max_position_embeddings
-    ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(model.config.eos_token_ids))
-    generator = None if params.seed is None else torch.Generator(device).manual_seed(params.seed)
-    sequence = list(token_ids)
-    for count in range(params.max_tokens):
-        if len(sequence) >= limit:
-            return
-        hidden_states = model(torch.tensor([sequence], device=device))  # [1, T, hidden]
-        logits = model.logits(hidden_states[:, -1])  # [1, vocab]
-        allowed = logits.clone()
-        if count < params.min_tokens and ends:
-            allowed[:, sorted(ends)] = float("-inf")  # too early to end
-        token = Step(sample(allowed, params, [sequence], generator).item())
-        token.is_end = int(token) in ends
+    cache = NoCache(window)
+
+    def last_logits(running: list[_Sequence]) -> Tensor:
+        token_ids = torch.tensor([running[0].token_ids], device=model.embed_tokens.weight.device)  # [1, T]
+        return model.logits(model(token_ids, cache=cache)[:, -1])  # [1, vocab]
+
+    for [step] in _steps([_Sequence(model, token_ids, params, max_model_len)], last_logits):
+        yield step
+
+
+def cached(
+    model: Transformer,
+    token_ids: list[int],
+    params: SamplingParams,
+    max_model_len: int | None = None,
+    window: int = 0,
+) -> Iterator[Step]:
+    """As `naive`, each token computed once: the prompt in one step, then one token a step.
+
+    The cache grows as needed; with `window=W` it holds W tokens and no more.
+    """
+    running = [_Sequence(model, token_ids, params, max_model_len)]
+    for [step] in _steps(running, _with_cache(model, running, window)):
+        yield step
+
+
+def cached_batch(
+    model: Transformer,
+    prompts: Sequence[list[int]],
+    params: SamplingParams | Sequence[SamplingParams],
+    max_model_len: int | None = None,
+    window: int = 0,
+) -> list[list[int]]:
+    """As `cached` for several prompts at once, one `SamplingParams` for all or one each: static batching.
+
+    All prompts start together, and the batch ends with the longest output. Who is done earlier keeps its row and its
+    memory and brings no more tokens: `occupancy` says how many rows did. Raises ValueError for an empty batch or
+    prompt.
+    """
+    each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+    if not prompts or len(each) != len(prompts):
+        raise ValueError(
+            f"params: expected one for all or one each of 1 prompt or more, got {len(each)} and {len(prompts)}"
+        )
+    running = [_Sequence(model, ids, p, max_model_len) for ids, p in zip(prompts, each, strict=True)]
+    able = [sequence for sequence in running if not sequence.is_done]  # not already as long as the model can take
+    for _ in _steps(able, _with_cache(model, able, window) if able else None):
+        pass
+    return [sequence.token_ids[sequence.prompt_length :] for sequence in running]
+
+
+def occupancy(outputs: Sequence[Sequence[int]]) -> float:
+    """The share of a static batch's row-steps that gave a token: it runs max(lengths) steps of len(outputs) rows."""
+    lengths = [len(output) for output in outputs]
+    return sum(lengths) / (len(lengths) * max(lengths)) if any(lengths) else 1.0
+
+
+# ---- what all three share
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Sequence:
+    """A sequence and how its next token is chosen."""
+
+    def __init__(
+        self, model: Transformer, token_ids: list[int], params: SamplingParams, max_model_len: int | None
+    ) -> None:
+        if not token_ids:
+            raise ValueError("token_ids: expected at least one token, got an empty prompt")
+        self.token_ids, self.prompt_length, self.params = list(token_ids), len(token_ids), params
+        self.limit = max_model_len or model.config.max_position_embeddings
+        self.ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(model.config.eos_token_ids))
+        device = model.embed_tokens.weight.device
+        self.generator = None if params.seed is None else torch.Generator(device).manual_seed(params.seed)
+        self.ended = False
+
+    @property
+    def count(self) -> int:
+        return len(self.token_ids) - self.prompt_length
+
+    @property
+    def is_done(self) -> bool:
+        return self.ended or self.count >= self.params.max_tokens or len(self.token_ids) >= self.limit
+
+    def take(self, logits: Tensor) -> Step:
+        """Choose a token and append it.  logits [1, vocab]"""
+        params, allowed = self.params, logits.clone()
+        if self.count < params.min_tokens and self.ends:
+            allowed[:, sorted(self.ends)] = float("-inf")  # too early to end
+        token = Step(sample(allowed, params, [self.token_ids], self.generator).item())
+        token.is_end = self.ended = int(token) in self.ends
         if params.logprobs is not None:
             token.logprobs = _logprobs(logits[0], int(token), params.logprobs)
-        yield token
-        sequence.append(int(token))
-        if token.is_end:
-            return
+        self.token_ids.append(int(token))
+        return token
 
 
-def _logprobs(logits: torch.Tensor, token: int, count: int) -> dict[int, float]:
+@torch.inference_mode()
+def _steps(running: list[_Sequence], last_logits: Callable[[list[_Sequence]], Tensor]) -> Iterator[list[Step | None]]:
+    """The loop: logits of every sequence's last token [B, vocab], then one token each; None where one is done."""
+    while not all(sequence.is_done for sequence in running):
+        logits = last_logits(running)
+        yield [None if s.is_done else s.take(logits[i : i + 1]) for i, s in enumerate(running)]
+
+
+def _with_cache(model: Transformer, running: list[_Sequence], window: int) -> Callable[[list[_Sequence]], Tensor]:
+    """The logits of the last tokens, from a cache of all before: computes only what is not cached yet."""
+    weight = model.embed_tokens.weight
+    cache = ContiguousCache(model.config, len(running), window=window, device=weight.device, dtype=weight.dtype)
+
+    def last_logits(running: list[_Sequence]) -> Tensor:
+        new = [s.token_ids[n:] for s, n in zip(running, cache.lengths, strict=True)]
+        batch = cache.extend([len(ids) for ids in new])
+        longest = batch.positions.shape[1]
+        rectangle = [ids + [0] * (longest - len(ids)) for ids in new]  # padded on the right
+        hidden_states = model(torch.tensor(rectangle, device=weight.device), batch, cache)  # [B, T, hidden]
+        every = torch.arange(len(new), device=weight.device)
+        return model.logits(hidden_states[every, batch.last])  # [B, vocab]
+
+    return last_logits
+
+
+def _logprobs(logits: Tensor, token: int, count: int) -> dict[int, float]:
     """The `count` best candidates' log probabilities, and the chosen token's.  logits [vocab]"""
     logprobs = logits.float().log_softmax(-1)
     best = logprobs.topk(count).indices.tolist() if count else []

@@ -143,7 +143,15 @@ class PaddedBatch:
 
 
 class NoCache:
-    """The cache that keeps nothing: causal attention among the tokens of this call, [B, T, ...]."""
+    """The cache that keeps nothing: causal attention among the tokens of this call, [B, T, ...].
+
+    With `window=W` a token attends to the last W tokens, itself included (Beltagy et al., 2020, "Longformer").
+    """
+
+    def __init__(self, window: int = 0) -> None:
+        if not isinstance(window, int) or isinstance(window, bool) or window < 0:
+            raise ValueError(f"window: expected an integer, 1 or more, or 0 for none, got {window!r}")
+        self.window = window
 
     def place(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], batch: Any
@@ -153,14 +161,17 @@ class NoCache:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: PaddedBatch | None) -> Tensor:
         """Attend; of `batch` only the mask matters. A padding row attends to itself and means nothing."""
-        if batch is None:
+        if batch is None and not self.window:
             return attention(q, k, v)
         tokens = q.shape[1]
-        causal = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril()
-        itself = torch.eye(
-            tokens, dtype=torch.bool, device=q.device
-        )  # so that a padding row has something to attend to, not 0/0
-        mask = (causal & batch.attention_mask.bool()[:, None, None, :]) | itself  # [B, 1, T, S]
+        mask = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril()  # causal
+        if self.window:
+            mask = mask.triu(1 - self.window)
+        if batch is not None:
+            itself = torch.eye(
+                tokens, dtype=torch.bool, device=q.device
+            )  # so that a padding row has something to attend to, not 0/0
+            mask = (mask & batch.attention_mask.bool()[:, None, None, :]) | itself  # [B, 1, T, S]
         return attention(q, k, v, mask)
 
 

@@ -1,0 +1,195 @@
+"""The cache in a row: one stretch of slots a sequence, as long as the longest needs.
+
+Without a window, position p of a sequence lies in slot p. With `window=W` the stretch is a ring of W slots, and
+position p lies in slot p mod W: what it overwrites, position p - W, is seen by no token any more.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import ModelConfig
+from ..model.layers import attention, rotate
+
+__all__ = ["ContiguousBatch", "ContiguousCache"]
+
+
+@dataclass(frozen=True)
+class ContiguousBatch:
+    """One step: B sequences in a rectangle of T tokens, padded on the right.
+
+    positions [B, T] int64, each token's place in its sequence (padding repeats the last one); cached [B] and new [B]
+    int64, tokens before this step and in it; last [B] int64, the column of each sequence's last new token. Token
+    [rows[n], columns[n]] goes to slot slots[n] of its row, each [N] int64. mask [B, 1, T, S] bool, True where a token
+    may attend, or None: causal, to this step's tokens alone.
+    """
+
+    positions: Tensor
+    cached: Tensor
+    new: Tensor
+    last: Tensor
+    rows: Tensor
+    columns: Tensor
+    slots: Tensor
+    mask: Tensor | None
+
+
+class ContiguousCache:
+    """Keys and values of `batch_size` sequences, each [layers, B, capacity, H_kv, D].
+
+        batch = cache.extend([len(ids) for ids in new])           # makes room, counts the tokens as cached
+        hidden_states = model(rectangle_of(new), batch, cache)    # [B, T, hidden]
+
+    `lengths` counts each sequence's tokens so far. A step that does not fit doubles `capacity`, once or more. With
+    `window=W` a token attends to the last W tokens, itself included, and capacity stops at W slots. Raises ValueError
+    for sizes and counts that make no sense.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        capacity: int = 64,
+        window: int = 0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        for name, value, least in (("batch_size", batch_size, 1), ("capacity", capacity, 1), ("window", window, 0)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name}: expected an integer, {least} or more, got {value!r}")
+        self.window = window
+        self.lengths = [0] * batch_size
+        slots = min(capacity, window) if window else capacity
+        shape = (config.num_hidden_layers, batch_size, slots, config.num_key_value_heads, config.head_dim)
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+
+    @property
+    def capacity(self) -> int:
+        """Slots of each sequence."""
+        return self.k.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: 2 · layers · B · capacity · H_kv · D · bytes of a number, whether the slots are used or not."""
+        return self.k.nbytes + self.v.nbytes
+
+    # ---- between steps
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def extend(self, new: Sequence[int]) -> ContiguousBatch:
+        """Make room for `new` more tokens of each sequence, and the batch that puts them there.
+
+        A sequence may have fewer new tokens than another, or none. Raises ValueError when there is nothing to do, for
+        a wrong number of counts, a negative one, and a sequence whose first step brings nothing.
+        """
+        if len(new) != len(self.lengths) or min(new, default=0) < 0 or max(new, default=0) == 0:
+            raise ValueError(
+                f"new: expected {len(self.lengths)} counts, one a sequence, 0 or more and not all 0, got {list(new)}"
+            )
+        if any(length + count == 0 for length, count in zip(self.lengths, new, strict=True)):
+            raise ValueError(f"new: expected 1 or more for a sequence that has nothing cached yet, got {list(new)}")
+        before = self.lengths
+        self.lengths = [length + count for length, count in zip(before, new, strict=True)]
+        self._reserve(max(self.lengths))
+        return self._batch(torch.tensor(before), torch.tensor(new))
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all sequences but `rows`, in this order: row i of the next step is the sequence that was rows[i].
+
+        Raises ValueError for an unknown or repeated row, and when none is left.
+        """
+        if not rows or len(set(rows)) != len(rows) or not all(0 <= row < len(self.lengths) for row in rows):
+            raise ValueError(f"rows: expected different rows in 0..{len(self.lengths) - 1}, got {list(rows)}")
+        index = torch.tensor(rows, device=self.k.device)
+        self.k, self.v = (x.index_select(1, index) for x in (self.k, self.v))
+        self.lengths = [self.lengths[row] for row in rows]
+
+    def _reserve(self, tokens: int) -> None:
+        needed, capacity = min(tokens, self.window or tokens), self.capacity
+        while capacity < needed:
+            capacity *= 2
+        capacity = min(capacity, self.window or capacity)
+        if capacity == self.capacity:
+            return
+        for name, old in (("k", self.k), ("v", self.v)):  # one at a time: only one of them is there twice
+            grown = old.new_zeros(*old.shape[:2], capacity, *old.shape[3:])
+            grown[:, :, : old.shape[2]] = old
+            setattr(self, name, grown)
+
+    def _batch(self, cached: Tensor, new: Tensor) -> ContiguousBatch:
+        offsets = torch.arange(int(new.max()))  # [T]
+        is_new = offsets < new[:, None]  # [B, T], False: padding
+        last = (new - 1).clamp(min=0)
+        positions = cached[:, None] + torch.minimum(offsets, new[:, None] - 1)  # [B, T]
+        # Of a prompt that is longer than the window only the end is kept.
+        kept = is_new & (offsets >= new[:, None] - self.window) if self.window else is_new
+        rows, columns = kept.nonzero(as_tuple=True)  # [N] each
+        slots = positions[rows, columns]
+        if self.window:
+            slots = slots % self.window
+        mask = self._mask(positions, is_new, cached, new)
+        tensors = (positions, cached, new, last, rows, columns, slots, mask)
+        return ContiguousBatch(*(None if x is None else x.to(self.k.device) for x in tensors))
+
+    # ---- within a step
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _mask(self, positions: Tensor, is_new: Tensor, cached: Tensor, new: Tensor) -> Tensor | None:
+        """Which token may attend to which key, in the order of the keys in `attend`.  [B, 1, T, S]"""
+        tokens = positions.shape[1]
+        if not cached.any() and (not self.window or tokens <= self.window):
+            return None
+        if self.window and tokens > 1:  # the ring as it was before, then the new tokens
+            keys = torch.cat((self._positions_in_ring(cached), positions.masked_fill(~is_new, -1)), dim=1)  # [B, S]
+        elif self.window:
+            keys = self._positions_in_ring(cached + new)
+        else:
+            keys = torch.arange(max(self.lengths)).expand(len(cached), -1)  # slot p holds position p
+        query, key = positions[:, None, :, None], keys[:, None, None, :]
+        seen = (key >= 0) & (key <= query)
+        return seen & (key > query - self.window) if self.window else seen
+
+    def _positions_in_ring(self, lengths: Tensor) -> Tensor:
+        """The position that each slot holds after `lengths` tokens, negative where none.  [B] -> [B, capacity]"""
+        newest = lengths[:, None] - 1
+        return newest - (newest - torch.arange(self.capacity)) % self.window
+
+    def place(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], batch: ContiguousBatch
+    ) -> tuple[Tensor, Tensor]:
+        """Turn q and k. Keys are stored turned, each once; a ring stores them after it has attended.
+
+        q [B, T, H, D], k and v [B, T, H_kv, D]. Raises ValueError when they do not fit the cache or the batch.
+        """
+        if k.shape[:2] != batch.positions.shape or k.shape[0] != self.k.shape[1] or k.dtype != self.k.dtype:
+            raise ValueError(
+                f"k: expected {self.k.dtype} of shape {[self.k.shape[1], *batch.positions.shape[1:]]} + [H_kv, D] (this"
+                f" cache's sequences and this batch's tokens), got {k.dtype} of shape {list(k.shape)}"
+            )
+        q, k = rotate(q, k, *rope)
+        if not self._attends_first(k):
+            self._store(layer, k, v, batch)
+        return q, k
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: ContiguousBatch) -> Tensor:
+        """Attention of the new tokens to all that they may see.  [B, T, H, D] -> [B, T, H, D]"""
+        if not self._attends_first(k):
+            if batch.mask is not None:
+                k, v = (x[layer, :, : batch.mask.shape[-1]] for x in (self.k, self.v))  # [B, S, H_kv, D]
+            return attention(q, k, v, batch.mask)
+        keys, values = k, v
+        if batch.mask is not None:
+            keys, values = torch.cat((self.k[layer], k), dim=1), torch.cat((self.v[layer], v), dim=1)
+        out = attention(q, keys, values, batch.mask)
+        self._store(layer, k, v, batch)
+        return out
+
+    def _attends_first(self, k: Tensor) -> bool:
+        """In a ring, a new token may overwrite a key that an earlier token of the same step still sees."""
+        return self.window > 0 and k.shape[1] > 1
+
+    def _store(self, layer: int, k: Tensor, v: Tensor, batch: ContiguousBatch) -> None:
+        self.k[layer, batch.rows, batch.slots] = k[batch.rows, batch.columns]
+        self.v[layer, batch.rows, batch.slots] = v[batch.rows, batch.columns]
