@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from .cache.contiguous import ContiguousCache
+from .kernels import gumbel_noise
 from .model import Transformer
 from .model.layers import NoCache
-from .sampling import SamplingParams, sample
+from .sampling import SamplingParams, new_seed, sample
 
-__all__ = ["Step", "cached", "cached_batch", "naive", "occupancy"]
+__all__ = ["Step", "cached", "cached_batch", "naive", "occupancy", "token_logprobs"]
 
 
 class Step(int):
@@ -96,8 +97,7 @@ def occupancy(outputs: Sequence[Sequence[int]]) -> float:
     return sum(lengths) / (len(lengths) * max(lengths)) if any(lengths) else 1.0
 
 
-# ---- what all three share
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- what all three share ------------------------------------------------------------------------------------------
 
 
 class _Sequence:
@@ -111,8 +111,9 @@ class _Sequence:
         self.token_ids, self.prompt_length, self.params = list(token_ids), len(token_ids), params
         self.limit = max_model_len or model.config.max_position_embeddings
         self.ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(model.config.eos_token_ids))
-        device = model.embed_tokens.weight.device
-        self.generator = None if params.seed is None else torch.Generator(device).manual_seed(params.seed)
+        self.seed = torch.tensor(
+            [new_seed() if params.seed is None else params.seed], device=model.embed_tokens.weight.device
+        )
         self.ended = False
 
     @property
@@ -128,10 +129,13 @@ class _Sequence:
         params, allowed = self.params, logits.clone()
         if self.count < params.min_tokens and self.ends:
             allowed[:, sorted(self.ends)] = float("-inf")  # too early to end
-        token = Step(sample(allowed, params, [self.token_ids], self.generator).item())
+        position = torch.tensor([len(self.token_ids)], device=logits.device)
+        noise = gumbel_noise(self.seed, position, logits.shape[1]) if params.temperature else None
+        output = self.token_ids[self.prompt_length :]
+        token = Step(sample(allowed, params, [self.token_ids], output_token_ids=[output], noise=noise).item())
         token.is_end = self.ended = int(token) in self.ends
         if params.logprobs is not None:
-            token.logprobs = _logprobs(logits[0], int(token), params.logprobs)
+            token.logprobs = token_logprobs(logits[0], int(token), params.logprobs)
         self.token_ids.append(int(token))
         return token
 
@@ -161,7 +165,7 @@ def _with_cache(model: Transformer, running: list[_Sequence], window: int) -> Ca
     return last_logits
 
 
-def _logprobs(logits: Tensor, token: int, count: int) -> dict[int, float]:
+def token_logprobs(logits: Tensor, token: int, count: int) -> dict[int, float]:
     """The `count` best candidates' log probabilities, and the chosen token's.  logits [vocab]"""
     logprobs = logits.float().log_softmax(-1)
     best = logprobs.topk(count).indices.tolist() if count else []

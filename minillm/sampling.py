@@ -31,6 +31,7 @@ __all__ = [
     "keep_min_p",
     "keep_top_k",
     "keep_top_p",
+    "new_seed",
     "sample",
 ]
 
@@ -272,6 +273,11 @@ def sample(
         return draw(distribution(logits, params, previous_token_ids, output_token_ids), generator)
     logits = _penalized(logits.float(), each, previous_token_ids, output_token_ids)
     return (_filtered(logits, each) + noise).argmax(-1)
+
+
+def new_seed() -> int:
+    """A seed for a request that has none, from torch's global generator: `torch.manual_seed` makes it repeatable."""
+    return int(torch.randint(-(2**63), 2**63 - 1, ()).item())
 
 
 def _each(params: SamplingParams | Sequence[SamplingParams]) -> Sequence[SamplingParams]:

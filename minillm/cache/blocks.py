@@ -62,8 +62,7 @@ class BlockPool:
         if not self._free:
             raise OutOfBlocks(f"all {self.num_blocks} blocks are in use")
         block, _ = self._free.popitem(last=False)
-        if (old := self._hash_of.pop(block, None)) is not None:
-            del self._block_of[old]
+        self.forget(block)
         self.references[block] = 1
         return block
 
@@ -88,6 +87,15 @@ class BlockPool:
         if self.enable_prefix_caching and name not in self._block_of and block not in self._hash_of:
             self._block_of[name], self._hash_of[block] = block, name
 
+    def is_private(self, block: int) -> bool:
+        """Whether one table alone names the block, and no hash."""
+        return self.references[block] == 1 and block not in self._hash_of
+
+    def forget(self, block: int) -> None:
+        """The block is about to be written: its hash, if it has one, would lie."""
+        if (old := self._hash_of.pop(block, None)) is not None:
+            del self._block_of[old]
+
     def find(self, name: bytes) -> int | None:
         """The published block of this hash, used or free."""
         return self._block_of.get(name)
@@ -95,11 +103,15 @@ class BlockPool:
 
 @dataclass
 class BlockTable:
-    """The blocks of one request, in the order of its tokens. `hashes` names those that are full and published."""
+    """The blocks of one request, in the order of its tokens. `hashes` names those that are full and published.
+
+    `synced` is for whoever keeps a copy of the table: so many entries have not changed since it was last set.
+    """
 
     pool: BlockPool
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
+    synced: int = 0
 
     def match_prefix(self, token_ids: Sequence[int]) -> int:
         """Fill an empty table with published blocks that hold the start of `token_ids` -> how many tokens they hold.
@@ -131,16 +143,25 @@ class BlockTable:
 
         Returns the copies to be made first, (from block, to block). Raises OutOfBlocks and leaves everything as it was.
         """
-        if self.missing(start, stop) > self.pool.num_free:
-            raise OutOfBlocks(f"{self.missing(start, stop)} blocks wanted, {self.pool.num_free} free")
-        size, copies = self.pool.block_size, []
-        for index in range(start // size, min(len(self.blocks), -(-stop // size))):
-            if self.pool.references[old := self.blocks[index]] > 1:
-                self.blocks[index] = self.pool.allocate()
+        size, pool = self.pool.block_size, self.pool
+        first = start // size
+        if first < len(self.blocks) and stop <= (first + 1) * size and pool.is_private(self.blocks[first]):
+            return []  # the common case: one more token in a block of its own
+        if self.missing(start, stop) > pool.num_free:
+            raise OutOfBlocks(f"{self.missing(start, stop)} blocks wanted, {pool.num_free} free")
+        copies = []
+        del self.hashes[first:]  # what is written is published anew
+        for index in range(first, min(len(self.blocks), -(-stop // size))):
+            old = self.blocks[index]
+            if pool.references[old] > 1:
+                self.blocks[index] = pool.allocate()
                 copies.append((old, self.blocks[index]))
-                self.pool.release(old)
+                pool.release(old)
+                self.synced = min(self.synced, index)
+            else:
+                pool.forget(old)
         while len(self.blocks) * size < stop:
-            self.blocks.append(self.pool.allocate())
+            self.blocks.append(pool.allocate())
         return copies
 
     def publish(self, token_ids: Sequence[int], num_computed: int) -> None:
@@ -164,4 +185,4 @@ class BlockTable:
         """Give all blocks back, the last first: ends of prompts are found again less often than their beginnings."""
         for block in reversed(self.blocks):
             self.pool.release(block)
-        self.blocks, self.hashes = [], []
+        self.blocks, self.hashes, self.synced = [], [], 0

@@ -75,8 +75,7 @@ class ContiguousCache:
         """Bytes held: 2 · layers · B · capacity · H_kv · D · bytes of a number, whether the slots are used or not."""
         return self.k.nbytes + self.v.nbytes
 
-    # ---- between steps
-    # -----------------------------------------------------------------------------------------------------------------
+    # ---- between steps -----------------------------------------------------------------------------------------------
 
     def extend(self, new: Sequence[int]) -> ContiguousBatch:
         """Make room for `new` more tokens of each sequence, and the batch that puts them there.
@@ -133,8 +132,7 @@ class ContiguousCache:
         tensors = (positions, cached, new, last, rows, columns, slots, mask)
         return ContiguousBatch(*(None if x is None else x.to(self.k.device) for x in tensors))
 
-    # ---- within a step
-    # -----------------------------------------------------------------------------------------------------------------
+    # ---- within a step -----------------------------------------------------------------------------------------------
 
     def _mask(self, positions: Tensor, is_new: Tensor, cached: Tensor, new: Tensor) -> Tensor | None:
         """Which token may attend to which key, in the order of the keys in `attend`.  [B, 1, T, S]"""
