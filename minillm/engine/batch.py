@@ -1,7 +1,9 @@
-"""What one step needs, as tensors: an argument of the model, never a global.
+"""What one step needs, as tensors: an argument of the model, never a global. And what the device remembers in between.
 
 The tokens of all sequences lie one after another, N in all. A sequence that decodes brings one token, a prompt many, a
-chunk of a prompt some.
+chunk of a prompt some. The host says only which rows take part, from which token on, and how many (`steps`); everything
+else is computed from that on the device, where the rows are. So a step can be launched before the tokens of the step
+before it are known to the host, and a CUDA graph can replay it.
 """
 
 from collections.abc import Sequence
@@ -13,17 +15,17 @@ from torch import Tensor
 
 from .request import Request
 
-__all__ = ["Batch", "make_batch"]
+__all__ = ["Batch", "Rows", "to_device"]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One step: S sequences with N new tokens.
+    """One step: S sequences with N new tokens. Padding tokens have slot -1, padding sequences no tokens.
 
-    positions [N] int64, each token's place in its sequence; slots [N] int64, where its key and value go (-1: nowhere);
-    cu_seqlens_q [S + 1] int32, where each sequence's tokens begin; context_lens [S] int32, its tokens in the cache
-    after this step; block_tables [S, W] int32; max_seqlen_q, the most new tokens of one sequence; last [S] int64, the
-    row of each sequence's last new token, whose logits give the next one.
+    token_ids and positions [N] int64, each token and its place in its sequence; slots [N] int64, where its key and
+    value go; cu_seqlens_q [S + 1] int32, where each sequence's tokens begin; context_lens [S] int32, its tokens in the
+    cache after this step; block_tables [S, W] int32; max_seqlen_q, at least the most new tokens of one sequence; last
+    [S] int64, the row of each sequence's last new token, whose logits give the next one.
     """
 
     token_ids: Tensor
@@ -36,30 +38,110 @@ class Batch:
     last: Tensor
 
 
-def make_batch(scheduled: Sequence[tuple[Request, int]], block_size: int, device: torch.device | str = "cpu") -> Batch:
-    """The batch of (request, number of new tokens) pairs, each request's `num_computed` counted up to before them."""
-    counts = np.array([count for _, count in scheduled], np.int64)
-    starts = np.array([request.num_computed for request, _ in scheduled], np.int64)
-    bounds = np.concatenate(([0], counts.cumsum()))
-    positions = np.arange(bounds[-1]) + np.repeat(starts - bounds[:-1], counts)  # [N]
-    width = max(len(request.table.blocks) for request, _ in scheduled)
-    tables = np.zeros((len(scheduled), width), np.int32)
-    for row, (request, _) in zip(tables, scheduled, strict=True):
-        row[: len(request.table.blocks)] = request.table.blocks
-    owner = np.repeat(np.arange(len(scheduled)), counts)  # [N]
-    slots = tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
-    token_ids = [t for request, count in scheduled for t in request.tokens(request.num_computed, count)]
+def to_device(values: np.ndarray, device: torch.device) -> Tensor:
+    """A copy on the device; for a GPU through pinned memory, so that the host need not wait."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
-    def tensor(values: np.ndarray | list[int], dtype: torch.dtype) -> Tensor:
-        return torch.as_tensor(values, dtype=dtype, device=device)
 
-    return Batch(
-        token_ids=tensor(token_ids, torch.int64),
-        positions=tensor(positions, torch.int64),
-        slots=tensor(slots, torch.int64),
-        cu_seqlens_q=tensor(bounds, torch.int32),
-        context_lens=tensor(starts + counts, torch.int32),
-        block_tables=tensor(tables, torch.int32),
-        max_seqlen_q=int(counts.max()),
-        last=tensor(bounds[1:] - 1, torch.int64),
-    )
+class Rows:
+    """A row of one int32 matrix for each running request: its tokens, its block table, its sampling options.
+
+    One more row stands for padding, and one more column takes what nobody wants. `max_num_seqs` requests of at most
+    `max_model_len` tokens; steps of at most `max_num_batched_tokens`.
+    """
+
+    def __init__(
+        self, max_num_seqs: int, max_model_len: int, max_num_batched_tokens: int, block_size: int, device: torch.device
+    ) -> None:
+        self.device, self.block_size, self.padding = device, block_size, max_num_seqs
+        table, options = max_model_len, max_model_len - (-max_model_len // block_size)  # first column of each
+        self.columns = {"table": table, "options": options, "scratch": options + 3}
+        self.width = options + 4
+        self.matrix = torch.zeros(max_num_seqs + 1, self.width, dtype=torch.int32, device=device)
+        self.tokens, self.tables = self.matrix[:, :table], self.matrix[:, table:options]
+        self.steps = torch.zeros(4, max_num_seqs + 1, dtype=torch.int32, device=device)
+        self.index = torch.arange(max(max_num_seqs, max_num_batched_tokens), dtype=torch.int32, device=device)
+
+    # ---- from the host -----------------------------------------------------------------------------------------------
+
+    def update(self, requests: Sequence[Request]) -> None:
+        """Bring the rows up to date: everything of a request that is new here, new blocks of one that is not."""
+        places: list[int] = []
+        values: list[int] = []
+        for request in requests:
+            table, start = request.table, request.row * self.width
+            if not request.on_device:
+                table.synced, request.on_device = 0, True
+                for column, new in ((0, request.tokens()), (self.columns["options"], _options(request))):
+                    places += range(start + column, start + column + len(new))
+                    values += new
+            if table.synced < len(table.blocks):
+                first = start + self.columns["table"]
+                places += range(first + table.synced, first + len(table.blocks))
+                values += table.blocks[table.synced :]
+                table.synced = len(table.blocks)
+        if places:
+            where, what = to_device(np.array((places, values), np.int64), self.device)
+            self.matrix.view(-1).index_put_((where,), what.int())
+
+    def set_steps(self, scheduled: Sequence[tuple[Request, int]]) -> None:
+        """Say what the next step computes: (request, number of its next tokens) pairs.
+
+        Four rows of numbers, a column a sequence: its row, its first token, the column for the token that it will
+        sample (scratch, as long as tokens of the prompt remain), and where its tokens begin in the batch.
+        """
+        steps = np.empty((4, self.padding + 1), np.int32)
+        steps[:, :] = ((self.padding,), (0,), (self.columns["scratch"],), (0,))
+        n = len(scheduled)
+        steps[0, :n] = [r.row for r, _ in scheduled]
+        steps[1, :n] = [r.num_computed for r, _ in scheduled]
+        steps[2, :n] = [
+            r.num_tokens if r.num_computed + count == r.num_tokens else self.columns["scratch"]
+            for r, count in scheduled
+        ]
+        counts = [count for _, count in scheduled]
+        steps[3, 1 : n + 1] = np.cumsum(counts)
+        steps[3, n + 1 :] = steps[3, n]
+        self.steps.copy_(to_device(steps, self.device), non_blocking=True)
+
+    # ---- on the device -----------------------------------------------------------------------------------------------
+
+    def batch(self, tokens: int, sequences: int, decode: bool) -> Batch:
+        """The batch that `set_steps` described, padded to so many tokens and sequences; decode: one token each."""
+        rows, starts = self.steps[0, :sequences].long(), self.steps[1, :sequences]
+        bounds = self.steps[3, : sequences + 1]
+        index = self.index[:tokens]
+        owner = torch.searchsorted(bounds[1:], index, right=True).clamp_(max=sequences - 1)  # [N]
+        row, real = rows[owner], index < bounds[-1]
+        positions = torch.where(real, starts[owner] + index - bounds[owner], 0).long()
+        block = self.tables[row, positions // self.block_size].long()
+        return Batch(
+            token_ids=self.tokens[row, positions].long(),
+            positions=positions,
+            slots=torch.where(real, block * self.block_size + positions % self.block_size, -1),
+            cu_seqlens_q=bounds,
+            context_lens=starts + bounds.diff(),
+            block_tables=self.tables[rows],
+            max_seqlen_q=1 if decode else tokens,
+            last=(bounds[1:] - 1).clamp(min=0).long(),
+        )
+
+    def options(self, sequences: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(temperatures fp32, seeds int64, positions of the tokens to be sampled int32), each [S]."""
+        options = self.matrix[self.steps[0, :sequences].long(), self.columns["options"] :]  # [S, 4]
+        temperatures = options[:, 0].contiguous().view(torch.float32)
+        seeds = (options[:, 2].long() << 32) | (options[:, 1].long() & 0xFFFFFFFF)
+        return temperatures, seeds, self.steps[2, :sequences]
+
+    def append(self, sampled: Tensor) -> None:
+        """Write each sequence's new token behind its others.  [S] int64"""
+        rows, columns = self.steps[0, : len(sampled)].long(), self.steps[2, : len(sampled)].long()
+        self.matrix.index_put_((rows, columns), sampled.int())
+
+
+def _options(request: Request) -> list[int]:
+    """Temperature and seed as the bits of three int32."""
+    bits = np.array([request.params.temperature], np.float32).view(np.int32)
+    halves = np.array([request.seed], np.int64).view(np.int32)  # low, high
+    return [*bits.tolist(), *halves.tolist()]

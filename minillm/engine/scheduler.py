@@ -13,9 +13,13 @@ always gets done. Source: the scheduler of vLLM's V1 engine, 2025.
 import bisect
 
 from ..cache.blocks import BlockPool, OutOfBlocks
+from .metrics import EngineMetrics
 from .request import Request
 
 __all__ = ["Scheduler"]
+
+Scheduled = list[tuple[Request, int]]
+Copies = list[tuple[int, int]]
 
 
 class Scheduler:
@@ -24,52 +28,86 @@ class Scheduler:
     max_num_seqs: requests that run at once. max_num_batched_tokens: the budget, in tokens a step.
     """
 
-    def __init__(self, pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self, pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int, metrics: EngineMetrics | None = None
+    ) -> None:
         for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
-            if value < 1:
-                raise ValueError(f"{name}: expected 1 or more, got {value}")
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected an integer, 1 or more, got {value!r}")
         self.pool, self.max_num_seqs, self.max_num_batched_tokens = pool, max_num_seqs, max_num_batched_tokens
         self.waiting: list[Request] = []  # both in order of rank
         self.running: list[Request] = []
-        self.num_preemptions = 0
+        self.free_rows = list(range(max_num_seqs))[::-1]
+        self.metrics = metrics or EngineMetrics()
 
     def add(self, request: Request) -> None:
         """Let a request wait for its turn."""
         bisect.insort(self.waiting, request, key=lambda r: r.rank)
 
-    def schedule(self) -> tuple[list[tuple[Request, int]], list[tuple[int, int]]]:
-        """The next step: (request, number of its tokens) pairs, and the blocks to copy first.
+    def schedule(self) -> tuple[Scheduled, Copies]:
+        """The next step: (request, number of its tokens) pairs, and the blocks to copy first, as (from, to).
 
         `num_computed` still counts the tokens before the step; `advance` moves it on.
         """
         scheduled: dict[Request, int] = {}
         copies: dict[int, int] = {}  # to -> from; a block that changed hands twice in this step counts once
-        budget, index, preempted = self.max_num_batched_tokens, 0, self.num_preemptions
+        budget, index, preempted = self.max_num_batched_tokens, 0, self.metrics.num_preemptions
         while index < len(self.running) and budget:  # whoever is preempted on the way stands behind `index`
             request = self.running[index]
-            count = min(request.num_tokens - request.num_computed, budget)
-            if not self._make_room(request, count, copies):
-                break
-            scheduled[request] = count
-            budget, index = budget - count, index + 1
+            if not request.is_full:  # else only its last token is still on the way
+                count = min(request.num_tokens - request.num_computed, budget)
+                if not self._make_room(request, count, copies):
+                    break
+                scheduled[request] = count
+                budget -= count
+            index += 1
         # Who was preempted a moment ago would come straight back and take blocks that the others need next.
-        full = self.num_preemptions > preempted
-        while self.waiting and budget and len(self.running) < self.max_num_seqs and not full:
-            request = self.waiting[0]
-            if not request.table.blocks:
-                request.num_computed = request.num_cached = request.table.match_prefix(request.tokens())
+        if budget and self.waiting and self.metrics.num_preemptions == preempted:
+            self._admit(scheduled, budget, copies)
+        return list(scheduled.items()), [(old, new) for new, old in copies.items()]
+
+    def _admit(self, scheduled: dict[Request, int], budget: int, copies: dict[int, int]) -> None:
+        """Let waiting requests run, while there are rows, tokens of the budget, and blocks."""
+        before = len(self.running)
+        for request in self.waiting:
+            if not budget or not self.free_rows:
+                break
+            if self._waits_for_parent(request):
+                continue
+            self._take_prefix(request)
             count = min(request.num_tokens - request.num_computed, budget)
             try:
                 self._extend(request, count, copies)
             except OutOfBlocks:
                 self._give_back(request)
                 break
-            bisect.insort(self.running, self.waiting.pop(0), key=lambda r: r.rank)
+            request.row = self.free_rows.pop()
+            bisect.insort(self.running, request, key=lambda r: r.rank)
             scheduled[request] = count
             budget -= count
-        return list(scheduled.items()), [(old, new) for new, old in copies.items()]
+            if not request.num_preemptions:
+                self.metrics.num_prompt_tokens += len(request.prompt_token_ids)
+                self.metrics.num_cached_tokens += request.num_cached
+        if len(self.running) > before:
+            self.waiting = [r for r in self.waiting if r.row < 0]
 
-    def _make_room(self, request: Request, count: int, copies: dict) -> bool:
+    def _waits_for_parent(self, request: Request) -> bool:
+        """One of several completions of a prompt waits until the first has computed it."""
+        parent = request.parent
+        unfinished = parent is not None and not parent.finished
+        return unfinished and parent.num_computed < len(parent.prompt_token_ids)
+
+    def _take_prefix(self, request: Request) -> None:
+        """Start from blocks that hold the beginning of the request already: its parent's, or published ones."""
+        parent = request.parent
+        if parent is not None and parent.row >= 0 and not request.output_token_ids:
+            request.table = parent.table.fork(len(request.prompt_token_ids))
+            request.num_computed = len(request.prompt_token_ids) - 1  # the last one's output is the next token
+        else:
+            request.num_computed = request.table.match_prefix(request.tokens())
+        request.num_cached = request.num_computed
+
+    def _make_room(self, request: Request, count: int, copies: dict[int, int]) -> bool:
         """Blocks for `count` more tokens, if need be those of requests that rank behind; False: it went itself."""
         while True:
             try:
@@ -81,28 +119,35 @@ class Scheduler:
                 if victim is request:
                     return False
 
-    def _extend(self, request: Request, count: int, copies: dict) -> None:
+    def _extend(self, request: Request, count: int, copies: dict[int, int]) -> None:
         start = request.num_computed
-        copies.update((new, old) for old, new in request.table.extend(start, start + count))
+        for old, new in request.table.extend(start, start + count):
+            copies[new] = copies.get(old, old)  # a copy of a copy of this step: all read before any is written
 
     def preempt(self, request: Request) -> None:
         """Take a running request's blocks; it waits again, and will be computed anew from its tokens."""
         self.running.remove(request)
         self._give_back(request)
         request.num_preemptions += 1
-        self.num_preemptions += 1
+        self.metrics.num_preemptions += 1
         self.add(request)
 
     def _give_back(self, request: Request) -> None:
         request.table.free()
-        request.num_computed = 0
+        request.num_computed, request.on_device = 0, False
+        if request.row >= 0:
+            self.free_rows.append(request.row)
+            request.row = -1
 
-    def advance(self, scheduled: list[tuple[Request, int]]) -> None:
-        """The step was computed: count its tokens, publish the blocks that it filled."""
+    def advance(self, scheduled: Scheduled) -> None:
+        """The step was launched: count its tokens, publish the blocks that it fills, note who gets a token."""
+        size = self.pool.block_size
         for request, count in scheduled:
             request.num_computed += count
-            if request.num_computed // self.pool.block_size > len(request.table.hashes):
+            if self.pool.enable_prefix_caching and request.num_computed // size > len(request.table.hashes):
                 request.table.publish(request.tokens(), request.num_computed)
+            if request.num_computed == request.num_tokens:
+                request.num_pending += 1
 
     def remove(self, request: Request) -> None:
         """A request is finished, or not wanted any more; its blocks come home."""

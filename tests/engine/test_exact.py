@@ -45,10 +45,14 @@ ARRIVALS = st.lists(
 
 @settings(max_examples=400, deadline=None)
 @given(
-    ARRIVALS, st.integers(6, 20), st.sampled_from([1, 2, 4, 8]), st.integers(1, 5), st.integers(1, 30), st.booleans()
-)
-def schedules(model, arrivals, num_blocks, block_size, max_num_seqs, budget, prefix_caching):
-    engine = Engine(model, num_blocks, block_size, max_num_seqs, budget, enable_prefix_caching=prefix_caching)
+    ARRIVALS, st.integers(6, 20), st.sampled_from([1, 2, 4, 8]), st.integers(1, 5), st.integers(1, 30), st.booleans(),
+    st.booleans(),
+)  # fmt: skip
+def schedules(model, arrivals, num_blocks, block_size, max_num_seqs, budget, prefix_caching, async_scheduling):
+    engine = Engine(
+        model, num_blocks, block_size, max_num_seqs, budget, enable_prefix_caching=prefix_caching,
+        async_scheduling=async_scheduling,
+    )  # fmt: skip
     todo, started, aborted = list(arrivals), {}, {}
     for step in range(2000):
         for prompt, max_tokens, at, priority, abort_after in [a for a in todo if a[2] <= step]:
@@ -71,6 +75,7 @@ def schedules(model, arrivals, num_blocks, block_size, max_num_seqs, budget, pre
     else:
         raise AssertionError("hangs")
     for request, prompt, max_tokens in started.values():
+        assert request.error is None
         expected = oracle(model, prompt, max_tokens, engine.max_model_len)
         if request.finish_reason == "abort":
             expected = expected[: len(request.output_token_ids)]

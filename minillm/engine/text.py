@@ -1,0 +1,52 @@
+"""Text out of tokens, piece by piece, and its end at a stop string."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+__all__ = ["StopText"]
+
+
+class Decoder(Protocol):
+    """What turns tokens into text and holds back incomplete characters: `model.tokenizer.StreamDecoder`."""
+
+    def push(self, token: int) -> str:
+        """One more token -> the text that is complete by now."""
+
+    def flush(self) -> str:
+        """No more tokens -> what was held back."""
+
+
+class StopText:
+    """Text that ends before the first of the strings `stop`: what might begin one is held back until that is clear.
+
+        text = StopText(["END"], StreamDecoder(tokenizer))
+        piece = text.push(token)        # final text, perhaps empty; text.stopped: a stop string was found
+        rest = text.flush()             # after the last token
+
+    Stop strings are found across the borders of tokens, and a piece never ends inside a character.
+    """
+
+    def __init__(self, stop: Sequence[str], decoder: Decoder) -> None:
+        self.stop, self.decoder, self.held, self.stopped = stop, decoder, "", False
+
+    def push(self, token: int) -> str:
+        """One more token -> text that is final."""
+        return self._release(self.decoder.push(token))
+
+    def flush(self) -> str:
+        """The end -> what was held back."""
+        if self.stopped:
+            return ""
+        piece = self._release(self.decoder.flush())
+        rest, self.held = ("", "") if self.stopped else (self.held, "")
+        return piece + rest
+
+    def _release(self, piece: str) -> str:
+        self.held += piece
+        found = [at for stop in self.stop if (at := self.held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            return self.held[: min(found)]
+        keep = max((n for stop in self.stop for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0)
+        ready, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return ready
