@@ -125,15 +125,17 @@ def check(
 
 @app.command()
 def bench(
-    suite: Annotated[str, typer.Argument(help="kernels, or tune: find the kernels' sizes for this GPU.")],
+    suite: Annotated[str, typer.Argument(help="kernels, engine, or tune: find the kernels' sizes for this GPU.")],
     quick: Annotated[bool, typer.Option("--quick", help="A minute's worth, nothing recorded.")] = False,
+    only: Annotated[str, typer.Option(help="engine: these parts, for example workload,stream.")] = "",
+    shapes: Annotated[str, typer.Option(help="engine: these models, for example smollm2,qwen3.")] = "",
 ) -> None:
     """Measure against peers, floors and ceilings; on a GPU the result is recorded under benchmarks/results/."""
     import subprocess
 
     from .learn.paths import root
 
-    suites = ("kernels", "tune")
+    suites = ("kernels", "engine", "tune")
     if suite not in suites:
         _fail(ValueError(f"suite: expected one of {', '.join(suites)}, got {suite!r}"))
     if suite == "tune":
@@ -141,7 +143,10 @@ def bench(
 
         if not torch.cuda.is_available():
             _fail(ValueError("suite: tune needs a GPU; on a CPU the torch paths run, which have nothing to tune"))
+    if suite != "engine" and (only or shapes):
+        _fail(ValueError(f"--only and --shapes: the suite {suite!r} has none; expected with engine"))
     command = [sys.executable, str(root() / "benchmarks" / f"{suite}.py"), *(["--quick"] if quick else [])]
+    command += [part for name, value in (("--only", only), ("--shapes", shapes)) if value for part in (name, value)]
     raise typer.Exit(subprocess.run(command).returncode)
 
 

@@ -44,7 +44,8 @@ def test_generate_streams_an_answer_and_its_speed():
         (["fetch", "unknown"], "expected one of smollm2-135m-instruct"),
         (["check", "99"], "chapter: expected one of"),
         (["check", "1", "--file", "missing.ipynb"], "no such file"),
-        (["bench", "kernel"], "suite: expected one of kernels, tune, got 'kernel'"),
+        (["bench", "kernel"], "suite: expected one of kernels, engine, tune, got 'kernel'"),
+        (["bench", "kernels", "--only", "stream"], "expected with engine"),
     ],
 )
 def test_errors_are_one_line(arguments, says):

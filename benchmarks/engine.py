@@ -1,0 +1,173 @@
+"""The engine against its floor and against other engines: throughput, one stream, chat, arrivals at a rate, idle time.
+
+    python benchmarks/engine.py            on a GPU: everything, under 8 minutes; on a CPU: cpu16
+    python benchmarks/engine.py --quick    a tiny shape, about a minute on two cores, nothing recorded
+    python benchmarks/engine.py --only workload,stream --shapes qwen3
+
+Each part has a file of its own, results/<device>/engine_<part>.json, written again after every shape, so that what
+is done stays when something later fails. Weights are random (`load_format="dummy"`): speed does not depend on them.
+First of all, greedy tokens of a small fp32 model must be the oracle's; on bf16, tokens are counted, not compared.
+
+workload   nano-vllm's: 256 requests at once, 133,966 output tokens. The better of two runs after a warm-up.
+stream     one request alone. Median of five.
+idle       the GPU's idle time while a steady batch decodes, out of torch.profiler.
+poisson    requests that arrive at fractions of the saturated rate: TTFT, ITL, goodput.
+chat       conversations with a common beginning, prefix caching on and off. Median of five.
+peers      transformers on the same requests in the same run: `generate` and its continuous batching.
+cpu16      16 requests at once on the CPU against transformers one after another; file engine_cpu.json.
+
+The byte floor: a decode step reads every weight once, reads the keys and values of every running sequence and writes
+one token's (workloads.step_bytes), all at the copy rate measured in this run. Prompts count nothing in it.
+"""
+
+import argparse
+import sys
+import time
+import traceback
+from collections.abc import Callable
+
+import peers
+import torch
+import workloads as w
+from common import record
+from engine_parts import (
+    DTYPE,
+    GPU,
+    LIMITS,
+    TOKEN_LIMIT,
+    TTFT_LIMIT,
+    Bench,
+    chat,
+    check_tokens,
+    idle,
+    poisson,
+    stream,
+    workload,
+)
+
+PARTS: dict[str, Callable[[Bench], dict | None]] = {
+    "chat": chat, "workload": workload, "stream": stream, "idle": idle, "poisson": poisson,
+    "peers": peers.against_transformers,
+}  # fmt: skip
+DEFINITIONS = {
+    "workload": {"of two runs": "the better, after a warm-up", "sampling": "temperature 0.6, ignore_eos"},
+    "stream": {"of five runs": "the median; decoding tokens/s leaves the first token and its time out"},
+    "idle": {
+        "idle": "1 - (union of kernels, copies and fills) / (last end - first start), in a torch.profiler trace of the"
+        " steps of a steady batch, CUDA activities only",
+        "between steps": "the part of it between a step's last kernel and the next one's first; steps are told apart by"
+        " their number of kernels; null when that number is not the same in all",
+        "idle without the profiler": "1 - (the trace's busy time a step) / (a step's wall time without the profiler)",
+    },
+    "poisson": {
+        "TTFT": "from the drawn time of arrival", "ITL": "between deliveries of one request, all requests together",
+        "goodput": f"finished requests/s with TTFT <= {TTFT_LIMIT} s and <= {TOKEN_LIMIT} s a later token on average",
+        "saturated": "all requests at once, start and end included",
+    },
+    "chat": {"turns": "all conversations take a turn at once; the next follows when all are done"},
+    "peers": {"minillm": "median of five", "transformers": "one run after a warm-up, no request seen before"},
+}  # fmt: skip
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a tiny shape, nothing recorded")
+    parser.add_argument(
+        "--only", default=",".join(PARTS) if GPU else "", help=f"some of {', '.join((*PARTS, 'cpu16'))}"
+    )
+    parser.add_argument("--shapes", default="", help=f"some of {', '.join(w.SHAPES)}")
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs (enforce_eager); nothing recorded")
+    parser.add_argument("--sync", action="store_true", help="async_scheduling=False; nothing recorded")
+    chosen = parser.parse_args(arguments)
+    default_parts = [*PARTS, "cpu16"] if chosen.quick else ["cpu16"]
+    chosen.only = [p for p in chosen.only.split(",") if p] or default_parts
+    chosen.shapes = [s for s in chosen.shapes.split(",") if s] or (
+        ["tiny"] if chosen.quick or not GPU else [s for s in w.SHAPES if s != "tiny"]
+    )
+    for name, values, known in (("only", chosen.only, (*PARTS, "cpu16")), ("shapes", chosen.shapes, w.SHAPES)):
+        if unknown := set(values) - set(known):
+            parser.error(f"--{name}: expected some of {', '.join(known)}, got {', '.join(sorted(unknown))}")
+    return chosen
+
+
+def ceilings() -> dict[str, float]:
+    """This machine's, measured now."""
+    if GPU:
+        import gpu
+
+        found = gpu.ceilings()
+        torch.cuda.empty_cache()
+        return found
+    from kernels import cpu_ceilings
+
+    return cpu_ceilings()
+
+
+def main(arguments: list[str]) -> int:
+    """Run the parts for every shape; the exit status says whether all went well."""
+    chosen = parse(arguments)
+    sizes = w.QUICK if chosen.quick or not GPU else w.FULL
+    options = ({"enforce_eager": True} if chosen.eager else {}) | ({"async_scheduling": False} if chosen.sync else {})
+    kept = not (chosen.quick or options)
+    print(f"greedy tokens as the oracle's: {check_tokens()} requests", flush=True)
+    failed = []
+    if parts := [part for part in PARTS if part in chosen.only]:
+        ceiling = ceilings()
+        print({name: f"{value:.3e}" for name, value in ceiling.items()}, flush=True)
+        failed += run_parts(parts, chosen.shapes, sizes, ceiling, options, kept and GPU)
+    if "cpu16" in chosen.only and not attempt("cpu16", lambda: finish_cpu16(chosen.quick, kept and not GPU)):
+        failed.append("cpu16")
+    if failed:
+        print(f"failed: {', '.join(failed)}")
+    return bool(failed)
+
+
+def run_parts(
+    parts: list[str], shapes: list[str], sizes: w.Sizes, ceiling: dict, options: dict, kept: bool
+) -> list[str]:
+    """Every part for every shape, each recorded as soon as it is done -> what failed."""
+    results: dict[str, dict] = {part: {} for part in parts}
+    failed = []
+    for shape in shapes:
+        bench = Bench(shape, sizes, ceiling["copy bytes/s"], options)
+        for part in parts:
+            start = time.perf_counter()
+
+            def measure(part: str = part, bench: Bench = bench) -> None:
+                results[part][bench.shape] = PARTS[part](bench)
+                if kept:
+                    record(f"engine_{part}", document(part, results[part], ceiling))
+
+            if not attempt(f"{part} of {shape}", measure):
+                failed.append(f"{part} of {shape}")
+                bench.free()
+            print(f"  {part} took {time.perf_counter() - start:.1f} s", flush=True)
+        bench.free()
+    return failed
+
+
+def document(part: str, shapes: dict, ceiling: dict) -> dict:
+    note = {"note on published": w.PUBLISHED_LABEL} if part in w.PUBLISHED else {}
+    limits = {"dtype": DTYPE, "weights": "random", **LIMITS}
+    return {"ceilings": ceiling, "engine": limits, "definitions": DEFINITIONS[part], **note, "shapes": shapes}
+
+
+def attempt(name: str, action: Callable[[], object]) -> bool:
+    """Whether `action` ended well; else its traceback is shown, and the run goes on."""
+    try:
+        action()
+        return True
+    except Exception:
+        print(f"{name} failed:", flush=True)
+        traceback.print_exc()
+        return False
+
+
+def finish_cpu16(quick: bool, kept: bool) -> None:
+    row = peers.cpu16(w.QUICK if quick else w.FULL)
+    if kept:
+        print(record("engine_cpu", row))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

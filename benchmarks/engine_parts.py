@@ -1,0 +1,296 @@
+"""The parts of benchmarks/engine.py that measure minillm alone. Each prints its lines and returns what is recorded."""
+
+import gc
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import workloads as w
+
+from minillm import LLM, SamplingParams
+from minillm.config import ModelConfig
+
+GPU = torch.cuda.is_available()
+DTYPE = "bfloat16" if GPU else "float32"
+LIMITS = {"max_model_len": 4096, "max_num_seqs": 256, "max_num_batched_tokens": 8192}
+TTFT_LIMIT, TOKEN_LIMIT = 0.2, 0.025  # seconds: what counts as good service
+
+
+class Bench:
+    """One shape, its directory, and its engine: one at a time, since each takes most of the memory."""
+
+    def __init__(self, shape: str, sizes: w.Sizes, copy_rate: float, options: dict) -> None:
+        self.shape, self.sizes, self.copy_rate, self.options = shape, sizes, copy_rate, options
+        self.config = w.SHAPES[shape]
+        self.directory = Path(tempfile.mkdtemp(prefix="minillm-bench-"))
+        (self.directory / "config.json").write_text(json.dumps(self.config.to_dict()))
+        self.bytes = self.config.weight_bytes(DTYPE), self.config.kv_bytes_per_token(DTYPE)
+        self._llm: tuple[bool, LLM] | None = None
+
+    def llm(self, enable_prefix_caching: bool = False) -> LLM:
+        """The engine, built when it is not there yet."""
+        if self._llm is None or self._llm[0] != enable_prefix_caching:
+            self.free()
+            start = time.perf_counter()
+            built = LLM(
+                self.directory, load_format="dummy", enable_prefix_caching=enable_prefix_caching,
+                **LIMITS, **self.options,
+            )  # fmt: skip
+            self._llm = enable_prefix_caching, built
+            print(f"{w.NAMES[self.shape]}: engine ready in {time.perf_counter() - start:.1f} s", flush=True)
+        return self._llm[1]
+
+    def free(self) -> None:
+        """Give the memory back."""
+        self._llm = None
+        gc.collect()
+        if GPU:
+            torch.cuda.empty_cache()
+
+
+def params(job: w.Job) -> SamplingParams:
+    return SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=job.max_tokens)
+
+
+def synchronize() -> None:
+    if GPU:
+        torch.cuda.synchronize()
+
+
+def run(llm: LLM, jobs: Sequence[w.Job]) -> tuple[float, list]:
+    """(seconds, outputs) of `jobs` at once; every token that was asked for must have come."""
+    synchronize()
+    start = time.perf_counter()
+    outputs = llm.generate([j.prompt for j in jobs], [params(j) for j in jobs], use_tqdm=False)
+    synchronize()
+    seconds = time.perf_counter() - start
+    wrong = [i for i, (o, j) in enumerate(zip(outputs, jobs, strict=True)) if len(o.token_ids) != j.max_tokens]
+    if wrong:
+        raise AssertionError(f"request {wrong[0]}: expected {jobs[wrong[0]].max_tokens} tokens")
+    return seconds, outputs
+
+
+# ---- correctness ---------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def check_tokens() -> int:
+    """Greedy tokens through the engine, chunks and prefix hits included, must be the oracle's -> requests compared."""
+    from minillm.generate import naive
+    from minillm.model import Transformer
+    from minillm.model.weights import load, save
+
+    torch.manual_seed(0)
+    config = ModelConfig(199, 128, 192, 2, 4, 2, 64, max_position_embeddings=256)
+    model = Transformer(config)
+    model.reset_parameters(std=0.4)  # so large that no two logits come near each other
+    common = [7, 1, 8, 2, 8] * 4
+    prompts = [common[: 3 * i] + list(range(1 + 5 * i)) for i in range(8)]
+    greedy = SamplingParams(temperature=0, max_tokens=16)
+    with tempfile.TemporaryDirectory() as folder:
+        path = save(model, Path(folder) / "model")
+        reference = load(path, device="cuda" if GPU else "cpu", dtype="float32")
+        expected = [[int(t) for t in naive(reference, prompt, greedy)] for prompt in prompts]
+        for caching in (False, True):
+            llm = LLM(
+                path, dtype="float32", max_num_seqs=4, max_num_batched_tokens=24, max_model_len=128,
+                enable_prefix_caching=caching, gpu_memory_utilization=0.1,
+            )  # fmt: skip
+            for again in range(2):  # the second time out of the cache
+                outputs = llm.generate(prompts, greedy, use_tqdm=False)
+                for i, (output, tokens) in enumerate(zip(outputs, expected, strict=True)):
+                    if list(output.token_ids) != tokens:
+                        raise AssertionError(
+                            f"request {i}, caching {caching}, run {again}: {output.token_ids}, not {tokens}"
+                        )
+            del llm
+    gc.collect()
+    return 4 * len(prompts)
+
+
+# ---- parts ---------------------------------------------------------------------------------------------------------
+
+
+def workload(bench: Bench) -> dict:
+    """nano-vllm's workload."""
+    llm, jobs = bench.llm(), w.workload(*bench.sizes.workload)
+    tokens = sum(job.max_tokens for job in jobs)
+    run(llm, jobs)
+    llm.engine.metrics.reset()
+    seconds = [run(llm, jobs)[0] for _ in range(2)]
+    rate = tokens / min(seconds)
+    steps, moved = w.decode_bytes(jobs, *bench.bytes, LIMITS["max_num_seqs"])
+    floor = tokens / (moved / bench.copy_rate)
+    row = {
+        "requests": len(jobs), "prompt tokens": sum(len(j.prompt) for j in jobs), "output tokens": tokens,
+        "seconds": seconds, "output tokens/s": rate, "preemptions": llm.engine.metrics.num_preemptions,
+        "floor": {"decode steps": steps, "bytes": moved, "output tokens/s": floor, "reached": rate / floor},
+        **published("workload", bench.shape, rate),
+    }  # fmt: skip
+    ratios = "".join(f", {ratio:.2f} of {name}" for name, ratio in row["against published"].items())
+    print(f"  workload {rate:9,.0f} tokens/s, {rate / floor:.1%} of the byte floor{ratios}", flush=True)
+    return row
+
+
+def published(part: str, shape: str, rate: float) -> dict:
+    """Ratios to figures of other engines from elsewhere, marked as such; none on the CPU."""
+    figures = w.PUBLISHED[part].get(shape, {}) if GPU else {}
+    return {"published": figures, "against published": {name: rate / figure for name, figure in figures.items()}}
+
+
+def stream(bench: Bench) -> dict:
+    """One request alone."""
+    llm, (prompt, output) = bench.llm(), bench.sizes.stream
+    seconds, first = [], []
+    for seed in range(bench.sizes.stream_runs + 1):
+        took, [out] = run(llm, w.random_jobs(1, (prompt, prompt), (output, output), seed))
+        seconds.append(took)
+        first.append(out.metrics.time_to_first_token)
+    took, ttft = statistics.median(seconds[1:]), statistics.median(first[1:])
+    rate, decoding = output / took, (output - 1) / (took - ttft)
+    steps, moved = w.decode_bytes([w.Job([0] * prompt, output)], *bench.bytes, 1)
+    floor = steps / (moved / bench.copy_rate)
+    row = {
+        "prompt": prompt, "output": output, "seconds": seconds[1:], "output tokens/s": rate, "TTFT, s": ttft,
+        "decoding tokens/s": decoding, "floor": {"decoding tokens/s": floor, "reached": decoding / floor},
+        **published("stream", bench.shape, rate),
+    }  # fmt: skip
+    ratios = "".join(f", {ratio:.2f} of {name}" for name, ratio in row["against published"].items())
+    print(f"  stream   {rate:9,.0f} tokens/s, {decoding / floor:.1%} of the byte floor{ratios}", flush=True)
+    return row
+
+
+def steady(llm: LLM, batch: int, outputs: int) -> list[str]:
+    """`batch` requests that all decode, under way -> their keys."""
+    keys = [
+        llm.engine.add_request(job.prompt, params(job))
+        for job in w.random_jobs(batch, (128, 128), (outputs, outputs), seed=batch)
+    ]
+    waiting = set(keys)
+    while waiting:
+        waiting -= {out.request_id for out in llm.engine.step() if out.new_token_ids}
+    for _ in range(5):
+        llm.engine.step()
+    synchronize()
+    return keys
+
+
+def steps_seconds(llm: LLM, count: int) -> float:
+    start = time.perf_counter()
+    for _ in range(count):
+        llm.engine.step()
+    synchronize()
+    return (time.perf_counter() - start) / count
+
+
+def idle(bench: Bench) -> dict | None:
+    """The GPU's idle time, by batch: with the profiler's timeline, and against the time of steps without it."""
+    if not GPU:
+        print("  idle     skipped: needs a GPU")
+        return None
+    from torch.profiler import ProfilerActivity, profile
+
+    llm, rows, count = bench.llm(), {}, bench.sizes.idle_steps
+    for batch in bench.sizes.idle_batches:
+        keys = steady(llm, batch, 20 * count)
+        plain = statistics.median(steps_seconds(llm, count) for _ in range(5))
+        with profile(activities=[ProfilerActivity.CUDA]) as trace:
+            profiled = steps_seconds(llm, count)
+        found = w.idle(spans(trace), count)
+        for key in keys:
+            llm.engine.abort(key)
+        while llm.engine.has_unfinished():
+            llm.engine.step()
+        busy = found.pop("busy") * 1e-6 / count
+        rows[str(batch)] = {
+            "step, s": plain, "step with the profiler, s": profiled, "busy a step, s": busy,
+            "idle without the profiler": 1 - busy / plain, "whole, s": found.pop("whole") * 1e-6, **found,
+        }  # fmt: skip
+        split = "" if found["between steps"] is None else f", {found['between steps']:.1%} between steps"
+        print(
+            f"  idle     batch {batch:3}: step {1e6 * plain:7.0f} µs, GPU idle {found['idle']:.1%} of the trace{split};"
+            f" {1 - busy / plain:.1%} of a step without the profiler",
+            flush=True,
+        )
+    return rows
+
+
+def spans(trace) -> list[w.Span]:
+    """The GPU's work in a profile, in µs."""
+    from torch.autograd import DeviceType
+
+    found = [e for e in trace.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    other = ("Memcpy", "Memset")
+    return [w.Span(e.time_range.start, e.time_range.end, not e.name.startswith(other)) for e in found]
+
+
+def poisson(bench: Bench) -> dict:
+    """Requests that arrive at fractions of the saturated rate."""
+    llm, sizes = bench.llm(), bench.sizes
+    lengths = sizes.open_prompts, sizes.open_outputs
+    saturating = w.random_jobs(sizes.open_requests, *lengths, seed=1)
+    run(llm, saturating[: sizes.open_requests // 4])
+    tokens = sum(job.max_tokens for job in saturating)
+    saturated = tokens / run(llm, saturating)[0]
+    per_second, rows = saturated / tokens * len(saturating), {}
+    for fraction in sizes.open_fractions:
+        jobs = w.poisson_jobs(fraction * per_second, sizes.open_seconds, *lengths, seed=2)
+        served = w.serve(llm.engine, jobs, params, sizes.open_limit, time.perf_counter, time.sleep)
+        row = w.summary(served, sizes.open_seconds, TTFT_LIMIT, TOKEN_LIMIT)
+        rows[str(fraction)] = {"requests/s": fraction * per_second, **row}
+        print(f"  poisson  {fraction:4.0%}: {fraction * per_second:6.1f} requests/s, {latencies(row)}", flush=True)
+    return {"saturated output tokens/s": saturated, "saturated requests/s": per_second, "rates": rows}
+
+
+def latencies(row: dict) -> str:
+    parts = []
+    for name in ("TTFT, s", "ITL, s"):
+        if row[name]:
+            parts.append(f"{name[:4].rstrip(',')} {'/'.join(f'{1e3 * x:.1f}' for x in row[name].values())} ms")
+    return f"{', '.join(parts)} (p50/p90/p99), goodput {row['goodput, requests/s']:.1f}/s"
+
+
+def chat(bench: Bench) -> dict:
+    """Conversations with a common beginning, with and without the prefix cache."""
+    rows = {}
+    for caching in (True, False):  # the engine without it stays for the parts that follow
+        llm = bench.llm(enable_prefix_caching=caching)
+        conversations(llm, bench.sizes, seed=0)
+        llm.engine.metrics.reset()
+        runs = [conversations(llm, bench.sizes, seed) for seed in range(1, bench.sizes.chat_runs + 1)]
+        metrics = llm.engine.metrics
+        hits = metrics.num_cached_tokens / metrics.num_prompt_tokens
+        if (hits > 0) != caching:
+            raise AssertionError(f"prefix caching {caching}, but {hits:.1%} of the prompts' tokens were cached")
+        row = {
+            "output tokens/s": statistics.median(tokens / seconds for tokens, seconds, _ in runs),
+            "seconds": [seconds for _, seconds, _ in runs], "hit rate": hits,
+            "TTFT, s": w.spread([t for *_, ttft in runs for t in ttft]),
+        }  # fmt: skip
+        rows["on" if caching else "off"] = row
+        ttft = "/".join(f"{1e3 * t:.0f}" for t in row["TTFT, s"].values())
+        print(
+            f"  chat     prefix caching {'on ' if caching else 'off'} {row['output tokens/s']:9,.0f} tokens/s,"
+            f" hits {hits:.1%}, TTFT {ttft} ms (p50/p90/p99)",
+            flush=True,
+        )
+    return rows | {"on against off": rows["on"]["output tokens/s"] / rows["off"]["output tokens/s"]}
+
+
+def conversations(llm: LLM, sizes: w.Sizes, seed: int) -> tuple[int, float, list[float]]:
+    """All turns of all conversations, turn by turn -> (output tokens, seconds, every TTFT)."""
+    system, users = w.messages(sizes.conversations, sizes.turns, sizes.system, sizes.message, seed)
+    histories, whole, ttft = [list(system) for _ in users], 0.0, []
+    for turn in range(sizes.turns):
+        for history, said in zip(histories, users, strict=True):
+            history += said[turn]
+        seconds, outputs = run(llm, [w.Job(list(history), sizes.message) for history in histories])
+        whole += seconds
+        for history, output in zip(histories, outputs, strict=True):
+            history += output.token_ids
+            ttft.append(output.metrics.time_to_first_token)
+    return sizes.conversations * sizes.turns * sizes.message, whole, ttft
