@@ -1,0 +1,449 @@
+# %% [markdown]
+# # Exercises 7: Paged attention
+#
+# Five pieces of a paged cache, each at most 30 lines. They belong to
+# [chapter 7](../chapters/07_paged_attention.md) and its [lab](../notebooks/07_paged_attention.ipynb); each asks for one
+# step beyond what these two show.
+#
+# Run the next cell, then take the exercises in any order. Replace `raise NotImplementedError(...)` by your code and
+# run the `check` cell under it: it says which contracts hold, and on a failure what was expected and what came.
+#
+# A *block* holds the keys and values of `block_size` tokens; a *table* names a sequence's blocks in order, so that
+# position p lies in slot `table[p // block_size] · block_size + p % block_size`.
+#
+# Without a GPU, exercise 7.5 runs in Triton's interpreter. The variable that turns it on is read when Triton is
+# imported: that is why it stands above the imports.
+
+# %%
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from minillm.cache.blocks import OutOfBlocks
+from minillm.kernels.common import tl, triton
+from minillm.learn import check
+
+# %% [markdown]
+# ## Exercise 7.1: a table that forgets
+#
+# | Goal | Difficulty | Minutes | Paper |
+# |---|---|---|---|
+# | blocks for a model whose tokens see the last `window` tokens only | 3 of 5 | 25 | Jiang et al., 2023, "Mistral 7B" |
+#
+# With a sliding window the token at position p sees the positions p - window + 1 ... p. A block that lies behind every
+# window to come is dead: give it back while the sequence goes on. Write the table.
+#
+# `extend(count)` is called before each step, which writes `count` tokens at the next positions and lets each of them
+# attend; all their keys and all that they see must be in blocks during the step. So it
+#
+# 1. gives back what the *first* of the new tokens does not see, and no later one does. Its entry becomes -1; others
+#    keep their places;
+# 2. takes the blocks that the new tokens need and the table lacks. In this order: the pool may be so tight that the new
+#    block is the old one.
+#
+# `allocate()` returns a block or raises `OutOfBlocks`. When it raises, `extend` gives back what it took *in this call*,
+# passes the error on, and can be called again later. `free()` gives back everything that is still held, each block
+# once. `num_tokens` counts the tokens so far.
+
+
+# %%
+class WindowTable:
+    """The blocks of one sequence; -1 stands for one that was given back."""
+
+    def __init__(
+        self, block_size: int, window: int, allocate: Callable[[], int], release: Callable[[int], None]
+    ) -> None:
+        self.block_size, self.window = block_size, window
+        self.allocate, self.release = allocate, release
+        self.blocks: list[int] = []
+        self.num_tokens = 0
+
+    def extend(self, count: int) -> None:
+        """Make room for the next `count` tokens and give back what none of them sees. Raises OutOfBlocks."""
+        ### BEGIN SOLUTION
+        seen = max(0, self.num_tokens - self.window + 1)  # the first position that the first new token sees
+        for index in range(seen // self.block_size - 1, -1, -1):
+            if self.blocks[index] < 0:
+                break  # all before it went earlier
+            self.release(self.blocks[index])
+            self.blocks[index] = -1
+        before = len(self.blocks)
+        try:
+            while len(self.blocks) * self.block_size < self.num_tokens + count:
+                self.blocks.append(self.allocate())
+        except OutOfBlocks:
+            while len(self.blocks) > before:
+                self.release(self.blocks.pop())
+            raise
+        self.num_tokens += count
+        ### END SOLUTION
+
+    def free(self) -> None:
+        """Give back all blocks that are still held."""
+        ### BEGIN SOLUTION
+        for block in reversed(self.blocks):
+            if block >= 0:
+                self.release(block)
+        self.blocks, self.num_tokens = [], 0
+        ### END SOLUTION
+
+
+# %%
+check("7.1", WindowTable)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# Which is the first position that the first new token sees? A block is dead if its *last* position lies before that
+# one. Later tokens see no more of the past than the first one.
+# </details>
+
+# %% [markdown]
+# <details><summary>Hint 2</summary>
+#
+# The first new token stands at `num_tokens`. Whole blocks before the position `num_tokens - window + 1` are dead, as
+# many as that position divided by the block size, rounded down. Go from there to the left until a -1, so that a step
+# does not walk over the whole past. Count the table's length before you allocate, and cut back to it on an error.
+# </details>
+
+# %% [markdown] tags=["solution"]
+# **Why.** One token a step holds at most $\lceil (W-1) / B \rceil + 1$ blocks, whatever the length of the text: the
+# window touches one block more than it fills when it is not aligned. Entries must keep their places, because position p
+# is looked up at `p // block_size`; the kernel of exercise 7.5 never reads the -1.
+#
+# A chunk of a prompt needs more: all of its own tokens are written in the step, and its first token still sees a whole
+# window back. Only the *next* step may forget. That is why the first new token decides, not the last.
+#
+# The other way is a ring: a fixed table of $\lceil W / B \rceil + 1$ blocks, reused in turn (chapter 6's rolling cache
+# in blocks). It never asks the pool again, but it cannot share a prefix: published blocks would be overwritten.
+# Models that mix layers with and without a window need a table for each kind (vLLM's hybrid cache manager).
+
+# %% [markdown]
+# ## Exercise 7.2: slots for a graph, on several GPUs
+#
+# | Goal | Difficulty | Minutes | Paper |
+# |---|---|---|---|
+# | positions to slots for a whole batch, in shapes that never change | 4 of 5 | 25 | Kwon et al., 2023, 4.3 |
+#
+# A step brings `counts[i]` new tokens of sequence i, at the positions `starts[i]`, `starts[i] + 1`, ... The tokens of
+# all sequences lie one after another. Return the slot of each, as int64.
+#
+# Two steps beyond the lab. First, a CUDA graph replays fixed shapes: the result has `size` entries, at least as many as
+# there are tokens; the rest is padding and gets -1 (write nowhere). Second, one context may lie on several GPUs: block
+# number b of a sequence (its b-th, counted from 0) is held by GPU `b % ranks`, and each GPU has a table of its own
+# blocks alone. A token that another GPU holds gets -1 as well. With `ranks = 1` it is the ordinary mapping.
+#
+# - `tables [S, W]` int32 is this GPU's; entries that are not used hold anything.
+# - A sequence may have no new token. There is at least one sequence.
+# - Nothing may wait for the GPU: no `.item()`, no `.tolist()`, no operation whose output shape depends on *values*
+#   (boolean indexing, `nonzero`, `repeat_interleave`). New tensors go to the device of `tables`. The check runs your
+#   code on tensors that have shapes and no values.
+# - Slots pass 2³¹ on large pools.
+
+
+# %%
+def slot_mapping(
+    tables: torch.Tensor, starts: torch.Tensor, counts: torch.Tensor, size: int, block_size: int,
+    rank: int = 0, ranks: int = 1,
+) -> torch.Tensor:  # fmt: skip
+    """tables [S, W] int32, starts [S] int64, counts [S] int64 -> slots [size] int64, -1: nowhere"""
+    ### BEGIN SOLUTION
+    ends = counts.cumsum(0)  # [S]
+    token = torch.arange(size, device=tables.device)  # [size]
+    owner = torch.searchsorted(ends, token, right=True)  # the first sequence that ends after the token
+    inside = owner < len(counts)
+    owner = owner.clamp(max=len(counts) - 1)
+    position = starts[owner] + token - (ends - counts)[owner]
+    number = position // block_size  # of the block, in the sequence
+    entry = (number // ranks).clamp(min=0, max=tables.shape[1] - 1)
+    slots = tables[owner, entry].long() * block_size + position % block_size
+    return torch.where(inside & (number % ranks == rank), slots, -1)
+    ### END SOLUTION
+
+
+# %%
+check("7.2", slot_mapping)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# Work from the output: entry n of `size` belongs to the first sequence whose running total of counts is larger than n.
+# `torch.searchsorted` finds it for all n at once. Entries past the last total are padding.
+# </details>
+
+# %% [markdown]
+# <details><summary>Hint 2</summary>
+#
+# With the owner of each entry, everything is arithmetic and indexing: its position, the number of its block in the
+# sequence, and from that the rank (`%`) and the place in that rank's table (`//`). Padding has indices out of range:
+# clamp them, compute nonsense, and replace it by -1 with `torch.where`. Make the table's numbers int64 before you
+# multiply.
+# </details>
+
+# %% [markdown] tags=["solution"]
+# **Why.** `repeat_interleave(counts)` says it more directly, but its output has as many entries as the counts sum to:
+# torch must wait for the GPU to know the shape, and a graph cannot be captured. Searching from the output side has a
+# fixed shape and does a little useless work for the padding. The package builds this on the CPU with NumPy, where
+# values are at hand.
+#
+# Interleaving blocks over GPUs (decode context parallelism) lets several GPUs share the reading of one long context
+# when there are more GPUs than key/value heads. Each computes attention over the keys that it holds, and the results
+# are merged by their log-sum-exp: exercise 5.4.
+
+# %% [markdown]
+# ## Exercise 7.3: names that tell pictures and tenants apart
+#
+# | Goal | Difficulty | Minutes | Paper |
+# |---|---|---|---|
+# | a prefix hash that covers all that a block depends on, and nothing else | 3 of 5 | 20 | – |
+#
+# Tokens do not tell everything. A picture enters a prompt as a row of placeholder tokens, the same for every picture;
+# its features replace their embeddings. And two tenants must not find each other's blocks, since the time of an answer
+# tells whether a prompt was cached. Give the name of every *full* block of a prompt, so that two names are equal
+# exactly if all of this is equal:
+#
+# - the tokens from the start of the prompt to the end of the block;
+# - the `salt` of the tenant, any text;
+# - the pictures that reach into this part: where each starts, and its digest. `images` holds `(start, length, digest)`
+#   in any order; the placeholders stand at start ... start + length - 1. A picture may begin in one block and end in a
+#   later one. Pictures behind the block's end have no influence: that is what makes a prefix.
+#
+# Names are `bytes`, at least 16, of a cryptographic hash, and the same in every process. Token ids are below 2⁶³.
+# Digests may be of any length, and may be any bytes: what you hash must tell where one field ends and the next begins.
+
+# %%
+Image = tuple[int, int, bytes]
+
+
+def block_names(token_ids: Sequence[int], block_size: int, salt: str = "", images: Sequence[Image] = ()) -> list[bytes]:
+    """The names of the full blocks, in order"""
+    ### BEGIN SOLUTION
+    import hashlib
+    from array import array
+
+    parent, names = hashlib.sha256(salt.encode()).digest(), []
+    for start in range(0, len(token_ids) - block_size + 1, block_size):
+        stop = start + block_size
+        key = hashlib.sha256(parent + array("q", token_ids[start:stop]).tobytes())
+        for first, length, digest in sorted(images):
+            if first < stop and first + length > start:
+                key.update(array("q", [first - start, len(digest)]).tobytes() + digest)
+        parent = key.digest()
+        names.append(parent)
+    return names
+    ### END SOLUTION
+
+
+# %%
+check("7.3", block_names)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# A chain: each name is a hash over the name before it, and over what is new in this block. Where does the salt enter,
+# so that all blocks depend on it? Which pictures are new to a block, and which of them has the chain not seen?
+# </details>
+
+# %% [markdown]
+# <details><summary>Hint 2</summary>
+#
+# Fields of fixed width need no separator: the parent's digest, `block_size` tokens of 8 bytes each
+# (`array("q", ...).tobytes()`). A digest of any length does: write its length before it. Its place in the block matters
+# too: the same picture one token later is another prompt. Sort the pictures, so that their order cannot matter.
+# </details>
+
+# %% [markdown] tags=["solution"]
+# **Why.** The keys and values of a token depend on its embedding and on everything before it. Whatever enters that
+# computation must enter the name: tokens, pictures, adapters, the tenant. Whatever does not enter it must stay out:
+# a name that depends on a later picture would never be found by a prompt that shares only the beginning.
+#
+# Concatenating fields of free length without their lengths maps different inputs to the same bytes
+# (`"ab" + "c" = "a" + "bc"`), and then no hash function helps. Python's `hash` is not for this: it is keyed per process
+# (so two workers disagree), 64 bits wide, and not made to resist somebody who looks for collisions; vLLM moved its
+# default to SHA-256 for this reason.
+
+# %% [markdown]
+# ## Exercise 7.4: what a radix tree throws away
+#
+# | Goal | Difficulty | Minutes | Paper |
+# |---|---|---|---|
+# | evict leaves, the least recently used first, until there is room | 3 of 5 | 20 | Zheng et al., 2024, 3 |
+#
+# In a radix tree a node holds the tokens of one edge, and all nodes above it are its prefix. A node without its
+# parents is useless: it may never be thrown away before its children. So only leaves go, and a parent becomes a leaf
+# when its last child is gone.
+#
+# Write `evict`: choose nodes until at least `wanted` tokens are free, and return their ids in the order in which they
+# go. At each moment the leaf with the smallest `last_used` of all leaves goes, if no request reads it (`references` is
+# 0). The root, whose `parent` is None, stays. When there is not enough, return all that can go. Choose no more nodes
+# than needed, and leave the tree as it is: the caller removes them.
+#
+# Times are all different; do not rely on a parent being younger or older than its children.
+
+
+# %%
+@dataclass
+class Node:
+    """One node of the tree."""
+
+    parent: int | None
+    tokens: int
+    last_used: float
+    references: int = 0
+
+
+def evict(nodes: dict[int, Node], wanted: int) -> list[int]:
+    """nodes: id -> Node -> the ids to throw away, in order"""
+    ### BEGIN SOLUTION
+    import heapq
+    from collections import Counter
+
+    children = Counter(node.parent for node in nodes.values())
+
+    def goes(i: int) -> bool:
+        return nodes[i].parent is not None and not children[i] and not nodes[i].references
+
+    leaves, chosen, freed = [(nodes[i].last_used, i) for i in nodes if goes(i)], [], 0
+    heapq.heapify(leaves)
+    while leaves and freed < wanted:
+        _, i = heapq.heappop(leaves)
+        chosen.append(i)
+        freed += nodes[i].tokens
+        parent = nodes[i].parent
+        children[parent] -= 1
+        if goes(parent):
+            heapq.heappush(leaves, (nodes[parent].last_used, parent))
+    return chosen
+    ### END SOLUTION
+
+
+# %%
+check("7.4", evict)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# Count each node's children once. Then a node that goes takes one from its parent's count, and a count of 0 makes a
+# new leaf, which competes with the others at once.
+# </details>
+
+# %% [markdown]
+# <details><summary>Hint 2</summary>
+#
+# A heap of `(last_used, id)` gives the oldest leaf, and takes a new one, in logarithmic time. A node that a request
+# reads never enters it, and so none of its ancestors ever becomes a leaf. Stop as soon as enough tokens are free.
+# </details>
+
+# %% [markdown] tags=["solution"]
+# **Why.** Throwing away an inner node would leave its children in memory, where no lookup reaches them: a lookup walks
+# from the root. The hash chain has the same danger (a block whose parent is gone is not found) and the package meets
+# it with an order instead of a rule: a table gives its last block back first, so that ends are older than beginnings.
+# A request that shares only the beginning makes that younger still, so blocks of a chain leave from the end.
+#
+# SGLang keeps reference counts on all ancestors of a node in use. With the leaf rule a count on the last node is
+# enough: its ancestors have a child. A scan over all nodes for each victim is right too, and quadratic.
+
+# %% [markdown]
+# ## Exercise 7.5: decoding through a table that forgot
+#
+# | Goal | Difficulty | Minutes | Paper |
+# |---|---|---|---|
+# | a paged decode kernel with a sliding window, in Triton | 5 of 5 | 40 | Kwon et al., 2023, 4.1 |
+#
+# Each sequence brings one query, at its last position. It sees the last `window` of its `context_lens[i]` tokens,
+# itself included. Query heads are grouped: heads `g · GROUP` ... `(g + 1) · GROUP - 1` share key/value head g.
+#
+# Program (i, g) does sequence i and key/value head g: all GROUP query heads at once, as the first rows of a block of
+# ROWS rows (`tl.dot` needs at least 16), and one cache block in each round of the loop. Blocks behind the window were
+# given back (exercise 7.1): their entries are -1, and reading through them reads what does not belong to you. In the
+# first and last visited block some slots do not count either, and may hold NaN. A sequence with a context of 0 gives 0.
+#
+# q and the output are `[S, H, D]`, caches `[slots, H_KV, D]`, all contiguous, fp32 or fp16; `tables [S, W]` and
+# `context_lens [S]` are int32. D and BLOCK_SIZE are powers of two of at least 16. The running state is fp32, `tl.dot`
+# gets `input_precision="ieee"`. Pools are large: compute offsets in int64. The launch is written; it lacks `out`.
+
+
+# %%
+@triton.jit
+def window_decode_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, table_ptr, context_ptr, stride_table, window, scale,
+    H_KV: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """The GROUP query heads of key/value head program_id(1) of sequence program_id(0)"""
+    ### BEGIN SOLUTION
+    sequence, head_kv = tl.program_id(0), tl.program_id(1)
+    row, offs_d, offs_n = tl.arange(0, ROWS), tl.arange(0, D), tl.arange(0, BLOCK_SIZE)
+    offs_q = ((sequence * H_KV + head_kv) * GROUP + row[:, None]) * D + offs_d[None, :]  # [ROWS, D]
+    used = row[:, None] < GROUP
+    q = tl.load(q_ptr + offs_q, mask=used, other=0.0)
+    context = tl.load(context_ptr + sequence)
+    first = tl.maximum(context - window, 0)
+    row_max = tl.full((ROWS,), -1.0e30, tl.float32)
+    row_sum, acc = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, D), tl.float32)
+    for index in range(first // BLOCK_SIZE, tl.cdiv(context, BLOCK_SIZE)):
+        block = tl.load(table_ptr + sequence * stride_table + index).to(tl.int64)
+        position = index * BLOCK_SIZE + offs_n
+        seen = (position >= first) & (position < context)  # [BLOCK_SIZE]
+        offs_kv = ((block * BLOCK_SIZE + offs_n) * H_KV + head_kv)[:, None] * D + offs_d[None, :]
+        k = tl.load(k_ptr + offs_kv, mask=seen[:, None], other=0.0)  # [BLOCK_SIZE, D]
+        v = tl.load(v_ptr + offs_kv, mask=seen[:, None], other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [ROWS, BLOCK_SIZE]
+        scores = tl.where(seen[None, :], scores, -float("inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        weights, shrink = tl.exp(scores - new_max[:, None]), tl.exp(row_max - new_max)
+        row_sum = row_sum * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        row_max = new_max
+    out = acc / tl.where(row_sum == 0, 1.0, row_sum)[:, None]
+    tl.store(out_ptr + offs_q, out.to(out_ptr.dtype.element_ty), mask=used)
+    ### END SOLUTION
+
+
+def window_decode(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, tables: torch.Tensor, context_lens: torch.Tensor,
+    window: int, block_size: int,
+) -> torch.Tensor:  # fmt: skip
+    """Make the output, launch the kernel.  q [S, H, D], caches [slots, H_KV, D] -> [S, H, D] in q's dtype"""
+    ### BEGIN SOLUTION
+    out = torch.empty_like(q)
+    ### END SOLUTION
+    kv_heads, group = k_cache.shape[1], q.shape[1] // k_cache.shape[1]
+    window_decode_kernel[(len(q), kv_heads)](
+        q, k_cache, v_cache, out, tables, context_lens, tables.stride(0), window, q.shape[2] ** -0.5, H_KV=kv_heads,
+        GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), D=q.shape[2], BLOCK_SIZE=block_size,
+    )  # fmt: skip
+    return out
+
+
+# %%
+check("7.5", window_decode)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# Exercise 5.5's loop with another address for K and V: one block of the table a round. Which index is the first that
+# the window touches, and which the last? Between them no entry is -1.
+# </details>
+
+# %% [markdown]
+# <details><summary>Hint 2</summary>
+#
+# The query stands at `context - 1`, so it sees `first = max(context - window, 0)` and later: blocks from
+# `first // BLOCK_SIZE` to the last one that `context` reaches into. Slot n of block b starts at
+# `((b * BLOCK_SIZE + n) * H_KV + head_kv) * D`. One mask over the block's slots serves K, V and the scores: V too,
+# since 0 · NaN is NaN.
+# </details>
+
+# %% [markdown] tags=["solution"]
+# **Why.** The table costs one load of 4 bytes a block, against `2 · BLOCK_SIZE · D` numbers of keys and values for this
+# head: nothing. Packing the group into the rows of one product reads each key once for all heads that share it; one
+# program for each query head would read it GROUP times, and memory is the limit. The rows between GROUP and ROWS are
+# arithmetic for nothing, and it does not matter: the tensor cores wait for memory anyway.
+#
+# What the package's kernel has beyond this: tiles of several blocks (so a small block size does not make small
+# products), several queries a sequence, splits of the context with a second kernel that joins them, 2^x.

@@ -1,0 +1,584 @@
+"""The contracts of the exercises of chapter 7."""
+
+import copy
+import math
+import random
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from minillm.cache.blocks import OutOfBlocks
+from minillm.learn.testing import exercise, expect, expect_close, expect_equal
+
+# ---- 7.1
+
+
+class Pool:
+    """Hands out blocks, the last returned first, and notes what is done with them."""
+
+    def __init__(self, size: int) -> None:
+        self.free = list(range(size))
+        self.held: set[int] = set()
+
+    def allocate(self) -> int:
+        if not self.free:
+            raise OutOfBlocks("no block is free")
+        block = self.free.pop()
+        self.held.add(block)
+        return block
+
+    def release(self, block: int) -> None:
+        expect(block in self.held, f"expected the release of a block that is held, {sorted(self.held)}\n  got {block}")
+        self.held.remove(block)
+        self.free.append(block)
+
+
+def needed(length: int, new: int, window: int, size: int) -> tuple[int, int]:
+    """(first block, one past the last) of a step that brings `new` tokens after `length`, by looking at every pair."""
+    positions = [j for p in range(length, length + new) for j in range(max(0, p - window + 1), p + 1)]
+    return min(positions) // size, max(positions) // size + 1
+
+
+def drive(impl, steps: list[int], window: int, size: int, blocks: int):
+    """Run the steps, and hold after each that exactly the blocks which it needs are there."""
+    pool = Pool(blocks)
+    table = impl(size, window, pool.allocate, pool.release)
+    length = 0
+    for new in steps:
+        table.extend(new)
+        first, end = needed(length, new, window, size)
+        what = f"step of {new} tokens after {length}, window {window}, blocks of {size}"
+        length += new
+        expect_equal(f"num_tokens, {what}", table.num_tokens, length)
+        expect_equal(f"entries of the table, {what}", len(table.blocks), end)
+        expect_equal(
+            f"which entries are there, {what}", [b >= 0 for b in table.blocks], [i >= first for i in range(end)]
+        )
+        live = table.blocks[first:]
+        expect(len(set(live)) == len(live), f"{what}: expected different blocks\n  got {live}")
+        expect_equal(f"blocks held in the pool, {what}", sorted(pool.held), sorted(live))
+    return table, pool
+
+
+@exercise("7.1", "WindowTable")
+class TestWindowTable:
+    def test_by_hand(self, impl):
+        """window 4, blocks of 2, one token a step: at position 5 the tokens 2 to 5 are seen, and block 0 is gone"""
+        pool = Pool(8)
+        table = impl(2, 4, pool.allocate, pool.release)
+        alive = []
+        for _ in range(8):
+            table.extend(1)
+            alive.append([i for i, block in enumerate(table.blocks) if block >= 0])
+        expected = [[0], [0], [0, 1], [0, 1], [0, 1, 2], [1, 2], [1, 2, 3], [2, 3]]
+        expect_equal("entries that are held after each token", alive, expected)
+
+    def test_token_by_token(self, impl):
+        """windows and block sizes of all kinds: exactly what the next token sees is held"""
+        for window, size in ((1, 1), (1, 4), (3, 1), (4, 4), (5, 4), (8, 4), (7, 3), (16, 4)):
+            drive(impl, [1] * 40, window, size, blocks=64)
+
+    def test_chunks(self, impl):
+        """chunks of a prompt: the first token of a chunk still sees a whole window back"""
+        for steps in ([10, 10, 10, 1, 1, 1], [3, 17, 1, 8], [64, 1, 64], [1, 30, 2, 2, 2, 2]):
+            for window, size in ((4, 4), (6, 4), (20, 8), (3, 2)):
+                drive(impl, steps, window, size, blocks=128)
+
+    def test_a_window_longer_than_the_text(self, impl):
+        """nothing is given back"""
+        table, _ = drive(impl, [7, 1, 1, 9], window=1000, size=4, blocks=8)
+        expect(all(block >= 0 for block in table.blocks), f"expected no -1\n  got {table.blocks}")
+
+    def test_entries_keep_their_places(self, impl):
+        """a block that stays is the same one, at the same index"""
+        pool = Pool(32)
+        table = impl(4, 9, pool.allocate, pool.release)
+        seen: dict[int, int] = {}
+        for _ in range(60):
+            table.extend(1)
+            for index, block in enumerate(table.blocks):
+                if block >= 0:
+                    expect_equal(f"block at index {index}", block, seen.setdefault(index, block))
+
+    def test_a_tight_pool(self, impl):
+        """window 4, blocks of 4, two blocks in all: a step that needs a new block first gives the old one back"""
+        drive(impl, [1] * 50, window=4, size=4, blocks=2)
+        drive(impl, [1] * 50, window=1, size=4, blocks=1)
+
+    def test_out_of_blocks(self, impl):
+        """when the pool is empty, the error comes out, nothing taken in the call is kept, and it works again later"""
+        pool = Pool(3)
+        table = impl(4, 100, pool.allocate, pool.release)
+        table.extend(5)
+        before = list(table.blocks)
+        for _ in range(2):
+            try:
+                table.extend(12)
+            except OutOfBlocks:
+                pass
+            else:
+                expect(False, "12 tokens more after 5, in 3 blocks of 4: expected OutOfBlocks\n  got no error")
+            expect_equal("the table after the error", list(table.blocks), before)
+            expect_equal("num_tokens after the error", table.num_tokens, 5)
+            expect_equal("blocks held after the error", sorted(pool.held), sorted(before))
+        table.extend(7)
+        expect_equal("num_tokens after a smaller step", table.num_tokens, 12)
+        expect_equal("blocks held after a smaller step", len(pool.held), 3)
+
+    def test_free(self, impl):
+        """free gives back each held block once; the table is empty and can begin again"""
+        table, pool = drive(impl, [9, 1, 1, 1, 7], window=5, size=2, blocks=32)
+        table.free()
+        expect_equal("blocks held after free", sorted(pool.held), [])
+        expect_equal("the table after free", list(table.blocks), [])
+        table.free()
+        table.extend(3)
+        expect_equal("num_tokens of a new beginning", table.num_tokens, 3)
+        expect_equal("blocks held by a new beginning", len(pool.held), 2)
+
+
+# ---- 7.2
+
+
+def slots_by_hand(tables, starts, counts, size, block_size, rank=0, ranks=1) -> list[int]:
+    found = []
+    for row, start, count in zip(tables, starts, counts, strict=True):
+        for p in range(start, start + count):
+            number = p // block_size
+            mine = number % ranks == rank
+            found.append(row[number // ranks] * block_size + p % block_size if mine else -1)
+    return found + [-1] * (size - len(found))
+
+
+READS_VALUES = {
+    "item", "tolist", "numpy", "cpu", "nonzero", "masked_select", "repeat_interleave", "unique", "__int__", "__index__",
+    "__bool__", "__float__", "__iter__", "__contains__", "argwhere", "unbind", "equal",
+}  # fmt: skip
+
+
+class Watch(TorchFunctionMode):
+    """Notes every call that would make the CPU wait for values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if name in READS_VALUES:
+            self.found.add(name)
+        if name in ("__getitem__", "__setitem__"):
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if any(isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in index):
+                self.found.add("boolean indexing")
+        if name == "where" and len(args) == 1:
+            self.found.add("where with one argument")
+        return func(*args, **(kwargs or {}))
+
+
+def on_device(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [t.cuda() if torch.cuda.is_available() else t for t in tensors]
+
+
+def call_slots_quietly(impl, tables, starts, counts, size, block_size):
+    """One call, with nothing of the check's own between."""
+    args = on_device(torch.tensor(tables, dtype=torch.int32), torch.tensor(starts), torch.tensor(counts))
+    return impl(*args, size, block_size)
+
+
+def call_slots(impl, tables, starts, counts, size, block_size, **more):
+    args = on_device(torch.tensor(tables, dtype=torch.int32), torch.tensor(starts), torch.tensor(counts))
+    before = [a.clone() for a in args]
+    got = impl(*args, size, block_size, **more)
+    expect(isinstance(got, torch.Tensor), f"expected a tensor\n  got {type(got).__name__}")
+    expect(all(torch.equal(a, b) for a, b in zip(args, before, strict=True)), "expected inputs as before, got changed")
+    return got
+
+
+def expect_slots(impl, tables, starts, counts, size, block_size, **more) -> None:
+    got = call_slots(impl, tables, starts, counts, size, block_size, **more)
+    what = f"starts {starts}, counts {counts}, size {size}, blocks of {block_size}" + (f", {more}" if more else "")
+    expected = slots_by_hand(tables, starts, counts, size, block_size, **more)
+    expect_equal(f"shape, {what}", tuple(got.shape), (size,))
+    expect_equal(f"slots, {what}", got.tolist(), expected)
+
+
+@exercise("7.2", "slot_mapping")
+class TestSlotMapping:
+    def test_by_hand(self, impl):
+        """tables [5, 1] and [3, 7], blocks of 4: positions 2, 3, 4 of the first and 6 of the second"""
+        got = call_slots(impl, [[5, 1], [3, 7]], [2, 6], [3, 1], 4, 4)
+        expect_equal("slots", got.tolist(), [22, 23, 4, 30])
+        expect_equal("dtype", got.dtype, torch.int64)
+
+    def test_one_gpu(self, impl):
+        """prompts, chunks and decoding in one batch"""
+        tables = [[9, 4, 0, 7], [2, 3, 8, 1], [6, 5, 11, 10]]
+        expect_slots(impl, tables, [0, 5, 12], [11, 4, 1], 16, 4)
+        expect_slots(impl, tables, [3, 0, 7], [1, 1, 1], 3, 4)
+        expect_slots(impl, tables, [0, 0, 0], [4, 4, 4], 12, 1)
+        expect_slots(impl, tables, [0, 16, 31], [17, 2, 1], 20, 16)
+
+    def test_padding(self, impl):
+        """entries after the last token are -1, however many there are"""
+        tables = [[9, 4, 0, 7], [2, 3, 8, 1]]
+        for size in (5, 6, 64):
+            expect_slots(impl, tables, [1, 6], [3, 2], size, 4)
+
+    def test_sequences_without_tokens(self, impl):
+        """a count of 0, at the start, in the middle, at the end, or everywhere"""
+        tables = [[3, 1], [0, 2], [5, 4]]
+        for counts in ([0, 2, 1], [2, 0, 1], [2, 1, 0], [0, 0, 3], [0, 0, 0]):
+            expect_slots(impl, tables, [2, 1, 0], counts, 6, 4)
+
+    def test_ranks(self, impl):
+        """block b of a sequence lies on GPU b % ranks, in entry b // ranks of that GPU's table"""
+        tables = [[9, 4, 0], [2, 3, 8]]
+        for ranks in (2, 3):
+            for rank in range(ranks):
+                expect_slots(impl, tables, [0, 5], [14, 3], 20, 4, rank=rank, ranks=ranks)
+                expect_slots(impl, tables, [11, 8], [1, 9], 10, 4, rank=rank, ranks=ranks)
+
+    def test_every_token_once(self, impl):
+        """over all GPUs each token has exactly one slot"""
+        tables = [[1, 0, 3, 2, 5], [4, 9, 8, 7, 6]]
+        got = torch.stack([call_slots(impl, tables, [3, 0], [25, 31], 60, 4, rank=r, ranks=3) for r in range(3)])
+        expect_equal("GPUs that hold each entry", (got >= 0).sum(0).tolist(), [1] * 56 + [0] * 4)
+
+    def test_unused_entries(self, impl):
+        """what is not used of the tables may hold anything"""
+        expect_slots(impl, [[5, -1, -1], [2**31 - 1, 3, -7]], [0, 4], [4, 3], 9, 4)
+        expect_slots(impl, [[6], [2]], [3, 0], [0, 4], 8, 4)
+
+    def test_large_pools(self, impl):
+        """slots beyond 2**31"""
+        expect_slots(impl, [[200_000_000, 2**31 - 1]], [14], [4], 4, 16)
+
+    def test_nothing_waits_for_the_gpu(self, impl):
+        """no value is read on the way, and no operation has an output whose shape depends on values"""
+        with Watch() as watch:
+            call_slots_quietly(impl, [[9, 4], [2, 3], [8, 1]], [0, 3, 5], [4, 0, 2], 32, 4)
+        expect(not watch.found, f"expected no operation that needs values\n  got {', '.join(sorted(watch.found))}")
+
+
+# ---- 7.3
+
+TOKENS = [random.Random(7).randrange(49_152) for _ in range(64)]
+PICTURE = [9] * 64  # placeholders alone
+
+
+def names_of(impl, *args, **more) -> list[bytes]:
+    got = impl(*args, **more)
+    expect(isinstance(got, list), f"expected a list of names\n  got {type(got).__name__}")
+    for name in got:
+        expect(isinstance(name, bytes), f"expected names of type bytes\n  got {type(name).__name__}")
+        expect(len(name) >= 16, f"expected at least 16 bytes\n  got {len(name)}")
+    return got
+
+
+def agree(a: list[bytes], b: list[bytes]) -> list[bool]:
+    expect_equal("number of names", len(a), len(b))
+    return [x == y for x, y in zip(a, b, strict=True)]
+
+
+def expect_agree(impl, what: str, first: tuple, second: tuple, expected: list[bool]) -> None:
+    """`first` and `second`: (tokens, salt, images); blocks of 4."""
+    a, b = (names_of(impl, list(t), 4, salt=s, images=list(i)) for t, s, i in (first, second))
+    expect_equal(f"which names are equal, {what}", agree(a, b), expected)
+
+
+@exercise("7.3", "block_names")
+class TestBlockNames:
+    def test_full_blocks_only(self, impl):
+        """as many names as full blocks: 0 for 3 tokens, 1 for 4 to 7"""
+        for length, count in ((0, 0), (3, 0), (4, 1), (7, 1), (8, 2), (64, 16)):
+            expect_equal(f"names of {length} tokens", len(names_of(impl, TOKENS[:length], 4)), count)
+        expect_equal("names of 64 tokens in blocks of 64", len(names_of(impl, TOKENS, 64)), 1)
+
+    def test_a_prefix_is_found(self, impl):
+        """two prompts have equal names up to where they part"""
+        other = [*TOKENS[:22], 1, *TOKENS[23:]]
+        a, b = names_of(impl, TOKENS, 4), names_of(impl, other, 4)
+        expect_equal("which names are equal, the 23rd token differs", agree(a, b), [True] * 5 + [False] * 11)
+        expect_equal("names of the first 8 tokens alone", names_of(impl, TOKENS[:8], 4), a[:2])
+        expect_equal("names of a tuple", names_of(impl, tuple(TOKENS), 4), a)
+
+    def test_the_past_counts(self, impl):
+        """the same four tokens after others, or in another order, have another name"""
+        a, b = names_of(impl, [1, 2, 3, 4, 5, 6, 7, 8], 4), names_of(impl, [4, 3, 2, 1, 5, 6, 7, 8], 4)
+        expect_equal("which names are equal", agree(a, b), [False, False])
+        repeated = names_of(impl, [5] * 400, 4)
+        expect_equal("different names of 100 equal blocks", len(set(repeated)), 100)
+
+    def test_tokens_are_told_apart(self, impl):
+        """1, 23 is not 12, 3; token ids may be large, and 258 is not 2"""
+        for a, b in (
+            ([1, 23, 4, 5], [12, 3, 4, 5]),
+            ([258, 0, 0, 0], [2, 0, 0, 0]),
+            ([2**31, 1, 1, 1], [0, 1, 1, 1]),
+            ([2**62 + 1, 1, 1, 1], [1, 1, 1, 1]),
+            ([0, 1, 0, 0], [1, 0, 0, 0]),
+            ([2**61 - 1, 0, 0, 0], [0, 0, 0, 0]),
+        ):
+            expect_agree(impl, f"{a} and {b}", (a, "", ()), (b, "", ()), [False])
+
+    def test_tenants(self, impl):
+        """another salt: no name in common; the same salt: all"""
+        for a, b in (("", "x"), ("a", "b"), ("tenant 1", "tenant 11"), ("é", "e"), ("a" * 40, "a" * 41)):
+            expect_agree(impl, f"salts {a!r} and {b!r}", (TOKENS[:12], a, ()), (TOKENS[:12], b, ()), [False] * 3)
+            expect_agree(impl, f"salt {a!r} twice", (TOKENS[:12], a, ()), (TOKENS[:12], a, ()), [True] * 3)
+
+    def test_pictures(self, impl):
+        """another picture in the second block: equal before, different from there on"""
+        for start, length in ((4, 4), (5, 2), (6, 8), (7, 1)):
+            a, b = [(start, length, b"cat" * 5)], [(start, length, b"dog" * 5)]
+            what = f"pictures at {start}, {length} tokens"
+            expect_agree(impl, what, (PICTURE[:20], "", a), (PICTURE[:20], "", b), [True] + [False] * 4)
+            expect_agree(impl, f"{what}, one prompt has none", (PICTURE[:20], "", a), (PICTURE[:20], "", ()),
+                         [True] + [False] * 4)  # fmt: skip
+
+    def test_later_pictures_do_not_count(self, impl):
+        """a picture that begins where the block ends has no influence on it"""
+        a, b = [(1, 2, b"cat"), (8, 3, b"dog")], [(1, 2, b"cat"), (8, 3, b"owl")]
+        expect_agree(
+            impl, "pictures from 8 on", (PICTURE[:16], "", a), (PICTURE[:16], "", b), [True, True, False, False]
+        )
+        expect_agree(impl, "a picture in the tail", (PICTURE[:11], "", a), (PICTURE[:11], "", a[:1]), [True, True])
+
+    def test_a_picture_that_ended_still_counts(self, impl):
+        """blocks after a picture depend on it"""
+        a, b = [(0, 3, b"cat")], [(0, 3, b"dog")]
+        expect_agree(impl, "pictures in block 0", (TOKENS[:16], "", a), (TOKENS[:16], "", b), [False] * 4)
+
+    def test_where_a_picture_stands(self, impl):
+        """the same picture one token later, or two pictures exchanged, is another prompt"""
+        expect_agree(impl, "at 1 and at 2", (PICTURE[:8], "", [(1, 2, b"cat")]), (PICTURE[:8], "", [(2, 2, b"cat")]),
+                     [False, False])  # fmt: skip
+        a, b = [(0, 2, b"cat"), (2, 2, b"dog")], [(0, 2, b"dog"), (2, 2, b"cat")]
+        expect_agree(impl, "exchanged", (PICTURE[:8], "", a), (PICTURE[:8], "", b), [False, False])
+        expect_agree(impl, "listed in another order", (PICTURE[:8], "", a), (PICTURE[:8], "", a[::-1]), [True, True])
+
+    def test_fields_do_not_run_together(self, impl):
+        """moving bytes from one field to the next gives another name"""
+        expect_agree(impl, "salt and digest", (PICTURE[:4], "a", [(0, 2, b"bc")]), (PICTURE[:4], "ab", [(0, 2, b"c")]),
+                     [False])  # fmt: skip
+        a, b = [(0, 2, b"ab"), (2, 2, b"c")], [(0, 2, b"a"), (2, 2, b"bc")]
+        expect_agree(impl, "two digests", (PICTURE[:4], "", a), (PICTURE[:4], "", b), [False])
+        expect_agree(impl, "an empty digest", (PICTURE[:4], "", [(0, 1, b"")]), (PICTURE[:4], "", ()), [False])
+
+    def test_looks_like_a_cryptographic_hash(self, impl):
+        """over 2,000 names each of the first 16 bytes takes nearly all values, and no name comes twice"""
+        names = [name for seed in range(500) for name in names_of(impl, [seed] * 16, 4)]
+        expect_equal("different names", len(set(names)), len(names))
+        fewest = min(len({name[i] for name in names}) for i in range(16))
+        expect(fewest > 200, f"expected bytes that take nearly all 256 values\n  got one that takes {fewest}")
+
+
+# ---- 7.4
+
+
+class Node:
+    def __init__(self, parent, tokens, last_used, references=0):
+        self.parent, self.tokens, self.last_used, self.references = parent, tokens, last_used, references
+
+    def __eq__(self, other):
+        return vars(self) == vars(other)
+
+
+def tree(*rows) -> dict[int, Node]:
+    """rows: (id, parent, tokens, last_used, references = 0); the root is 0"""
+    return {0: Node(None, 0, 0.0)} | {row[0]: Node(*row[1:]) for row in rows}
+
+
+def slow_evict(nodes: dict[int, Node], wanted: int) -> list[int]:
+    """The rule, by looking at all nodes again for every choice."""
+    left, chosen, freed = dict(nodes), [], 0
+    while freed < wanted:
+        inner = {node.parent for node in left.values()}
+        leaves = [i for i, n in left.items() if i not in inner and n.parent is not None and not n.references]
+        if not leaves:
+            break
+        chosen.append(min(leaves, key=lambda i: left[i].last_used))
+        freed += left.pop(chosen[-1]).tokens
+    return chosen
+
+
+def expect_evicted(impl, what: str, nodes: dict[int, Node], wanted: int, expected: list[int]) -> None:
+    before = copy.deepcopy(nodes)
+    got = impl(nodes, wanted)
+    expect(nodes == before, f"{what}: expected the tree as it was\n  got a changed one")
+    expect(isinstance(got, list), f"{what}: expected a list of ids\n  got {type(got).__name__}")
+    expect_equal(f"evicted, {what}, {wanted} tokens wanted", got, expected)
+
+
+@exercise("7.4", "evict")
+class TestEvict:
+    def test_by_hand(self, impl):
+        """a chain 1 - 2 and a leaf 3: 2 is the oldest leaf, then 3, then 1, though 1 is the oldest node"""
+        nodes = tree((1, 0, 10, 1.0), (2, 1, 10, 3.0), (3, 0, 10, 4.0))
+        for wanted, expected in ((1, [2]), (10, [2]), (11, [2, 1]), (20, [2, 1]), (21, [2, 1, 3])):
+            expect_evicted(impl, "by hand", nodes, wanted, expected)
+
+    def test_only_leaves(self, impl):
+        """a parent stays as long as it has a child, however old it is"""
+        nodes = tree((1, 0, 5, 1.0), (2, 1, 5, 9.0), (3, 1, 5, 8.0), (4, 3, 5, 7.0))
+        expect_evicted(impl, "two children", nodes, 100, [4, 3, 2, 1])
+
+    def test_a_new_leaf_competes_at_once(self, impl):
+        """a parent that has become a leaf goes before younger leaves"""
+        nodes = tree((1, 0, 1, 2.0), (2, 1, 1, 1.0), (3, 0, 1, 5.0), (4, 0, 1, 6.0))
+        expect_evicted(impl, "an old parent", nodes, 2, [2, 1])
+        nodes = tree((1, 0, 1, 5.5), (2, 1, 1, 1.0), (3, 0, 1, 5.0), (4, 0, 1, 6.0))
+        expect_evicted(impl, "a parent in between", nodes, 4, [2, 3, 1, 4])
+
+    def test_nodes_in_use(self, impl):
+        """what a request reads stays, and everything above it"""
+        nodes = tree((1, 0, 4, 1.0), (2, 1, 4, 2.0), (3, 2, 4, 3.0, 1), (4, 1, 4, 5.0), (5, 0, 4, 6.0, 2))
+        expect_evicted(impl, "3 and 5 in use", nodes, 100, [4])
+
+    def test_in_use_in_the_middle(self, impl):
+        """a request may read an inner node: its children may go, it may not"""
+        nodes = tree((1, 0, 4, 1.0, 1), (2, 1, 4, 2.0), (3, 2, 4, 3.0))
+        expect_evicted(impl, "1 in use", nodes, 100, [3, 2])
+
+    def test_as_few_as_needed(self, impl):
+        """it stops when enough tokens are free, by tokens and not by nodes"""
+        nodes = tree((1, 0, 100, 3.0), (2, 0, 3, 1.0), (3, 0, 3, 2.0), (4, 0, 50, 4.0))
+        for wanted, expected in ((0, []), (3, [2]), (4, [2, 3]), (7, [2, 3, 1]), (106, [2, 3, 1]), (107, [2, 3, 1, 4])):
+            expect_evicted(impl, "nodes of 3, 3, 100 and 50", nodes, wanted, expected)
+
+    def test_the_root_stays(self, impl):
+        """not enough: everything but the root; an empty tree gives nothing"""
+        expect_evicted(impl, "one node", tree((1, 0, 4, 1.0)), 1000, [1])
+        expect_evicted(impl, "the root alone", tree(), 1, [])
+        nodes = {7: Node(None, 3, 0.5), 1: Node(7, 4, 1.0)}
+        expect_evicted(impl, "a root with tokens and another id", nodes, 1000, [1])
+
+    def test_drawn_trees(self, impl):
+        """40 trees of 30 nodes with random times, sizes and readers: as the rule says, step by step"""
+        draw = random.Random(0)
+        for _ in range(40):
+            times = draw.sample(range(1000), 30)
+            rows = [
+                (i, draw.randrange(i), draw.randint(1, 9), times[i - 1], draw.random() < 0.15) for i in range(1, 31)
+            ]
+            nodes = tree(*rows)
+            wanted = draw.randint(0, 200)
+            expect_evicted(impl, "drawn", nodes, wanted, slow_evict(nodes, wanted))
+
+
+# ---- 7.5
+
+
+ARITHMETIC = ("mm", "bmm", "matmul", "mul", "exp", "sum", "softmax", "index", "gather", "scaled_dot_product", "einsum")
+
+
+class Arithmetic(TorchFunctionMode):
+    """Notes the torch operations that compute or look something up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "").strip("_")
+        looks_up = name == "getitem" and isinstance(args[1], torch.Tensor | list | tuple)
+        if name.startswith(ARITHMETIC) or looks_up:
+            self.found.add("indexing" if looks_up else name)
+        return func(*args, **(kwargs or {}))
+
+
+def window_case(contexts, heads, kv_heads, size, window, block_size, dtype=torch.float32, scale=1.0, seed=0):
+    """Arguments of window_decode, and the exact result. All that no query sees is NaN; dead entries are -1."""
+    generator = torch.Generator().manual_seed(seed + sum(contexts))
+    widths = [-(-c // block_size) for c in contexts]
+    total = sum(widths) + 2
+    # Before slot 0 stands a block of NaN: what an entry of -1 would read.
+    caches = torch.full((2, (total + 1) * block_size, kv_heads, size), math.nan)[:, block_size:]
+    order = torch.randperm(total, generator=generator).tolist()
+    tables = torch.full((len(contexts), max([*widths, 1])), -1, dtype=torch.int32)
+    q = (torch.randn(len(contexts), heads, size, generator=generator) * scale).to(dtype)
+    out = torch.zeros(len(contexts), heads, size, dtype=torch.float64)
+    for i, context in enumerate(contexts):
+        first = max(0, context - window)
+        for index in range(first // block_size, widths[i]):
+            tables[i, index] = order.pop()
+        for p in range(first, context):
+            slot = int(tables[i, p // block_size]) * block_size + p % block_size
+            caches[:, slot] = torch.randn(2, kv_heads, size, generator=generator).to(dtype).float()
+        if context:
+            positions = torch.arange(first, context)
+            slots = tables[i][positions // block_size].long() * block_size + positions % block_size
+            k, v = (c[slots].double().repeat_interleave(heads // kv_heads, 1) for c in caches)  # [n, H, D]
+            weights = (torch.einsum("hd,nhd->hn", q[i].double(), k) / size**0.5).softmax(-1)
+            out[i] = torch.einsum("hn,nhd->hd", weights, v)
+    whole = caches.to(dtype)
+    padded = [torch.full((block_size, kv_heads, size), math.nan, dtype=dtype) for _ in range(2)]
+    k_cache, v_cache = (torch.cat((p, c))[block_size:] for p, c in zip(padded, whole, strict=True))
+    args = (q, k_cache, v_cache, tables, torch.tensor(contexts, dtype=torch.int32))
+    return (*on_device(*args), window, block_size), out
+
+
+def expect_window(impl, contexts, heads=4, kv_heads=2, size=16, window=20, block_size=16, dtype=torch.float32, **more):
+    args, expected = window_case(contexts, heads, kv_heads, size, window, block_size, dtype, **more)
+    got = impl(*args)
+    what = f"contexts {contexts}, {heads}/{kv_heads} heads of {size}, window {window}, blocks of {block_size}, {dtype}"
+    expect_equal(f"shape, {what}", tuple(got.shape), tuple(expected.shape))
+    expect_equal(f"dtype, {what}", got.dtype, dtype)
+    atol = 1e-5 if dtype == torch.float32 else 4e-3
+    expect_close(f"output, {what}", got, expected, atol=atol, rtol=atol)
+
+
+@exercise("7.5", "window_decode")
+class TestWindowDecode:
+    def test_one_block(self, impl):
+        """one sequence, one full block, a window that sees all of it"""
+        expect_window(impl, [16], heads=2, kv_heads=2, window=100)
+
+    def test_a_block_that_is_not_full(self, impl):
+        """slots past the context hold NaN: they do not count"""
+        for context in (1, 5, 15):
+            expect_window(impl, [context], heads=2, kv_heads=1, window=100)
+
+    def test_several_blocks(self, impl):
+        """40 tokens in three blocks that stand anywhere in the pool"""
+        expect_window(impl, [40], heads=2, kv_heads=2, window=100)
+
+    def test_the_window(self, impl):
+        """the last `window` tokens count, wherever they begin in a block; entries behind them are -1"""
+        for window in (1, 8, 16, 17, 31):
+            expect_window(impl, [50], heads=2, kv_heads=1, window=window)
+        expect_window(impl, [48], heads=2, kv_heads=1, window=16)
+
+    def test_grouped_heads(self, impl):
+        """2, 3 or 6 query heads share a key/value head"""
+        for heads, kv_heads in ((4, 2), (9, 3), (6, 1)):
+            expect_window(impl, [21], heads=heads, kv_heads=kv_heads)
+
+    def test_several_sequences(self, impl):
+        """each reads its own table, its own length"""
+        expect_window(impl, [3, 37, 20], heads=2, kv_heads=1)
+
+    def test_no_context(self, impl):
+        """a context of 0 gives 0: a padded batch"""
+        expect_window(impl, [0, 9], heads=2, kv_heads=1)
+
+    def test_more_features_larger_blocks(self, impl):
+        """heads of 32, blocks of 32"""
+        expect_window(impl, [70], heads=2, kv_heads=1, size=32, window=40, block_size=32)
+
+    def test_large_scores(self, impl):
+        """scores of ±100, whose exponentials overflow without the maximum, and grow from block to block"""
+        for seed in range(3):
+            expect_window(impl, [45], heads=2, kv_heads=1, window=100, scale=100.0, seed=seed)
+
+    def test_fp16(self, impl):
+        """fp16 in and out"""
+        expect_window(impl, [37], heads=4, kv_heads=2, dtype=torch.float16)
+
+    def test_the_kernel_does_the_work(self, impl):
+        """torch neither gathers keys and values nor computes with them: the kernel reads them where they lie"""
+        args, _ = window_case([64], 2, 2, 16, 64, 16)
+        with Arithmetic() as seen:
+            impl(*args)
+        expect(not seen.found, f"expected no arithmetic in torch\n  got {', '.join(sorted(seen.found))}")

@@ -1,0 +1,613 @@
+"""Wrong and alternative implementations for the exercises of chapter 7: they keep the checks honest."""
+
+import hashlib
+import os
+import zlib
+from array import array
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from minillm.cache.blocks import OutOfBlocks
+from minillm.kernels.common import tl, triton
+from minillm.learn.testing import alternative, wrong
+
+# ---- 7.1
+
+
+class Table:
+    """The right table, but for what `mistake` names."""
+
+    mistake = ""
+
+    def __init__(self, block_size, window, allocate, release):
+        self.block_size, self.window, self.allocate, self.release = block_size, window, allocate, release
+        self.blocks, self.num_tokens = [], 0
+
+    def forget(self, seen):
+        for index in range(min(max(0, seen) // self.block_size, len(self.blocks))):
+            if self.blocks[index] >= 0:
+                self.release(self.blocks[index])
+                self.blocks[index] = -1
+        if self.mistake == "removes":
+            self.blocks = [b for b in self.blocks if b >= 0]
+
+    def extend(self, count):
+        what = self.mistake
+        seen = self.num_tokens - self.window + 1
+        seen += {"early": 1, "late": -1, "last token": count - 1}.get(what, 0)
+        if what not in ("keeps all", "allocates first"):
+            self.forget(seen)
+        before = len(self.blocks)
+        try:
+            while len(self.blocks) * self.block_size < self.num_tokens + count:
+                self.blocks.append(self.allocate())
+                if what == "one block":
+                    break
+        except OutOfBlocks:
+            if what == "swallows":
+                return
+            while len(self.blocks) > before and what != "leaks":
+                self.release(self.blocks.pop())
+            raise
+        if what == "allocates first":
+            self.forget(seen)
+        self.num_tokens += count
+
+    def free(self):
+        for block in self.blocks:
+            if block >= 0 or self.mistake == "frees the dead":
+                self.release(block)
+        if self.mistake != "stays":
+            self.blocks, self.num_tokens = [], 0
+
+
+@wrong("7.1", "gives back one position too early: the window holds W tokens, itself included")
+class WindowTable(Table):
+    mistake = "early"
+
+
+@wrong("7.1", "gives back one position too late")
+class WindowTable(Table):
+    mistake = "late"
+
+
+@wrong("7.1", "goes by the last new token: the first ones of a chunk lose keys that they see")
+class WindowTable(Table):
+    mistake = "last token"
+
+
+@wrong("7.1", "never gives anything back")
+class WindowTable(Table):
+    mistake = "keeps all"
+
+
+@wrong("7.1", "takes before it gives back: a tight pool has nothing left")
+class WindowTable(Table):
+    mistake = "allocates first"
+
+
+@wrong("7.1", "removes dead entries from the list: positions are looked up in the wrong block")
+class WindowTable(Table):
+    mistake = "removes"
+
+
+@wrong("7.1", "takes one block however many tokens come")
+class WindowTable(Table):
+    mistake = "one block"
+
+
+@wrong("7.1", "keeps what it took when the pool ran dry")
+class WindowTable(Table):
+    mistake = "leaks"
+
+
+@wrong("7.1", "swallows the error")
+class WindowTable(Table):
+    mistake = "swallows"
+
+
+@wrong("7.1", "gives the dead back once more at the end")
+class WindowTable(Table):
+    mistake = "frees the dead"
+
+
+@wrong("7.1", "free leaves the table as it was")
+class WindowTable(Table):
+    mistake = "stays"
+
+
+@alternative("7.1", "a plain loop over all earlier blocks, and all blocks taken into a list first")
+class WindowTable(Table):
+    def extend(self, count):
+        self.forget(self.num_tokens - self.window + 1)
+        wanted, taken = -(-(self.num_tokens + count) // self.block_size) - len(self.blocks), []
+        try:
+            for _ in range(wanted):
+                taken.append(self.allocate())
+        except OutOfBlocks:
+            for block in taken:
+                self.release(block)
+            raise
+        self.blocks += taken
+        self.num_tokens += count
+
+
+# ---- 7.2
+
+
+def slots(tables, starts, counts, size, block_size, rank=0, ranks=1, mistake=""):
+    ends = counts.cumsum(0)
+    token = torch.arange(size, device=tables.device)
+    owner = torch.searchsorted(ends, token, right=mistake != "left")
+    inside = owner < len(counts)
+    owner = owner.clamp(max=len(counts) - 1)
+    begins = ends - counts
+    position = token - begins[owner]
+    if mistake != "from 0":
+        position = starts[owner] + position
+    number = position // block_size
+    held = number % ranks == rank
+    entry = number // ranks
+    if mistake == "global table":
+        entry = number
+    if mistake == "token by token":
+        held, entry = position % ranks == rank, number // ranks
+    if mistake == "stretches":
+        width = tables.shape[1]
+        held, entry = number // width == rank, number % width
+    entry = entry.clamp(min=0, max=tables.shape[1] - 1)
+    block = tables[owner, entry]
+    if mistake == "int32":
+        found = (block * block_size + (position % block_size).int()).long()
+    else:
+        found = block.long() * block_size + position % block_size
+    if mistake == "padding":
+        return torch.where(held, found, -1)
+    if mistake == "zero":
+        return torch.where(inside & held, found, 0)
+    if mistake == "all ranks":
+        return torch.where(inside, found, -1)
+    return torch.where(inside & held, found, -1)
+
+
+@wrong("7.2", "a token on the border goes to the sequence before")
+def slot_mapping(tables, starts, counts, size, block_size, rank=0, ranks=1):
+    return slots(tables, starts, counts, size, block_size, rank, ranks, "left")
+
+
+@wrong("7.2", "positions count from 0 in each step")
+def slot_mapping(tables, starts, counts, size, block_size, rank=0, ranks=1):
+    return slots(tables, starts, counts, size, block_size, rank, ranks, "from 0")
+
+
+@wrong("7.2", "looks up the block's number in the sequence, as if the table held all")
+def slot_mapping(tables, starts, counts, size, block_size, rank=0, ranks=1):
+    return slots(tables, starts, counts, size, block_size, rank, ranks, "global table")
+
+
+@wrong("7.2", "deals out tokens instead of blocks")
+def slot_mapping(tables, starts, counts, size, block_size, rank=0, ranks=1):
+    return slots(tables, starts, counts, size, block_size, rank, ranks, "token by token")
+
+
+@wrong("7.2", "gives each GPU a stretch of the context")
+def slot_mapping(tables, starts, counts, size, block_size, rank=0, ranks=1):
+    return slots(tables, starts, counts, size, block_size, rank, ranks, "stretches")
+
+
+@wrong("7.2", "slots in int32: large pools overflow")
+def slot_mapping(tables, starts, counts, size, block_size, rank=0, ranks=1):
+    return slots(tables, starts, counts, size, block_size, rank, ranks, "int32")
+
+
+@wrong("7.2", "padding writes into the last sequence's blocks")
+def slot_mapping(tables, starts, counts, size, block_size, rank=0, ranks=1):
+    return slots(tables, starts, counts, size, block_size, rank, ranks, "padding")
+
+
+@wrong("7.2", "padding writes to slot 0")
+def slot_mapping(tables, starts, counts, size, block_size, rank=0, ranks=1):
+    return slots(tables, starts, counts, size, block_size, rank, ranks, "zero")
+
+
+@wrong("7.2", "writes what another GPU holds")
+def slot_mapping(tables, starts, counts, size, block_size, rank=0, ranks=1):
+    return slots(tables, starts, counts, size, block_size, rank, ranks, "all ranks")
+
+
+@wrong("7.2", "repeat_interleave: the output's shape depends on values")
+def slot_mapping(tables, starts, counts, size, block_size, rank=0, ranks=1):
+    owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    position = torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner] + starts[owner]
+    number = position // block_size
+    entry = (number // ranks).clamp(max=tables.shape[1] - 1)
+    found = tables[owner, entry].long() * block_size + position % block_size
+    found = torch.where(number % ranks == rank, found, -1)
+    return torch.nn.functional.pad(found, (0, size - len(found)), value=-1)
+
+
+@wrong("7.2", "a loop over the sequences that reads their values")
+def slot_mapping(tables, starts, counts, size, block_size, rank=0, ranks=1):
+    out, at = torch.full((size,), -1), 0
+    for row, start, count in zip(tables.tolist(), starts.tolist(), counts.tolist(), strict=True):
+        for p in range(start, start + count):
+            if p // block_size % ranks == rank:
+                out[at] = row[p // block_size // ranks] * block_size + p % block_size
+            at += 1
+    return out
+
+
+@wrong("7.2", "a boolean mask in the index")
+def slot_mapping(tables, starts, counts, size, block_size, rank=0, ranks=1):
+    found = slots(tables, starts, counts, size, block_size, rank, ranks, "all ranks")
+    ends = counts.cumsum(0)
+    token = torch.arange(size)
+    owner = torch.searchsorted(ends, token, right=True).clamp(max=len(counts) - 1)
+    number = (starts[owner] + token - (ends - counts)[owner]) // block_size
+    found[number % ranks != rank] = -1
+    return found
+
+
+@alternative("7.2", "all pairs of entry and sequence compared")
+def slot_mapping(tables, starts, counts, size, block_size, rank=0, ranks=1):
+    ends = counts.cumsum(0)
+    begins, token = ends - counts, torch.arange(size, device=tables.device)[:, None]
+    mine = (token >= begins) & (token < ends)  # [size, S]
+    owner = mine.long().argmax(1)
+    position = (mine * (starts + token - begins)).sum(1)
+    number, offset = position // block_size, position % block_size
+    entry = torch.minimum(number // ranks, torch.tensor(tables.shape[1] - 1, device=tables.device))
+    found = tables.long()[owner, entry] * block_size + offset
+    return found.masked_fill(~mine.any(1) | (number % ranks != rank), -1)
+
+
+# ---- 7.3
+
+
+def packed(*numbers):
+    return array("q", numbers).tobytes()
+
+
+def names(token_ids, block_size, salt="", images=(), mistake=""):
+    seed, found = salt.encode() if mistake != "no salt" else b"", []
+    parent = hashlib.sha256(seed).digest()
+    if mistake == "runs together" and images:
+        parent = hashlib.sha256(seed + b"".join(d for *_, d in sorted(images))).digest()
+    stop_at = len(token_ids) if mistake == "partial" else len(token_ids) // block_size * block_size
+    for start in range(0, stop_at, block_size):
+        stop = start + block_size
+        tokens = token_ids[start:stop]
+        if mistake == "text":
+            key = hashlib.sha256(parent + "".join(map(str, tokens)).encode())
+        elif mistake == "bytes":
+            key = hashlib.sha256(parent + bytes(t & 255 for t in tokens))
+        elif mistake == "32 bits":
+            key = hashlib.sha256(parent + packed(*(t & 0xFFFFFFFF for t in tokens)))
+        elif mistake == "any order":
+            key = hashlib.sha256(parent + packed(*sorted(tokens)))
+        else:
+            key = hashlib.sha256(parent + packed(*tokens))
+        for first, length, digest in images if mistake == "listed" else sorted(images):
+            touches = first < stop and first + length > start
+            if mistake == "all images":
+                touches = True
+            if mistake == "begins in it":
+                touches = start <= first < stop
+            if mistake == "inside":
+                touches = start <= first and first + length <= stop
+            if mistake == "one too far":
+                touches = first <= stop and first + length > start
+            if touches and mistake not in ("no images", "runs together"):
+                place = packed(first - start, len(digest))
+                place = {"no place": packed(len(digest)), "no length": packed(first - start)}.get(mistake, place)
+                key.update((b"" if mistake == "digest alone" else place) + digest)
+        name = key.digest()
+        if mistake != "no chain":
+            parent = name
+        found.append(name)
+    return found
+
+
+def with_mistake(what):
+    return lambda token_ids, block_size, salt="", images=(): names(token_ids, block_size, salt, images, what)
+
+
+for what, why in (
+    ("no chain", "hashes a block's own tokens alone"),
+    ("no salt", "forgets the tenant"),
+    ("no images", "forgets the pictures: every picture is the same placeholder"),
+    ("all images", "lets pictures behind the block count"),
+    ("one too far", "a picture that begins at the block's end counts"),
+    ("inside", "misses pictures that cross the border of a block"),
+    ("no place", "a picture's place does not count"),
+    ("digest alone", "appends digests without place and length"),
+    ("listed", "takes pictures in the order in which they are listed"),
+    ("runs together", "joins salt and digests without telling where one ends, before the first block"),
+    ("partial", "names the last block, which is not full"),
+    ("text", "joins token ids as text"),
+    ("bytes", "keeps the lowest byte of a token id"),
+    ("32 bits", "keeps 32 bits of a token id"),
+    ("any order", "sorts the tokens"),
+):
+    wrong("7.3", why)(with_mistake(what))
+
+
+@wrong("7.3", "Python's hash in 16 bytes")
+def block_names(token_ids, block_size, salt="", images=()):
+    found, parent = [], hash(salt)
+    for start in range(0, len(token_ids) // block_size * block_size, block_size):
+        stop = start + block_size
+        seen = tuple((f - start, n, d) for f, n, d in sorted(images) if f < stop and f + n > start)
+        parent = hash((parent, tuple(token_ids[start:stop]), seen))
+        found.append(parent.to_bytes(16, "big", signed=True))
+    return found
+
+
+@wrong("7.3", "a checksum, repeated to 16 bytes")
+def block_names(token_ids, block_size, salt="", images=()):
+    return [zlib.crc32(name).to_bytes(4, "big") + bytes(12) for name in names(token_ids, block_size, salt, images)]
+
+
+@wrong("7.3", "text instead of bytes")
+def block_names(token_ids, block_size, salt="", images=()):
+    return [name.hex() for name in names(token_ids, block_size, salt, images)]
+
+
+@alternative("7.3", "a picture counts where it begins, and the chain carries it on; BLAKE2b with the salt as text")
+def block_names(token_ids, block_size, salt="", images=()):
+    return names(token_ids, block_size, salt, images, "begins in it")
+
+
+@alternative("7.3", "each name over the whole prefix, as text that tells its fields apart")
+def block_names(token_ids, block_size, salt="", images=()):
+    found = []
+    for stop in range(block_size, len(token_ids) + 1, block_size):
+        seen = sorted((f, d.hex()) for f, _, d in images if f < stop)
+        text = repr((salt, [int(t) for t in token_ids[:stop]], seen))
+        found.append(hashlib.blake2b(text.encode(), digest_size=20).digest())
+    return found
+
+
+# ---- 7.4
+
+
+def scan(nodes, wanted, mistake=""):
+    left, chosen, freed = dict(nodes), [], 0
+    while freed < wanted or mistake == "everything":
+        inner = {n.parent for n in left.values()}
+        if mistake == "first leaves":
+            inner = {n.parent for n in nodes.values()}
+        able = [
+            i for i, n in left.items()
+            if (i not in inner or mistake == "inner") and (n.parent is not None or mistake == "root")
+            and (not n.references or mistake == "in use")
+        ]  # fmt: skip
+        if not able:
+            break
+        pick = max if mistake == "youngest" else min
+        key = (lambda i: -left[i].tokens) if mistake == "largest" else (lambda i: left[i].last_used)
+        best = pick(able, key=key)
+        if mistake == "stops before" and freed + left[best].tokens > wanted:
+            break
+        chosen.append(best)
+        freed += 1 if mistake == "nodes" else left[best].tokens
+        left.pop(best)
+    return chosen
+
+
+def scan_with(what):
+    return lambda nodes, wanted: scan(nodes, wanted, what)
+
+
+for what, why in (
+    ("inner", "the least recently used node, leaf or not"),
+    ("first leaves", "parents never become leaves"),
+    ("root", "throws the root away too"),
+    ("in use", "throws away what a request reads"),
+    ("everything", "does not stop"),
+    ("stops before", "stops before there is enough, not after"),
+    ("nodes", "counts nodes instead of tokens"),
+    ("youngest", "the most recently used first"),
+    ("largest", "the largest leaf first"),
+):
+    wrong("7.4", why)(scan_with(what))
+
+
+@wrong("7.4", "sorts the leaves once and lets new ones wait for the next round")
+def evict(nodes, wanted):
+    left, chosen, freed = dict(nodes), [], 0
+    while freed < wanted:
+        inner = {n.parent for n in left.values()}
+        able = [i for i, n in left.items() if i not in inner and n.parent is not None and not n.references]
+        if not able:
+            break
+        for i in sorted(able, key=lambda i: left[i].last_used):
+            if freed < wanted:
+                chosen.append(i)
+                freed += left.pop(i).tokens
+    return chosen
+
+
+@wrong("7.4", "removes the nodes from the caller's tree")
+def evict(nodes, wanted):
+    chosen = scan(nodes, wanted)
+    for i in chosen:
+        del nodes[i]
+    return chosen
+
+
+@wrong("7.4", "returns a set: the order is lost")
+def evict(nodes, wanted):
+    return set(scan(nodes, wanted))
+
+
+@alternative("7.4", "looks at all nodes again for every choice")
+def evict(nodes, wanted):
+    return scan(nodes, wanted)
+
+
+# ---- 7.5
+
+
+@triton.jit
+def switched_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, table_ptr, context_ptr, stride_table, window, scale,
+    H_KV: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    WRONG: tl.constexpr,
+):  # fmt: skip
+    """The right kernel, but for what WRONG names."""
+    sequence, head_kv = tl.program_id(0), tl.program_id(1)
+    row, offs_d, offs_n = tl.arange(0, ROWS), tl.arange(0, D), tl.arange(0, BLOCK_SIZE)
+    head = head_kv * GROUP + row
+    if WRONG == "heads":
+        head = row * H_KV + head_kv
+    offs_q = (sequence * H_KV * GROUP + head[:, None]) * D + offs_d[None, :]
+    used = row[:, None] < GROUP
+    q = tl.load(q_ptr + offs_q, mask=used, other=0.0)
+    context = tl.load(context_ptr + sequence)
+    first = tl.maximum(context - window, 0)
+    if WRONG == "window + 1":
+        first = tl.maximum(context - window - 1, 0)
+    if WRONG == "window - 1":
+        first = tl.maximum(context - window + 1, 0)
+    begin, end = first // BLOCK_SIZE, tl.cdiv(context, BLOCK_SIZE)
+    if WRONG == "stops early":
+        end = context // BLOCK_SIZE
+    row_max = tl.full((ROWS,), -1.0e30, tl.float32)
+    row_sum, acc = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, D), tl.float32)
+    for index in range(begin, end):
+        table = table_ptr + sequence * stride_table
+        if WRONG == "first table":
+            table = table_ptr
+        block = tl.load(table + index).to(tl.int64)
+        if WRONG == "no table":
+            block = block * 0 + index
+        position = index * BLOCK_SIZE + offs_n
+        seen = (position >= first) & (position < context)
+        if WRONG == "no window in the block":
+            seen = position < context
+        if WRONG == "no end":
+            seen = position >= first
+        offs_kv = ((block * BLOCK_SIZE + offs_n) * H_KV + head_kv)[:, None] * D + offs_d[None, :]
+        if WRONG == "heads outside":
+            offs_kv = (block * BLOCK_SIZE * H_KV + head_kv * BLOCK_SIZE + offs_n)[:, None] * D + offs_d[None, :]
+        k = tl.load(k_ptr + offs_kv, mask=seen[:, None], other=0.0)
+        if WRONG == "v unmasked":
+            v = tl.load(v_ptr + offs_kv)
+        else:
+            v = tl.load(v_ptr + offs_kv, mask=seen[:, None], other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if WRONG != "zeros count":
+            scores = tl.where(seen[None, :], scores, -float("inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        if WRONG == "no maximum":
+            new_max = tl.zeros((ROWS,), tl.float32)
+        weights, shrink = tl.exp(scores - new_max[:, None]), tl.exp(row_max - new_max)
+        if WRONG == "no maximum":
+            shrink = tl.zeros((ROWS,), tl.float32) + 1.0
+        row_sum = row_sum * shrink + tl.sum(weights, 1)
+        if WRONG != "no rescaling":
+            acc = acc * shrink[:, None]
+        acc += tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        row_max = new_max
+    if WRONG == "0 / 0":
+        out = acc / row_sum[:, None]
+    else:
+        out = acc / tl.where(row_sum == 0, 1.0, row_sum)[:, None]
+    tl.store(out_ptr + offs_q, out.to(out_ptr.dtype.element_ty), mask=used)
+
+
+def launch(q, k_cache, v_cache, tables, context_lens, window, block_size, what="", kernel=switched_kernel):
+    out, kv_heads = torch.empty_like(q), k_cache.shape[1]
+    group = q.shape[1] // kv_heads
+    more = {"WRONG": what} if kernel is switched_kernel else {}
+    kernel[(len(q), kv_heads)](
+        q, k_cache, v_cache, out, tables, context_lens, tables.stride(0), window, q.shape[2] ** -0.5, H_KV=kv_heads,
+        GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), D=q.shape[2], BLOCK_SIZE=block_size, **more,
+    )  # fmt: skip
+    return out
+
+
+def launch_with(what):
+    return lambda *args: launch(*args, what)
+
+
+for what, why in (
+    ("heads", "query head h reads key/value head h % H_KV"),
+    ("window + 1", "the window is one token too long"),
+    ("window - 1", "the window is one token too short"),
+    ("no window in the block", "all slots of the first visited block count"),
+    ("stops early", "the last block, when it is not full, is not visited"),
+    ("first table", "every sequence reads the first one's table"),
+    ("no table", "takes the index for the block"),
+    ("no end", "slots past the context count"),
+    ("heads outside", "the cache as [blocks, heads, slots, D]"),
+    ("v unmasked", "weights of 0 times NaN in V"),
+    ("zeros count", "masked keys count with a score of 0"),
+    ("no maximum", "no maximum: exponentials overflow"),
+    ("no rescaling", "does not rescale the accumulator"),
+    ("0 / 0", "a context of 0 gives NaN"),
+):
+    wrong("7.5", why)(launch_with(what))
+
+
+@wrong("7.5", "gathers the keys and leaves the work to torch")
+def window_decode(q, k_cache, v_cache, tables, context_lens, window, block_size):
+    out = torch.zeros_like(q)
+    groups = q.shape[1] // k_cache.shape[1]
+    for i, context in enumerate(context_lens.tolist()):
+        if context:
+            p = torch.arange(max(0, context - window), context, device=q.device)
+            at = tables[i][p // block_size].long() * block_size + p % block_size
+            k, v = (c[at].repeat_interleave(groups, 1).transpose(0, 1) for c in (k_cache, v_cache))
+            scores = (q[i][:, None].float() @ k.float().mT) * q.shape[2] ** -0.5
+            out[i] = (scores.softmax(-1) @ v.float())[:, 0].to(q.dtype)
+    return out
+
+
+@triton.jit
+def backward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, table_ptr, context_ptr, stride_table, window, scale,
+    H_KV: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """From the newest block to the oldest, with 2^x, without tl.dot."""
+    sequence, head_kv = tl.program_id(0), tl.program_id(1)
+    row, offs_d, offs_n = tl.arange(0, ROWS), tl.arange(0, D), tl.arange(0, BLOCK_SIZE)
+    offs_q = ((sequence * H_KV + head_kv) * GROUP + row[:, None]) * D + offs_d[None, :]
+    used = row[:, None] < GROUP
+    q = tl.load(q_ptr + offs_q, mask=used, other=0.0).to(tl.float32) * (scale * 1.4426950408889634)
+    context = tl.load(context_ptr + sequence)
+    first = tl.maximum(context - window, 0)
+    row_max = tl.full((ROWS,), -1.0e30, tl.float32)
+    row_sum, acc = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, D), tl.float32)
+    end = tl.cdiv(context, BLOCK_SIZE)
+    for back in range(end - first // BLOCK_SIZE):
+        index = end - 1 - back
+        block = tl.load(table_ptr + sequence * stride_table + index).to(tl.int64)
+        position = index * BLOCK_SIZE + offs_n
+        seen = (position >= first) & (position < context)
+        offs_kv = ((block * BLOCK_SIZE + offs_n) * H_KV + head_kv)[:, None] * D + offs_d[None, :]
+        k = tl.load(k_ptr + offs_kv, mask=seen[:, None], other=0.0).to(tl.float32)
+        v = tl.load(v_ptr + offs_kv, mask=seen[:, None], other=0.0).to(tl.float32)
+        scores = tl.sum(q[:, None, :] * k[None, :, :], 2)  # [ROWS, BLOCK_SIZE]
+        scores = tl.where(seen[None, :], scores, -float("inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        weights, shrink = tl.exp2(scores - new_max[:, None]), tl.exp2(row_max - new_max)
+        row_sum = row_sum * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None] + tl.sum(weights[:, :, None] * v[None, :, :], 1)
+        row_max = new_max
+    out = acc / tl.where(row_sum == 0, 1.0, row_sum)[:, None]
+    tl.store(out_ptr + offs_q, out.to(out_ptr.dtype.element_ty), mask=used)
+
+
+@alternative("7.5", "from the newest block to the oldest, with 2^x, without tl.dot")
+def window_decode(*args):
+    return launch(*args, kernel=backward_kernel)
+
+
+@alternative("7.5", "the same loop, masks written otherwise")
+def window_decode(*args):
+    return launch(*args)
