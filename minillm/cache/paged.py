@@ -33,8 +33,9 @@ class PagedCache:
         shape = (config.num_hidden_layers, num_blocks * block_size, config.num_key_value_heads, config.head_dim)
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
 
-    def __len__(self) -> int:
-        """Blocks."""
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in all."""
         return self.k.shape[1] // self.block_size
 
     @property

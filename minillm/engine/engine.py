@@ -83,7 +83,7 @@ class Engine:
         """Drop everything: requests, steps on their way, and what the prefix cache holds."""
         for request in list(getattr(self, "requests", {}).values()):
             request.finish_reason = "abort"
-        self.pool = BlockPool(len(self.runner.cache), self.runner.block_size, self._prefix_caching)
+        self.pool = BlockPool(self.runner.cache.num_blocks, self.runner.block_size, self._prefix_caching)
         self.scheduler = Scheduler(
             self.pool, self.runner.max_num_seqs, self.runner.max_num_batched_tokens, self.metrics
         )
