@@ -3,32 +3,41 @@
 llm = LLM("smollm2-135m-instruct")
 outs = llm.generate(["The capital of France is"], SamplingParams(temperature=0, max_tokens=32))
 for piece in llm.stream("Tell me about caches", SamplingParams(max_tokens=200)): print(piece, end="")
+
+Prompts become requests to an `Engine` (`llm.engine`), which runs them together.
 """
 
 import os
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from .config import ModelConfig
-from .generate import naive
+from .engine.engine import Engine
+from .engine.request import Request
 from .model import Transformer
-from .model.tokenizer import StreamDecoder, Tokenizer
+from .model.tokenizer import Tokenizer
 from .model.weights import load, model_path, resolve_device, resolve_dtype
 from .sampling import SamplingParams
 
-__all__ = ["LLM", "Metrics", "RequestOutput", "TextStream"]
+__all__ = ["LLM", "Completion", "Metrics", "RequestOutput", "TextStream"]
 
 Prompt = str | list[int]
 
 
 @dataclass
 class Metrics:
-    """Wall-clock seconds of one request: until the first token, and in all."""
+    """Wall-clock seconds of one request, from its arrival: until the first token, and in all. With several completions
+    (n > 1) the first token is the earliest, and the tokens are those of all.
+    """
 
     time_to_first_token: float = 0.0
     total_time: float = 0.0
     num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
     num_generated_tokens: int = 0
 
     @property
@@ -38,21 +47,66 @@ class Metrics:
 
 
 @dataclass
-class RequestOutput:
-    """What one prompt gave. `finish_reason` is "stop" (end token, stop token or stop string) or "length"."""
+class Completion:
+    """One continuation of a prompt. `finish_reason` is "stop" (end token, stop token or stop string), "length",
+    "abort", or "error" (`error` says what happened); None while it runs.
+    """
 
-    prompt: str | None
-    prompt_token_ids: list[int]
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     logprobs: list[dict[int, float]] | None = None
+    error: BaseException | None = None
+
+
+@dataclass
+class RequestOutput:
+    """What one prompt gave: `outputs`, as many as `n` asked for. The first one's fields are this one's too."""
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[Completion] = field(default_factory=list)
     metrics: Metrics = field(default_factory=Metrics)
+
+    @property
+    def text(self) -> str:
+        """The first completion's text."""
+        return self.outputs[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The first completion's tokens, an end token included."""
+        return self.outputs[0].token_ids
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why the first completion ended."""
+        return self.outputs[0].finish_reason
+
+    @property
+    def logprobs(self) -> list[dict[int, float]] | None:
+        """{token id: log probability} for each token of the first completion, if asked for."""
+        return self.outputs[0].logprobs
+
+    def update(self, requests: list[Request]) -> None:
+        """Take over what the engine's requests have by now."""
+        self.outputs = [
+            Completion(r.text, list(r.output_token_ids), r.finish_reason, r.logprobs, r.error) for r in requests
+        ]
+        first = min((r.first_token_time for r in requests if r.first_token_time), default=0.0)
+        arrival = requests[0].arrival_time
+        self.metrics = Metrics(
+            time_to_first_token=first - arrival if first else 0.0,
+            total_time=max([r.last_token_time for r in requests] + [arrival]) - arrival,
+            num_prompt_tokens=len(self.prompt_token_ids),
+            num_cached_tokens=requests[0].num_cached,
+            num_generated_tokens=sum(len(r.output_token_ids) for r in requests),
+        )
 
 
 class TextStream:
     """An iterator over pieces of text. `output` is the request so far; complete, with its metrics, once the iterator
-    ends.
+    ends. Leaving the loop early (`close`, or dropping the stream) ends the request.
     """
 
     def __init__(self, output: RequestOutput, pieces: Iterator[str]) -> None:
@@ -64,14 +118,19 @@ class TextStream:
     def __next__(self) -> str:
         return next(self._pieces)
 
+    def close(self) -> None:
+        """End the request."""
+        self._pieces.close()
+
 
 class LLM:
     """A model and its tokenizer, ready to generate.
 
     model: a known name, a Hugging Face directory or id. device: "auto", "cpu", "cuda". dtype: "auto" (bf16 on a GPU,
     fp32 on a CPU) or a name. load_format: "auto", or "dummy" for random weights from a `config.json` alone.
-    max_model_len: longest sequence, prompt included. Raises ValueError for an argument that does not fit, with what
-    was expected.
+    max_model_len: longest sequence, prompt included; by default the model's context, or what the cache holds.
+    The other arguments are the `Engine`'s. Raises ValueError for an argument that does not fit, and MemoryError when
+    the device has no room, with what was expected.
     """
 
     def __init__(
@@ -82,6 +141,13 @@ class LLM:
         dtype: str = "auto",
         load_format: str = "auto",
         max_model_len: int | None = None,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int | None = None,
+        block_size: int = 16,
+        enable_prefix_caching: bool = True,
+        gpu_memory_utilization: float = 0.9,
+        enforce_eager: bool = False,
+        async_scheduling: bool | None = None,
     ) -> None:
         if load_format not in ("auto", "dummy"):
             raise ValueError(f'load_format: expected "auto" or "dummy", got {load_format!r}')
@@ -90,13 +156,28 @@ class LLM:
         context = config.max_position_embeddings
         if max_model_len is not None and not 1 <= max_model_len <= context:
             raise ValueError(f"max_model_len: expected 1 to {context} (the model's context), got {max_model_len}")
-        self.max_model_len = max_model_len or context
-        if load_format == "dummy":
-            where = resolve_device(device)
-            self.model = Transformer(config).to(where, resolve_dtype(dtype, where)).eval().requires_grad_(False)
-        else:
-            self.model = load(path, device, dtype)
+        try:
+            self.model = load(path, device, dtype) if load_format == "auto" else _random(config, device, dtype)
+        except torch.OutOfMemoryError as error:
+            needed = config.weight_bytes() / 1e9
+            raise MemoryError(
+                f"model: the weights ({needed:.1f} GB in bfloat16) do not fit beside what the GPU holds already; free"
+                " it, take a smaller model or dtype"
+            ) from error
         self.tokenizer = Tokenizer.from_pretrained(path) if (path / "tokenizer.json").is_file() else None
+        self.engine = Engine(
+            self.model, block_size=block_size, max_num_seqs=max_num_seqs, max_model_len=max_model_len,
+            max_num_batched_tokens=max_num_batched_tokens, enable_prefix_caching=enable_prefix_caching,
+            tokenizer=self.tokenizer, enforce_eager=enforce_eager, async_scheduling=async_scheduling,
+            gpu_memory_utilization=gpu_memory_utilization,
+        )  # fmt: skip
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of the longest sequence, prompt included."""
+        return self.engine.max_model_len
+
+    # ---- what users call ---------------------------------------------------------------------------------------------
 
     def generate(
         self,
@@ -106,16 +187,24 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete each prompt (text, or a list of token ids), with one `SamplingParams` for all or one each.
 
-        Every prompt is checked before the first is run. Raises ValueError for an empty or too long prompt and for ids
-        outside the vocabulary.
+        All run together; every prompt is checked before the first is run. Should a request fail, the others go on, and
+        a warning says which one; its `finish_reason` is "error". Raises ValueError for an empty or too long prompt and
+        for ids outside the vocabulary; the error itself when all requests failed.
         """
         from tqdm.auto import tqdm
 
-        requests = self._requests(prompts, sampling_params)
-        for request, params in tqdm(requests, desc="generate", unit="prompt", disable=not use_tqdm):
-            for _ in self._run(request, params):
-                pass
-        return [request for request, _ in requests]
+        each = self._each(prompts, sampling_params)
+        with tqdm(total=len(each), desc="generate", unit="prompt", disable=not use_tqdm) as bar:
+            requests = self._add(each)
+            try:
+                self._finish(requests, bar)
+            except BaseException:  # Ctrl-C too: nothing of these requests stays behind
+                self.engine.reset()
+                raise
+        for (output, _), some in zip(each, requests, strict=True):
+            output.update(some)
+        self._report([request for some in requests for request in some])
+        return [output for output, _ in each]
 
     def chat(
         self,
@@ -140,10 +229,15 @@ class LLM:
         """Complete one prompt and yield the text piece by piece; a piece never ends inside a character or inside a
         stop string.
         """
-        [(request, params)] = self._requests([prompt], sampling_params)
-        return TextStream(request, self._run(request, params))
+        params = sampling_params or SamplingParams()
+        if params.n != 1:
+            raise ValueError(f"n: expected 1 in a stream, got {params.n}; `generate` gives several completions")
+        [(output, _)] = self._each([prompt], params)
+        return TextStream(output, self._pieces(output, params))
 
-    def _requests(
+    # ---- inside ------------------------------------------------------------------------------------------------------
+
+    def _each(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[tuple[RequestOutput, SamplingParams]]:
         if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
@@ -152,9 +246,9 @@ class LLM:
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise ValueError(f"sampling_params: expected one for all or one each ({len(prompts)}), got {len(each)}")
-        return [(self._request(i, prompt), p) for i, (prompt, p) in enumerate(zip(prompts, each, strict=True))]
+        return [(self._output(i, prompt), p) for i, (prompt, p) in enumerate(zip(prompts, each, strict=True))]
 
-    def _request(self, index: int, prompt: Prompt) -> RequestOutput:
+    def _output(self, index: int, prompt: Prompt) -> RequestOutput:
         """Encode and check one prompt."""
         where = f"prompts[{index}]"
         if isinstance(prompt, str):
@@ -175,62 +269,60 @@ class LLM:
                 f"{where}: expected at most {self.max_model_len - 1} tokens (max_model_len less one to generate),"
                 f" got {len(ids)}; shorten it"
             )
-        return RequestOutput(prompt=prompt if isinstance(prompt, str) else None, prompt_token_ids=ids)
+        return RequestOutput(prompt if isinstance(prompt, str) else None, ids)
 
-    def _run(self, request: RequestOutput, params: SamplingParams) -> Iterator[str]:
-        """Generate into `request`, yielding text that is final."""
-        start = time.perf_counter()
-        text = (
-            _StopText(params.stop, StreamDecoder(self.tokenizer, skip_special_tokens=True)) if self.tokenizer else None
-        )
-        request.logprobs = None if params.logprobs is None else []
-        request.metrics.num_prompt_tokens = len(request.prompt_token_ids)
-        request.finish_reason = "length"
-        for token in naive(self.model, request.prompt_token_ids, params, self.max_model_len):
-            request.metrics.time_to_first_token = request.metrics.time_to_first_token or time.perf_counter() - start
-            request.token_ids.append(int(token))
-            if request.logprobs is not None:
-                request.logprobs.append(token.logprobs)
-            if token.is_end:
-                request.finish_reason = "stop"
-                break
-            if text is not None:
-                piece = text.push(int(token))
-                request.text += piece
-                if piece:
+    def _add(self, each: list[tuple[RequestOutput, SamplingParams]]) -> list[list[Request]]:
+        """Queue all prompts, or none -> the requests of each."""
+        added: list[list[Request]] = []
+        try:
+            for output, params in each:
+                name = self.engine.add_request(output.prompt_token_ids, params)
+                names = [name, *(f"{name}/{i}" for i in range(1, params.n))]
+                added.append([self.engine.requests[name] for name in names])
+        except ValueError:
+            for some in added:
+                self.engine.abort(some[0].id)
+            raise
+        return added
+
+    def _finish(self, requests: list[list[Request]], bar: "object") -> None:
+        """Step until all are finished."""
+        group = {request: index for index, some in enumerate(requests) for request in some}
+        left = [len(some) for some in requests]
+        while any(left):
+            for request in self.engine.step():
+                if request.finished and request in group:
+                    left[group[request]] -= 1
+                    if not left[group[request]]:
+                        bar.update()
+
+    def _report(self, requests: list[Request]) -> None:
+        failed = [request for request in requests if request.error is not None]
+        if failed and len(failed) == len(requests):
+            raise failed[0].error
+        for request in failed:
+            warnings.warn(f"request {request.id} failed: {request.error!r}; the others went on", stacklevel=3)
+
+    def _pieces(self, output: RequestOutput, params: SamplingParams) -> Iterator[str]:
+        [[request]] = self._add([(output, params)])
+        given = 0
+        try:
+            while not request.finished:
+                self.engine.step()
+                output.update([request])
+                if len(request.text) > given:
+                    piece, given = request.text[given:], len(request.text)
                     yield piece
-                if text.stopped:
-                    request.finish_reason = "stop"
-                    break
-        request.metrics.num_generated_tokens = len(request.token_ids)
-        request.metrics.total_time = time.perf_counter() - start
-        if text is not None and (rest := text.flush()):
-            request.text += rest
-            yield rest
+        finally:
+            self.engine.abort(request.id)
+            output.update([request])
+        if request.error is not None:
+            raise request.error
 
 
-class _StopText:
-    """Text that ends before the first stop string: what might begin one is held back until it is clear."""
-
-    def __init__(self, stop: Sequence[str], decoder: StreamDecoder) -> None:
-        self.stop, self.decoder, self.held, self.stopped = stop, decoder, "", False
-
-    def push(self, token: int) -> str:
-        return self._release(self.decoder.push(token))
-
-    def flush(self) -> str:
-        if self.stopped:
-            return ""
-        piece = self._release(self.decoder.flush())
-        rest, self.held = ("", "") if self.stopped else (self.held, "")
-        return piece + rest
-
-    def _release(self, piece: str) -> str:
-        self.held += piece
-        found = [at for stop in self.stop if (at := self.held.find(stop)) >= 0]
-        if found:
-            self.stopped = True
-            return self.held[: min(found)]
-        keep = max((n for stop in self.stop for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0)
-        ready, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
-        return ready
+def _random(config: ModelConfig, device: str, dtype: str) -> Transformer:
+    """A model of this shape with random weights."""
+    where = resolve_device(device)
+    with where:  # drawn where they will be
+        model = Transformer(config)
+    return model.to(where, resolve_dtype(dtype, where)).eval().requires_grad_(False)

@@ -6,7 +6,7 @@ import torch
 from minillm import LLM, SamplingParams
 from minillm.config import ModelConfig
 from minillm.generate import naive
-from minillm.llm import _StopText
+from minillm.engine.text import StopText
 from minillm.model import Transformer
 from minillm.model.weights import save
 
@@ -125,7 +125,7 @@ class Letters:
 )
 def test_stop_strings_across_tokens(stop, text, expected):
     """Held back until it is clear; what was given out is never taken back."""
-    stream, given = _StopText(stop, Letters()), ""
+    stream, given = StopText(stop, Letters()), ""
     for character in text:
         given += stream.push(ord(character))
         assert expected.startswith(given)
