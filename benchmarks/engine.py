@@ -49,9 +49,16 @@ PARTS: dict[str, Callable[[Bench], dict | None]] = {
     "chat": chat, "workload": workload, "stream": stream, "idle": idle, "poisson": poisson,
     "peers": peers.against_transformers,
 }  # fmt: skip
+PACKAGES = ("torch", "triton", "transformers")
+FLOOR = (
+    "decode steps only, all requests running at once: weights once a step, every running sequence's keys and values"
+    " read, one token's written, over the copy bytes/s of this run"
+)
 DEFINITIONS = {
-    "workload": {"of two runs": "the better, after a warm-up", "sampling": "temperature 0.6, ignore_eos"},
-    "stream": {"of five runs": "the median; decoding tokens/s leaves the first token and its time out"},
+    "workload": {"of two runs": "the better, after a warm-up", "sampling": "temperature 0.6", "floor": FLOOR},
+    "stream": {
+        "of five runs": "the median; decoding tokens/s leaves the first token and its time out", "floor": FLOOR,
+    },
     "idle": {
         "idle": "1 - (union of kernels, copies and fills) / (last end - first start), in a torch.profiler trace of the"
         " steps of a steady batch, CUDA activities only",
@@ -136,7 +143,7 @@ def run_parts(
             def measure(part: str = part, bench: Bench = bench) -> None:
                 results[part][bench.shape] = PARTS[part](bench)
                 if kept:
-                    record(f"engine_{part}", document(part, results[part], ceiling))
+                    record(f"engine_{part}", document(part, results[part], ceiling), PACKAGES)
 
             if not attempt(f"{part} of {shape}", measure):
                 failed.append(f"{part} of {shape}")
@@ -166,7 +173,7 @@ def attempt(name: str, action: Callable[[], object]) -> bool:
 def finish_cpu16(quick: bool, kept: bool) -> None:
     row = peers.cpu16(w.QUICK if quick else w.FULL)
     if kept:
-        print(record("engine_cpu", row))
+        print(record("engine_cpu", row, PACKAGES))
 
 
 if __name__ == "__main__":

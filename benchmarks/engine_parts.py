@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import workloads as w
+from common import device
 
 from minillm import LLM, SamplingParams
 from minillm.config import ModelConfig
@@ -77,7 +78,6 @@ def run(llm: LLM, jobs: Sequence[w.Job]) -> tuple[float, list]:
 # ---- correctness ---------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
 def check_tokens() -> int:
     """Greedy tokens through the engine, chunks and prefix hits included, must be the oracle's -> requests compared."""
     from minillm.generate import naive
@@ -137,8 +137,8 @@ def workload(bench: Bench) -> dict:
 
 
 def published(part: str, shape: str, rate: float) -> dict:
-    """Ratios to figures of other engines from elsewhere, marked as such; none on the CPU."""
-    figures = w.PUBLISHED[part].get(shape, {}) if GPU else {}
+    """Ratios to figures of other engines from elsewhere, marked as such; on the same GPU only."""
+    figures = w.PUBLISHED[part].get(shape, {}) if device()[0] == "h100" else {}
     return {"published": figures, "against published": {name: rate / figure for name, figure in figures.items()}}
 
 
@@ -192,31 +192,33 @@ def idle(bench: Bench) -> dict | None:
     if not GPU:
         print("  idle     skipped: needs a GPU")
         return None
+    return {str(batch): idle_row(bench.llm(), batch, bench.sizes.idle_steps) for batch in bench.sizes.idle_batches}
+
+
+def idle_row(llm: LLM, batch: int, count: int) -> dict:
     from torch.profiler import ProfilerActivity, profile
 
-    llm, rows, count = bench.llm(), {}, bench.sizes.idle_steps
-    for batch in bench.sizes.idle_batches:
-        keys = steady(llm, batch, 20 * count)
-        plain = statistics.median(steps_seconds(llm, count) for _ in range(5))
+    keys = steady(llm, batch, 20 * count)
+    plain = statistics.median(steps_seconds(llm, count) for _ in range(5))
+    for steps in (3, count):  # the first profile pays for the start of CUPTI
         with profile(activities=[ProfilerActivity.CUDA]) as trace:
-            profiled = steps_seconds(llm, count)
-        found = w.idle(spans(trace), count)
-        for key in keys:
-            llm.engine.abort(key)
-        while llm.engine.has_unfinished():
-            llm.engine.step()
-        busy = found.pop("busy") * 1e-6 / count
-        rows[str(batch)] = {
-            "step, s": plain, "step with the profiler, s": profiled, "busy a step, s": busy,
-            "idle without the profiler": 1 - busy / plain, "whole, s": found.pop("whole") * 1e-6, **found,
-        }  # fmt: skip
-        split = "" if found["between steps"] is None else f", {found['between steps']:.1%} between steps"
-        print(
-            f"  idle     batch {batch:3}: step {1e6 * plain:7.0f} µs, GPU idle {found['idle']:.1%} of the trace{split};"
-            f" {1 - busy / plain:.1%} of a step without the profiler",
-            flush=True,
-        )
-    return rows
+            profiled = steps_seconds(llm, steps)
+    found = w.idle(spans(trace), count)
+    for key in keys:
+        llm.engine.abort(key)
+    while llm.engine.has_unfinished():
+        llm.engine.step()
+    busy = found.pop("busy") * 1e-6 / count
+    split = "" if found["between steps"] is None else f", {found['between steps']:.1%} between steps"
+    print(
+        f"  idle     batch {batch:3}: step {1e6 * plain:7.0f} µs, GPU idle {found['idle']:.1%} of the trace{split};"
+        f" {1 - busy / plain:.1%} of a step without the profiler",
+        flush=True,
+    )
+    return {
+        "step, s": plain, "step with the profiler, s": profiled, "busy a step, s": busy,
+        "idle without the profiler": 1 - busy / plain, "whole, s": found.pop("whole") * 1e-6, **found,
+    }  # fmt: skip
 
 
 def spans(trace) -> list[w.Span]:
@@ -256,29 +258,30 @@ def latencies(row: dict) -> str:
 
 def chat(bench: Bench) -> dict:
     """Conversations with a common beginning, with and without the prefix cache."""
-    rows = {}
-    for caching in (True, False):  # the engine without it stays for the parts that follow
-        llm = bench.llm(enable_prefix_caching=caching)
-        conversations(llm, bench.sizes, seed=0)
-        llm.engine.metrics.reset()
-        runs = [conversations(llm, bench.sizes, seed) for seed in range(1, bench.sizes.chat_runs + 1)]
-        metrics = llm.engine.metrics
-        hits = metrics.num_cached_tokens / metrics.num_prompt_tokens
-        if (hits > 0) != caching:
-            raise AssertionError(f"prefix caching {caching}, but {hits:.1%} of the prompts' tokens were cached")
-        row = {
-            "output tokens/s": statistics.median(tokens / seconds for tokens, seconds, _ in runs),
-            "seconds": [seconds for _, seconds, _ in runs], "hit rate": hits,
-            "TTFT, s": w.spread([t for *_, ttft in runs for t in ttft]),
-        }  # fmt: skip
-        rows["on" if caching else "off"] = row
-        ttft = "/".join(f"{1e3 * t:.0f}" for t in row["TTFT, s"].values())
-        print(
-            f"  chat     prefix caching {'on ' if caching else 'off'} {row['output tokens/s']:9,.0f} tokens/s,"
-            f" hits {hits:.1%}, TTFT {ttft} ms (p50/p90/p99)",
-            flush=True,
-        )
-    return rows | {"on against off": rows["on"]["output tokens/s"] / rows["off"]["output tokens/s"]}
+    on, off = (chat_row(bench, caching) for caching in (True, False))  # the latter's engine stays for the next part
+    return {"on": on, "off": off, "on against off": on["output tokens/s"] / off["output tokens/s"]}
+
+
+def chat_row(bench: Bench, caching: bool) -> dict:
+    llm = bench.llm(enable_prefix_caching=caching)
+    conversations(llm, bench.sizes, seed=0)
+    llm.engine.metrics.reset()
+    runs = [conversations(llm, bench.sizes, seed) for seed in range(1, bench.sizes.chat_runs + 1)]
+    hits = llm.engine.metrics.num_cached_tokens / llm.engine.metrics.num_prompt_tokens
+    if (hits > 0) != caching:
+        raise AssertionError(f"prefix caching {caching}, but {hits:.1%} of the prompts' tokens were cached")
+    row = {
+        "output tokens/s": statistics.median(tokens / seconds for tokens, seconds, _ in runs),
+        "seconds": [seconds for _, seconds, _ in runs], "hit rate": hits,
+        "TTFT, s": w.spread([t for *_, ttft in runs for t in ttft]),
+    }  # fmt: skip
+    ttft = "/".join(f"{1e3 * t:.0f}" for t in row["TTFT, s"].values())
+    print(
+        f"  chat     prefix caching {'on ' if caching else 'off'} {row['output tokens/s']:9,.0f} tokens/s,"
+        f" hits {hits:.1%}, TTFT {ttft} ms (p50/p90/p99)",
+        flush=True,
+    )
+    return row
 
 
 def conversations(llm: LLM, sizes: w.Sizes, seed: int) -> tuple[int, float, list[float]]:

@@ -125,35 +125,46 @@ def rate(count: int, expected: int, seconds: float) -> float:
     return count / seconds
 
 
-def cpu16(sizes: w.Sizes) -> dict:
-    """16 requests at once through the engine against transformers one after another, greedy, the same tokens."""
+def one_after_another(output: int) -> Callable[[Prompts], Prompts]:
+    """transformers' SmolLM2, greedy, `output` tokens a prompt whatever they are."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
+    model = AutoModelForCausalLM.from_pretrained(model_path("smollm2-135m-instruct"), dtype=torch.float32).eval()
+    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=output, pad_token_id=0)
+    model.config.eos_token_id = None  # goes on after the end token, as ignore_eos says
+
+    def theirs(prompts: Prompts) -> Prompts:
+        outputs = []
+        for prompt in prompts:
+            token_ids = torch.tensor([prompt])  # [1, T]
+            out = model.generate(token_ids, attention_mask=torch.ones_like(token_ids))
+            outputs.append(out[0, len(prompt) :].tolist())
+        return outputs
+
+    return theirs
+
+
+def cpu16(sizes: w.Sizes) -> dict:
+    """16 requests at once through the engine against transformers one after another, greedy, the same tokens."""
     count, output, passes = sizes.cpu16
     llm = LLM("smollm2-135m-instruct", device="cpu", dtype="float32", max_num_seqs=count, max_model_len=512)
     prompts = [
         llm.chat_prompt([{"role": "user", "content": f"Tell me about {country}."}]) for country in COUNTRIES[:count]
     ]
     greedy = SamplingParams(temperature=0, ignore_eos=True, max_tokens=output)
-    path = model_path("smollm2-135m-instruct")
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=output, pad_token_id=0)
-    model.config.eos_token_id = None  # goes on after the end token, as ignore_eos says
+    theirs = one_after_another(output)
 
-    def theirs() -> list[list[int]]:
-        outputs = (model.generate(x, attention_mask=torch.ones_like(x)) for x in map(torch.tensor, zip(prompts)))
-        return [out[0, len(prompt) :].tolist() for out, prompt in zip(outputs, prompts, strict=True)]
-
-    def ours() -> list[list[int]]:
+    def ours(prompts: Prompts) -> Prompts:
         return [list(out.token_ids) for out in llm.generate(prompts, greedy, use_tqdm=False)]
 
-    ours()
+    ours(prompts)
+    theirs(prompts[:1])
     seconds: dict[str, list[float]] = {"minillm": [], "transformers": []}
     for _ in range(passes):
         found = {}
         for name, way in (("minillm", ours), ("transformers", theirs)):
             start = time.perf_counter()
-            found[name] = way()
+            found[name] = way(prompts)
             seconds[name].append(time.perf_counter() - start)
         if found["minillm"] != found["transformers"]:
             raise AssertionError("greedy tokens differ from those of transformers")
