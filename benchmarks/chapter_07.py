@@ -359,10 +359,23 @@ def cpu_decode() -> dict:
     for block_size in BLOCK_SIZES:
         row, blocks = decode_inputs(9, 3, 64, 8, 1024, block_size, "cpu", torch.float32)
         assert difference(paged_attention(*blocks), sdpa(*row)) < 1e-5
-        times = {"paged": [], "contiguous": []}
+        q, k_cache, v_cache, tables = blocks[:4]
+        token = torch.arange(1024)
+        slots = tables[:, token // block_size].long() * block_size + token % block_size  # [B, S]
+        seen = torch.ones(8, 1, 1, 1024, dtype=torch.bool)
+        copied = [c[slots].transpose(1, 2) for c in (k_cache, v_cache)]
+        runs = {
+            "contiguous": lambda row=row: sdpa(*row),
+            "paged": lambda blocks=blocks: paged_attention(*blocks),
+            "gather": lambda k=k_cache, v=v_cache, slots=slots: (k[slots], v[slots]),
+            "attention": lambda q=q, kv=copied, seen=seen: F.scaled_dot_product_attention(
+                q[:, :, None], *kv, attn_mask=seen, enable_gqa=True
+            ),
+        }  # fmt: skip
+        times = {name: [] for name in runs}
         for _ in range(3):  # in turns
-            times["contiguous"].append(median_seconds(lambda row=row: sdpa(*row), repeats=9))
-            times["paged"].append(median_seconds(lambda blocks=blocks: paged_attention(*blocks), repeats=9))
+            for name, run in runs.items():
+                times[name].append(median_seconds(run, repeats=9))
         seconds = {name: statistics.median(t) for name, t in times.items()}
         result["rows"].append({"block size": block_size, **seconds})
         print(" ", result["rows"][-1], flush=True)

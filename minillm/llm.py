@@ -8,7 +8,6 @@ Prompts become requests to an `Engine` (`llm.engine`), which runs them together.
 """
 
 import os
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field

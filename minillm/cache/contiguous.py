@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import ModelConfig
-from ..model.layers import attention, rotate
+from ..model.layers import Rope, attention, rotate
 
 __all__ = ["ContiguousBatch", "ContiguousCache"]
 
@@ -155,7 +155,7 @@ class ContiguousCache:
         return newest - (newest - torch.arange(self.capacity)) % self.window
 
     def place(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], batch: ContiguousBatch
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope, batch: ContiguousBatch
     ) -> tuple[Tensor, Tensor]:
         """Turn q and k. Keys are stored turned, each once; a ring stores them after it has attended.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..kernels import paged_attention, rope_and_cache
+from ..model.layers import Rope
 
 __all__ = ["PagedCache"]
 
@@ -43,14 +44,14 @@ class PagedCache:
         """Bytes of all blocks: num_blocks · block_size · config.kv_bytes_per_token."""
         return self.k.nbytes + self.v.nbytes
 
-    def place(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], batch: Any
-    ) -> tuple[Tensor, Tensor]:
+    def place(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope, batch: Any) -> tuple[Tensor, Tensor]:
         """Turn q; store the turned k, and v, in the slots of the batch: one kernel.  q [N, H, D], k and v [N, H_kv, D]
 
         The k that comes back is not turned: attention reads the stored one.
         """
-        rope_and_cache(q, k, v, *rope, self.k[layer], self.v[layer], batch.slots)
+        cos, sin, norms = rope
+        weights = (norms[0].weight, norms[1].weight, norms[0].eps) if norms else ()
+        rope_and_cache(q, k, v, cos, sin, self.k[layer], self.v[layer], batch.slots, *weights)
         return q, k
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Any) -> Tensor:

@@ -7,16 +7,21 @@ Each pair (x_i, x_{i + D/2}) of a head turns by the angle of its token's positio
 
 Bytes a token: (H + H_kv) D elements read and written, and D numbers of cos and sin, which heads share. With the cache
 also H_kv D values read and written; the keys go to their slots alone, since attention reads them there: one trip
-through the chip instead of two (rotate, then read and copy). FLOPs: 3 an element. Memory is the limit.
+through the chip instead of two (rotate, then read and copy). FLOPs: 3 an element. Memory is the limit. Qwen3 norms
+every head of q and k before it turns them; a program holds whole heads, so that is part of the same trip.
 
 Sources: Su et al., 2021, "RoFormer", with Hugging Face's layout of pairs (the halves of a head); slots as in vLLM
 (Kwon et al., 2023).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .common import arguments, ceil_div, next_power_of_2, operation, tl, triton, tuned
+from .rms_norm import reference as norm_reference
+from .rms_norm import torch_path as norm_torch_path
 
 __all__ = ["rope", "rope_and_cache"]
 
@@ -41,19 +46,33 @@ def torch_path(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def cache_reference(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
-) -> None:
-    """`reference` on q and a copy of k, then rows copied to their slots."""
-    reference(q, k := k.clone(), cos, sin)
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor,
+    q_weight: Tensor | None = None, k_weight: Tensor | None = None, eps: float = 1e-6,
+) -> None:  # fmt: skip
+    """`reference` on q and a copy of k, normed if there are weights; then rows copied to their slots."""
+    k = _normed(q, k, q_weight, k_weight, eps, norm_reference)
+    reference(q, k, cos, sin)
     _store(k, v, k_cache, v_cache, slots)
 
 
 def cache_torch_path(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
-) -> None:
-    """`torch_path` on q and a copy of k, then rows copied to their slots."""
-    torch_path(q, k := k.clone(), cos, sin)
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor,
+    q_weight: Tensor | None = None, k_weight: Tensor | None = None, eps: float = 1e-6,
+) -> None:  # fmt: skip
+    """`torch_path` on q and a copy of k, normed if there are weights; then rows copied to their slots."""
+    k = _normed(q, k, q_weight, k_weight, eps, norm_torch_path)
+    torch_path(q, k, cos, sin)
     _store(k, v, k_cache, v_cache, slots)
+
+
+def _normed(
+    q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, norm: Callable
+) -> Tensor:
+    """Norm the heads of q in place, those of k in a copy."""
+    if q_weight is None:
+        return k.clone()
+    q.copy_(norm(q, q_weight, eps))
+    return norm(k, k_weight, eps)
 
 
 def _store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
@@ -80,8 +99,9 @@ def check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def cache_check(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor,
+    q_weight: Tensor | None = None, k_weight: Tensor | None = None, eps: float = 1e-6,
+) -> None:  # fmt: skip
     """As `check`, and raise unless v is as k, caches are [slots, H_kv, D], and slots [N] of integers."""
     check(q, k, cos, sin)
     arguments(q=q, v=v, k_cache=k_cache, v_cache=v_cache)
@@ -92,13 +112,24 @@ def cache_check(
             raise ValueError(f"{name}: expected [slots, {k.shape[1]}, {k.shape[2]}], contiguous, got {list(x.shape)}")
     if slots.shape != (q.shape[0],) or slots.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"slots: expected [{q.shape[0]}] of int32 or int64, got {list(slots.shape)}, {slots.dtype}")
+    if (q_weight is None) != (k_weight is None):
+        raise ValueError("k_weight: expected weights for both q and k, or for none")
+    for name, x in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if x is not None and (x.shape != q.shape[2:] or not x.is_contiguous()):
+            raise ValueError(f"{name}: expected [{q.shape[2]}], contiguous, got {list(x.shape)}")
+
+
+@triton.jit
+def normed(x, weight, dtype: tl.constexpr):
+    """x · weight, rounded to dtype where RMSNorm rounds."""
+    return (x.to(dtype).to(tl.float32) * weight.to(tl.float32)).to(dtype).to(tl.float32)
 
 
 @triton.jit
 def rope_kernel(
-    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, slot_ptr, tokens,
-    stride_q, stride_k, stride_v, stride_cos,
-    H: tl.constexpr, H_KV: tl.constexpr, HALF: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, slot_ptr, q_weight_ptr, k_weight_ptr, tokens,
+    stride_q, stride_k, stride_v, stride_cos, eps,
+    H: tl.constexpr, H_KV: tl.constexpr, HALF: tl.constexpr, NORMED: tl.constexpr,
     CACHED: tl.constexpr, TOKENS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """TOKENS tokens and BLOCK_H heads a program; the queries' heads come first, then the keys'."""
@@ -118,6 +149,14 @@ def rope_kernel(
     first_ptr = tl.where(is_key, k_ptr + row * stride_k + (head - H) * (2 * HALF), from_q) + offs_d
     first = tl.load(first_ptr, mask=inside, other=0.0).to(tl.float32)  # [TOKENS, BLOCK_H, BLOCK_D]
     second = tl.load(first_ptr + HALF, mask=inside, other=0.0).to(tl.float32)
+    if NORMED:
+        mean = (tl.sum(first * first, 2) + tl.sum(second * second, 2)) / (2 * HALF)  # [TOKENS, BLOCK_H]
+        scale = tl.rsqrt(mean + eps)[:, :, None]
+        weight_ptr = tl.where(is_key, k_weight_ptr, q_weight_ptr) + offs_d
+        first = normed(first * scale, tl.load(weight_ptr, mask=offs_d < HALF, other=0.0), q_ptr.dtype.element_ty)
+        second = normed(
+            second * scale, tl.load(weight_ptr + HALF, mask=offs_d < HALF, other=0.0), q_ptr.dtype.element_ty
+        )
     new_first = (first * cos - second * sin).to(q_ptr.dtype.element_ty)
     new_second = (second * cos + first * sin).to(q_ptr.dtype.element_ty)
     in_place = inside & (head < H) if CACHED else inside
@@ -135,7 +174,10 @@ def rope_kernel(
         tl.store(v_cache_ptr + to + HALF, v_second.to(v_cache_ptr.dtype.element_ty), mask=inside)
 
 
-def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, cached: tuple[Tensor, ...] | None) -> None:
+def _launch(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, cached: tuple[Tensor, ...] | None,
+    weights: tuple[Tensor, Tensor] | None = None, eps: float = 0.0,
+) -> None:  # fmt: skip
     tokens, heads, size = q.shape
     if tokens == 0:
         return
@@ -146,8 +188,9 @@ def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, cached: tuple[Tensor
     name = "rope" if cached is None else "rope_and_cache"
     sizes = tuned(q.device, f"{name} {next_power_of_2(size)}", TOKENS=1, num_warps=4)
     rope_kernel[(ceil_div(tokens, sizes["TOKENS"]) * ceil_div(all_heads, block_h),)](
-        q, k, v, cos, sin, k_cache, v_cache, slots, tokens, q.stride(0), k.stride(0), v.stride(0), cos.stride(0),
-        H=heads, H_KV=k.shape[1], HALF=size // 2, CACHED=cached is not None,
+        q, k, v, cos, sin, k_cache, v_cache, slots, *(weights or (q, k)), tokens,
+        q.stride(0), k.stride(0), v.stride(0), cos.stride(0), eps,
+        H=heads, H_KV=k.shape[1], HALF=size // 2, NORMED=weights is not None, CACHED=cached is not None,
         BLOCK_H=block_h, BLOCK_D=next_power_of_2(size // 2), **sizes,
     )  # fmt: skip
 
@@ -174,15 +217,18 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     reference=cache_reference,
     torch=cache_torch_path,
     check=cache_check,
-    fake=lambda q, k, v, cos, sin, k_cache, v_cache, slots: None,
+    fake=lambda *_, **__: None,
     in_place=("q", "k_cache", "v_cache"),
 )
 def rope_and_cache(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor,
+    q_weight: Tensor | None = None, k_weight: Tensor | None = None, eps: float = 1e-6,
+) -> None:  # fmt: skip
     """Turn q in place; write the turned keys, and the values, to their slots in the same pass. k stays as it is.
 
     q, k, cos and sin as for `rope`; v [N, H_kv, D]; k_cache and v_cache [slots, H_kv, D]; slots [N] int: the row of
-    each token, no two alike; -1 writes nowhere.
+    each token, no two alike; -1 writes nowhere. With q_weight and k_weight [D] every head of q and k goes through
+    RMSNorm first (Qwen3).
     """
-    _launch(q, k, cos, sin, (v, k_cache, v_cache, slots))
+    weights = None if q_weight is None else (q_weight, k_weight)
+    _launch(q, k, cos, sin, (v, k_cache, v_cache, slots), weights, eps)

@@ -88,8 +88,12 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)  # [..., heads, D]
 
 
-def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """`apply_rope` for queries and keys; on a GPU one kernel that turns both in place."""
+def rotate(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, norms: tuple[RMSNorm, RMSNorm] | None = None
+) -> tuple[Tensor, Tensor]:
+    """`apply_rope` for queries and keys, normed first where there are `norms`; one kernel, in place, on a GPU."""
+    if norms is not None:
+        q, k = norms[0](q), norms[1](k)
     if KERNELS["rope"].path(q, k) != "triton":
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin)
     cos, sin = (x.expand(*q.shape[:-2], -1).reshape(-1, x.shape[-1]) for x in (cos, sin))  # [N, D/2]
@@ -116,13 +120,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     return out.transpose(1, 2)  # [B, T, H, D]
 
 
+# cos and sin of each token's angles [..., D/2], and the norms of q and k that go first, if there are
+Rope = tuple[Tensor, Tensor, tuple[RMSNorm, RMSNorm] | None]
+
+
 class AttentionCache(Protocol):
     """What a layer asks for attention: it may remember earlier keys and values, in whatever form it likes."""
 
-    def place(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], batch: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Turn q and k to their tokens' positions (`rope`: cos and sin); who remembers k and v does it here -> q, k"""
+    def place(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope, batch: Any) -> tuple[Tensor, Tensor]:
+        """Turn q and k to their positions, as `rotate(q, k, *rope)`; who remembers k and v does it here -> q, k"""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Any) -> Tensor:
         """Attention of this step's queries.  q [..., H, D], k and v [..., H_kv, D] -> [..., H, D]"""
@@ -153,9 +159,7 @@ class NoCache:
             raise ValueError(f"window: expected an integer, 1 or more, or 0 for none, got {window!r}")
         self.window = window
 
-    def place(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], batch: Any
-    ) -> tuple[Tensor, Tensor]:
+    def place(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope, batch: Any) -> tuple[Tensor, Tensor]:
         """Turn q and k, remember nothing."""
         return rotate(q, k, *rope)
 
@@ -194,9 +198,8 @@ class Attention(nn.Module):
         q, k, v = (
             x.unflatten(-1, (-1, self.head_dim)) for x in self.qkv_proj(hidden_states).split(self.sizes, dim=-1)
         )  # [..., heads, D]
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = cache.place(self.layer, q, k, v, rope, batch)  # turned by RoPE
+        norms = None if self.q_norm is None else (self.q_norm, self.k_norm)
+        q, k = cache.place(self.layer, q, k, v, (*rope, norms), batch)  # normed (Qwen3), turned by RoPE
         out = cache.attend(self.layer, q, k, v, batch)  # [..., H, D]
         return self.o_proj(out.flatten(-2))  # [..., hidden]
 

@@ -90,7 +90,8 @@ def rope_heads(device, dtype, tokens, heads, kv_heads, half, seed):
     qkv = randn(seed, tokens, (heads + 2 * kv_heads) * size, device=device, dtype=dtype)
     angles = randn(seed + 1, tokens, half, device=device, dtype=torch.float32) * 9
     slots = torch.randperm(tokens + 3, generator=torch.Generator().manual_seed(seed))[:tokens].to(device) - 1
-    for name in ("rope", "rope_and_cache"):
+    norm = randn(seed + 2, 2, size, device=device, dtype=dtype)
+    for name, weights in (("rope", ()), ("rope_and_cache", ()), ("rope_and_cache", (*norm, 1e-6))):
         results = []
         for path in ("triton", "reference"):
             buffer = qkv.clone()
@@ -98,7 +99,7 @@ def rope_heads(device, dtype, tokens, heads, kv_heads, half, seed):
             q, k, v = (x.unflatten(-1, (-1, size)) for x in sections)
             caches = torch.zeros(2, tokens + 3, kv_heads, size, device=device, dtype=dtype)
             more = (v,) if name == "rope_and_cache" else ()
-            slotted = (*caches, slots) if more else ()
+            slotted = (*caches, slots, *weights) if more else ()
             call = KERNELS[name] if path == "triton" else KERNELS[name].reference
             call(q, k, *more, angles.cos(), angles.sin(), *slotted)
             results.append((buffer, caches))

@@ -16,6 +16,7 @@ from minillm.kernels import (
     matmul_swiglu,
     rms_norm,
     rope,
+    rope_and_cache,
     softmax,
     swiglu,
     use,
@@ -131,6 +132,7 @@ def test_gradients_of_attention():
 X = torch.randn(4, 32)
 Q = torch.randn(4, 2, 16)
 CU = torch.tensor([0, 4], dtype=torch.int32)
+SLOTTED = (Q, Q, Q, Q[:, 0, :8], Q[:, 0, :8], Q.clone(), Q.clone(), torch.arange(4))
 BAD = [
     (softmax, (torch.tensor(1.0),), "x: expected a last axis"),
     (softmax, (X.long(),), "x: expected a floating dtype, got torch.int64"),
@@ -149,6 +151,8 @@ BAD = [
     (rope, (Q, Q[:3], Q[:, 0, :8], Q[:, 0, :8]), r"k: expected \[4, heads, 16\]"),
     (rope, (Q, Q.clone(), Q[:, 0, :7], Q[:, 0, :8]), r"cos: expected \[4, 8\]"),
     (rope, (Q.transpose(0, 1).contiguous().transpose(0, 1), Q, Q[:, 0, :8], Q[:, 0, :8]), "q: expected heads and"),
+    (rope_and_cache, (*SLOTTED, X[0, :16]), "k_weight: expected weights for both q and k"),
+    (rope_and_cache, (*SLOTTED, X[0, :16], X[0, :15]), r"k_weight: expected \[16\]"),
     (flash_attention, (Q[0], Q, Q, CU, CU, 4), r"q: expected \[tokens, heads, D\]"),
     (flash_attention, (torch.randn(4, 3, 16), Q, Q, CU, CU, 4), "k: expected heads that divide q's 3"),
     (flash_attention, (Q, Q, Q[:3], CU, CU, 4), "v: expected k's shape"),
