@@ -1,0 +1,410 @@
+"""Checks of exercises 6: memory plans, a cache that grows and rewinds, decoding a batch, a rolling window with sinks,
+moved keys, and the batch at which arithmetic limits.
+"""
+
+import math
+import random
+
+import torch
+
+from minillm.learn.testing import exercise, expect, expect_close, expect_equal, expect_parts, expect_raises
+
+
+def heads(kv_heads, head_dim=128, **more):
+    return {"kv_heads": kv_heads, "head_dim": head_dim, **more}
+
+
+def random_tensor(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def softmax_sum(q, keys, values):
+    """Attention of one query [H, D] to a list of keys and values [H_kv, D], in fp64, head by head."""
+    groups, out = q.shape[0] // keys[0].shape[0], torch.zeros(q.shape, dtype=torch.float64)
+    for h in range(q.shape[0]):
+        scores = [float(q[h].double() @ key[h // groups].double()) / math.sqrt(q.shape[1]) for key in keys]
+        weights = [math.exp(s - max(scores)) for s in scores]
+        for weight, value in zip(weights, values, strict=True):
+            out[h] += weight / sum(weights) * value[h // groups].double()
+    return out
+
+
+@exercise("6.1", "max_sequences")
+class TestMaxSequences:
+    GB = 10**9
+
+    def test_grouped(self, impl):
+        """Llama 3 8B in bf16: 16.06 GB of weights and 131,072 bytes a token on a GPU of 80 GB"""
+        got = impl(80 * self.GB, 16_060_522_496, [heads(8)] * 32, 8192)
+        expect_equal("sequences of 8,192", got, 59)
+        expect_equal("with 32 key/value heads", impl(80 * self.GB, 16_060_522_496, [heads(32)] * 32, 8192), 14)
+        expect_equal("with 1 key/value head", impl(80 * self.GB, 16_060_522_496, [heads(1)] * 32, 8192), 476)
+
+    def test_latent(self, impl):
+        """MLA keeps one latent and one turned key a token, for all heads"""
+        got = impl(10_000_000, 0, [{"latent": 512, "rope": 64}] * 3, 100)
+        expect_equal("sequences", got, 10_000_000 // (3 * 576 * 2 * 100))
+        mixed = [{"latent": 512, "rope": 64}, heads(2, 64)]
+        expect_equal("mixed with a GQA layer", impl(10_000_000, 0, mixed, 100), 10_000_000 // ((576 + 256) * 200))
+
+    def test_windows(self, impl):
+        """a layer with a window keeps no more than its window; short sequences keep what they have"""
+        layers = [heads(1, 64, window=100)] * 5 + [heads(1, 64)]
+        expect_equal("long", impl(10**8, 0, layers, 10_000), 10**8 // (256 * (5 * 100 + 10_000)))
+        expect_equal("short", impl(10**8, 0, layers, 40), 10**8 // (256 * 6 * 40))
+        latent = [{"latent": 100, "rope": 28, "window": 10}]
+        expect_equal("MLA with a window", impl(10**6, 0, latent, 500), 10**6 // 2560)
+
+    def test_blocks(self, impl):
+        """each layer's tokens are rounded up to whole blocks, after the window"""
+        expect_equal(
+            "17 tokens, blocks of 16", impl(10**6, 0, [heads(1, 64)] * 2, 17, block=16), 10**6 // (2 * 256 * 32)
+        )
+        expect_equal(
+            "16 tokens, blocks of 16", impl(10**6, 0, [heads(1, 64)] * 2, 16, block=16), 10**6 // (2 * 256 * 16)
+        )
+        layers = [heads(1, 64, window=20)]
+        expect_equal("a window of 20, blocks of 16", impl(10**6, 0, layers, 1000, block=16), 10**6 // (256 * 32))
+        layers = [heads(1, 64, window=9), heads(1, 64, window=9), heads(1, 64, window=9)]
+        expect_equal("three layers of 9 tokens", impl(10**6, 0, layers, 50, block=16), 10**6 // (256 * 48))
+
+    def test_bytes_of_a_number(self, impl):
+        """4 bits are half a byte"""
+        expect_equal("1 byte", impl(10**6, 0, [heads(2, 64)], 100, size=1), 39)
+        expect_equal("half a byte", impl(10**6, 0, [heads(2, 64)], 100, size=0.5), 78)
+
+    def test_nothing_fits(self, impl):
+        """0, an int, when the weights or the first sequence do not fit; the last bytes count"""
+        expect_equal("weights too large", impl(100, 200, [heads(1, 64)], 10), 0)
+        expect_equal("weights alone", impl(200, 200, [heads(1, 64)], 10), 0)
+        expect_equal("one byte short", impl(2559, 0, [heads(1, 64)], 10), 0)
+        got = impl(2560, 0, [heads(1, 64)], 10)
+        expect_equal("exactly one", got, 1)
+        expect(type(got) is int, f"expected an int, got {type(got).__name__}")
+
+
+@exercise("6.2", "Cache")
+class TestCache:
+    def parts(self, got):
+        return expect_parts(got, "keys", "values")
+
+    def test_appends(self, impl):
+        """append returns all keys and all values in order"""
+        cache, k, v = impl(2, 8), random_tensor(20, 2, 8), random_tensor(20, 2, 8, seed=1)
+        for first, last in ((0, 3), (3, 4), (4, 5), (5, 16), (16, 20)):
+            keys, values = self.parts(cache.append(k[first:last], v[first:last]))
+            expect_close("keys", keys, k[:last])
+            expect_close("values", values, v[:last])
+            expect_equal("length", cache.length, last)
+
+    def test_capacity(self, impl):
+        """capacity doubles, once or more, only when tokens do not fit"""
+        cache = impl(1, 4, capacity=3)
+        expect_equal("at first", cache.capacity, 3)
+        for new, expected in ((3, 3), (1, 6), (2, 6), (1, 12), (5, 12), (37, 96)):
+            cache.append(torch.ones(new, 1, 4), torch.ones(new, 1, 4))
+            expect_equal(f"after {cache.length} tokens", cache.capacity, expected)
+
+    def test_views(self, impl):
+        """an append that needs no growth copies nothing: keys and values stay where they are"""
+        cache = impl(2, 4, capacity=8)
+        keys, values = self.parts(cache.append(torch.ones(2, 2, 4), torch.ones(2, 2, 4)))
+        later, later_v = self.parts(cache.append(torch.ones(3, 2, 4), torch.ones(3, 2, 4)))
+        expect(later.data_ptr() == keys.data_ptr(), "keys were copied: return a view of what is stored")
+        expect(later_v.data_ptr() == values.data_ptr(), "values were copied: return a view of what is stored")
+        expect(keys.data_ptr() != values.data_ptr(), "keys and values are the same memory")
+
+    def test_rewinds(self, impl):
+        """rewind forgets the end; the next tokens take its place"""
+        cache, k, v = impl(2, 8), random_tensor(12, 2, 8), random_tensor(12, 2, 8, seed=1)
+        cache.append(k[:9], v[:9])
+        cache.rewind(5)
+        expect_equal("length", cache.length, 5)
+        keys, values = self.parts(cache.append(k[10:], v[10:]))
+        expect_close("keys", keys, torch.cat((k[:5], k[10:])))
+        expect_close("values", values, torch.cat((v[:5], v[10:])))
+        cache.rewind(7)
+        expect_equal("rewinding to the present length", cache.length, 7)
+
+    def test_rewind_then_growth(self, impl):
+        """growing after a rewind keeps the right tokens; rewinding moves nothing and never shrinks"""
+        cache, k = impl(1, 4, capacity=4), random_tensor(40, 1, 4)
+        keys, _ = self.parts(cache.append(k[:8], k[:8]))
+        cache.rewind(2)
+        expect_equal("capacity after rewind", cache.capacity, 8)
+        again, _ = self.parts(cache.append(k[20:22], k[20:22]))
+        expect(again.data_ptr() == keys.data_ptr(), "rewind moved the cache")
+        keys, values = self.parts(cache.append(k[22:30], k[22:30]))
+        expected = torch.cat((k[:2], k[20:30]))
+        expect_close("keys", keys, expected)
+        expect_close("values", values, expected)
+        expect_equal("capacity", cache.capacity, 16)
+
+    def test_rewind_to_nothing(self, impl):
+        """rewind(0) empties it"""
+        cache, k = impl(1, 4), random_tensor(6, 1, 4)
+        cache.append(k, k)
+        cache.rewind(0)
+        keys, _ = self.parts(cache.append(k[3:], k[3:]))
+        expect_close("keys", keys, k[3:])
+
+    def test_errors(self, impl):
+        """ValueError for a length that never was, and nothing changes"""
+        cache, k = impl(1, 4), random_tensor(3, 1, 4)
+        cache.append(k, k)
+        expect_raises(ValueError, lambda: cache.rewind(4), "longer than the cache")
+        expect_raises(ValueError, lambda: cache.rewind(-1), "a negative length")
+        expect_equal("length", cache.length, 3)
+
+    def test_inputs(self, impl):
+        """a later change of the input does not reach the cache"""
+        cache, k = impl(1, 4), random_tensor(3, 1, 4)
+        kept = k.clone()
+        keys, values = self.parts(cache.append(k, k))
+        k.zero_()
+        expect_close("keys", keys, kept)
+        expect_close("values", values, kept)
+
+
+@exercise("6.3", "decode_step")
+class TestDecodeStep:
+    def case(self, lengths, active, slots=7, q_heads=4, kv_heads=2, garbage=None, scale=1.0):
+        rows = len(lengths)
+        q = scale * random_tensor(rows, q_heads, 8)
+        k, v = random_tensor(rows, kv_heads, 8, seed=1), random_tensor(rows, kv_heads, 8, seed=2)
+        caches = [random_tensor(rows, slots, kv_heads, 8, seed=s) for s in (3, 4)]
+        if garbage is not None:
+            for cache in caches:
+                for row, length in enumerate(lengths):
+                    cache[row, length:] = garbage
+        return q, k, v, *caches, torch.tensor(lengths), torch.tensor(active)
+
+    def expected(self, q, k, v, k_cache, v_cache, lengths, active):
+        out, caches = torch.zeros(q.shape, dtype=torch.float64), (k_cache.clone(), v_cache.clone())
+        for row in range(len(q)):
+            if active[row]:
+                n = int(lengths[row])
+                out[row] = softmax_sum(q[row], [*k_cache[row, :n], k[row]], [*v_cache[row, :n], v[row]])
+                caches[0][row, n], caches[1][row, n] = k[row], v[row]
+        return out, *caches
+
+    def hold(self, impl, case, atol=1e-5):
+        out, k_cache, v_cache = self.expected(*case)
+        kept = [x.clone() for x in (*case[:3], *case[5:])]
+        got = impl(*case)
+        expect_close("attention", got, out, atol=atol)
+        expect_close("k_cache after", case[3], k_cache)
+        expect_close("v_cache after", case[4], v_cache)
+        for name, before, after in zip(("q", "k", "v", "lengths", "active"), kept, (*case[:3], *case[5:]), strict=True):
+            expect(bool((before == after).all()), f"{name} was changed")
+
+    def test_one_row(self, impl):
+        """one sequence attends to its tokens and the new one, which is stored"""
+        self.hold(impl, self.case([3], [True]))
+
+    def test_different_lengths(self, impl):
+        """each row sees its own tokens only"""
+        self.hold(impl, self.case([3, 1, 6, 5], [True] * 4))
+
+    def test_first_token(self, impl):
+        """a row with nothing stored attends to the new token alone"""
+        self.hold(impl, self.case([0, 4], [True, True]))
+
+    def test_finished_rows(self, impl):
+        """a finished row gives 0 and is left alone, full or not"""
+        self.hold(impl, self.case([7, 2, 5, 7], [False, True, False, False]))
+        self.hold(impl, self.case([7, 2], [False, False]))
+
+    def test_garbage(self, impl):
+        """what stands past a row's end does not show"""
+        for garbage in (1e4, float("inf"), float("nan")):
+            case = self.case([3, 0, 5], [True, True, False], garbage=garbage)
+            out, *_ = self.expected(*case)
+            expect_close(f"attention beside {garbage:g}", impl(*case), out, atol=1e-5)
+
+    def test_heads(self, impl):
+        """query head h reads key/value head h // (H / H_kv)"""
+        for q_heads, kv_heads in ((6, 2), (4, 4), (6, 1)):
+            self.hold(impl, self.case([2, 5], [True, True], q_heads=q_heads, kv_heads=kv_heads))
+
+    def test_large_scores(self, impl):
+        """scores in the hundreds do not overflow"""
+        self.hold(impl, self.case([2, 5], [True, True], scale=300.0), atol=1e-4)
+
+
+@exercise("6.4", "SinkCache")
+class TestSinkCache:
+    def hold(self, impl, sinks, window, steps, q_heads=2, kv_heads=1):
+        """Take `steps` tokens at a time and compare with all at once; the cache's size is watched."""
+        total, cache = sum(steps), impl(sinks, window, kv_heads, 8)
+        q = random_tensor(total, q_heads, 8)
+        k, v = random_tensor(total, kv_heads, 8, seed=1), random_tensor(total, kv_heads, 8, seed=2)
+        first = 0
+        for new in steps:
+            got = cache.step(
+                q[first : first + new].clone(), k[first : first + new].clone(), v[first : first + new].clone()
+            )
+            for name in ("k", "v"):
+                shape = tuple(getattr(cache, name).shape)
+                expect_equal(f"the cache's {name} after {first + new} tokens", shape, (sinks + window, kv_heads, 8))
+            rows = []
+            for p in range(first, first + new):
+                seen = [j for j in range(p + 1) if j < sinks or j > p - window]
+                rows.append(softmax_sum(q[p], [k[j] for j in seen], [v[j] for j in seen]))
+            expect_close(f"attention of tokens {first} to {first + new - 1}", got, torch.stack(rows), atol=1e-5)
+            first += new
+
+    def test_one_by_one(self, impl):
+        """single tokens, far past the window"""
+        self.hold(impl, 2, 4, [1] * 17)
+
+    def test_fills(self, impl):
+        """before sinks and window are full a token sees all that came"""
+        self.hold(impl, 3, 5, [2, 1, 3, 1])
+
+    def test_long_prompt(self, impl):
+        """a prompt longer than the cache in one step, then single tokens"""
+        self.hold(impl, 2, 4, [15, 1, 1, 1, 1, 1, 1])
+
+    def test_chunks(self, impl):
+        """steps of several tokens: none sees the cache as a later one leaves it"""
+        self.hold(impl, 1, 4, [5, 3, 3, 2, 4, 6, 1, 5])
+
+    def test_prompt_shorter_than_sinks(self, impl):
+        """sinks may come in several steps"""
+        self.hold(impl, 4, 3, [1, 1, 7, 1, 2])
+
+    def test_no_sinks(self, impl):
+        """without sinks it is a plain window; with a window of 1 a token sees sinks and itself"""
+        self.hold(impl, 0, 3, [4, 1, 1, 2, 1])
+        self.hold(impl, 2, 1, [1, 2, 3, 1, 1])
+
+    def test_heads(self, impl):
+        """query head h reads key/value head h // (H / H_kv)"""
+        self.hold(impl, 1, 3, [3, 1, 2, 1], q_heads=4, kv_heads=2)
+
+
+def turned(raw, positions, theta):
+    """RoPE with complex numbers in fp64.  raw [S, H, D] -> [S, H, D] in raw's dtype"""
+    half = raw.shape[-1] // 2
+    angles = positions.double()[:, None] * theta ** (-torch.arange(half).double() * 2 / raw.shape[-1])
+    pairs = (
+        torch.complex(raw[..., :half].double(), raw[..., half:].double())
+        * torch.polar(torch.ones_like(angles), angles)[:, None]
+    )
+    return torch.cat((pairs.real, pairs.imag), -1).to(raw.dtype)
+
+
+@exercise("6.5", "cut")
+class TestCut:
+    def hold(self, impl, slots, start, stop, theta=10_000.0, dtype=torch.float32, atol=1e-5, size=16):
+        raw, v = random_tensor(slots, 2, size), random_tensor(slots, 2, size, seed=1, dtype=dtype)
+        k = turned(raw, torch.arange(slots), theta).to(dtype)
+        left = torch.cat((raw[:start], raw[stop:]))
+        kept = k.clone(), v.clone()
+        keys, values = expect_parts(impl(k, v, start, stop, theta), "keys", "values")
+        expect_close("keys", keys, turned(left, torch.arange(len(left)), theta), atol=atol)
+        expect_close("values", values, torch.cat((v[:start], v[stop:])))
+        expect(keys.dtype == values.dtype == dtype, f"expected {dtype}, got {keys.dtype} and {values.dtype}")
+        expect(bool((k == kept[0]).all() and (v == kept[1]).all()), "the inputs were changed")
+
+    def test_the_middle(self, impl):
+        """keys behind the gap are as if they had always stood there; values are only joined"""
+        self.hold(impl, 12, 3, 7)
+
+    def test_the_beginning(self, impl):
+        """the oldest tokens go"""
+        self.hold(impl, 9, 0, 5)
+
+    def test_the_end(self, impl):
+        """nothing stands behind the gap"""
+        self.hold(impl, 9, 6, 9)
+        self.hold(impl, 9, 0, 9)
+
+    def test_nothing(self, impl):
+        """start = stop removes nothing"""
+        self.hold(impl, 6, 4, 4)
+
+    def test_theta_and_size(self, impl):
+        """other frequencies, other head sizes"""
+        self.hold(impl, 40, 10, 31, theta=500.0)
+        self.hold(impl, 40, 1, 31, size=6)
+
+    def test_far(self, impl):
+        """a gap of 150,001 tokens: angles keep their precision"""
+        raw, v = random_tensor(150_020, 1, 4), torch.zeros(150_020, 1, 4)
+        k = turned(raw, torch.arange(150_020), 3.0)
+        keys, _ = expect_parts(impl(k, v, 7, 150_008, 3.0), "keys", "values")
+        expected = turned(raw[150_008:], torch.arange(7, 19), 3.0)
+        expect_close("keys behind the gap", keys[7:], expected, atol=1e-4)
+
+    def test_bf16(self, impl):
+        """bf16 in, bf16 out"""
+        self.hold(impl, 12, 3, 7, dtype=torch.bfloat16, atol=0.05)
+
+
+@exercise("6.6", "saturating_batch")
+class TestSaturatingBatch:
+    def limited(self, batch, weights, layers, q, kv, dim, context, peak, bandwidth, size):
+        flops = batch * (2 * weights + 4 * layers * q * dim * context)
+        moved = size * (weights + batch * context * 2 * layers * kv * dim)
+        return flops / peak >= moved / bandwidth
+
+    def test_weights_alone(self, impl):
+        """with no context to speak of: the ridge, in 16 bits"""
+        expect_equal("batch", impl(10**9, 1, 1, 1, 2, 1, 700.5e12, 3e12), 234)
+
+    def test_grows_with_the_context(self, impl):
+        """Llama 3 8B's layers on an H100-like machine, held against the definition on both sides of the answer"""
+        previous = 0
+        for context in (1, 100, 300, 450):
+            case = (7_504_658_432, 32, 32, 8, 128, context, 740e12, 3.0e12, 2)
+            got = impl(*case[:8])
+            expect(
+                isinstance(got, int) and not isinstance(got, bool), f"context {context}: expected an int, got {got!r}"
+            )
+            expect(self.limited(got, *case), f"context {context}: at a batch of {got} memory still limits")
+            expect(not self.limited(got - 1, *case), f"context {context}: a batch of {got - 1} is enough")
+            expect(got > previous, f"context {context}: expected more than {previous}, got {got}")
+            previous = got
+
+    def test_never(self, impl):
+        """None where each further sequence brings more reading than arithmetic"""
+        expect_equal("8,192 tokens", impl(7_504_658_432, 32, 32, 8, 128, 8192, 740e12, 3.0e12), None)
+
+    def test_sharing_helps(self, impl):
+        """fewer key/value heads, another answer"""
+        expect_equal("32 of 32 heads", impl(10**9, 16, 32, 32, 64, 1000, 740e12, 3.0e12), None)
+        got = impl(10**9, 16, 32, 1, 64, 1000, 740e12, 3.0e12)
+        expect(got is not None, "1 of 32 heads: expected a batch, got None")
+        expect(self.limited(got, 10**9, 16, 32, 1, 64, 1000, 740e12, 3e12, 2), f"memory still limits at {got}")
+
+    def test_bytes_of_a_number(self, impl):
+        """8-bit numbers halve what is read, weights and cache"""
+        got = impl(10**9, 1, 1, 1, 2, 1, 700.5e12, 3e12, size=1)
+        expect_equal("batch", got, 117)
+
+    def test_drawn(self, impl):
+        """drawn machines and models, held against the definition"""
+        draw = random.Random(0)
+        found = set()
+        for _ in range(300):
+            kv = draw.choice((1, 2, 8))
+            case = (draw.randint(10**5, 10**9), draw.randint(1, 40), kv * draw.choice((1, 4, 16)), kv, 64,
+                    draw.randint(1, 3000), draw.uniform(1e11, 9e14), draw.uniform(1e10, 4e12),
+                    draw.choice((1, 2, 4)))  # fmt: skip
+            got = impl(*case)
+            found.add(got is None)
+            if got is None:
+                expect(not self.limited(10**12, *case), f"{case}: expected a batch, got None")
+            else:
+                expect(got >= 1, f"{case}: expected 1 or more, got {got}")
+                expect(self.limited(got * (1 + 1e-9), *case), f"{case}: at a batch of {got} memory still limits")
+                expect(
+                    got == 1 or not self.limited((got - 1) * (1 - 1e-9), *case), f"{case}: less than {got} is enough"
+                )
+        expect(found == {True, False}, "expected both batches and None among the drawn cases")
+
+    def test_at_least_one(self, impl):
+        """a machine with little arithmetic is limited by it at once"""
+        expect_equal("batch", impl(10**6, 2, 4, 4, 16, 10, 1e9, 1e12), 1)
