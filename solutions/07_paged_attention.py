@@ -365,7 +365,7 @@ check("7.4", evict)
 #
 # q and the output are `[S, H, D]`, caches `[slots, H_KV, D]`, all contiguous, fp32 or fp16; `tables [S, W]` and
 # `context_lens [S]` are int32. D and BLOCK_SIZE are powers of two of at least 16. The running state is fp32, `tl.dot`
-# gets `input_precision="ieee"`. Pools are large: compute offsets in int64. The launch is written; it lacks `out`.
+# gets `input_precision="ieee"`. Pools are large: compute offsets in int64. The launch is written, but for its `grid`.
 
 
 # %%
@@ -408,12 +408,12 @@ def window_decode(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, tables: torch.Tensor, context_lens: torch.Tensor,
     window: int, block_size: int,
 ) -> torch.Tensor:  # fmt: skip
-    """Make the output, launch the kernel.  q [S, H, D], caches [slots, H_KV, D] -> [S, H, D] in q's dtype"""
+    """Launch the kernel.  q [S, H, D], caches [slots, H_KV, D] -> [S, H, D] in q's dtype"""
+    out, kv_heads, group = torch.empty_like(q), k_cache.shape[1], q.shape[1] // k_cache.shape[1]
     ### BEGIN SOLUTION
-    out = torch.empty_like(q)
+    grid = (len(q), kv_heads)
     ### END SOLUTION
-    kv_heads, group = k_cache.shape[1], q.shape[1] // k_cache.shape[1]
-    window_decode_kernel[(len(q), kv_heads)](
+    window_decode_kernel[grid](
         q, k_cache, v_cache, out, tables, context_lens, tables.stride(0), window, q.shape[2] ** -0.5, H_KV=kv_heads,
         GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), D=q.shape[2], BLOCK_SIZE=block_size,
     )  # fmt: skip
