@@ -109,6 +109,8 @@ class Runner:
     @torch.inference_mode()
     def launch(self, scheduled: Sequence[tuple[Request, int]], copies: Sequence[tuple[int, int]] = ()) -> Step:
         """Start computing (request, number of its next tokens) pairs, after copying blocks (from, to)."""
+        # The longest first: programs of attention start in this order, and one that starts last should be short.
+        scheduled = sorted(scheduled, key=lambda s: -s[0].num_computed)
         self.cache.copy(copies)
         self.rows.update([request for request, _ in scheduled])
         self.rows.set_steps(scheduled)

@@ -204,9 +204,9 @@ def splits(sequences: int, num_kv_heads: int, device: torch.device) -> int:
     return min(64, next_power_of_2(wanted))
 
 
-# On an H100: a program that has a multiprocessor nearly for itself wants large tiles.
+# Found on an H100.
 _SIZES = {
-    "decode": {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 2, "num_stages": 3},
+    "decode": {"BLOCK_M": 16, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2},
     "split": {"BLOCK_M": 16, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3},
     "prefill": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
 }

@@ -1,88 +1,123 @@
-"""Whatever the schedule, a request's greedy tokens are those of the oracle, and every block comes home."""
+"""Whatever the schedule, a request's tokens are those of the oracle, every block comes home, the counters add up."""
 
-import functools
+import os
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minillm.config import ModelConfig
 from minillm.engine.engine import Engine
-from minillm.generate import naive
-from minillm.model import Transformer
 from minillm.sampling import SamplingParams
 
-VOCAB = 50
+from .conftest import assert_home, oracle, tiny_model
 
-
-@pytest.fixture(scope="module")
-def model():
-    """Tiny, with weights so large that no two logits come near each other."""
-    torch.manual_seed(0)
-    config = ModelConfig(VOCAB, 16, 24, 2, 4, 2, 8, max_position_embeddings=64)
-    model = Transformer(config).eval().requires_grad_(False)
-    model.reset_parameters(std=0.4)
-    return model
-
-
-@functools.cache
-def oracle(model, prompt, max_tokens, limit):
-    params = SamplingParams(temperature=0, max_tokens=max_tokens)
-    return [int(t) for t in naive(model, list(prompt), params, limit)]
-
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+EXAMPLES = 100 if os.environ.get("HYPOTHESIS_PROFILE") == "quick" else 2000
 
 # Few different beginnings, so that prefixes are shared; and the same prompt more than once.
 BEGINNINGS = [(), (1, 2, 3, 4), (1, 2, 3, 4, 5, 6, 7, 8, 9)]
 PROMPTS = st.builds(
     lambda a, b: (*a, *b), st.sampled_from(BEGINNINGS), st.lists(st.integers(0, 3), min_size=1, max_size=9)
 )
+# prompt, max_tokens, n, arrives at step, priority, abort so many steps later, sampling
 ARRIVALS = st.lists(
-    st.tuples(PROMPTS, st.integers(1, 12), st.integers(0, 6), st.integers(0, 2), st.none() | st.integers(1, 8)),
-    min_size=1, max_size=7,
+    st.tuples(
+        PROMPTS, st.integers(1, 12), st.sampled_from([1, 1, 1, 2, 3]), st.integers(0, 6), st.integers(0, 2),
+        st.none() | st.integers(1, 8), st.sampled_from(["greedy", "greedy", "greedy", "sampled", "filtered"]),
+    ),
+    min_size=1, max_size=6,
 )  # fmt: skip
+SAMPLING = {
+    "greedy": {"temperature": 0},
+    "sampled": {"temperature": 0.8, "seed": 5},
+    "filtered": {"temperature": 1.2, "seed": 6, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.3,
+                 "presence_penalty": 0.2, "frequency_penalty": 0.1},
+}  # fmt: skip
 
 
-@settings(max_examples=400, deadline=None)
-@given(
-    ARRIVALS, st.integers(6, 20), st.sampled_from([1, 2, 4, 8]), st.integers(1, 5), st.integers(1, 30), st.booleans(),
-    st.booleans(),
-)  # fmt: skip
-def schedules(model, arrivals, num_blocks, block_size, max_num_seqs, budget, prefix_caching, async_scheduling):
-    engine = Engine(
-        model, num_blocks, block_size, max_num_seqs, budget, enable_prefix_caching=prefix_caching,
-        async_scheduling=async_scheduling,
-    )  # fmt: skip
-    todo, started, aborted = list(arrivals), {}, {}
-    for step in range(2000):
-        for prompt, max_tokens, at, priority, abort_after in [a for a in todo if a[2] <= step]:
-            todo.remove((prompt, max_tokens, at, priority, abort_after))
-            params = SamplingParams(temperature=0, max_tokens=max_tokens)
-            if len(prompt) >= engine.max_model_len:
-                with pytest.raises(ValueError, match="prompt_token_ids: expected 1 to"):
-                    engine.add_request(list(prompt), params)
-                continue
-            key = engine.add_request(list(prompt), params, priority=priority)
-            started[key] = (engine.requests[key], prompt, max_tokens)
-            if abort_after is not None and max_tokens > 6:
-                aborted[key] = step + abort_after
-        for key in [k for k, at in aborted.items() if at == step]:
+def add(engine: Engine, arrival: tuple, started: list) -> str | None:
+    """Add a request -> its id; note what each of its completions must give."""
+    prompt, max_tokens, n, _, priority, _, kind = arrival
+    params = SamplingParams(max_tokens=max_tokens, n=n, **SAMPLING[kind])
+    if len(prompt) >= engine.max_model_len:
+        with pytest.raises(ValueError, match="prompt_token_ids: expected 1 to"):
+            engine.add_request(list(prompt), params)
+        return None
+    key = engine.add_request(list(prompt), params, priority=priority)
+    for i in range(n):
+        alone = dict(SAMPLING[kind])
+        if "seed" in alone:
+            alone["seed"] += i
+        request = engine.requests[f"{key}/{i}" if i else key]
+        started.append((request, prompt, SamplingParams(max_tokens=max_tokens, **alone)))
+    return key
+
+
+def play(engine: Engine, arrivals: list) -> list:
+    """Requests arrive, some are aborted, until all is done -> (request, prompt, params of the oracle)."""
+    todo, started, aborts = list(arrivals), [], {}
+    for step in range(3000):
+        for arrival in [a for a in todo if a[3] <= step]:
+            todo.remove(arrival)
+            key = add(engine, arrival, started)
+            if key is not None and arrival[5] is not None:
+                aborts[key] = step + arrival[5]
+        for key in [k for k, at in aborts.items() if at == step]:
             engine.abort(key)
             assert not engine.abort(key)
+        assert engine.pool.num_used <= engine.pool.num_blocks
+        assert len(engine.scheduler.running) <= engine.scheduler.max_num_seqs
         engine.step()
         if not todo and not engine.has_unfinished():
-            break
-    else:
-        raise AssertionError("hangs")
-    for request, prompt, max_tokens in started.values():
-        assert request.error is None
-        expected = oracle(model, prompt, max_tokens, engine.max_model_len)
-        if request.finish_reason == "abort":
-            expected = expected[: len(request.output_token_ids)]
-        assert request.output_token_ids == expected
-    assert engine.pool.num_used == 0
-    assert not any(engine.pool.references)
+            return started
+    raise AssertionError("hangs")
 
 
-def test_schedules(model):
-    schedules(model)
+def assert_counted(engine: Engine, started: list) -> None:
+    m, requests = engine.metrics, [request for request, _, _ in started]
+    tokens = sum(len(r.output_token_ids) for r in requests)
+    assert m.num_requests == len(requests) == m.num_finished + m.num_aborted
+    assert m.num_failed == 0
+    assert m.num_aborted == sum(r.finish_reason == "abort" for r in requests)
+    assert m.num_generated_tokens == tokens
+    assert m.num_preemptions == sum(r.num_preemptions for r in requests)
+    assert m.num_cached_tokens <= m.num_prompt_tokens
+    assert m.time_to_first_token.count == sum(bool(r.output_token_ids) for r in requests)
+    assert m.inter_token_latency.count == tokens - m.time_to_first_token.count
+    assert m.request_latency.count == m.num_finished
+
+
+def schedules(device: str):
+    @settings(max_examples=EXAMPLES if device == "cpu" else 150, deadline=None)
+    @given(
+        ARRIVALS, st.integers(6, 20), st.sampled_from([1, 2, 4, 8]), st.integers(1, 5), st.integers(1, 30),
+        st.booleans(), st.booleans(),
+    )  # fmt: skip
+    def check(arrivals, num_blocks, block_size, max_num_seqs, budget, prefix_caching, async_scheduling):
+        engine = Engine(
+            tiny_model(device), num_blocks, block_size, max_num_seqs, budget, enable_prefix_caching=prefix_caching,
+            async_scheduling=async_scheduling, enforce_eager=True,
+        )  # fmt: skip
+        started = play(engine, arrivals)
+        for request, prompt, params in started:
+            expected = oracle(prompt, params, engine.max_model_len, device)
+            if request.finish_reason == "abort":
+                expected = expected[: len(request.output_token_ids)]
+            assert request.error is None
+            assert request.output_token_ids == expected
+        assert_home(engine)
+        assert_counted(engine, started)
+
+    return check
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
+def test_schedules(device):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of tensors this small, threads only slow each other down
+    try:
+        schedules(device)()
+    finally:
+        torch.set_num_threads(threads)
