@@ -150,7 +150,7 @@ def chain_and_tree() -> None:
         ax,
         6.3,
         0.72,
-        "a node is split where two prompts part;\nonly leaves are evicted, and tokens are slots",
+        "a node is split where two prompts part;\nonly leaves are evicted",
         8,
         color=GRAY,
     )
