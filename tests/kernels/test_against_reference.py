@@ -123,6 +123,25 @@ def test_swiglu(device, dtype):
 
 
 @EXAMPLES
+@given(
+    st.integers(0, 70) | st.sampled_from([1, 257]), st.integers(1, 80), st.integers(1, 150), st.booleans(),
+    st.booleans(), st.booleans(), st.integers(0, 99),
+)  # fmt: skip
+def fused_linears(device, dtype, m, n, k, normed, added, use_swiglu, seed):
+    x, w = (randn(seed + i, *s, device=device, dtype=dtype) for i, s in enumerate(((m, k), ((1 + use_swiglu) * n, k))))
+    norm = randn(seed + 2, k, device=device, dtype=dtype) if normed else None
+    residual = randn(seed + 3, m, n, device=device, dtype=dtype) if added else None
+    kept = None if residual is None else residual.clone()
+    op, args = KERNELS["fused_linear"], (x, w, norm, 1e-5, residual, use_swiglu)
+    close("fused_linear", op(*args), op.reference(*args), dtype, typical=k if use_swiglu else k**0.5)
+    assert kept is None or torch.equal(kept, residual)
+
+
+def test_fused_linear(device, dtype):
+    fused_linears(device, dtype)
+
+
+@EXAMPLES
 @given(st.integers(0, 150), st.integers(1, 150), st.integers(1, 200), st.booleans(), st.integers(0, 99))
 def products(device, dtype, m, n, k, aligned, seed):
     if aligned:  # what the copy engine can read
