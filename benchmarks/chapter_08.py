@@ -306,7 +306,7 @@ def curve(engine: Engine, fractions: Sequence[float], lengths: tuple, seconds: f
 
 def cpu_curve(model: Transformer) -> dict:
     engine = Engine(model, num_blocks=128, max_num_seqs=16, max_num_batched_tokens=64, max_model_len=64)
-    return curve(engine, (0.3, 0.6, 0.8, 1.2), ((16, 32), (8, 24)), 7.0, 32)
+    return curve(engine, (0.3, 0.6, 0.9, 1.2, 1.6), ((16, 32), (8, 24)), 6.0, 32)
 
 
 # ---- preemption, counted -------------------------------------------------------------------------------------------
@@ -323,10 +323,24 @@ class Unguarded(Scheduler):
         self.preemptions += 1
 
 
-def counted(blocks: int, guarded: bool, caching: bool, budget: int = 512) -> dict:
+class Headroom(Scheduler):
+    """Admits the next request only if so many blocks more than it needs are free, while anybody runs."""
+
+    blocks = 0
+
+    def _admit(self, scheduled: dict, budget: int, copies: dict) -> None:
+        wanted = -(-self.waiting[0].num_tokens // self.pool.block_size) + self.blocks
+        if self.pool.num_free >= wanted or not self.running:
+            super()._admit(scheduled, budget, copies)
+
+
+def counted(blocks: int, budget: int, rule: str = "", headroom: int = 0, caching: bool = False) -> dict:
     """96 requests through a scheduler of at most 32 at once, no model: what they cost in steps and tokens."""
     rng, pool = np.random.default_rng(3), BlockPool(blocks, 16, caching)
-    scheduler = (Scheduler if guarded else Unguarded)(pool, 32, budget, EngineMetrics())
+    kind = {"": Scheduler, "unguarded": Unguarded, "headroom": Headroom}[rule]
+    scheduler = kind(pool, 32, budget, EngineMetrics())
+    if headroom:
+        scheduler.blocks = headroom
     requests = [
         Request(str(i), rng.integers(0, 49_152, rng.integers(50, 200)).tolist(), SamplingParams(), BlockTable(pool),
                 int(rng.integers(50, 400)), order=i)
@@ -347,18 +361,19 @@ def counted(blocks: int, guarded: bool, caching: bool, budget: int = 512) -> dic
                 if request.is_full:
                     scheduler.remove(request)
     assert pool.num_used == 0, "blocks were lost"
-    times = scheduler.metrics.num_preemptions if guarded else scheduler.preemptions
-    return {"blocks": blocks, "guarded": guarded, "prefix caching": caching, "steps": steps, "preemptions": times,
-            "tokens": tokens, "computed again": tokens / useful - 1}  # fmt: skip
+    times = scheduler.preemptions if rule == "unguarded" else scheduler.metrics.num_preemptions
+    return {"blocks": blocks, "budget": budget, "rule": rule, "headroom": headroom, "prefix caching": caching,
+            "steps": steps, "preemptions": times, "tokens": tokens, "computed again": tokens / useful - 1}  # fmt: skip
 
 
 def preemption() -> dict:
     """By size of the pool; prompts of 50 to 199 tokens, outputs of 50 to 399, blocks of 16."""
-    rows = [counted(blocks, guarded, caching) for blocks in (800, 400, 200, 100, 50) for guarded in (True, False)
-            for caching in (False, True)]  # fmt: skip
+    rows = [counted(blocks, 512, caching=caching) for blocks in (800, 500, 400, 200) for caching in (False, True)]
+    rows += [counted(400, budget, rule) for budget in (64, 128) for rule in ("", "unguarded")]
+    rows += [counted(400, 512, "headroom", headroom) for headroom in (16, 32, 64, 128)]
     for row in rows:
         print(" ", row, flush=True)
-    return {"requests": 96, "at once": 32, "budget": 512, "rows": rows}
+    return {"requests": 96, "at once": 32, "rows": rows}
 
 
 # ---- the scheduler's own time --------------------------------------------------------------------------------------

@@ -1,0 +1,431 @@
+"""Wrong and alternative implementations for the exercises of chapter 8: they keep the checks honest."""
+
+import heapq
+from collections import Counter, deque
+
+from minillm.cache.blocks import OutOfBlocks
+from minillm.learn.testing import alternative, wrong
+
+# ---- 8.1
+
+
+def shared(running, waiting, budget, seats, mistake=""):
+    """The right step, one token at a time, but for what `mistake` names."""
+    given, left = [0] * (len(running) + len(waiting)), budget
+    if mistake == "all seats free":
+        seats += len(running)
+    if mistake == "idle hold no seat":
+        seats += sum(gap == 0 for gap in running)
+    seated = len(waiting) if mistake == "no seats" else max(0, seats - len(running))
+    line = [*enumerate(running), *enumerate(waiting[:seated], len(running))]
+    if mistake != "prompts first":
+        for i, gap in enumerate(running):
+            if gap == 1 and (left or mistake == "over budget"):
+                given[i], left = 1, max(0, left - 1)
+    if mistake == "equal parts":
+        for i, gap in line:
+            if given[i] < gap:
+                given[i] = min(gap, left // max(1, sum(given[j] < g for j, g in line)))
+        return given
+    if mistake == "in order":
+        for i, gap in line:
+            more = min(gap - given[i], left)
+            given[i], left = given[i] + more, left - more
+        return given
+    if mistake == "waiting first":
+        line = [*line[len(running) :], *line[: len(running)]]
+    while left and any(given[i] < gap for i, gap in line):
+        for i, gap in line:
+            if given[i] < gap and left:
+                given[i], left = given[i] + 1, left - 1
+    return given
+
+
+def step_with(mistake):
+    def step(running, waiting, budget, seats):
+        given = shared(running, waiting, budget, seats, mistake)
+        return given[: len(running)], given[len(running) :]
+
+    return step
+
+
+wrong("8.1", "gives the rest of the budget in order of arrival, as the package does")(step_with("in order"))
+wrong("8.1", "cuts the budget into equal parts once; what short prompts leave is lost")(step_with("equal parts"))
+wrong("8.1", "lets everybody in, whatever the seats")(step_with("no seats"))
+wrong("8.1", "counts the seats as if nobody ran")(step_with("all seats free"))
+wrong("8.1", "frees the seat of a request whose last token is on the way")(step_with("idle hold no seat"))
+wrong("8.1", "decodes more than the budget allows")(step_with("over budget"))
+wrong("8.1", "serves decoding and prompts alike, in turns")(step_with("prompts first"))
+wrong("8.1", "shares among the waiting before the running")(step_with("waiting first"))
+alternative("8.1", "one token at a time")(step_with(""))
+
+
+@alternative("8.1", "always to whoever has least")
+def step(running, waiting, budget, seats):
+    first, second = [0] * len(running), [0] * len(waiting)
+    heap = []
+    for i, gap in enumerate(running):
+        if gap == 1 and budget:
+            first[i], budget = 1, budget - 1
+        elif gap > 1:
+            heap.append((0, i))
+    heap += [(0, len(running) + i) for i in range(min(len(waiting), max(0, seats - len(running))))]
+    heapq.heapify(heap)
+    while heap and budget:
+        has, i = heapq.heappop(heap)
+        budget -= 1
+        place, gaps, j = (first, running, i) if i < len(running) else (second, waiting, i - len(running))
+        place[j] = has + 1
+        if place[j] < gaps[j]:
+            heapq.heappush(heap, (has + 1, i))
+    return first, second
+
+
+# ---- 8.2
+
+
+def ceil(tokens, size):
+    return -(-tokens // size)
+
+
+def peak(running, started, size):
+    inside = [*running, *((prompt - 1, outputs) for prompt, outputs in started)]
+    steps = max((left for _, left in inside), default=0)
+    return max(
+        (sum(ceil(cached + j, size) for cached, left in inside if left >= j) for j in range(1, steps + 1)), default=0
+    )
+
+
+def count_while(fits, waiting):
+    n = 0
+    while n < len(waiting) and fits(waiting[: n + 1]):
+        n += 1
+    return n
+
+
+@wrong("8.2", "adds up everybody's largest size: safe, and turns away who would fit")
+def admit(running, waiting, block_size, num_blocks):
+    inside = [ceil(cached + left, block_size) for cached, left in running]
+    return count_while(
+        lambda new: sum(inside) + sum(ceil(p + n - 1, block_size) for p, n in new) <= num_blocks, waiting
+    )
+
+
+@wrong("8.2", "looks at the next step alone")
+def admit(running, waiting, block_size, num_blocks):
+    inside = [ceil(cached + 1, block_size) for cached, _ in running]
+    return count_while(lambda new: sum(inside) + sum(ceil(p, block_size) for p, _ in new) <= num_blocks, waiting)
+
+
+@wrong("8.2", "adds up tokens and rounds the sum")
+def admit(running, waiting, block_size, num_blocks):
+    return count_while(lambda new: peak(running, new, 1) <= num_blocks * block_size, waiting)
+
+
+@wrong("8.2", "passes over the one that does not fit")
+def admit(running, waiting, block_size, num_blocks):
+    started = []
+    for request in waiting:
+        if peak(running, [*started, request], block_size) <= num_blocks:
+            started.append(request)
+    return len(started)
+
+
+@wrong("8.2", "counts a last output's token as stored")
+def admit(running, waiting, block_size, num_blocks):
+    return count_while(lambda new: peak([*running, *((p, n) for p, n in new)], [], block_size) <= num_blocks, waiting)
+
+
+@wrong("8.2", "frees a request's blocks one step too early")
+def admit(running, waiting, block_size, num_blocks):
+    def early(new):
+        inside = [*running, *((p - 1, n) for p, n in new)]
+        steps = max((left for _, left in inside), default=0)
+        return max(
+            (sum(ceil(c + j, block_size) for c, left in inside if left > j) for j in range(steps + 1)), default=0
+        )
+
+    return count_while(lambda new: early(new) <= num_blocks, waiting)
+
+
+@wrong("8.2", "stops at the first step of the future at which a request ends")
+def admit(running, waiting, block_size, num_blocks):
+    def first_end(new):
+        inside = [*running, *((p - 1, n) for p, n in new)]
+        j = min(left for _, left in inside)
+        return sum(ceil(cached + j, block_size) for cached, _ in inside)
+
+    return count_while(lambda new: first_end(new) <= num_blocks, waiting)
+
+
+@alternative("8.2", "runs all steps")
+def admit(running, waiting, block_size, num_blocks):
+    return count_while(lambda new: peak(running, new, block_size) <= num_blocks, waiting)
+
+
+# ---- 8.3
+
+
+def freed(tables, chosen):
+    stays = {b for i, table in enumerate(tables) if i not in chosen for b in table}
+    return {b for i in chosen for b in tables[i]} - stays
+
+
+def from_the_last(tables, need, gain, lowest=1):
+    chosen, have = [], 0
+    for i in range(len(tables) - 1, lowest - 1, -1):
+        if have >= need:
+            break
+        chosen.append(i)
+        have = gain(tables, chosen)
+    if have < need:
+        raise OutOfBlocks
+    return sorted(chosen)
+
+
+def all_blocks(tables, chosen):
+    return sum(len(tables[i]) for i in chosen)
+
+
+def owned_alone(tables, chosen):
+    names = Counter(b for table in tables for b in table)
+    return sum(names[b] == 1 for i in chosen for b in tables[i])
+
+
+def counted_twice(tables, chosen):
+    free = freed(tables, set(chosen))
+    return sum(b in free for i in chosen for b in tables[i])
+
+
+@wrong("8.3", "counts all blocks of a table, shared ones too")
+def victims(tables, need):
+    return from_the_last(tables, need, all_blocks)
+
+
+@wrong("8.3", "preempts from the end until it suffices, and spares nobody")
+def victims(tables, need):
+    return from_the_last(tables, need, lambda t, c: len(freed(t, set(c))))
+
+
+def sparing(tables, need, gain, order=None, lowest=1):
+    chosen = set(range(lowest, len(tables)))
+    if gain(tables, chosen) < need:
+        raise OutOfBlocks
+    for i in order(chosen) if order else sorted(chosen):
+        if gain(tables, chosen - {i}) >= need:
+            chosen.remove(i)
+    return sorted(chosen)
+
+
+@wrong("8.3", "counts only blocks with a single owner: what victims share among themselves is overlooked")
+def victims(tables, need):
+    return sparing(tables, need, owned_alone)
+
+
+@wrong("8.3", "counts a block that two victims share twice")
+def victims(tables, need):
+    return sparing(tables, need, counted_twice)
+
+
+@wrong("8.3", "spares the last ones first")
+def victims(tables, need):
+    return sparing(tables, need, lambda t, c: len(freed(t, c)), lambda chosen: sorted(chosen, reverse=True))
+
+
+@wrong("8.3", "may preempt request 0")
+def victims(tables, need):
+    return sparing(tables, need, lambda t, c: len(freed(t, c)), lowest=0)
+
+
+@wrong("8.3", "returns what there is when it does not suffice")
+def victims(tables, need):
+    try:
+        return sparing(tables, need, lambda t, c: len(freed(t, c)))
+    except OutOfBlocks:
+        return list(range(1, len(tables)))
+
+
+@wrong("8.3", "takes a victim even if nothing is needed")
+def victims(tables, need):
+    return sparing(tables, max(1, need), lambda t, c: len(freed(t, c)))
+
+
+@alternative("8.3", "with reference counts")
+def victims(tables, need):
+    references, chosen = Counter(b for table in tables for b in table), list(range(1, len(tables)))
+    for i in chosen:
+        references.subtract(tables[i])
+    free = sum(n == 0 for n in references.values())
+    if free < need:
+        raise OutOfBlocks
+    kept = []
+    for i in chosen:
+        loses = sum(references[b] == 0 for b in tables[i])
+        if free - loses >= need:
+            references.update(tables[i])
+            free -= loses
+        else:
+            kept.append(i)
+    return kept
+
+
+# ---- 8.4
+
+
+class Fair:
+    """The right queue, but for what `mistake` names."""
+
+    mistake = ""
+
+    def __init__(self, weights=None):
+        self.weights, self.counters, self.waiting, self.floor, self.added = dict(weights or {}), {}, {}, 0.0, 0
+
+    def charge(self, user, cost):
+        weight = 1.0 if self.mistake == "no weights" else self.weights.get(user, 1.0)
+        if self.mistake == "weights upside down":
+            weight = 1 / weight
+        self.counters[user] = self.counters.get(user, 0.0) + cost / weight
+
+    def add(self, user, request, prompt_tokens):
+        if not self.waiting.get(user):
+            others = [self.counters[name] for name, queue in self.waiting.items() if queue]
+            known = self.counters.get(user, 0.0)
+            least = min(others, default=0.0 if self.mistake == "no floor" else self.floor)
+            if self.mistake == "all users":
+                least = min(self.counters.values(), default=0.0)
+            if self.mistake == "lowers":
+                self.counters[user] = least
+            elif self.mistake == "saves":
+                self.counters[user] = known
+            elif self.mistake == "resets":
+                self.counters[user] = max(known, max(others, default=self.floor))
+            else:
+                self.counters[user] = max(known, least)
+        self.waiting.setdefault(user, deque()).append((self.added, request, prompt_tokens))
+        self.added += 1
+
+    def take(self):
+        users = [user for user, queue in self.waiting.items() if queue]
+        if not users:
+            return None
+        if self.mistake == "by arrival":
+            user = min(users, key=lambda u: self.waiting[u][0][0])
+        elif self.mistake == "ties by name":
+            user = min(users, key=lambda u: (self.counters[u], u))
+        else:
+            user = min(users, key=lambda u: (self.counters[u], self.waiting[u][0][0]))
+        queue = self.waiting[user]
+        _, request, tokens = queue.pop() if self.mistake == "newest" else queue.popleft()
+        before = self.counters[user]
+        self.charge(user, 1 if self.mistake == "counts requests" else tokens)
+        self.floor = self.counters[user] if self.mistake == "floor after" else before
+        return request
+
+    def generated(self, user, tokens):
+        price = {"outputs free": 0, "outputs once": 1, "counts requests": 0}.get(self.mistake, 2)
+        self.charge(user, price * tokens)
+
+
+for name, what in {
+    "by arrival": "first come, first served",
+    "counts requests": "counts requests instead of tokens",
+    "outputs free": "charges prompts alone",
+    "outputs once": "a generated token costs as much as one of the prompt",
+    "no weights": "forgets the weights",
+    "weights upside down": "multiplies by the weight",
+    "saves": "lets who was idle keep a small counter",
+    "lowers": "sets the counter to the others' even if it was larger",
+    "resets": "lifts to the largest counter of those who wait",
+    "all users": "lifts to the smallest counter of everybody, idle ones too",
+    "no floor": "starts a newcomer at 0 when nobody waits",
+    "floor after": "takes the floor after the charge",
+    "ties by name": "breaks ties by the user's name",
+    "newest": "takes a user's newest request",
+}.items():
+    wrong("8.4", what)(type("FairQueue", (Fair,), {"mistake": name}))
+alternative("8.4", "a queue for each user")(type("FairQueue", (Fair,), {}))
+
+
+# ---- 8.5
+
+
+def shares(runs, ttft, tpot, good):
+    return {
+        rate: sum(good(r, ttft, tpot) for r in runs[rate]) / len(runs[rate]) if runs[rate] else 1.0 for rate in runs
+    }
+
+
+def is_good(r, ttft, tpot):
+    arrival, times, wanted = r
+    if not times or len(times) < wanted:
+        return False
+    gap = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
+    return times[0] - arrival <= ttft and gap <= tpot
+
+
+def crossing(found, share, order=sorted, straight=True):
+    rates = order(found)
+    for i, rate in enumerate(rates):
+        if found[rate] < share:
+            if i == 0:
+                return 0.0
+            low, high = rates[i - 1], found[rates[i - 1]]
+            return low + (rate - low) * (high - share) / (high - found[rate]) if straight else low
+    return rates[-1] if rates else 0.0
+
+
+@wrong("8.5", "leaves out the requests that did not finish")
+def capacity(runs, ttft, tpot, share):
+    done = {rate: [r for r in found if len(r[1]) >= r[2]] for rate, found in runs.items()}
+    return crossing(shares(done, ttft, tpot, is_good), share)
+
+
+@wrong("8.5", "counts a request as good though tokens are missing")
+def capacity(runs, ttft, tpot, share):
+    def good(r, ttft, tpot):
+        return bool(r[1]) and is_good((r[0], r[1], len(r[1])), ttft, tpot)
+
+    return crossing(shares(runs, ttft, tpot, good), share)
+
+
+@wrong("8.5", "wants every gap within the limit")
+def capacity(runs, ttft, tpot, share):
+    def good(r, ttft, tpot):
+        gaps = [b - a for a, b in zip(r[1], r[1][1:], strict=False)]
+        return is_good(r, ttft, 1e9) and all(gap <= tpot for gap in gaps)
+
+    return crossing(shares(runs, ttft, tpot, good), share)
+
+
+@wrong("8.5", "divides by the tokens instead of by the gaps")
+def capacity(runs, ttft, tpot, share):
+    def good(r, ttft, tpot):
+        return is_good(r, ttft, 1e9) and (r[1][-1] - r[1][0]) / len(r[1]) <= tpot
+
+    return crossing(shares(runs, ttft, tpot, good), share)
+
+
+@wrong("8.5", "measures the first token from the start of the run")
+def capacity(runs, ttft, tpot, share):
+    return crossing(shares(runs, ttft, tpot, lambda r, a, b: is_good((0.0, *r[1:]), a, b)), share)
+
+
+@wrong("8.5", "takes the last rate that holds, past failures")
+def capacity(runs, ttft, tpot, share):
+    found = shares(runs, ttft, tpot, is_good)
+    return max((rate for rate in found if found[rate] >= share), default=0.0)
+
+
+@wrong("8.5", "takes the rates in the order in which they stand")
+def capacity(runs, ttft, tpot, share):
+    return crossing(shares(runs, ttft, tpot, is_good), share, order=list)
+
+
+@wrong("8.5", "no line: the last rate that was measured and holds")
+def capacity(runs, ttft, tpot, share):
+    return crossing(shares(runs, ttft, tpot, is_good), share, straight=False)
+
+
+@alternative("8.5", "shares first, then the crossing")
+def capacity(runs, ttft, tpot, share):
+    return crossing(shares(runs, ttft, tpot, is_good), share)
