@@ -189,10 +189,10 @@ def decode_step(
     groups = q.shape[1] // k.shape[1]
     keys = k_cache[rows].repeat_interleave(groups, dim=2)  # [A, S, H, D]
     values = v_cache[rows].repeat_interleave(groups, dim=2).masked_fill(~inside[..., None, None], 0.0)
-    scores = torch.einsum("ahd,ashd->ahs", q[rows], keys) / q.shape[-1] ** 0.5
+    scores = torch.einsum("bhd,bshd->bhs", q[rows], keys) / q.shape[-1] ** 0.5
     weights = scores.masked_fill(~inside[:, None], float("-inf")).softmax(-1)  # [A, H, S]
     out = torch.zeros_like(q)
-    out[rows] = torch.einsum("ahs,ashd->ahd", weights, values)
+    out[rows] = torch.einsum("bhs,bshd->bhd", weights, values)
     return out
     ### END SOLUTION
 

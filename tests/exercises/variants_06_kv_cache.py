@@ -262,7 +262,7 @@ def decoded(q, k, v, k_cache, v_cache, lengths, active, what=""):
     keys, values = k_cache[rows][:, :, heads], v_cache[rows][:, :, heads]  # [A, S, H, D]
     if what != "values not zeroed":
         values = values.masked_fill(~inside[..., None, None], 0.0)
-    scores = torch.einsum("ahd,ashd->ahs", q[rows], keys)
+    scores = torch.einsum("bhd,bshd->bhs", q[rows], keys)
     if what != "no scale":
         scores = scores / q.shape[-1] ** 0.5
     if what == "adds -1e9":
@@ -271,7 +271,7 @@ def decoded(q, k, v, k_cache, v_cache, lengths, active, what=""):
         scores = scores.masked_fill(~inside[:, None], -INF)
     weights = scores.exp() / scores.exp().sum(-1, keepdim=True) if what == "no maximum" else scores.softmax(-1)
     out = torch.zeros_like(q)
-    out[rows] = torch.einsum("ahs,ashd->ahd", weights, values)
+    out[rows] = torch.einsum("bhs,bshd->bhd", weights, values)
     if what == "counts":
         lengths += active.long()
     return out
