@@ -380,6 +380,7 @@ def paged(model: Transformer, batch: int, before: int) -> tuple[PagedCache, Simp
 
 def replayed(run: Callable[[], object]) -> float:
     """Seconds of one run without Python: captured into a graph, the median of replays."""
+    torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(2):

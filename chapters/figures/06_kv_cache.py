@@ -205,6 +205,7 @@ def points(ax: Axes, rows: list[dict], title: str) -> None:
                 style = {"textcoords": "offset points", "fontsize": 7, "color": shade, "ha": side}
                 ax.annotate(text, (xs[j], ys[j]), xytext=at, **style)
     ax.set(title=title, xlabel="FLOPs a byte", xscale="log", yscale="log")
+    ax.margins(y=0.12)
 
 
 def roof(ax: Axes, bandwidth: float, peak: float) -> None:
