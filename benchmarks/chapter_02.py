@@ -5,6 +5,7 @@ python benchmarks/chapter_02.py positions heads  these parts again; the rest of 
 """
 
 import dataclasses
+import functools
 import json
 import statistics
 import sys
@@ -21,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minillm.config import ModelConfig
 from minillm.data import reference_text
-from minillm.model.layers import Attention, NoCache, RMSNorm, attention, rope_tables
+from minillm.kernels import swiglu
+from minillm.model.layers import Attention, Linear, NoCache, RMSNorm, rope_tables
 from minillm.model.transformer import Transformer
 from minillm.model.weights import load, model_path
 
@@ -112,22 +114,41 @@ class Timer(NoCache):
     """A cache that is none: it times attention, and by hooks the other parts."""
 
     def __init__(self, model: Transformer) -> None:
+        super().__init__()
         self.seconds: Counter[str] = Counter()
         names = {
             "qkv_proj": "projections",
             "o_proj": "projections",
-            "mlp": "mlp",
+            "gate_up_proj": "mlp",
+            "down_proj": "mlp",
             "lm_head": "head",
             "embed_tokens": "other",
         }
         for name, module in model.named_modules():
             part = "norms" if isinstance(module, RMSNorm) else names.get(name.rsplit(".", 1)[-1])
+            if isinstance(module, Linear):
+                module.after = functools.partial(self.after, module)
             if part:
                 module.register_forward_pre_hook(lambda module, args: setattr(module, "started", time.perf_counter()))
                 module.register_forward_hook(lambda module, args, out, part=part: self.add(part, module.started))
 
     def add(self, part: str, started: float) -> None:
         self.seconds[part] += time.perf_counter() - started
+
+    def after(
+        self, linear: Linear, norm: RMSNorm, branch: Tensor, stream: Tensor | None, use_swiglu: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """`Linear.after` in its parts, each timed."""
+        started = time.perf_counter()
+        normed, stream = norm.add(branch, stream)
+        if stream is not branch:  # else the norm's own hook has timed it
+            self.add("norms", started)
+        y = linear(normed)
+        started = time.perf_counter()
+        if use_swiglu:
+            y = swiglu(y)
+            self.add("mlp", started)
+        return y, stream
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: object) -> Tensor:
         started = time.perf_counter()
@@ -234,7 +255,7 @@ class Tiny(nn.Module):
             stream = stream + self.table[: x.shape[1]]
         rope = tuple(table[: x.shape[1]] for table in self.rope)
         for norm, layer in zip(self.norms, self.layers, strict=False):
-            stream = stream + layer(norm(stream), rope, cache or NoCache(), None)
+            stream = stream + layer(norm, stream, None, rope, cache or NoCache(), None)[0]
         return self.head(self.norms[-1](stream))
 
 
@@ -242,17 +263,6 @@ def sinusoidal(length: int, size: int) -> Tensor:
     """Vaswani et al., 2017, section 3.5, sines first.  -> [length, size]"""
     angles = torch.outer(torch.arange(length).float(), 10_000.0 ** (-torch.arange(0, size, 2) / size))
     return torch.cat((angles.sin(), angles.cos()), dim=-1)
-
-
-class Window(NoCache):
-    """Attention to the last `size` tokens only."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: object) -> Tensor:
-        distance = torch.arange(q.shape[1])[:, None] - torch.arange(q.shape[1])
-        return attention(q, k, v, (distance >= 0) & (distance < self.size))
 
 
 def three_back(x: Tensor) -> Tensor:
@@ -311,7 +321,7 @@ def positions(seeds: tuple[int, ...] = (0, 1, 2)) -> dict:
         for kind in KINDS:
             trained = [train(kind, task, seed) for seed in seeds]
             row = {"loss": mean_lists([losses for _, losses in trained])}
-            caches = {"": None, ", window": Window(TRAINED)} if kind == "rotary" else {"": None}
+            caches = {"": None, ", window": NoCache(TRAINED)} if kind == "rotary" else {"": None}
             for suffix, cache in caches.items():
                 curves = [accuracy(model, task, cache) for model, _ in trained]
                 row[f"accuracy{suffix}"] = mean_lists(curves)
@@ -473,7 +483,8 @@ def stream(model: Transformer) -> dict:
     x = torch.tensor([encode.encode(PROMPTS[0]).ids])
     states, rope = [model.embed_tokens(x)], (model.rope_cos[: x.shape[1]], model.rope_sin[: x.shape[1]])
     for layer in model.layers:
-        states.append(layer(states[-1], rope, NoCache(), None))
+        branch, before = layer(states[-1], None, rope, NoCache(), None)
+        states.append(before + branch)
     best = [model.logits(model.norm(state[0, -1])).softmax(-1).max(-1) for state in states]
     return {
         "prompt": PROMPTS[0],

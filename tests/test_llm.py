@@ -5,8 +5,8 @@ import torch
 
 from minillm import LLM, SamplingParams
 from minillm.config import ModelConfig
-from minillm.generate import naive
 from minillm.engine.text import StopText
+from minillm.generate import naive
 from minillm.model import Transformer
 from minillm.model.weights import save
 

@@ -5,7 +5,7 @@ Forward only: where a gradient is wanted, the torch path runs. Importing this ne
 
 from .common import HAS_TRITON, INTERPRETED, KERNELS, Operation, use
 from .flash_attention import flash_attention
-from .fused_linear import fused_linear
+from .fused_linear import linear, norm_linear
 from .gumbel_argmax import gumbel_argmax, gumbel_noise
 from .matmul import interleave, matmul, matmul_swiglu
 from .paged_attention import paged_attention
@@ -21,12 +21,13 @@ __all__ = [
     "Operation",
     "add_rms_norm",
     "flash_attention",
-    "fused_linear",
     "gumbel_argmax",
     "gumbel_noise",
     "interleave",
+    "linear",
     "matmul",
     "matmul_swiglu",
+    "norm_linear",
     "paged_attention",
     "rms_norm",
     "rope",

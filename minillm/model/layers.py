@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..kernels import KERNELS, add_rms_norm, flash_attention, rms_norm, rope, swiglu
+from ..kernels import KERNELS, add_rms_norm, flash_attention, linear, norm_linear, rms_norm, rope
 
 __all__ = [
     "MLP",
     "Attention",
     "AttentionCache",
+    "Linear",
     "NoCache",
     "PaddedBatch",
     "RMSNorm",
@@ -47,6 +48,26 @@ class RMSNorm(nn.Module):
     def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """(norm of x + residual, the sum itself), in one kernel on a GPU; without a residual x is the sum."""
         return (self(x), x) if residual is None else add_rms_norm(x, residual, self.weight, self.eps)
+
+
+class Linear(nn.Linear):
+    """x Wᵀ.  [..., in] -> [..., out]
+
+    `after(norm, branch, stream)` is what a decoder layer wants of it: the residual stream goes on as branch + stream,
+    and its norm goes through the weights. One token on a GPU takes one kernel for that.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
+
+    def after(
+        self, norm: RMSNorm, branch: Tensor, stream: Tensor | None, use_swiglu: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """(f(norm(branch + stream) Wᵀ), branch + stream); f is SwiGLU over the halves of the result, or nothing."""
+        return norm_linear(branch, stream, norm.weight, self.weight, norm.eps, use_swiglu)
 
 
 def rope_tables(config: ModelConfig, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
@@ -180,39 +201,44 @@ class NoCache:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions.  [..., hidden] -> [..., hidden]"""
+    """Grouped-query attention with rotary positions, behind a norm.
+
+    (branch, stream or None) -> (what attention adds, branch + stream), each [..., hidden].
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
         self.sizes = [config.q_size, config.kv_size, config.kv_size]
-        self.qkv_proj = nn.Linear(
-            config.hidden_size, sum(self.sizes), bias=False
-        )  # one matrix product instead of three
-        self.o_proj = nn.Linear(config.q_size, config.hidden_size, bias=False)
+        self.qkv_proj = Linear(config.hidden_size, sum(self.sizes))  # one matrix product instead of three
+        self.o_proj = Linear(config.q_size, config.hidden_size)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None  # Qwen3
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
-    def forward(self, hidden_states: Tensor, rope: tuple[Tensor, Tensor], cache: AttentionCache, batch: Any) -> Tensor:
-        q, k, v = (
-            x.unflatten(-1, (-1, self.head_dim)) for x in self.qkv_proj(hidden_states).split(self.sizes, dim=-1)
-        )  # [..., heads, D]
+    def forward(
+        self, norm: RMSNorm, branch: Tensor, stream: Tensor | None, rope: tuple[Tensor, Tensor],
+        cache: AttentionCache, batch: Any,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        qkv, stream = self.qkv_proj.after(norm, branch, stream)
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in qkv.split(self.sizes, dim=-1))  # [..., heads, D]
         norms = None if self.q_norm is None else (self.q_norm, self.k_norm)
         q, k = cache.place(self.layer, q, k, v, (*rope, norms), batch)  # normed (Qwen3), turned by RoPE
         out = cache.attend(self.layer, q, k, v, batch)  # [..., H, D]
-        return self.o_proj(out.flatten(-2))  # [..., hidden]
+        return self.o_proj(out.flatten(-2)), stream  # [..., hidden]
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) · up(x)).  [..., hidden] -> [..., hidden]    Source: Shazeer, 2020, "GLU Variants
-    Improve Transformer".
+    """SwiGLU behind a norm: down(silu(gate(x)) · up(x)).    Source: Shazeer, 2020, "GLU Variants Improve Transformer".
+
+    (branch, stream) -> (what the MLP adds, branch + stream), each [..., hidden].
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_up_proj(hidden_states)))  # silu(gate) · up: [..., intermediate]
+    def forward(self, norm: RMSNorm, branch: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
+        act, stream = self.gate_up_proj.after(norm, branch, stream, use_swiglu=True)  # silu(gate) · up: [..., I]
+        return self.down_proj(act), stream

@@ -14,8 +14,9 @@ __all__ = ["Layer", "Transformer"]
 class Layer(nn.Module):
     """Attention, then MLP, each behind a norm and added to the residual stream.
 
-    The stream and the branch that is still to be added to it travel apart, so that adding and norming are one kernel:
-    (branch, stream or None) -> (branch, stream), each [..., hidden].
+    In short: stream += attention(norm(stream)), stream += mlp(norm(stream)). The stream and the branch that is still to
+    be added to it travel apart, so that adding and norming are one step: (branch, stream or None) -> (branch, stream),
+    each [..., hidden].
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -28,10 +29,8 @@ class Layer(nn.Module):
     def forward(
         self, branch: Tensor, stream: Tensor | None, rope: tuple[Tensor, Tensor], cache: AttentionCache, batch: Any
     ) -> tuple[Tensor, Tensor]:
-        normed, stream = self.input_layernorm.add(branch, stream)
-        branch = self.self_attn(normed, rope, cache, batch)
-        normed, stream = self.post_attention_layernorm.add(branch, stream)
-        return self.mlp(normed), stream
+        branch, stream = self.self_attn(self.input_layernorm, branch, stream, rope, cache, batch)
+        return self.mlp(self.post_attention_layernorm, branch, stream)
 
 
 class Transformer(nn.Module):

@@ -12,9 +12,10 @@ from minillm.kernels import (
     add_rms_norm,
     common,
     flash_attention,
-    fused_linear,
+    linear,
     matmul,
     matmul_swiglu,
+    norm_linear,
     rms_norm,
     rope,
     rope_and_cache,
@@ -53,7 +54,8 @@ def small(name: str, device="cpu", dtype=torch.float32) -> tuple:
             4,
             2,
         ),
-        "fused_linear": (x, torch.randn(24, 32, device=device, dtype=dtype), w, 1e-5),
+        "linear": (x, torch.randn(24, 32, device=device, dtype=dtype)),
+        "norm_linear": (x, x + 1, w, torch.randn(24, 32, device=device, dtype=dtype)),
         "gumbel_argmax": (
             x, torch.tensor([0.0, 0.5, 1.0] * 2, device=device), torch.arange(6, device=device) - 3,
             torch.arange(6, device=device),
@@ -102,7 +104,7 @@ def test_torch_path_is_right(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["softmax", "rms_norm", "add_rms_norm", "swiglu", "matmul", "matmul_swiglu", "fused_linear"]
+    "name", ["softmax", "rms_norm", "add_rms_norm", "swiglu", "matmul", "matmul_swiglu", "linear", "norm_linear"]
 )
 def test_gradients_pass_through_torch(name):
     """Where a gradient is wanted, the dispatcher leaves the kernels, even when they were asked for."""
@@ -151,11 +153,11 @@ BAD = [
     (matmul, (X, torch.randn(32)), r"w: expected \[N, K\]"),
     (matmul, (X, torch.randn(8, 32).half()), "w: expected x's dtype"),
     (matmul_swiglu, (X, torch.randn(7, 32)), "w: expected an even number of rows"),
-    (fused_linear, (X, torch.randn(8, 31)), r"x: expected \[..., 31\]"),
-    (fused_linear, (X, torch.randn(7, 32), None, 1e-6, None, True), r"w: expected \[N, K\], N even"),
-    (fused_linear, (X, torch.randn(8, 32), torch.ones(31)), r"norm_weight: expected shape \[32\]"),
-    (fused_linear, (X, torch.randn(8, 32), None, 1e-6, torch.ones(4, 4)), r"residual: expected shape \[4, 8\]"),
-    (fused_linear, (X, torch.randn(8, 32), None, 0.0), "eps: expected a positive number"),
+    (linear, (X, torch.randn(8, 31)), r"w: expected \[N, K\] with x's last axis as K"),
+    (norm_linear, (X, None, torch.ones(32), torch.randn(7, 32), 1e-6, True), "w: expected an even number of rows"),
+    (norm_linear, (X, None, torch.ones(31), torch.randn(8, 32)), r"weight: expected shape \[32\]"),
+    (norm_linear, (X, X[:2], torch.ones(32), torch.randn(8, 32)), "residual: expected x's shape"),
+    (norm_linear, (X, None, torch.ones(32), torch.randn(8, 32), 0.0), "eps: expected a positive number"),
     (rope, (torch.randn(4, 2, 15), Q, Q[:, 0, :8], Q[:, 0, :8]), r"q: expected \[tokens, heads, D\] with an even D"),
     (rope, (Q, Q[:3], Q[:, 0, :8], Q[:, 0, :8]), r"k: expected \[4, heads, 16\]"),
     (rope, (Q, Q.clone(), Q[:, 0, :7], Q[:, 0, :8]), r"cos: expected \[4, 8\]"),
@@ -181,11 +183,11 @@ def test_bad_input_is_named(call, args, says):
 @pytest.mark.parametrize("name", KERNELS)
 def test_empty_input(name):
     shapes = {"softmax": (0, 8), "swiglu": (0, 8), "matmul": (0, 32), "matmul_swiglu": (0, 32), "rms_norm": (0, 32)}
-    shapes["fused_linear"] = (0, 32)
+    shapes["linear"] = (0, 32)
     args = small(name)
     if name in shapes:
         args = (torch.empty(shapes[name]), *args[1:])
-    elif name == "add_rms_norm":
+    elif name in ("add_rms_norm", "norm_linear"):
         args = (torch.empty(0, 32), torch.empty(0, 32), *args[2:])
     elif name == "flash_attention":
         nothing = torch.zeros(1, dtype=torch.int32)
