@@ -55,7 +55,7 @@ def batch() -> None:
     batches = np.array([2**i for i in range(11)])
     for ax, (name, config) in zip(axes, (("SmolLM2-135M", small), ("an 8B model", LLAMA_3_8B)), strict=True):
         flops = sum(config.flops_per_token(0).values())
-        weights = config.weight_bytes() / copy
+        weights = flops / copy  # 2 FLOPs and, in 16 bits, 2 bytes for each weight of a matrix
         ax.loglog(batches, 1e3 * np.full(len(batches), weights), color=BLUE, label="weights, read once")
         ax.loglog(batches, 1e3 * batches * flops / product, color=GREEN, label="products with them")
         for context, style in ((256, ":"), (2048, "-")):
