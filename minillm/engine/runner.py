@@ -194,10 +194,9 @@ class Runner:
     @torch.inference_mode()
     def capture(self) -> None:
         """Record a graph for every size, the largest first, so that the smaller ones reuse its memory."""
-        decode = [n for n in (1, 2, 4, *range(8, self.max_num_seqs, 8)) if n < self.max_num_seqs]
-        self.decode_sizes = [*decode, self.max_num_seqs]
-        steps = range(self.max_num_batched_tokens, 0, -max(256, self.max_num_batched_tokens // 16))
-        self.mixed_sizes = sorted(steps)
+        decode = (1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, self.max_num_seqs, 32))
+        self.decode_sizes = [*(n for n in decode if n < self.max_num_seqs), self.max_num_seqs]
+        self.mixed_sizes = sorted(range(self.max_num_batched_tokens, 0, -max(256, self.max_num_batched_tokens // 12)))
         shapes = [(n, self.max_num_seqs, False) for n in self.mixed_sizes] + [(n, n, True) for n in self.decode_sizes]
         self.rows.set_steps([])  # all padding
         pool = torch.cuda.graph_pool_handle()

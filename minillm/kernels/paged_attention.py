@@ -60,6 +60,20 @@ def reference(
     return out
 
 
+def _gathered_blocks(cache: Tensor, table: Tensor, lengths: list[int], block_size: int) -> Tensor:
+    """Whole blocks side by side, and 0 past each sequence's end, where another's NaN may lie.
+
+    cache [slots, H_kv, D], table [B, W], of which nothing past the end is looked at -> [B, W · block_size, H_kv, D]
+    """
+    starts = torch.arange(0, table.shape[1] * block_size, block_size, device=cache.device)
+    table = table.where(starts < torch.tensor(lengths, device=cache.device)[:, None], 0)
+    blocks = cache.unflatten(0, (-1, block_size)).index_select(0, table.flatten())  # [B · W, block_size, H_kv, D]
+    out = blocks.view(len(table), -1, *cache.shape[1:])
+    for row, length in zip(out, lengths, strict=True):
+        row[length:] = 0
+    return out
+
+
 def torch_path(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, cu_seqlens_q: Tensor,
     max_seqlen_q: int, block_size: int, scale: float | None = None,
@@ -70,17 +84,16 @@ def torch_path(
     single = [i for i, (count, length) in enumerate(zip(counts, lengths, strict=True)) if count == 1 and length]
     several = [i for i, (count, length) in enumerate(zip(counts, lengths, strict=True)) if count > 1 and length]
     for group in ([single] if single else []) + [[i] for i in several]:
-        count, longest = counts[group[0]], max(lengths[i] for i in group)
+        count, ends = counts[group[0]], [lengths[i] for i in group]
         rows = torch.tensor([bounds[i] for i in group], device=q.device)[:, None] + torch.arange(count, device=q.device)
-        token = torch.arange(longest, device=q.device)
-        slots = block_tables[group][:, token // block_size].long() * block_size + token % block_size  # [B, S]
-        ends = torch.tensor([lengths[i] for i in group], device=q.device)[:, None, None]
-        position = ends - count + torch.arange(count, device=q.device)[:, None]  # [B, T, 1]
-        inside = token < ends[:, 0]  # [B, S]
-        slots = torch.where(inside, slots, slots[:, :1])  # past the end: a key of its own, which the mask hides
+        table = block_tables[group][:, : ceil_div(max(ends), block_size)]  # [B, W]
+        k, v = (_gathered_blocks(cache, table, ends, block_size) for cache in (k_cache, v_cache))  # [B, S, H_kv, D]
+        first = torch.tensor(ends, device=q.device)[:, None] - count
+        position = first + torch.arange(count, device=q.device)  # [B, T]
+        mask = torch.arange(k.shape[1], device=q.device) <= position[..., None]  # [B, T, S]
         out[rows] = F.scaled_dot_product_attention(
-            q[rows].transpose(1, 2), k_cache[slots].transpose(1, 2), v_cache[slots].transpose(1, 2),
-            attn_mask=(token <= position)[:, None], scale=scale, enable_gqa=q.shape[1] != k_cache.shape[1],
+            q[rows].transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+            attn_mask=mask[:, None], scale=scale, enable_gqa=q.shape[1] != k.shape[2],
         ).transpose(1, 2)  # fmt: skip
     return out
 
@@ -105,6 +118,8 @@ def check(
         )
     if block_size < 1 or block_size & (block_size - 1):
         raise ValueError(f"block_size: expected a power of 2, got {block_size}")
+    if k_cache.shape[0] % block_size:
+        raise ValueError(f"k_cache: expected whole blocks of {block_size} slots, got {k_cache.shape[0]} slots")
     sequences = len(context_lens)
     expected = {"block_tables": (block_tables, 2, sequences), "context_lens": (context_lens, 1, sequences)}
     for name, (x, dims, length) in (expected | {"cu_seqlens_q": (cu_seqlens_q, 1, sequences + 1)}).items():
