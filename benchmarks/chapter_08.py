@@ -232,7 +232,7 @@ def cpu_sweep(model: Transformer) -> dict:
 
 def interrupted(engine: Engine, running: int, context: int, prompt: int, prompts: int, after: int) -> dict:
     """Gaps between the tokens of `running` requests while `prompts` long prompts arrive, one after another."""
-    draw, vocab = np.random.default_rng(5), engine.config.vocab_size
+    draw, vocab, budget = np.random.default_rng(5), engine.config.vocab_size, engine.scheduler.max_num_batched_tokens
     decoding(engine, running, context, 10_000)
     steps, first, marks, long = [], [], [], None
     wait, now = after, time.perf_counter()
@@ -251,7 +251,7 @@ def interrupted(engine: Engine, running: int, context: int, prompt: int, prompts
             wait -= 1
     drop(engine)
     calm = steps[: marks[0]]
-    return {"budget": engine.scheduler.max_num_batched_tokens, "TTFT, s": statistics.median(first),
+    return {"budget": budget, "TTFT, s": statistics.median(first),
             "ITL, s": {**w.spread(steps[marks[0] :]), "max": max(steps[marks[0] :])},
             "ITL before, s": statistics.median(calm), "steps, s": steps, "arrivals": marks}  # fmt: skip
 
