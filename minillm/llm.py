@@ -306,11 +306,12 @@ class LLM:
         [[request]] = self._add([(output, params)])
         given = 0
         try:
-            while not request.finished:
-                self.engine.step()
+            while not request.finished or len(request.text) > given:
+                if len(request.text) == given:  # else another stream's step brought it
+                    self.engine.step()
                 output.update([request])
-                if len(request.text) > given:
-                    piece, given = request.text[given:], len(request.text)
+                piece, given = request.text[given:], len(request.text)
+                if piece:
                     yield piece
         finally:
             self.engine.abort(request.id)
