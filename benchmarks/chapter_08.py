@@ -494,7 +494,7 @@ def gpu_shape(name: str, copy_rate: float) -> dict:
     if name != "smollm2":
         lengths = ((8, 32), (8, 16)) if TRY else ((64, 256), (64, 192))
         fractions = (0.5, 1.2) if TRY else (0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.2)
-        result["curve"] = curve(engine, fractions, lengths, 0.5 if TRY else 2.5, 24 if TRY else 512)
+        result["curve"] = curve(engine, fractions, lengths, 0.5 if TRY else 2.0, 24 if TRY else 512)
     return result
 
 

@@ -88,9 +88,8 @@ check("8.1", step)
 #
 # It is not free. Prompts that progress together finish together: two prompts of 4,000 tokens with a budget of 1,000
 # both have their first token after 8 steps, where first come, first served gives 4 and 8. The mean is worse for equal
-# lengths and better for unequal ones. It also holds blocks of all of them for longer. vLLM offers a bound instead:
-# at most so many prompts in progress, and a limit for each that counts as long (`max_num_partial_prefills`,
-# `max_long_partial_prefills`, `long_prefill_token_threshold`).
+# lengths and better for unequal ones. It also holds blocks of all of them for longer. vLLM offers a cap instead, on
+# what one prompt may take of a step (`long_prefill_token_threshold`): simpler, and not fair among long ones.
 #
 # Decoding requests are not asked to share: one token is their whole gap, and a user watches it come.
 
@@ -156,8 +155,8 @@ check("8.2", admit)
 # **Why.** The sum only grows while nobody ends, so its peaks lie in the steps in which somebody has the last token:
 # at most as many places to look as there are requests.
 #
-# Adding up everybody's largest size is the simple safe rule (TensorRT-LLM's `GUARANTEED_NO_EVICT` reserves so). The
-# difference is large when lengths differ: short requests give back what long ones take later.
+# Adding up everybody's largest size is the simple safe rule. The difference is large when lengths differ: short requests
+# give back what long ones take later. (TensorRT-LLM's default, `GUARANTEED_NO_EVICT`, makes this promise.)
 #
 # The price of certainty is `outputs`: users set it to the model's limit, and most answers end long before. Then a
 # guarantee leaves most blocks empty. vLLM, SGLang and this package admit by what is needed *now* and preempt when they
