@@ -155,7 +155,7 @@ check("8.2", admit)
 # **Why.** The sum only grows while nobody ends, so its peaks lie in the steps in which somebody has the last token:
 # at most as many places to look as there are requests.
 #
-# Adding up everybody's largest size is the simple safe rule. The difference is large when lengths differ: short requests
+# Adding up everybody's largest size is the simple safe rule. The difference is large when lengths differ: short ones
 # give back what long ones take later. (TensorRT-LLM's default, `GUARANTEED_NO_EVICT`, makes this promise.)
 #
 # The price of certainty is `outputs`: users set it to the model's limit, and most answers end long before. Then a
