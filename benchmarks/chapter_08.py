@@ -443,9 +443,10 @@ def build(model: Transformer, eager: bool) -> Engine:
     return engine
 
 
-def set_budget(engine: Engine, budget: int) -> None:
-    """Budgets are multiples of a graph's size, so that none is padded."""
-    engine.scheduler.max_num_batched_tokens = budget
+def budgets(engine: Engine, near: Sequence[int]) -> list[int]:
+    """Budgets near these that are sizes of a graph, so that no step with a chunk is padded."""
+    sizes = engine.runner.mixed_sizes or near
+    return sorted({min(sizes, key=lambda size: abs(size - n)) for n in near})
 
 
 def modes(engines: dict[bool, Engine]) -> list[dict]:
@@ -466,13 +467,13 @@ def modes(engines: dict[bool, Engine]) -> list[dict]:
 
 def long_prompts(engine: Engine) -> dict:
     """64 requests decode, prompts of 8,000 tokens arrive one after another."""
-    running, prompt, prompts, budgets = (4, 200, 2, (64, 256)) if TRY else (64, 8000, 4, (512, 1024, 2048, 4096, 8192))
+    running, prompt, prompts, near = (4, 200, 2, (64, 256)) if TRY else (64, 8000, 4, (512, 1024, 2048, 4096, 8192))
     most, rows = engine.scheduler.max_num_batched_tokens, []
-    for budget in budgets:
-        set_budget(engine, budget)
+    for budget in budgets(engine, near):
+        engine.scheduler.max_num_batched_tokens = budget
         row = interrupted(engine, running, 128, prompt, prompts, 16)
         rows.append({k: v for k, v in row.items() if k not in ("steps, s", "arrivals")})
-        set_budget(engine, most)
+        assert engine.scheduler.max_num_batched_tokens == most  # drop made a new scheduler
         print(f"  budget {budget:5}: ITL p50 {1e3 * row['ITL, s']['p50']:.2f} p99 {1e3 * row['ITL, s']['p99']:.2f} max"
               f" {1e3 * row['ITL, s']['max']:.2f} ms, TTFT {1e3 * row['TTFT, s']:.0f} ms", flush=True)  # fmt: skip
     return {"running": running, "prompt": prompt, "prompts": prompts, "rows": rows}
