@@ -196,7 +196,8 @@ class Runner:
         """Record a graph for every size, the largest first, so that the smaller ones reuse its memory."""
         decode = (1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, self.max_num_seqs, 32))
         self.decode_sizes = [*(n for n in decode if n < self.max_num_seqs), self.max_num_seqs]
-        self.mixed_sizes = sorted(range(self.max_num_batched_tokens, 0, -max(256, self.max_num_batched_tokens // 12)))
+        most = self.max_num_batched_tokens
+        self.mixed_sizes = sorted({*range(most, 0, -max(256, most // 8)), *(n for n in (256, 512) if n < most)})
         shapes = [(n, self.max_num_seqs, False) for n in self.mixed_sizes] + [(n, n, True) for n in self.decode_sizes]
         self.rows.set_steps([])  # all padding
         pool = torch.cuda.graph_pool_handle()

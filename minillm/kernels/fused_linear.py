@@ -90,6 +90,7 @@ def one_token_kernel(
     """BLOCK_N features a program: multiply, and add up at the end."""
     offs_n, offs_k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     w_ptrs = w_ptr + offs_n.to(tl.int64)[:, None] * stride_w + offs_k[None, :]  # [BLOCK_N, BLOCK_K]
+    up_ptrs = w_ptr + (offs_n + n).to(tl.int64)[:, None] * stride_w + offs_k[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     up = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     squares = tl.zeros((BLOCK_K,), tl.float32)
@@ -109,7 +110,7 @@ def one_token_kernel(
         w = tl.load(w_ptrs + start, mask=both, other=0.0, eviction_policy="evict_first")
         acc += w.to(tl.float32) * h[None, :]
         if SWIGLU:
-            w = tl.load(w_ptrs + n.to(tl.int64) * stride_w + start, mask=both, other=0.0, eviction_policy="evict_first")
+            w = tl.load(up_ptrs + start, mask=both, other=0.0, eviction_policy="evict_first")
             up += w.to(tl.float32) * h[None, :]
     scale = tl.rsqrt(tl.sum(squares, 0) / k + eps) if NORM else 1.0
     y = tl.sum(acc, 1) * scale  # [BLOCK_N]

@@ -89,7 +89,7 @@ def assert_counted(engine: Engine, started: list) -> None:
 
 
 def schedules(device: str):
-    @settings(max_examples=EXAMPLES if device == "cpu" else 150, deadline=None)
+    @settings(max_examples=EXAMPLES if device == "cpu" else 60, deadline=None)
     @given(
         ARRIVALS, st.integers(6, 20), st.sampled_from([1, 2, 4, 8]), st.integers(1, 5), st.integers(1, 30),
         st.booleans(), st.booleans(),
