@@ -262,14 +262,15 @@ class Span:
     start: float
     end: float
     kernel: bool = True
+    to_host: bool = False  # the copy of a step's tokens to the host: the end of the step
 
 
 def idle(spans: Sequence[Span], steps: int) -> dict:
     """How the GPU spent the time from the first start to the last end of `steps` steps.
 
-    "idle": the share in which nothing ran (1 - union of the spans / whole). "between steps": the part of it between
-    the last kernel of a step and the first of the next; "inside steps": the rest. A step is known by its number of
-    kernels: both are None when the kernels do not divide into equal steps.
+    "idle": the share in which nothing ran (1 - union of the spans / whole). "between steps": the part of it between a
+    step's last kernel, before the copy of its tokens to the host, and the next step's first, after which kernels follow
+    one another without a copy; "inside steps": the rest. Both are None unless each step has one copy to the host.
     """
     ranked = sorted(spans, key=lambda s: s.start)
     whole, gaps, end = max(s.end for s in ranked) - ranked[0].start, [], ranked[0].start
@@ -278,12 +279,15 @@ def idle(spans: Sequence[Span], steps: int) -> dict:
             gaps.append((end, span.start))
         end = max(end, span.end)
     nothing = sum(b - a for a, b in gaps)
-    kernels = [s for s in ranked if s.kernel]
-    found = {"idle": nothing / whole, "busy": whole - nothing, "whole": whole, "kernels a step": len(kernels) / steps}
-    if len(kernels) % steps or not kernels:
+    kernels = sum(s.kernel for s in ranked)
+    found = {"idle": nothing / whole, "busy": whole - nothing, "whole": whole, "kernels a step": kernels / steps}
+    ends = [i for i, s in enumerate(ranked) if s.to_host]
+    if len(ends) != steps:
         return found | {"between steps": None, "inside steps": None}
-    each, between = len(kernels) // steps, 0.0
-    for first in range(each, len(kernels), each):
-        low, high = max(s.end for s in kernels[first - each : first]), kernels[first].start
+    between = 0.0
+    for i in ends[:-1]:
+        low = max(s.end for s in ranked[:i] if s.kernel)
+        following = zip(ranked[i:], [*ranked[i + 1 :], Span(0, 0)], strict=True)
+        high = next(s.start for s, after in following if s.kernel and after.kernel)
         between += sum(max(0.0, min(b, high) - max(a, low)) for a, b in gaps)
     return found | {"between steps": between / whole, "inside steps": (nothing - between) / whole}

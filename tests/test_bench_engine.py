@@ -189,18 +189,20 @@ def test_summary_counts_what_was_in_time(w):
 
 
 def test_idle_time_by_hand(w):
-    # Two steps of two kernels: 0-2, 3-5 | 7-9, 9-10; a copy 5-6 runs between the steps, another inside a kernel.
-    kernels = [w.Span(0, 2), w.Span(3, 5), w.Span(7, 9), w.Span(9, 10)]
-    copies = [w.Span(5, 6, kernel=False), w.Span(8, 8.5, kernel=False)]
-    got = w.idle([*copies, *kernels], steps=2)
-    assert got["idle"] == pytest.approx(0.2)  # 2-3 and 6-7 of 10
-    assert got["between steps"] == pytest.approx(0.1)
-    assert got["inside steps"] == pytest.approx(0.1)
-    assert (got["busy"], got["whole"], got["kernels a step"]) == (8, 10, 2)
+    # Step one: kernels 0-2, 3-5, its tokens go to the host 5.5-6. Between: a copy 6-6.5, a kernel that moves what was
+    # copied 7-7.5, a copy 8-8.5. Step two: kernels 9-10, 10-12, 13-14, tokens to the host 14-15.
+    kernels = [w.Span(a, b) for a, b in ((0, 2), (3, 5), (7, 7.5), (9, 10), (10, 12), (13, 14))]
+    copies = [w.Span(6, 6.5, kernel=False), w.Span(8, 8.5, kernel=False)]
+    tokens = [w.Span(5.5, 6, kernel=False, to_host=True), w.Span(14, 15, kernel=False, to_host=True)]
+    got = w.idle([*copies, *tokens, *kernels], steps=2)
+    assert got["between steps"] == pytest.approx(2 / 15)  # 5-5.5, 6.5-7, 7.5-8, 8.5-9
+    assert got["inside steps"] == pytest.approx(2 / 15)  # 2-3 and 12-13
+    assert got["idle"] == pytest.approx(4 / 15)
+    assert (got["busy"], got["whole"], got["kernels a step"]) == (11, 15, 3)
 
 
 def test_overlapping_kernels_count_once(w):
-    got = w.idle([w.Span(0, 6), w.Span(1, 3), w.Span(8, 10)], steps=1)
+    got = w.idle([w.Span(0, 6), w.Span(1, 3), w.Span(8, 10), w.Span(9, 10, False, True)], steps=1)
     assert got["idle"] == pytest.approx(0.2)
     assert got["between steps"] == 0
 
