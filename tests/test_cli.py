@@ -73,6 +73,32 @@ def test_quick_bench_compares_and_records_nothing():
     assert before == {path: path.stat().st_mtime for path in (root() / "benchmarks" / "results").rglob("*")}
 
 
+@pytest.mark.slow
+def test_quick_bench_of_the_engine():
+    before = {path: path.stat().st_mtime for path in (root() / "benchmarks" / "results").rglob("*")}
+    command = [
+        sys.executable,
+        "-m",
+        "minillm.cli",
+        "bench",
+        "engine",
+        "--quick",
+        "--only",
+        "chat,workload,stream,poisson",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "greedy tokens as the oracle's: 32 requests" in done.stdout
+    for line in (
+        r"workload +[\d,]+ tokens/s",
+        r"stream +[\d,]+ tokens/s",
+        r"90%: .* goodput",
+        "prefix caching on .* hits [1-9]",
+    ):
+        assert re.search(line, done.stdout), line
+    assert before == {path: path.stat().st_mtime for path in (root() / "benchmarks" / "results").rglob("*")}
+
+
 def test_check_on_stubs_and_on_solutions():
     untouched = run(app, ["check", "1"])
     assert untouched.exit_code == 1
