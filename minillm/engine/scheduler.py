@@ -61,8 +61,8 @@ class Scheduler:
                 scheduled[request] = count
                 budget -= count
             index += 1
-        # Who was preempted a moment ago would come straight back and take blocks that the others need next; and its last
-        # token may still be on the device alone.
+        # Who was preempted a moment ago would come straight back and take blocks that the others need next; and its
+        # last token may still be on the device alone.
         if budget and self.waiting and self.metrics.num_preemptions == preempted:
             self._admit(scheduled, budget, copies)
         return list(scheduled.items()), [(old, new) for new, old in copies.items()]
