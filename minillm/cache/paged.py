@@ -32,7 +32,8 @@ class PagedCache:
             )
         self.block_size = block_size
         shape = (config.num_hidden_layers, num_blocks * block_size, config.num_key_value_heads, config.head_dim)
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        # Not cleared: nothing reads a slot before it is written, and a CPU takes memory only where it is touched.
+        self.k, self.v = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
 
     @property
     def num_blocks(self) -> int:

@@ -122,8 +122,7 @@ class Scheduler:
 
     def _extend(self, request: Request, count: int, copies: dict[int, int]) -> None:
         start = request.num_computed
-        for old, new in request.table.extend(start, start + count):
-            copies[new] = copies.get(old, old)  # a copy of a copy of this step: all read before any is written
+        copies.update((new, old) for old, new in request.table.extend(start, start + count))
 
     def preempt(self, request: Request) -> None:
         """Take a running request's blocks; it waits again, and will be computed anew from its tokens."""

@@ -281,6 +281,19 @@ class TestPrefixCache:
         assert engine.metrics.num_cached_tokens == 0
 
 
+@BOTH
+def test_an_end_by_length_wastes_no_step(async_scheduling):
+    """It is known before the last token is: that token is computed by nobody. A stop token costs one row of a step."""
+    engine = engine_of(async_scheduling=async_scheduling)
+    outputs(engine, [(1, 2, 3), (4, 5)], [GREEDY, GREEDY])
+    assert engine.metrics.num_scheduled_tokens == 3 + 2 + 2 * (8 - 1)
+    free = oracle((3,), GREEDY, 64)
+    stop = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, stop_token_ids=[free[3]])
+    engine.metrics.reset()
+    [request] = outputs(engine, [(3,)], [stop])
+    assert engine.metrics.num_scheduled_tokens == len(request.output_token_ids) + async_scheduling
+
+
 def test_priority_goes_first():
     engine = engine_of(max_num_seqs=1)
     params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
