@@ -151,7 +151,5 @@ class Scheduler:
 
     def remove(self, request: Request) -> None:
         """A request is finished, or not wanted any more; its blocks come home."""
-        for queue in (self.running, self.waiting):
-            if request in queue:
-                queue.remove(request)
+        (self.running if request.row >= 0 else self.waiting).remove(request)
         self._give_back(request)
