@@ -38,7 +38,8 @@ from minillm.learn import check
 # By hand: running 1, 900, 1; waiting 3, 5, 2; budget 12, five seats. Two tokens decode. The ten others go round among
 # 900, 3 and 5: 4, 3 and 3. The last one finds no seat. The answer is `[1, 4, 1], [3, 3, 0]`.
 #
-# A running request with a gap of 0 (its last token is on the way) holds a seat and gets nothing.
+# A running request with a gap of 0 (its last token is on the way) holds a seat and gets nothing. Never more run than
+# there are seats. A waiting prompt of one token does not decode: it takes its turn like the others (rule 3).
 
 
 # %%
@@ -155,8 +156,8 @@ check("8.2", admit)
 # **Why.** The sum only grows while nobody ends, so its peaks lie in the steps in which somebody has the last token:
 # at most as many places to look as there are requests.
 #
-# Adding up everybody's largest size is the simple safe rule. The difference is large when lengths differ: short ones
-# give back what long ones take later. (TensorRT-LLM's default, `GUARANTEED_NO_EVICT`, makes this promise.)
+# Adding up everybody's largest size is the simple safe rule (TensorRT-LLM's default, `GUARANTEED_NO_EVICT`). The
+# difference is large when lengths differ: short ones give back what long ones take later.
 #
 # The price of certainty is `outputs`: users set it to the model's limit, and most answers end long before. Then a
 # guarantee leaves most blocks empty. vLLM, SGLang and this package admit by what is needed *now* and preempt when they

@@ -56,6 +56,11 @@ class TestStep:
         compare_step(impl, [50, 1, 1, 1], [4], 2, 8)
         compare_step(impl, [50, 1, 1], [4], 2, 8)
 
+    def test_a_prompt_of_one_token(self, impl):
+        """a waiting prompt of one token does not decode: it comes after the running ones, in its turn"""
+        compare_step(impl, [1, 50, 60], [1], 3, 8)
+        compare_step(impl, [40], [7, 1], 2, 8)
+
     def test_a_short_prompt_overtakes(self, impl):
         """a prompt of 20 tokens behind one of 8,000 is done in this step"""
         compare_step(impl, [8000], [20], 512, 8)
@@ -297,6 +302,10 @@ class TestFairQueue:
         queue.add("ann", "a0", 10)
         queue.add("zoe", "z1", 10)
         expect_equal("taken", taken(queue, 3), ["z0", "a0", "z1"])
+        queue = impl()
+        for user, name in (("zoe", "z0"), ("ann", "a0"), ("ann", "a1"), ("zoe", "z1")):
+            queue.add(user, name, 10)  # zoe came first of all, but a1 before z1
+        expect_equal("z1 was added last; taken", taken(queue, 4), ["z0", "a0", "a1", "z1"])
 
     def test_weights(self, impl):
         """a user of weight 3 is served three times the tokens"""
@@ -307,6 +316,18 @@ class TestFairQueue:
         served = taken(queue, 40)
         count = sum(name.startswith("g") for name in served)
         expect(29 <= count <= 31, f"of 40 requests: expected about 30 of the user with weight 3\n  got {count}")
+
+    def test_weights_of_outputs(self, impl):
+        """generated tokens are divided by the weight too, and fractions count"""
+        weights = {"gold": 4.0}
+        queue = impl(weights)
+        for user, name, tokens in (("gold", "g0", 15), ("gold", "g1", 3), ("free", "f0", 3), ("free", "f1", 3)):
+            queue.add(user, name, tokens)
+        queue.add("free", "f2", 3)
+        expect_equal("first", taken(queue, 3), ["g0", "f0", "f1"])  # gold 15 / 4 = 3.75; free 3, then 6
+        queue.generated("gold", 4)  # 3.75 + 8 / 4 = 5.75
+        expect_equal("then", taken(queue, 2), ["g1", "f2"])
+        expect_equal("the weights that were passed", weights, {"gold": 4.0})
 
     def test_no_savings(self, impl):
         """who comes after a long absence starts level with those who wait, and has no right to what was missed"""
@@ -343,16 +364,30 @@ class TestFairQueue:
 
     def test_floor(self, impl):
         """nobody waits: the newcomer starts from what the last one taken had before, so that no one is favored"""
+        for asked in (0, 2):
+            queue = impl()
+            for i in range(3):
+                queue.add("ann", f"a{i}", 100)
+            taken(queue, 3)  # ann: 300, the floor 200
+            expect_equal("nobody waits, taken", taken(queue, asked), [None] * asked)  # and nothing is forgotten
+            queue.add("bob", "b0", 60)
+            queue.add("bob", "b1", 60)
+            queue.add("ann", "a3", 10)
+            queue.add("bob", "b2", 60)
+            # bob 200, 260, then 320; ann 300
+            expect_equal("taken", taken(queue, 4), ["b0", "b1", "a3", "b2"])
+
+    def test_whose_floor(self, impl):
+        """the floor is the counter of the user taken last, not that of whoever was given most"""
         queue = impl()
-        for i in range(3):
-            queue.add("ann", f"a{i}", 100)
-        taken(queue, 3)  # ann: 300, the floor 200
-        queue.add("bob", "b0", 60)
-        queue.add("bob", "b1", 60)
-        queue.add("ann", "a3", 10)
-        queue.add("bob", "b2", 60)
-        # bob 200, 260, then 320; ann 300
-        expect_equal("taken", taken(queue, 4), ["b0", "b1", "a3", "b2"])
+        queue.add("ann", "a0", 1000)
+        queue.take()  # ann: 1,000, the floor 0
+        queue.add("bob", "b0", 10)
+        queue.take()  # bob: 10, the floor 0
+        for name in ("c0", "c1"):
+            queue.add("cid", name, 5)
+        queue.add("bob", "b1", 5)
+        expect_equal("taken", taken(queue, 3), ["c0", "c1", "b1"])  # cid 0, then 5; bob 10
 
     def test_two_who_always_wait(self, impl):
         """short against long answers: tokens served differ by little"""
@@ -422,6 +457,8 @@ class TestCapacity:
         uneven = (0.0, [0.125, 0.1875, 0.25, 0.625], 4)  # (0.625 - 0.125) / 3
         expect_close("mean gap 1/6", impl({3.0: [uneven]}, 0.5, 0.17, 1.0), 3.0)
         expect_close("mean gap 1/6, limit 0.16", impl({3.0: [uneven]}, 0.5, 0.16, 1.0), 0.0)
+        even = (0.0, [0.125, 0.25, 0.375], 3)
+        expect_close("gaps of 1/8, the limit itself", impl({3.0: [even]}, 0.5, 0.125, 1.0), 3.0)
         expect_close("one token", impl({3.0: [request(came=1, wanted=1)]}, 0.5, 0.0, 1.0), 3.0)
 
     def test_each_request_by_itself(self, impl):

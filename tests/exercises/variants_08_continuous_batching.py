@@ -19,7 +19,7 @@ def shared(running, waiting, budget, seats, mistake=""):
     seated = len(waiting) if mistake == "no seats" else max(0, seats - len(running))
     line = [*enumerate(running), *enumerate(waiting[:seated], len(running))]
     if mistake != "prompts first":
-        for i, gap in enumerate(running):
+        for i, gap in line if mistake == "prompts of one" else enumerate(running):
             if gap == 1 and (left or mistake == "over budget"):
                 given[i], left = 1, max(0, left - 1)
     if mistake == "equal parts":
@@ -57,6 +57,7 @@ wrong("8.1", "frees the seat of a request whose last token is on the way")(step_
 wrong("8.1", "decodes more than the budget allows")(step_with("over budget"))
 wrong("8.1", "serves decoding and prompts alike, in turns")(step_with("prompts first"))
 wrong("8.1", "shares among the waiting before the running")(step_with("waiting first"))
+wrong("8.1", "takes a waiting prompt of one token for one that decodes")(step_with("prompts of one"))
 alternative("8.1", "one token at a time")(step_with(""))
 
 
@@ -282,6 +283,8 @@ class Fair:
 
     def charge(self, user, cost):
         weight = 1.0 if self.mistake == "no weights" else self.weights.get(user, 1.0)
+        if self.mistake == "whole numbers":
+            cost -= cost % weight
         if self.mistake == "weights upside down":
             weight = 1 / weight
         self.counters[user] = self.counters.get(user, 0.0) + cost / weight
@@ -307,23 +310,30 @@ class Fair:
     def take(self):
         users = [user for user, queue in self.waiting.items() if queue]
         if not users:
+            if self.mistake == "forgets":
+                self.floor, self.counters = 0.0, {}
             return None
         if self.mistake == "by arrival":
             user = min(users, key=lambda u: self.waiting[u][0][0])
         elif self.mistake == "ties by name":
             user = min(users, key=lambda u: (self.counters[u], u))
+        elif self.mistake == "ties by first sight":
+            user = min(users, key=lambda u: self.counters[u])
         else:
             user = min(users, key=lambda u: (self.counters[u], self.waiting[u][0][0]))
         queue = self.waiting[user]
         _, request, tokens = queue.pop() if self.mistake == "newest" else queue.popleft()
-        before = self.counters[user]
+        before = max(self.counters.values()) if self.mistake == "floor of all" else self.counters[user]
         self.charge(user, 1 if self.mistake == "counts requests" else tokens)
         self.floor = self.counters[user] if self.mistake == "floor after" else before
         return request
 
     def generated(self, user, tokens):
         price = {"outputs free": 0, "outputs once": 1, "counts requests": 0}.get(self.mistake, 2)
-        self.charge(user, price * tokens)
+        if self.mistake == "outputs without weight":
+            self.counters[user] += price * tokens
+        else:
+            self.charge(user, price * tokens)
 
 
 for name, what in {
@@ -339,6 +349,11 @@ for name, what in {
     "all users": "lifts to the smallest counter of everybody, idle ones too",
     "no floor": "starts a newcomer at 0 when nobody waits",
     "floor after": "takes the floor after the charge",
+    "floor of all": "takes the largest counter of all for the floor",
+    "forgets": "forgets counters and floor when nobody waits",
+    "outputs without weight": "divides prompts by the weight, outputs not",
+    "whole numbers": "divides by the weight and drops the rest",
+    "ties by first sight": "breaks ties by which user came first of all",
     "ties by name": "breaks ties by the user's name",
     "newest": "takes a user's newest request",
 }.items():
@@ -401,6 +416,14 @@ def capacity(runs, ttft, tpot, share):
 def capacity(runs, ttft, tpot, share):
     def good(r, ttft, tpot):
         return is_good(r, ttft, 1e9) and (r[1][-1] - r[1][0]) / len(r[1]) <= tpot
+
+    return crossing(shares(runs, ttft, tpot, good), share)
+
+
+@wrong("8.5", "gaps must stay below the limit")
+def capacity(runs, ttft, tpot, share):
+    def good(r, ttft, tpot):
+        return is_good(r, ttft, 1e9) and (len(r[1]) < 2 or (r[1][-1] - r[1][0]) / (len(r[1]) - 1) < tpot)
 
     return crossing(shares(runs, ttft, tpot, good), share)
 
