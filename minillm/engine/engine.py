@@ -228,6 +228,8 @@ class Engine:
         if request.text_stream is not None:
             rest = request.text_stream.flush()
             request.text, request.new_text = request.text + rest, request.new_text + rest
+        if reason in ("stop", "length"):  # the next turn of a conversation begins with all of this
+            request.table.publish(request.tokens(), request.num_computed)
         self.scheduler.remove(request)
         del self.requests[request.id]
         self.metrics.finished(request, time.perf_counter())

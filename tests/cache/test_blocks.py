@@ -15,6 +15,7 @@ TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=14)  # few different o
 class Request:
     def __init__(self, pool, tokens):
         self.table, self.tokens, self.computed = BlockTable(pool), tokens, 0
+        self.copy = []  # of the table, as whoever keeps one has it
 
 
 class Blocks(RuleBasedStateMachine):
@@ -56,6 +57,14 @@ class Blocks(RuleBasedStateMachine):
             self.memory[block][i % 3] = tuple(request.tokens[: i + 1])
         request.computed = stop
         request.table.publish(request.tokens, request.computed)
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def sync(self, data):
+        request = data.draw(st.sampled_from(self.requests))
+        request.copy[request.table.synced :] = request.table.blocks[request.table.synced :]
+        request.table.synced = len(request.table.blocks)
+        assert request.copy == request.table.blocks
 
     @precondition(lambda self: any(r.computed for r in self.requests))
     @rule(data=st.data(), more=TOKENS)

@@ -243,6 +243,13 @@ def test_seed_is_reproducible_whatever_the_batch():
     assert sum(r.num_preemptions for r in requests) > 0
 
 
+@pytest.mark.parametrize("seed", [2**40 + 5, -3, -(2**63), 2**63 - 1])
+def test_all_64_bits_of_a_seed_count(seed):
+    params = SamplingParams(temperature=1.0, seed=seed, max_tokens=10, ignore_eos=True)
+    [request] = outputs(engine_of(), [(1, 2)], [params])
+    assert request.output_token_ids == oracle((1, 2), params, 64)
+
+
 def test_requests_without_a_seed_differ():
     params = SamplingParams(temperature=1.0, max_tokens=20, ignore_eos=True)
     a, b = outputs(engine_of(), [(1,), (1,)], [params, params])
@@ -273,6 +280,16 @@ class TestPrefixCache:
         assert first.output_token_ids == second.output_token_ids
         assert second.num_cached == 8
         assert engine.metrics.hit_rate == 8 / 18
+
+    @BOTH
+    def test_the_next_turn_finds_what_was_generated(self, async_scheduling):
+        """5 tokens and 12 outputs; the last is never computed. With one more, all 16 that were are found."""
+        engine = engine_of(async_scheduling=async_scheduling)
+        params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+        [first] = outputs(engine, [(1, 2, 3, 4, 5)], [params])
+        [second] = outputs(engine, [(*first.tokens(), 6)], [GREEDY])
+        assert second.num_cached == 16
+        assert second.output_token_ids == oracle((*first.tokens(), 6), GREEDY, 64)
 
     def test_off(self):
         engine = engine_of(enable_prefix_caching=False)

@@ -71,7 +71,9 @@ class TestMaxSequences:
     def test_bytes_of_a_number(self, impl):
         """4 bits are half a byte"""
         expect_equal("1 byte", impl(10**6, 0, [heads(2, 64)], 100, size=1), 39)
-        expect_equal("half a byte", impl(10**6, 0, [heads(2, 64)], 100, size=0.5), 78)
+        got = impl(10**6, 0, [heads(2, 64)], 100, size=0.5)
+        expect_equal("half a byte", got, 78)
+        expect(type(got) is int, f"half a byte: expected an int, got {type(got).__name__}")
 
     def test_nothing_fits(self, impl):
         """0, an int, when the weights or the first sequence do not fit; the last bytes count"""
@@ -216,11 +218,14 @@ class TestDecodeStep:
         self.hold(impl, self.case([7, 2], [False, False]))
 
     def test_garbage(self, impl):
-        """what stands past a row's end does not show"""
+        """what stands past a row's end does not show, and stays as it is"""
         for garbage in (1e4, float("inf"), float("nan")):
             case = self.case([3, 0, 5], [True, True, False], garbage=garbage)
-            out, *_ = self.expected(*case)
+            out, *caches = self.expected(*case)
             expect_close(f"attention beside {garbage:g}", impl(*case), out, atol=1e-5)
+            for name, after, expected in zip(("k_cache", "v_cache"), case[3:5], caches, strict=True):
+                same = torch.allclose(after, expected, rtol=0, atol=1e-6, equal_nan=True)
+                expect(same, f"{name}: slots past a row's end held {garbage:g}, and were changed")
 
     def test_heads(self, impl):
         """query head h reads key/value head h // (H / H_kv)"""
@@ -307,6 +312,9 @@ class TestCut:
         expect_close("values", values, torch.cat((v[:start], v[stop:])))
         expect(keys.dtype == values.dtype == dtype, f"expected {dtype}, got {keys.dtype} and {values.dtype}")
         expect(bool((k == kept[0]).all() and (v == kept[1]).all()), "the inputs were changed")
+        keys.fill_(7.0), values.fill_(7.0)
+        same = bool((k == kept[0]).all() and (v == kept[1]).all())
+        expect(same, "writing into what came back changes the inputs: return new tensors")
 
     def test_the_middle(self, impl):
         """keys behind the gap are as if they had always stood there; values are only joined"""
@@ -404,6 +412,11 @@ class TestSaturatingBatch:
                     got == 1 or not self.limited((got - 1) * (1 - 1e-9), *case), f"{case}: less than {got} is enough"
                 )
         expect(found == {True, False}, "expected both batches and None among the drawn cases")
+
+    def test_exact(self, impl):
+        """a tie counts as limited by arithmetic; two lines that run side by side never meet"""
+        expect_equal("61,440 B / 8 reaches 57,344 + 4,096 B", impl(28_672, 2, 4, 4, 8, 16, 8.0, 1.0), 16)
+        expect_equal("32,768 B / 8 stays below 28,672 + 4,096 B", impl(14_336, 2, 4, 4, 8, 16, 8.0, 1.0), None)
 
     def test_at_least_one(self, impl):
         """a machine with little arithmetic is limited by it at once"""

@@ -125,6 +125,27 @@ class TestWindowTable:
         expect_equal("num_tokens after a smaller step", table.num_tokens, 12)
         expect_equal("blocks held after a smaller step", len(pool.held), 3)
 
+    def test_out_of_blocks_after_giving_back(self, impl):
+        """when it runs dry after dead blocks went back, they stay given back: others may have them by now"""
+        pool = Pool(3)
+        table = impl(4, 4, pool.allocate, pool.release)
+        table.extend(12)
+        last = table.blocks[2]
+        for _ in range(2):
+            try:
+                table.extend(12)
+            except OutOfBlocks:
+                pass
+            else:
+                expect(False, "12 tokens more after 12, window 4, in 3 blocks of 4: expected OutOfBlocks\n  got no error")
+            expect_equal("the table after the error", list(table.blocks), [-1, -1, last])
+            expect_equal("num_tokens after the error", table.num_tokens, 12)
+            expect_equal("blocks held after the error", sorted(pool.held), [last])
+        table.extend(4)
+        expect_equal("blocks held after a smaller step", sorted(pool.held), sorted(table.blocks[2:]))
+        table.free()
+        expect_equal("blocks held after free", sorted(pool.held), [])
+
     def test_free(self, impl):
         """free gives back each held block once; the table is empty and can begin again"""
         table, pool = drive(impl, [9, 1, 1, 1, 7], window=5, size=2, blocks=32)
@@ -260,6 +281,19 @@ class TestSlotMapping:
             call_slots_quietly(impl, [[9, 4], [2, 3], [8, 1]], [0, 3, 5], [4, 0, 2], 32, 4)
         expect(not watch.found, f"expected no operation that needs values\n  got {', '.join(sorted(watch.found))}")
 
+    def test_shapes_alone(self, impl):
+        """runs on tensors that have shapes and no values (device "meta"), and makes new ones where `tables` is"""
+        tables = torch.empty(3, 2, dtype=torch.int32, device="meta")
+        starts, counts = torch.empty(2, 3, dtype=torch.int64, device="meta")
+        try:
+            got = impl(tables, starts, counts, 32, 4, 1, 2)
+        except NotImplementedError as error:
+            if str(error).startswith("Exercise"):
+                raise
+            expect(False, f"expected operations whose output shape follows from shapes\n  got {error}".split(". ")[0])
+        expect_equal("shape", tuple(got.shape), (32,))
+        expect_equal("device", str(got.device), "meta")
+
 
 # ---- 7.3
 
@@ -365,6 +399,35 @@ class TestBlockNames:
         a, b = [(0, 2, b"ab"), (2, 2, b"c")], [(0, 2, b"a"), (2, 2, b"bc")]
         expect_agree(impl, "two digests", (PICTURE[:4], "", a), (PICTURE[:4], "", b), [False])
         expect_agree(impl, "an empty digest", (PICTURE[:4], "", [(0, 1, b"")]), (PICTURE[:4], "", ()), [False])
+
+    def test_two_pictures_are_not_one(self, impl):
+        """a digest that holds what may stand between two others, text or bytes, is not mistaken for them"""
+        pair = names_of(impl, PICTURE[:4], 4, images=[(0, 2, b"a"), (2, 2, b"b")])
+        marks = (b"", b"|", b":", b",", b";", b" ", b"-", b"/", b"\0", b"\n")
+        seconds = (b"", b"2", *((2).to_bytes(n, order) for n in (1, 2, 4, 8) for order in ("little", "big")))
+        for between in (before + start + after for before in marks for start in seconds for after in marks):
+            one = names_of(impl, PICTURE[:4], 4, images=[(0, 4, b"a" + between + b"b")])
+            expect(one != pair, f'digests b"a" at 0 and b"b" at 2, and {b"a" + between + b"b"} at 0: expected different'
+                                f" names\n  got the same")  # fmt: skip
+
+    def test_zeros(self, impl):
+        """salts of NUL characters, tokens of 0, a digest of NUL bytes at 0: the same bytes, other fields"""
+        found: dict[bytes, str] = {}
+        for length in range(41):
+            for digest in (None, b"", b"\0", b"\0" * 8):
+                images = [] if digest is None else [(0, 1, digest)]
+                what = f"{length} NULs as salt and " + ("no picture" if digest is None else f"the digest {digest}")
+                name = names_of(impl, [0] * 4, 4, salt="\0" * length, images=images)[0]
+                expect(name not in found, f"{what}: expected a name of its own\n  got that of {found.get(name)}")
+                found[name] = what
+
+    def test_long_digests(self, impl):
+        """digests of 300 and of 70,000 bytes"""
+        for length in (300, 70_000):
+            a, b = b"x" * length, b"x" * (length - 1) + b"y"
+            expect_agree(
+                impl, f"{length} bytes", (PICTURE[:4], "", [(0, 2, a)]), (PICTURE[:4], "", [(0, 2, b)]), [False]
+            )
 
     def test_looks_like_a_cryptographic_hash(self, impl):
         """over 2,000 names each of the first 16 bytes takes nearly all values, and no name comes twice"""
@@ -488,13 +551,51 @@ class Arithmetic(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+MARGIN = 4096  # elements around a tensor, so that a kernel that leaves it is reported and does not end the process
+
+
+def within(x: torch.Tensor, around: float) -> torch.Tensor:
+    """x in the middle of a buffer filled with `around`."""
+    buffer = torch.full((x.numel() + 2 * MARGIN,), around, dtype=x.dtype, device=x.device)
+    buffer[MARGIN : MARGIN + x.numel()] = x.flatten()
+    return buffer[MARGIN : MARGIN + x.numel()].view(x.shape)
+
+
+class Margins(TorchFunctionMode):
+    """Gives what torch.empty_like allocates a margin, and tells whether something was written there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[torch.Tensor] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        got = func(*args, **(kwargs or {}))
+        if func is torch.empty_like and got.is_contiguous():
+            got = within(got, 77.0)
+            self.given.append(got)
+        return got
+
+    def touched(self) -> bool:
+        for x in self.given:
+            buffer = x.as_strided((x.numel() + 2 * MARGIN,), (1,), 0)
+            if not ((buffer[:MARGIN] == 77).all() and (buffer[-MARGIN:] == 77).all()):
+                return True
+        return False
+
+
+def run_window(impl, args: tuple, what: str) -> torch.Tensor:
+    with Margins() as margins:
+        got = impl(*args)
+    expect(not margins.touched(), f"{what}: expected nothing written outside of the output\n  got values beside it")
+    return got
+
+
 def window_case(contexts, heads, kv_heads, size, window, block_size, dtype=torch.float32, scale=1.0, seed=0):
     """Arguments of window_decode, and the exact result. All that no query sees is NaN; dead entries are -1."""
     generator = torch.Generator().manual_seed(seed + sum(contexts))
     widths = [-(-c // block_size) for c in contexts]
     total = sum(widths) + 2
-    # Before slot 0 stands a block of NaN: what an entry of -1 would read.
-    caches = torch.full((2, (total + 1) * block_size, kv_heads, size), math.nan)[:, block_size:]
+    caches = torch.full((2, total * block_size, kv_heads, size), math.nan)
     order = torch.randperm(total, generator=generator).tolist()
     tables = torch.full((len(contexts), max([*widths, 1])), -1, dtype=torch.int32)
     q = (torch.randn(len(contexts), heads, size, generator=generator) * scale).to(dtype)
@@ -512,17 +613,18 @@ def window_case(contexts, heads, kv_heads, size, window, block_size, dtype=torch
             k, v = (c[slots].double().repeat_interleave(heads // kv_heads, 1) for c in caches)  # [n, H, D]
             weights = (torch.einsum("hd,nhd->hn", q[i].double(), k) / size**0.5).softmax(-1)
             out[i] = torch.einsum("hn,nhd->hd", weights, v)
-    whole = caches.to(dtype)
-    padded = [torch.full((block_size, kv_heads, size), math.nan, dtype=dtype) for _ in range(2)]
-    k_cache, v_cache = (torch.cat((p, c))[block_size:] for p, c in zip(padded, whole, strict=True))
-    args = (q, k_cache, v_cache, tables, torch.tensor(contexts, dtype=torch.int32))
-    return (*on_device(*args), window, block_size), out
+    q, k_cache, v_cache, tables, lengths = on_device(
+        q, *caches.to(dtype), tables, torch.tensor(contexts, dtype=torch.int32)
+    )
+    # What an entry of -1 would read, and all else around the caches, is NaN.
+    inputs = (*(within(x, math.nan) for x in (q, k_cache, v_cache)), within(tables, 0), within(lengths, 1))
+    return (*inputs, window, block_size), out
 
 
 def expect_window(impl, contexts, heads=4, kv_heads=2, size=16, window=20, block_size=16, dtype=torch.float32, **more):
     args, expected = window_case(contexts, heads, kv_heads, size, window, block_size, dtype, **more)
-    got = impl(*args)
     what = f"contexts {contexts}, {heads}/{kv_heads} heads of {size}, window {window}, blocks of {block_size}, {dtype}"
+    got = run_window(impl, args, what)
     expect_equal(f"shape, {what}", tuple(got.shape), tuple(expected.shape))
     expect_equal(f"dtype, {what}", got.dtype, dtype)
     atol = 1e-5 if dtype == torch.float32 else 4e-3
@@ -576,9 +678,17 @@ class TestWindowDecode:
         """fp16 in and out"""
         expect_window(impl, [37], heads=4, kv_heads=2, dtype=torch.float16)
 
+    def test_sums_in_fp32(self, impl):
+        """fp16, 40 equal scores, values of 4,000: their sum passes fp16's largest number, their mean does not"""
+        args, _ = window_case([40], 2, 1, 16, 100, 16, torch.float16)
+        args[0].zero_()
+        args[2].masked_fill_(args[2].isfinite(), 4000.0)
+        got = run_window(impl, args, "values of 4,000")
+        expect_close("output", got, torch.full((1, 2, 16), 4000.0), atol=4.0, rtol=0.0)
+
     def test_the_kernel_does_the_work(self, impl):
         """torch neither gathers keys and values nor computes with them: the kernel reads them where they lie"""
         args, _ = window_case([64], 2, 2, 16, 64, 16)
         with Arithmetic() as seen:
-            impl(*args)
+            run_window(impl, args, "64 tokens")
         expect(not seen.found, f"expected no arithmetic in torch\n  got {', '.join(sorted(seen.found))}")

@@ -94,6 +94,12 @@ def max_sequences(memory, weights, layers, length, size=2, block=1):
     return max(0, int(plan(memory, weights, layers[:1] * len(layers), length, size, block)))
 
 
+@wrong("6.1", "a float where numbers are half a byte")
+def max_sequences(memory, weights, layers, length, size=2, block=1):
+    found = max(0, int(plan(memory, weights, layers, length, size, block)))
+    return found if isinstance(size, int) else float(found)
+
+
 @alternative("6.1", "in integers, bits instead of bytes")
 def max_sequences(memory, weights, layers, length, size=2, block=1):
     bits = 0
@@ -260,7 +266,9 @@ def decoded(q, k, v, k_cache, v_cache, lengths, active, what=""):
     heads = torch.arange(q.shape[1])
     heads = heads % k.shape[1] if what == "heads in turns" else heads // groups
     keys, values = k_cache[rows][:, :, heads], v_cache[rows][:, :, heads]  # [A, S, H, D]
-    if what != "values not zeroed":
+    if what == "cleans the cache":
+        values = v_cache.nan_to_num_()[rows][:, :, heads]
+    elif what != "values not zeroed":
         values = values.masked_fill(~inside[..., None, None], 0.0)
     scores = torch.einsum("bhd,bshd->bhs", q[rows], keys)
     if what != "no scale":
@@ -335,6 +343,11 @@ def decode_step(q, k, v, k_cache, v_cache, lengths, active):
 @wrong("6.3", "stores into a copy")
 def decode_step(q, k, v, k_cache, v_cache, lengths, active):
     return decoded(q, k, v, k_cache.clone(), v_cache.clone(), lengths, active)
+
+
+@wrong("6.3", "replaces NaN in the cache itself")
+def decode_step(q, k, v, k_cache, v_cache, lengths, active):
+    return decoded(q, k, v, k_cache, v_cache, lengths, active, "cleans the cache")
 
 
 @alternative("6.3", "torch's fused attention over cleaned caches")
@@ -573,6 +586,16 @@ def cut(k, v, start, stop, theta=10_000.0):
     return moved(k.double(), v.double(), start, stop, theta)
 
 
+@wrong("6.5", "gives the inputs back when nothing is removed")
+def cut(k, v, start, stop, theta=10_000.0):
+    return (k, v) if start == stop else moved(k, v, start, stop, theta)
+
+
+@wrong("6.5", "views when nothing stands behind the gap")
+def cut(k, v, start, stop, theta=10_000.0):
+    return (k[:start], v[:start]) if stop == len(k) else moved(k, v, start, stop, theta)
+
+
 @alternative("6.5", "complex numbers")
 def cut(k, v, start, stop, theta=10_000.0):
     half = k.shape[-1] // 2
@@ -593,9 +616,13 @@ def crossing(weights, layers, heads, kv_heads, head_dim, context, peak, bandwidt
     each = ((1 if what == "one FLOP a weight" else 2) * weights + attention) / peak
     numbers = (1 if what == "keys alone" else 2) * layers * (heads if what == "query heads" else kv_heads) * head_dim
     reading = 0 if what == "no cache" else numbers * context * size / bandwidth
-    if each <= reading:
+    if each < reading or (each == reading and what != "parallel"):
         return None
+    if each == reading:
+        return 1
     found = weights * (2 if what == "16 bits" else size) / bandwidth / (each - reading)
+    if what == "down and one more":
+        return math.floor(found) + 1
     return max(0 if what == "zero" else 1, math.floor(found) if what in ("down", "zero") else math.ceil(found))
 
 
@@ -639,6 +666,16 @@ def saturating_batch(weights, layers, heads, kv_heads, head_dim, context, peak, 
     return crossing(weights, layers, heads, kv_heads, head_dim, context, peak, bandwidth, size, "down")
 
 
+@wrong("6.6", "rounds down and adds one: too many when both times are equal")
+def saturating_batch(weights, layers, heads, kv_heads, head_dim, context, peak, bandwidth, size=2):
+    return crossing(weights, layers, heads, kv_heads, head_dim, context, peak, bandwidth, size, "down and one more")
+
+
+@wrong("6.6", "a batch where both lines run side by side")
+def saturating_batch(weights, layers, heads, kv_heads, head_dim, context, peak, bandwidth, size=2):
+    return crossing(weights, layers, heads, kv_heads, head_dim, context, peak, bandwidth, size, "parallel")
+
+
 @wrong("6.6", "the ridge, whatever the context")
 def saturating_batch(weights, layers, heads, kv_heads, head_dim, context, peak, bandwidth, size=2):
     return max(1, math.ceil(peak / bandwidth * size / 2))
@@ -660,7 +697,7 @@ def saturating_batch(weights, layers, heads, kv_heads, head_dim, context, peak, 
     high = 1
     while not limited(high):
         high *= 2
-        if high > 1 << 60:
+        if high > 1 << 40:
             return None
     low = high // 2
     while high - low > 1:
