@@ -234,9 +234,10 @@ def take(running: dict[str, Served], output: Any, now: float) -> None:
 
 
 def summary(served: Sequence[Served], seconds: float, ttft_limit: float, token_limit: float) -> dict:
-    """Latencies of one run, and its goodput: requests a second of the arrivals' `seconds` that finished with the first
-    token within `ttft_limit` and the others within `token_limit` on average (after Zhong et al., 2024, DistServe,
-    OSDI).
+    """Latencies of one run, and its goodput: requests a second that finished with the first token within `ttft_limit`
+    and the others within `token_limit` on average (after Zhong et al., 2024, DistServe, OSDI).
+
+    Seconds are those of the arrivals or, when the last token comes later, those until then: a queue is not for free.
     """
     begun, done = [one for one in served if one.times], [one for one in served if one.finished]
     good = [one for one in done if one.ttft <= ttft_limit and one.per_token <= token_limit]
@@ -247,7 +248,7 @@ def summary(served: Sequence[Served], seconds: float, ttft_limit: float, token_l
         "output tokens/s": sum(one.tokens for one in served) / last,
         "TTFT, s": spread([one.ttft for one in begun]),
         "ITL, s": spread([gap for one in begun for gap in one.gaps]),
-        "goodput, requests/s": len(good) / seconds,
+        "goodput, requests/s": len(good) / max(seconds, last),
         "within both limits": len(good) / max(1, len(served)),
     }
 

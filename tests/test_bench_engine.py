@@ -182,6 +182,8 @@ def test_summary_counts_what_was_in_time(w):
     got = w.summary([quick, late, slow, cut], seconds=10.0, ttft_limit=0.5, token_limit=1.0)
     assert (got["requests"], got["finished"]) == (4, 3)
     assert got["goodput, requests/s"] == pytest.approx(0.1)
+    shorter = w.summary([quick, late, slow, cut], seconds=4.0, ttft_limit=0.5, token_limit=1.0)
+    assert shorter["goodput, requests/s"] == pytest.approx(1 / 5.1)  # until the last token
     assert got["within both limits"] == 0.25
     assert got["TTFT, s"]["p50"] == pytest.approx(0.1)
     assert got["ITL, s"]["p99"] == pytest.approx(4 - 0.03 * 3.9)
