@@ -306,7 +306,7 @@ def curve(engine: Engine, fractions: Sequence[float], lengths: tuple, seconds: f
 
 def cpu_curve(model: Transformer) -> dict:
     engine = Engine(model, num_blocks=128, max_num_seqs=16, max_num_batched_tokens=64, max_model_len=64)
-    return curve(engine, (0.3, 0.6, 0.9, 1.2, 1.6), ((16, 32), (8, 24)), 6.0, 32)
+    return curve(engine, (0.3, 0.6, 0.9, 1.2, 1.6), ((16, 32), (8, 24)), 12.0, 64)
 
 
 # ---- preemption, counted -------------------------------------------------------------------------------------------
