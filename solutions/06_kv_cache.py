@@ -85,6 +85,7 @@ check("6.1", max_sequences)
 # answer, and speculative decoding (chapter 14) drops guesses that were wrong.
 #
 # - `append(k, v)` takes `[T, H_kv, D]` each and returns the keys and values of all tokens so far, `[length, H_kv, D]`.
+# - `length` is an attribute, the number of tokens so far. All numbers are fp32.
 # - What comes back are **views** into the cache: an append that needs no growth copies nothing but the new tokens.
 # - `capacity` starts as given, and doubles, once or more, only when the tokens do not fit. It never shrinks.
 # - `rewind(length)` keeps the first `length` tokens. It moves nothing. Whatever is appended next takes the place of
@@ -173,7 +174,8 @@ check("6.2", Cache)
 #   row's tokens, the new one included.
 # - A finished row is left alone: nothing is stored (its row may be full), and its output is 0.
 # - Slots past a row's end hold whatever was there before: large numbers, even NaN. It must not show.
-# - Return `[B, H, D]`. Change nothing but those slots; `lengths` stays. No loop over the sequences.
+# - Return `[B, H, D]`. Change nothing but those slots; `lengths` stays. Do without a loop over the sequences (the check
+#   cannot see one).
 
 
 # %%

@@ -69,7 +69,7 @@ def step() -> None:
             FancyArrowPatch(start, end, color=color, arrowstyle="-|>", mutation_scale=10, shrinkA=0, shrinkB=0)
         )
 
-    box(0.3, 4.3, 2.5, 1.5, "token 7\n[hidden]", LIGHT, "black")
+    box(0.1, 4.3, 2.7, 1.5, "position 6\n[hidden]", LIGHT, "black")
     for y, name, color in ((8.0, "k", ORANGE), (4.5, "q", BLUE), (1.0, "v", GREEN)):
         box(4.4, y, 1.5, 1.1, name, "white", color)
         arrow((2.8, 5.05), (4.4, y + 0.55), color)
@@ -80,20 +80,20 @@ def step() -> None:
             stored, new = i < 6, i == 6
             ax.add_patch(Rectangle((8.2 + i, y), 1, 1.1, fc=face if stored or new else "white", ec=edge,
                                    lw=1.8 if new else 0.8, ls="-" if stored or new else ":"))  # fmt: skip
-            ax.text(8.7 + i, y + 0.53, str(i + 1), ha="center", va="center", fontsize=7.5,
+            ax.text(8.7 + i, y + 0.53, str(i), ha="center", va="center", fontsize=7.5,
                     color="black" if stored or new else GRAY)  # fmt: skip
-        ax.text(18.5, y + 0.55, f"{name} [capacity, H_kv, D]\nslots 8 to 10: reserved", va="center", fontsize=8)
-    for y, color in ((8.55, ORANGE), (1.55, GREEN)):  # into slot 7, around the others
+        ax.text(18.5, y + 0.55, f"{name} [capacity, H_kv, D]\nslots 7 to 9: reserved", va="center", fontsize=8)
+    for y, color in ((8.55, ORANGE), (1.55, GREEN)):  # into slot 6, around the others
         above = y > 5
         turn = 10.3 if above else 0.25
         ax.plot([5.9, 7.2, 7.2, 14.7], [y, y, turn, turn], color=color, lw=1.2)
         arrow((14.7, turn), (14.7, 9.1 if above else 1.0), color)
-    box(9.6, 4.3, 4.2, 1.5, "softmax(q kᵀ) v\nover slots 1 to 7", "#dbe7f5", BLUE)
-    arrow((5.9, 5.05), (9.6, 5.05), BLUE)
+    box(9.1, 4.3, 5.2, 1.5, "softmax(q kᵀ / √D) v\nover slots 0 to 6", "#dbe7f5", BLUE)
+    arrow((5.9, 5.05), (9.1, 5.05), BLUE)
     arrow((11.7, 8.0), (11.7, 5.8), ORANGE)
     arrow((11.7, 2.1), (11.7, 4.3), GREEN)
-    box(16.4, 4.3, 3.4, 1.5, "output\n[hidden]", LIGHT, "black")
-    arrow((13.8, 5.05), (16.4, 5.05))
+    box(16.4, 4.3, 3.4, 1.5, "output\n[H, D]", LIGHT, "black")
+    arrow((14.3, 5.05), (16.4, 5.05))
     save(figure, "06_step")
 
 
@@ -196,12 +196,13 @@ def points(ax: Axes, rows: list[dict], title: str) -> None:
             name = "prefill, by length" if kind == "prefill" else f"decode, by batch, {before + 1:,} tokens"
             xs, ys = [r["flops"] / r["bytes"] for r in line], [r["flops"] / r["seconds"] for r in line]
             ax.plot(xs, ys, marker, ls="-", lw=0.8, color=shade, label=name, ms=4)
-            for j in (0, len(line) - 1):
+            for j in (0, len(line) - 1) if i == 0 else (len(line) - 1,):
                 row = line[j]
                 text = f"{row['new']:,}" if kind == "prefill" else f"B={row['batch']}"
-                side, at = (
-                    ("left", (4, -9)) if kind == "decode" else ("right", (-4, 6)) if j == 0 else ("right", (4, -11))
-                )
+                if kind == "decode":
+                    side, at = "left", (7, -3) if i else (4, -11)
+                else:
+                    side, at = "right", (-4, 6) if j == 0 else (4, -11)
                 style = {"textcoords": "offset points", "fontsize": 7, "color": shade, "ha": side}
                 ax.annotate(text, (xs[j], ys[j]), xytext=at, **style)
     ax.set(title=title, xlabel="FLOPs a byte", xscale="log", yscale="log")
