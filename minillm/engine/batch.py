@@ -47,8 +47,8 @@ def to_device(values: np.ndarray, device: torch.device) -> Tensor:
 class Rows:
     """A row of one int32 matrix for each running request: its tokens, its block table, its sampling options.
 
-    One more row stands for padding, and one more column takes what nobody wants. `max_num_seqs` requests of at most
-    `max_model_len` tokens; steps of at most `max_num_batched_tokens`.
+    One more row stands for padding. `max_num_seqs` requests of at most `max_model_len` tokens; steps of at most
+    `max_num_batched_tokens`.
     """
 
     def __init__(
@@ -56,8 +56,7 @@ class Rows:
     ) -> None:
         self.device, self.block_size, self.padding = device, block_size, max_num_seqs
         table, options = max_model_len, max_model_len - (-max_model_len // block_size)  # first column of each
-        self.columns = {"table": table, "options": options, "scratch": options + 3}
-        self.width = options + 4
+        self.columns, self.width = {"table": table, "options": options}, options + 3
         self.matrix = torch.zeros(max_num_seqs + 1, self.width, dtype=torch.int32, device=device)
         self.tokens, self.tables = self.matrix[:, :table], self.matrix[:, table:options]
         self.steps = torch.zeros(4, max_num_seqs + 1, dtype=torch.int32, device=device)
@@ -72,7 +71,7 @@ class Rows:
         for request in requests:
             table, start = request.table, request.row * self.width
             if not request.on_device:
-                table.synced, request.on_device = 0, True
+                request.on_device = True
                 for column, new in ((0, request.tokens()), (self.columns["options"], _options(request))):
                     places += range(start + column, start + column + len(new))
                     values += new
@@ -88,18 +87,14 @@ class Rows:
     def set_steps(self, scheduled: Sequence[tuple[Request, int]]) -> None:
         """Say what the next step computes: (request, number of its next tokens) pairs.
 
-        Four rows of numbers, a column a sequence: its row, its first token, the column for the token that it will
-        sample (scratch, as long as tokens of the prompt remain), and where its tokens begin in the batch.
+        Four rows of numbers, a column a sequence: its row, its first token, the place of the token that it will sample,
+        and where its tokens begin in the batch. A chunk that leaves tokens of the prompt samples too: nobody reads that
+        token, and the right one comes to the same place.
         """
-        steps = np.empty((4, self.padding + 1), np.int32)
-        steps[:, :] = ((self.padding,), (0,), (self.columns["scratch"],), (0,))
-        n = len(scheduled)
-        steps[0, :n] = [r.row for r, _ in scheduled]
-        steps[1, :n] = [r.num_computed for r, _ in scheduled]
-        steps[2, :n] = [
-            r.num_tokens if r.num_computed + count == r.num_tokens else self.columns["scratch"]
-            for r, count in scheduled
-        ]
+        steps = np.zeros((4, self.padding + 1), np.int32)
+        steps[0], n = self.padding, len(scheduled)
+        steps[:3, :n] = [[r.row for r, _ in scheduled], [r.num_computed for r, _ in scheduled],
+                         [r.num_tokens for r, _ in scheduled]]  # fmt: skip
         counts = [count for _, count in scheduled]
         steps[3, 1 : n + 1] = np.cumsum(counts)
         steps[3, n + 1 :] = steps[3, n]
