@@ -47,8 +47,8 @@ from minillm.learn import check
 #    block is the old one.
 #
 # `allocate()` returns a block or raises `OutOfBlocks`. When it raises, `extend` gives back what it took *in this call*,
-# passes the error on, and can be called again later. `free()` gives back everything that is still held, each block
-# once. `num_tokens` counts the tokens so far.
+# passes the error on, and can be called again later; what was dead stays given back. `free()` gives back everything
+# that is still held, each block once. `num_tokens` counts the tokens so far.
 
 
 # %%
@@ -141,9 +141,9 @@ check("7.1", WindowTable)
 # - `tables [S, W]` int32 is this GPU's; entries that are not used hold anything.
 # - A sequence may have no new token. There is at least one sequence.
 # - Nothing may wait for the GPU: no `.item()`, no `.tolist()`, no operation whose output shape depends on *values*
-#   (boolean indexing, `nonzero`, `repeat_interleave`). New tensors go to the device of `tables`. The check runs your
-#   code on tensors that have shapes and no values.
-# - Slots pass 2³¹ on large pools.
+#   (boolean indexing, `nonzero`, `repeat_interleave`). New tensors go to the device of `tables`. The check also runs
+#   your code on tensors that have shapes and no values (device "meta").
+# - Multiply in int64: the check has blocks whose slots pass 2³¹.
 
 
 # %%
@@ -365,7 +365,8 @@ check("7.4", evict)
 #
 # q and the output are `[S, H, D]`, caches `[slots, H_KV, D]`, all contiguous, fp32 or fp16; `tables [S, W]` and
 # `context_lens [S]` are int32. D and BLOCK_SIZE are powers of two of at least 16. The running state is fp32, `tl.dot`
-# gets `input_precision="ieee"`. Pools are large: compute offsets in int64. The launch is written, but for its `grid`.
+# gets `input_precision="ieee"`. Compute offsets in int64: numbers of a large pool pass 2³¹ (the check cannot see this).
+# The launch is written, but for its `grid`.
 
 
 # %%

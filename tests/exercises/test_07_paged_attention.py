@@ -137,7 +137,9 @@ class TestWindowTable:
             except OutOfBlocks:
                 pass
             else:
-                expect(False, "12 tokens more after 12, window 4, in 3 blocks of 4: expected OutOfBlocks\n  got no error")
+                expect(
+                    False, "12 tokens more after 12, window 4, in 3 blocks of 4: expected OutOfBlocks\n  got no error"
+                )
             expect_equal("the table after the error", list(table.blocks), [-1, -1, last])
             expect_equal("num_tokens after the error", table.num_tokens, 12)
             expect_equal("blocks held after the error", sorted(pool.held), [last])

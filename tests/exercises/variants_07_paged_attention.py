@@ -5,6 +5,7 @@ import os
 import zlib
 from array import array
 
+import numpy as np
 import torch
 
 if not torch.cuda.is_available():
@@ -38,6 +39,7 @@ class Table:
         what = self.mistake
         seen = self.num_tokens - self.window + 1
         seen += {"early": 1, "late": -1, "last token": count - 1}.get(what, 0)
+        old = list(self.blocks)
         if what not in ("keeps all", "allocates first"):
             self.forget(seen)
         before = len(self.blocks)
@@ -51,6 +53,8 @@ class Table:
                 return
             while len(self.blocks) > before and what != "leaks":
                 self.release(self.blocks.pop())
+            if what == "restores":
+                self.blocks = old
             raise
         if what == "allocates first":
             self.forget(seen)
@@ -102,6 +106,11 @@ class WindowTable(Table):
 @wrong("7.1", "keeps what it took when the pool ran dry")
 class WindowTable(Table):
     mistake = "leaks"
+
+
+@wrong("7.1", "after an error puts the whole old table back, with blocks that it has given away")
+class WindowTable(Table):
+    mistake = "restores"
 
 
 @wrong("7.1", "swallows the error")
@@ -240,6 +249,42 @@ def slot_mapping(tables, starts, counts, size, block_size, rank=0, ranks=1):
     return out
 
 
+@wrong("7.2", "reads the values through NumPy")
+def slot_mapping(tables, starts, counts, size, block_size, rank=0, ranks=1):
+    table, first, many, found = np.asarray(tables.cpu()), np.asarray(starts.cpu()), np.asarray(counts.cpu()), []
+    for row, start, count in zip(table, first, many, strict=True):
+        for p in range(start, start + count):
+            mine = p // block_size % ranks == rank
+            found.append(int(row[p // block_size // ranks]) * block_size + p % block_size if mine else -1)
+    return torch.tensor(found + [-1] * (size - len(found)), device=tables.device)
+
+
+@wrong("7.2", "makes as many entries as there are tokens, and then pads: the CPU reads the total")
+def slot_mapping(tables, starts, counts, size, block_size, rank=0, ranks=1):
+    found = slots(tables, starts, counts, size, block_size, rank, ranks)
+    total = len(torch.arange(counts.sum(), device=tables.device))
+    return torch.cat((found[:total], torch.full((size - total,), -1, device=tables.device)))
+
+
+@wrong("7.2", "sets the padding through a slice that begins at a value")
+def slot_mapping(tables, starts, counts, size, block_size, rank=0, ranks=1):
+    found = slots(tables, starts, counts, size, block_size, rank, ranks, "padding")
+    found[counts.cumsum(0)[-1] :] = -1
+    return found
+
+
+@wrong("7.2", "new tensors on the CPU, whatever the device of the tables")
+def slot_mapping(tables, starts, counts, size, block_size, rank=0, ranks=1):
+    ends, token = counts.cumsum(0), torch.arange(size)
+    owner = torch.searchsorted(ends, token, right=True)
+    inside, owner = owner < len(counts), owner.clamp(max=len(counts) - 1)
+    position = starts[owner] + token - (ends - counts)[owner]
+    number = position // block_size
+    entry = (number // ranks).clamp(min=0, max=tables.shape[1] - 1)
+    found = tables[owner, entry].long() * block_size + position % block_size
+    return torch.where(inside & (number % ranks == rank), found, -1)
+
+
 @wrong("7.2", "a boolean mask in the index")
 def slot_mapping(tables, starts, counts, size, block_size, rank=0, ranks=1):
     found = slots(tables, starts, counts, size, block_size, rank, ranks, "all ranks")
@@ -273,7 +318,7 @@ def packed(*numbers):
 
 def names(token_ids, block_size, salt="", images=(), mistake=""):
     seed, found = salt.encode() if mistake != "no salt" else b"", []
-    parent = hashlib.sha256(seed).digest()
+    parent = {"bare salt": seed, "salt last": b""}.get(mistake, hashlib.sha256(seed).digest())
     if mistake == "runs together" and images:
         parent = hashlib.sha256(seed + b"".join(d for *_, d in sorted(images))).digest()
     stop_at = len(token_ids) if mistake == "partial" else len(token_ids) // block_size * block_size
@@ -303,7 +348,11 @@ def names(token_ids, block_size, salt="", images=(), mistake=""):
             if touches and mistake not in ("no images", "runs together"):
                 place = packed(first - start, len(digest))
                 place = {"no place": packed(len(digest)), "no length": packed(first - start)}.get(mistake, place)
-                key.update((b"" if mistake == "digest alone" else place) + digest)
+                place = {"one byte": bytes([first - start & 255, len(digest)]) if mistake == "one byte" else b"",
+                         "separators": f"{first}:".encode(), "digest alone": b""}.get(mistake, place)  # fmt: skip
+                key.update(place + digest + (b"|" if mistake == "separators" else b""))
+        if mistake == "salt last":
+            key.update(seed)
         name = key.digest()
         if mistake != "no chain":
             parent = name
@@ -326,6 +375,10 @@ for what, why in (
     ("digest alone", "appends digests without place and length"),
     ("listed", "takes pictures in the order in which they are listed"),
     ("runs together", "joins salt and digests without telling where one ends, before the first block"),
+    ("bare salt", "hashes the salt, of any length, before the first tokens without saying where it ends"),
+    ("salt last", "hashes the salt after the pictures without saying where they end"),
+    ("separators", "puts separators around digests, which may hold them"),
+    ("one byte", "has one byte for the length of a digest"),
     ("partial", "names the last block, which is not full"),
     ("text", "joins token ids as text"),
     ("bytes", "keeps the lowest byte of a token id"),
@@ -512,19 +565,24 @@ def switched_kernel(
         if WRONG != "no rescaling":
             acc = acc * shrink[:, None]
         acc += tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        if WRONG == "sums in fp16":
+            acc = acc.to(v.dtype).to(tl.float32)
         row_max = new_max
     if WRONG == "0 / 0":
         out = acc / row_sum[:, None]
     else:
         out = acc / tl.where(row_sum == 0, 1.0, row_sum)[:, None]
-    tl.store(out_ptr + offs_q, out.to(out_ptr.dtype.element_ty), mask=used)
+    if WRONG == "all rows":
+        tl.store(out_ptr + offs_q, out.to(out_ptr.dtype.element_ty))
+    else:
+        tl.store(out_ptr + offs_q, out.to(out_ptr.dtype.element_ty), mask=used)
 
 
 def launch(q, k_cache, v_cache, tables, context_lens, window, block_size, what="", kernel=switched_kernel):
     out, kv_heads = torch.empty_like(q), k_cache.shape[1]
     group = q.shape[1] // kv_heads
     more = {"WRONG": what} if kernel is switched_kernel else {}
-    kernel[(len(q), kv_heads)](
+    kernel[(kv_heads, len(q)) if what == "grid" else (len(q), kv_heads)](
         q, k_cache, v_cache, out, tables, context_lens, tables.stride(0), window, q.shape[2] ** -0.5, H_KV=kv_heads,
         GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), D=q.shape[2], BLOCK_SIZE=block_size, **more,
     )  # fmt: skip
@@ -549,6 +607,9 @@ for what, why in (
     ("zeros count", "masked keys count with a score of 0"),
     ("no maximum", "no maximum: exponentials overflow"),
     ("no rescaling", "does not rescale the accumulator"),
+    ("sums in fp16", "keeps the weighted sum in the dtype of the cache"),
+    ("all rows", "stores the unused rows too"),
+    ("grid", "the axes of the grid exchanged"),
     ("0 / 0", "a context of 0 gives NaN"),
 ):
     wrong("7.5", why)(launch_with(what))
