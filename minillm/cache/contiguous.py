@@ -112,7 +112,8 @@ class ContiguousCache:
         capacity = min(capacity, self.window or capacity)
         if capacity == self.capacity:
             return
-        for name, old in (("k", self.k), ("v", self.v)):  # one at a time: only one of them is there twice
+        for name in ("k", "v"):  # one after the other: only one of them is there twice
+            old = getattr(self, name)
             grown = old.new_zeros(*old.shape[:2], capacity, *old.shape[3:])
             grown[:, :, : old.shape[2]] = old
             setattr(self, name, grown)

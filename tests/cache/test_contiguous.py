@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import weakref
 
 import pytest
 import torch
@@ -111,6 +112,20 @@ def test_growth_doubles_and_keeps_the_content():
     step(model, cache, [[7] * 20, [8]])
     assert cache.capacity == 24
     assert cache.lengths == [24, 3]
+
+
+def test_growth_has_one_old_tensor_at_a_time(monkeypatch):
+    """When room for the values is made, the old keys are gone: a quarter more than the cache afterwards, not a half."""
+    cache = ContiguousCache(tiny("grouped").config, batch_size=1, capacity=2)
+    old, alive, new_zeros = weakref.ref(cache.k), [], torch.Tensor.new_zeros
+
+    def watched(self, *shape):
+        alive.append(old() is not None)
+        return new_zeros(self, *shape)
+
+    monkeypatch.setattr(torch.Tensor, "new_zeros", watched)
+    cache.extend([3])
+    assert alive == [True, False]
 
 
 def test_a_ring_grows_to_the_window_and_no_further():
