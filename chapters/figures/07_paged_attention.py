@@ -121,9 +121,9 @@ def chain_and_tree() -> None:
     text(ax, 2.05, 4.15, "hash chain: a table of full blocks", 9.5, weight="bold")
     text(ax, 6.3, 4.15, "radix tree: any length", 9.5, weight="bold")
     hashes = [
-        (0.95, 3.3, "h₁ = H(0 · abcd)", "block 5", GREEN),
-        (0.95, 2.1, "h₂ = H(h₁ · efgh)", "block 1", BLUE),
-        (3.05, 2.1, "h₃ = H(h₁ · efxy)", "block 3", ORANGE),
+        (0.95, 3.3, "h₁ = H(h₀, abcd)", "block 5", GREEN),
+        (0.95, 2.1, "h₂ = H(h₁, efgh)", "block 1", BLUE),
+        (3.05, 2.1, "h₂′ = H(h₁, efxy)", "block 3", ORANGE),
     ]
     for x, y, name, number, color in hashes:
         box(ax, x, y, 1.75, 0.62, f"{name}\n→ {number}", PALE[color])
