@@ -145,7 +145,8 @@ class BlockTable:
         """
         size, pool = self.pool.block_size, self.pool
         first = start // size
-        if first < len(self.blocks) and stop <= (first + 1) * size and pool.is_private(self.blocks[first]):
+        mine = len(self.hashes) <= first < len(self.blocks) and pool.is_private(self.blocks[first])
+        if mine and stop <= (first + 1) * size:
             return []  # the common case: one more token in a block of its own
         if self.missing(start, stop) > pool.num_free:
             raise OutOfBlocks(f"{self.missing(start, stop)} blocks wanted, {pool.num_free} free")

@@ -173,6 +173,21 @@ def test_copy_on_write():
     assert parent.blocks[0] == child.blocks[0]
 
 
+def test_a_refused_name_goes_too_when_its_block_is_written_anew():
+    """Two tables compute the same tokens; the second one's name is refused. It then writes other tokens there."""
+    pool = BlockPool(num_blocks=6, block_size=4)
+    first, second = BlockTable(pool), BlockTable(pool)
+    for table in (first, second):
+        table.extend(0, 4)
+        table.publish([1, 2, 3, 4], 4)
+    second.extend(2, 8)
+    second.publish([1, 2, 7, 7, 5, 6, 7, 8], 8)
+    assert BlockTable(pool).match_prefix([1, 2, 3, 4, 5, 6, 7, 8, 9]) == 4  # not the block that followed other tokens
+    assert BlockTable(pool).match_prefix([1, 2, 7, 7, 5, 6, 7, 8, 9]) == 8
+    second.extend(5, 6)
+    assert len(second.hashes) == 1
+
+
 def test_misuse():
     pool = BlockPool(2, 4)
     table = BlockTable(pool)
