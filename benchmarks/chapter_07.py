@@ -367,7 +367,9 @@ def cpu_decode() -> dict:
         runs = {
             "contiguous": lambda row=row: sdpa(*row),
             "paged": lambda blocks=blocks: paged_attention(*blocks),
-            "gather": lambda k=k_cache, v=v_cache, slots=slots: (k[slots], v[slots]),
+            "gather": lambda k=k_cache, v=v_cache, tables=tables, size=block_size: [
+                KERNEL._gathered_blocks(c, tables, [1024] * 8, size) for c in (k, v)
+            ],
             "attention": lambda q=q, kv=copied, seen=seen: F.scaled_dot_product_attention(
                 q[:, :, None], *kv, attn_mask=seen, enable_gqa=True
             ),

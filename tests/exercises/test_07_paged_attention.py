@@ -130,6 +130,7 @@ class TestWindowTable:
         pool = Pool(3)
         table = impl(4, 4, pool.allocate, pool.release)
         table.extend(12)
+        expect_equal("entries of the table after 12 tokens", len(table.blocks), 3)
         last = table.blocks[2]
         for _ in range(2):
             try:
