@@ -80,8 +80,8 @@ def test_every_step(drawn, more_blocks, block_size, seats, budget, prefix_cachin
             scheduler.add(entry[1])
         scheduled, copies = scheduler.schedule()
         check_step(scheduler, scheduled, copies)
+        pending = [r for r, count in scheduled if r.num_computed + count == r.num_tokens]  # who gets a token
         scheduler.advance(scheduled)
-        pending = [request for request, _ in scheduled if request.num_computed == request.num_tokens - 1]
         if overlap:
             pending, on_its_way = on_its_way, pending
         left -= deliver(scheduler, pending)
