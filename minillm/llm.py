@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -153,8 +154,8 @@ class LLM:
         path = model_path(model)
         config = ModelConfig.from_pretrained(path)
         context = config.max_position_embeddings
-        if max_model_len is not None and not 1 <= max_model_len <= context:
-            raise ValueError(f"max_model_len: expected 1 to {context} (the model's context), got {max_model_len}")
+        if max_model_len is not None and not 2 <= max_model_len <= context:  # before any weight is read
+            raise ValueError(f"max_model_len: expected 2 to {context} (the model's context), got {max_model_len}")
         try:
             self.model = load(path, device, dtype) if load_format == "auto" else _random(config, device, dtype)
         except torch.OutOfMemoryError as error:
@@ -284,7 +285,7 @@ class LLM:
             raise
         return added
 
-    def _finish(self, requests: list[list[Request]], bar: "object") -> None:
+    def _finish(self, requests: list[list[Request]], bar: Any) -> None:
         """Step until all are finished."""
         group = {request: index for index, some in enumerate(requests) for request in some}
         left = [len(some) for some in requests]

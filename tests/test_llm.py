@@ -191,7 +191,7 @@ class TestBadInput:
     def test_arguments(self, smollm_path, tmp_path):
         with pytest.raises(ValueError, match="load_format"):
             LLM(smollm_path, load_format="gguf")
-        with pytest.raises(ValueError, match="max_model_len: expected 1 to 8192"):
+        with pytest.raises(ValueError, match="max_model_len: expected 2 to 8192"):
             LLM(smollm_path, max_model_len=10_000)
         with pytest.raises(ValueError, match="did you mean"):
             LLM("smollm2-135m")

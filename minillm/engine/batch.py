@@ -68,21 +68,21 @@ class Rows:
         """Bring the rows up to date: everything of a request that is new here, new blocks of one that is not."""
         places: list[int] = []
         values: list[int] = []
-        for request in requests:
+        changed = [r for r in requests if not r.on_device or r.table.synced < len(r.table.blocks)]
+        for request in changed:
             table, start = request.table, request.row * self.width
             if not request.on_device:
-                request.on_device = True
                 for column, new in ((0, request.tokens()), (self.columns["options"], _options(request))):
                     places += range(start + column, start + column + len(new))
                     values += new
-            if table.synced < len(table.blocks):
-                first = start + self.columns["table"]
-                places += range(first + table.synced, first + len(table.blocks))
-                values += table.blocks[table.synced :]
-                table.synced = len(table.blocks)
-        if places:
+            first = start + self.columns["table"]
+            places += range(first + table.synced, first + len(table.blocks))
+            values += table.blocks[table.synced :]
+        if changed:
             where, what = to_device(np.array((places, values), np.int64), self.device)
             self.matrix.view(-1).index_put_((where,), what.int())
+        for request in changed:  # only now: should the above raise, all of it is due again
+            request.on_device, request.table.synced = True, len(request.table.blocks)
 
     def set_steps(self, scheduled: Sequence[tuple[Request, int]]) -> None:
         """Say what the next step computes: (request, number of its next tokens) pairs.
@@ -124,7 +124,7 @@ class Rows:
 
     def options(self, sequences: int) -> tuple[Tensor, Tensor, Tensor]:
         """(temperatures fp32, seeds int64, positions of the tokens to be sampled int32), each [S]."""
-        options = self.matrix[self.steps[0, :sequences].long(), self.columns["options"] :]  # [S, 4]
+        options = self.matrix[self.steps[0, :sequences].long(), self.columns["options"] :]  # [S, 3]
         temperatures = options[:, 0].contiguous().view(torch.float32)
         seeds = (options[:, 2].long() << 32) | (options[:, 1].long() & 0xFFFFFFFF)
         return temperatures, seeds, self.steps[2, :sequences]

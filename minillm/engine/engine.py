@@ -67,7 +67,7 @@ class Engine:
             if self.runner.device.type == "cuda":
                 room = self.runner.blocks_that_fit(utilization)
             else:
-                room = CPU_CACHE_BYTES // (size * self.config.kv_bytes_per_token("float32"))
+                room = CPU_CACHE_BYTES // self.runner.block_bytes
             num_blocks = min(room, most)
             if num_blocks < -(-(max_model_len or 1) // size):
                 raise MemoryError(
@@ -169,7 +169,13 @@ class Engine:
         self.metrics.num_steps += 1
         self.metrics.num_scheduled_tokens += sum(count for _, count in scheduled)
         try:
-            step = self.runner.launch(scheduled, copies)
+            self.runner.cache.copy(copies)
+        except Exception as error:  # their blocks do not hold what their tables say
+            for request, _ in scheduled:
+                self._fail(request, error, failed)
+            return []
+        try:
+            step = self.runner.launch(scheduled)
             self.scheduler.advance(scheduled)
             return [step]
         except Exception:

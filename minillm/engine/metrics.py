@@ -16,7 +16,7 @@ from .request import Request
 
 __all__ = ["EngineMetrics", "Histogram"]
 
-# Seconds: 1, 1.6, 2.5, 4, 6.3, 10, ... so that a bucket's bounds are a factor of 1.6 apart.
+# Seconds, from 0.1 ms to 1,000 s: 1, 1.6, 2.5, 4, 6.3, 10, ..., five to a decade.
 BOUNDS = tuple(float(f"{10 ** (e / 5):.2g}") for e in range(-20, 16))
 
 

@@ -78,7 +78,7 @@ class Request:
 
     @property
     def is_full(self) -> bool:
-        """Whether its last token has been sampled, known or pending; whether it is full of length, that is."""
+        """Whether as many tokens as it may have are sampled, known or pending: nothing is left to compute."""
         return len(self.output_token_ids) + self.num_pending >= self.max_tokens
 
     @property

@@ -100,18 +100,21 @@ class Runner:
         step = torch.cuda.max_memory_allocated() - before
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info()
-        graphs = step if self.device.type == "cuda" else 0  # graphs keep a step's memory of their own
-        room = gpu_memory_utilization * total - (total - free) - step - graphs
-        return int(room // (self.block_size * self.model.config.kv_bytes_per_token(str(self.dtype).split(".")[1])))
+        room = gpu_memory_utilization * total - (total - free) - 2 * step  # graphs keep a step's memory of their own
+        return int(room // self.block_bytes)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block of the cache, all layers."""
+        return self.block_size * self.model.config.kv_bytes_per_token(str(self.dtype).removeprefix("torch."))
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def launch(self, scheduled: Sequence[tuple[Request, int]], copies: Sequence[tuple[int, int]] = ()) -> Step:
-        """Start computing (request, number of its next tokens) pairs, after copying blocks (from, to)."""
+    def launch(self, scheduled: Sequence[tuple[Request, int]]) -> Step:
+        """Start computing (request, number of its next tokens) pairs. If it raises, it may be tried again."""
         # The longest first: programs of attention start in this order, and one that starts last should be short.
         scheduled = sorted(scheduled, key=lambda s: -s[0].num_computed)
-        self.cache.copy(copies)
         self.rows.update([request for request, _ in scheduled])
         self.rows.set_steps(scheduled)
         hidden_states = self._run(scheduled)  # [S, hidden]
@@ -199,9 +202,10 @@ class Runner:
         most = self.max_num_batched_tokens
         self.mixed_sizes = sorted({*range(most, 0, -max(256, most // 8)), *(n for n in (256, 512) if n < most)})
         shapes = [(n, self.max_num_seqs, False) for n in self.mixed_sizes] + [(n, n, True) for n in self.decode_sizes]
+        shapes.sort(reverse=True)
         self.rows.set_steps([])  # all padding
         pool = torch.cuda.graph_pool_handle()
-        for shape in reversed(shapes):
+        for shape in shapes:
             self._forward(*shape)  # compiles kernels, which a graph could not record
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()

@@ -4,9 +4,9 @@ norm is RMSNorm, f is nothing or SwiGLU over the two halves of w's rows. A singl
 a vector [K], w is [N, K], and the product has one multiply-add for each weight.
 
 Bytes: w, once: 2 N K in bf16. FLOPs: 2 N K, one a byte, where an H100 could do 240: memory is the limit. But a small
-model's matrix is read in 0.4 to 4 µs, and a kernel that depends on the one before starts 1 to 2 µs after it. So what
-counts as much as bytes is the number of kernels, and norm, sum and SwiGLU ride along: every program reads the whole
-vector (a few KB, from L2), forms the sum, and has seen all squares when it is done,
+model's matrix is read in 0.4 to 4 µs, and the smallest of kernels takes 1.2 in a CUDA graph (`benchmarks/NOTES.md`).
+So what counts as much as bytes is the number of kernels, and norm, sum and SwiGLU ride along: every program reads the
+whole vector (a few KB, from L2), forms the sum, and has seen all squares when it is done,
 
     norm(h) wᵀ = (h · norm_weight) wᵀ / sqrt(mean(h²) + eps),    h = x + residual
 

@@ -7,6 +7,7 @@ import torch
 
 from minillm.config import ModelConfig
 from minillm.engine.engine import Engine
+from minillm.engine.runner import Runner
 from minillm.generate import naive
 from minillm.model import Transformer
 from minillm.sampling import SamplingParams
@@ -33,6 +34,19 @@ def model() -> Transformer:
 def oracle(prompt: tuple[int, ...], params: SamplingParams, limit: int, device: str = "cpu") -> list[int]:
     """What one request gives alone, with everything recomputed for every token."""
     return [int(t) for t in naive(tiny_model(device), list(prompt), params, limit)]
+
+
+@pytest.fixture
+def broken_sampling(monkeypatch) -> None:
+    """Sampling raises for whoever asks for top_k=3."""
+    sample = Runner._sample
+
+    def broken(self, logits, index, requests):
+        if any(r.params.top_k == 3 for r in requests):
+            raise ValueError("top-k")
+        return sample(self, logits, index, requests)
+
+    monkeypatch.setattr(Runner, "_sample", broken)
 
 
 def run(engine: Engine, steps: int = 2000) -> None:

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from minillm.engine import batch
 from minillm.engine.engine import Engine
 from minillm.engine.metrics import EngineMetrics, Histogram
-from minillm.engine.runner import Runner
 from minillm.generate import naive
 from minillm.sampling import SamplingParams
 
@@ -74,20 +74,49 @@ class TestFaults:
         [after] = outputs(engine, [(3, 4)], [GREEDY])
         assert after.output_token_ids == oracle((3, 4), GREEDY, 64)
 
-    def test_sampling_fails_for_one(self, monkeypatch):
+    def test_sampling_fails_for_one(self, broken_sampling):
         engine = engine_of()
-        sample = Runner._sample
-
-        def broken(self, logits, index, requests):
-            if any(r.params.top_k == 3 for r in requests):
-                raise ValueError("top-k")
-            return sample(self, logits, index, requests)
-
-        monkeypatch.setattr(Runner, "_sample", broken)
         odd = SamplingParams(top_k=3, max_tokens=4)
         good, bad = outputs(engine, [(1, 2), (1, 2)], [GREEDY, odd])
         assert bad.finish_reason == "error"
         assert good.output_token_ids == oracle((1, 2), GREEDY, 64)
+
+    @BOTH
+    @pytest.mark.parametrize("call", range(1, 12))
+    def test_an_upload_that_fails_once_harms_nobody(self, call, async_scheduling, monkeypatch):
+        """Tokens, tables and steps go to the device in several calls; any of them may raise, and is made again."""
+        engine, calls = engine_of(async_scheduling=async_scheduling), []
+
+        def failing(values, device, to_device=batch.to_device):
+            calls.append(None)
+            if len(calls) == call:
+                raise RuntimeError("out of memory")
+            return to_device(values, device)
+
+        monkeypatch.setattr(batch, "to_device", failing)
+        prompts = [(1, 2, 3), (4, 5), (6,) * 6]
+        requests = outputs(engine, prompts, [GREEDY] * 3)
+        assert len(calls) > call
+        for request, prompt in zip(requests, prompts, strict=True):
+            assert request.error is None
+            assert request.output_token_ids == oracle(prompt, GREEDY, 64)
+
+    def test_blocks_that_could_not_be_copied_are_not_used(self, monkeypatch):
+        """The second completion's step needs a copy that fails: who was in it fails, the next request is right."""
+        engine = engine_of()
+        key = engine.add_request([1, 2, 3, 4, 5], SamplingParams(temperature=0, n=2, max_tokens=6, ignore_eos=True))
+        requests = [engine.requests[key], engine.requests[f"{key}/1"]]
+
+        def failing(pairs):
+            if pairs:
+                raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(engine.runner.cache, "copy", failing)
+        run(engine)
+        assert_home(engine)
+        assert [request.finish_reason for request in requests] == ["error", "error"]
+        [after] = outputs(engine, [(3, 4)], [GREEDY])
+        assert after.output_token_ids == oracle((3, 4), GREEDY, 64)
 
     def test_interrupt_leaves_the_engine_usable_after_reset(self):
         engine = engine_of()

@@ -108,17 +108,7 @@ class TestLLM:
                 texts[i] += next(stream, "")
         assert texts == [out.text for out in llm.generate(list(self.PROMPTS[:2]), params, use_tqdm=False)]
 
-    def test_a_failed_request_is_reported(self, llm, monkeypatch):
-        from minillm.engine.runner import Runner
-
-        sample = Runner._sample
-
-        def broken(self, logits, index, requests):
-            if any(r.params.top_k == 3 for r in requests):
-                raise ValueError("top-k")
-            return sample(self, logits, index, requests)
-
-        monkeypatch.setattr(Runner, "_sample", broken)
+    def test_a_failed_request_is_reported(self, llm, broken_sampling):
         params = [SamplingParams(temperature=0, max_tokens=3), SamplingParams(top_k=3)]
         with pytest.warns(UserWarning, match="failed: ValueError"):
             good, bad = llm.generate(list(self.PROMPTS[:2]), params, use_tqdm=False)
