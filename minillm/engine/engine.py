@@ -105,8 +105,9 @@ class Engine:
         """
         params, order = params or SamplingParams(), next(self._order)
         request_id = str(order) if request_id is None else request_id
-        if request_id in self.requests:
-            raise ValueError(f"request_id: {request_id!r} is in use; expected a new one")
+        names = [request_id, *(f"{request_id}/{index}" for index in range(1, params.n))]
+        if used := [name for name in names if name in self.requests]:
+            raise ValueError(f"request_id: {used[0]!r} is in use; expected a new one")
         if not 1 <= len(prompt_token_ids) < self.max_model_len:
             raise ValueError(
                 f"prompt_token_ids: expected 1 to {self.max_model_len - 1} tokens (max_model_len, or what the cache"
@@ -117,8 +118,7 @@ class Engine:
         if params.stop and self.tokenizer is None:
             raise ValueError("stop: expected none, as this engine has no tokenizer; use stop_token_ids")
         first = None
-        for index in range(params.n):
-            name = f"{request_id}/{index}" if index else request_id
+        for index, name in enumerate(names):
             request = self._request(name, list(prompt_token_ids), params, index)
             request.order, request.priority, request.parent = order, priority, first
             self.requests[name] = request
@@ -143,8 +143,7 @@ class Engine:
 
     def abort(self, request_id: str) -> bool:
         """Drop a request and its siblings, whatever they are doing -> whether there was one."""
-        names = [request_id, *(name for name in self.requests if name.startswith(f"{request_id}/"))]
-        found = [self.requests[name] for name in names if name in self.requests]
+        found = [r for r in self.requests.values() if request_id in (r.id, r.parent.id if r.parent else None)]
         for request in found:
             self._finish(request, "abort")
         return bool(found)

@@ -167,6 +167,12 @@ class TestFaults:
         engine.add_request([1], GREEDY, "a")
         with pytest.raises(ValueError, match="request_id: 'a' is in use"):
             engine.add_request([1], GREEDY, "a")
+        engine.add_request([1], GREEDY, "b/1")
+        with pytest.raises(ValueError, match="request_id: 'b/1' is in use"):  # one of the two that would be made
+            engine.add_request([1], SamplingParams(n=2), "b")
+        engine.add_request([1], GREEDY, "b")
+        assert engine.abort("b")
+        assert set(engine.requests) == {"a", "b/1"}  # not "b/1", which only looks like one of its completions
 
     @pytest.mark.parametrize(
         ("options", "says"),
