@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels import append_tokens, step_inputs
 from .request import Request
 
 __all__ = ["Batch", "Rows", "to_device"]
@@ -25,7 +26,8 @@ class Batch:
     token_ids and positions [N] int64, each token and its place in its sequence; slots [N] int64, where its key and
     value go; cu_seqlens_q [S + 1] int32, where each sequence's tokens begin; context_lens [S] int32, its tokens in the
     cache after this step; block_tables [S, W] int32; max_seqlen_q, at least the most new tokens of one sequence; last
-    [S] int64, the row of each sequence's last new token, whose logits give the next one.
+    [S] int64, the row of each sequence's last new token, whose logits give the next one; sampling, what `gumbel_argmax`
+    wants to draw that: temperatures fp32, seeds int64 and the token's place int32, [S] each.
     """
 
     token_ids: Tensor
@@ -36,6 +38,7 @@ class Batch:
     block_tables: Tensor
     max_seqlen_q: int
     last: Tensor
+    sampling: tuple[Tensor, Tensor, Tensor]
 
 
 def to_device(values: np.ndarray, device: torch.device) -> Tensor:
@@ -60,7 +63,6 @@ class Rows:
         self.matrix = torch.zeros(max_num_seqs + 1, self.width, dtype=torch.int32, device=device)
         self.tokens, self.tables = self.matrix[:, :table], self.matrix[:, table:options]
         self.steps = torch.zeros(4, max_num_seqs + 1, dtype=torch.int32, device=device)
-        self.index = torch.arange(max(max_num_seqs, max_num_batched_tokens), dtype=torch.int32, device=device)
 
     # ---- from the host -----------------------------------------------------------------------------------------------
 
@@ -104,35 +106,17 @@ class Rows:
 
     def batch(self, tokens: int, sequences: int, decode: bool) -> Batch:
         """The batch that `set_steps` described, padded to so many tokens and sequences; decode: one token each."""
-        rows, starts = self.steps[0, :sequences].long(), self.steps[1, :sequences]
-        bounds = self.steps[3, : sequences + 1]
-        index = self.index[:tokens]
-        owner = torch.searchsorted(bounds[1:], index, right=True).clamp_(max=sequences - 1)  # [N]
-        row, real = rows[owner], index < bounds[-1]
-        positions = torch.where(real, starts[owner] + index - bounds[owner], 0).long()
-        block = self.tables[row, positions // self.block_size].long()
-        return Batch(
-            token_ids=self.tokens[row, positions].long(),
-            positions=positions,
-            slots=torch.where(real, block * self.block_size + positions % self.block_size, -1),
-            cu_seqlens_q=bounds,
-            context_lens=starts + bounds.diff(),
-            block_tables=self.tables[rows],
-            max_seqlen_q=1 if decode else tokens,
-            last=(bounds[1:] - 1).clamp(min=0).long(),
+        token_ids, positions, slots, context_lens, block_tables, last, temperatures, seeds = step_inputs(
+            self.steps, self.matrix, *self.columns.values(), self.block_size, tokens, sequences
         )
-
-    def options(self, sequences: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(temperatures fp32, seeds int64, positions of the tokens to be sampled int32), each [S]."""
-        options = self.matrix[self.steps[0, :sequences].long(), self.columns["options"] :]  # [S, 3]
-        temperatures = options[:, 0].contiguous().view(torch.float32)
-        seeds = (options[:, 2].long() << 32) | (options[:, 1].long() & 0xFFFFFFFF)
-        return temperatures, seeds, self.steps[2, :sequences]
+        return Batch(
+            token_ids, positions, slots, self.steps[3, : sequences + 1], context_lens, block_tables,
+            1 if decode else tokens, last, (temperatures, seeds, self.steps[2, :sequences]),
+        )  # fmt: skip
 
     def append(self, sampled: Tensor) -> None:
         """Write each sequence's new token behind its others.  [S] int64"""
-        rows, columns = self.steps[0, : len(sampled)].long(), self.steps[2, : len(sampled)].long()
-        self.matrix.index_put_((rows, columns), sampled.int())
+        append_tokens(self.steps, self.matrix, sampled)
 
 
 def _options(request: Request) -> list[int]:

@@ -13,14 +13,15 @@ import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..cache.paged import PagedCache
-from ..kernels import gumbel_argmax, gumbel_noise
+from ..kernels import gumbel_argmax, gumbel_noise, overlapped
 from ..model import Transformer
 from ..sampling import sample
-from .batch import Rows
+from .batch import Rows, to_device
 from .request import Request
 
 __all__ = ["Runner", "Step"]
@@ -77,8 +78,7 @@ class Runner:
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.device, self.dtype = model.embed_tokens.weight.device, model.embed_tokens.weight.dtype
         self.rows = Rows(max_num_seqs, max_model_len, max_num_batched_tokens, block_size, self.device)
-        self.sampled = torch.zeros(max_num_seqs, dtype=torch.int64, device=self.device)
-        self.graphs: dict[tuple[int, int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.graphs: dict[tuple[int, int, bool], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         self.decode_sizes: list[int] = []
         self.mixed_sizes: list[int] = []
         self.allocate(1)
@@ -117,11 +117,11 @@ class Runner:
         scheduled = sorted(scheduled, key=lambda s: -s[0].num_computed)
         self.rows.update([request for request, _ in scheduled])
         self.rows.set_steps(scheduled)
-        hidden_states = self._run(scheduled)  # [S, hidden]
+        hidden_states, sampled = self._run(scheduled)  # [S, hidden], [S], and padding
         ready = [i for i, (r, count) in enumerate(scheduled) if r.num_computed + count == r.num_tokens]
         requests = [scheduled[i][0] for i in ready]
-        logprobs = self._sample_specially(hidden_states, ready, requests)
-        tokens = self.sampled[: len(scheduled)]
+        logprobs = self._sample_specially(hidden_states, sampled, ready, requests)
+        tokens = sampled[: len(scheduled)]
         if len(ready) < len(scheduled):
             tokens = tokens[torch.tensor(ready, dtype=torch.int64, device=self.device)]
         step = Step(requests, self._to_host(tokens), logprobs)
@@ -135,8 +135,8 @@ class Runner:
             return x.clone()
         return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
-    def _run(self, scheduled: Sequence[tuple[Request, int]]) -> Tensor:
-        """The step itself, by a graph if one fits -> hidden states of each sequence's last token.  [S, hidden]"""
+    def _run(self, scheduled: Sequence[tuple[Request, int]]) -> tuple[Tensor, Tensor]:
+        """The step itself, by a graph if one fits -> each sequence's last hidden states [S, hidden], next token [S]."""
         sequences, tokens = len(scheduled), sum(count for _, count in scheduled)
         decode = tokens == sequences
         sizes = self.decode_sizes if decode else self.mixed_sizes
@@ -144,23 +144,25 @@ class Runner:
         if at == len(sizes):
             return self._forward(tokens, sequences, decode)
         shape = (sizes[at], sizes[at] if decode else self.max_num_seqs, decode)
-        graph, hidden_states = self.graphs[shape]
+        graph, *results = self.graphs[shape]
         graph.replay()
-        return hidden_states
+        return tuple(results)
 
-    def _forward(self, tokens: int, sequences: int, decode: bool) -> Tensor:
-        """Everything that a graph holds: from rows to rows, one token longer."""
+    @overlapped()
+    def _forward(self, tokens: int, sequences: int, decode: bool) -> tuple[Tensor, Tensor]:
+        """Everything that a graph holds, from rows to rows, one token longer -> hidden states and tokens as `_run`."""
         batch = self.rows.batch(tokens, sequences, decode)
         hidden_states = self.model(batch.token_ids, batch, self.cache)  # [N, hidden]
         hidden_states = hidden_states if decode else hidden_states[batch.last]  # [S, hidden]
         logits = self.model.lm_head(hidden_states)  # [S, vocab]
-        sampled = gumbel_argmax(logits, *self.rows.options(sequences))
-        self.sampled[:sequences] = sampled
+        sampled = gumbel_argmax(logits, *batch.sampling)
         self.rows.append(sampled)
-        return hidden_states
+        return hidden_states, sampled
 
-    def _sample_specially(self, hidden_states: Tensor, ready: list[int], requests: list[Request]) -> Logprobs | None:
-        """Sample again for those who want more than a temperature; log probabilities for those who want them."""
+    def _sample_specially(
+        self, hidden_states: Tensor, sampled: Tensor, ready: list[int], requests: list[Request]
+    ) -> Logprobs | None:
+        """Sample again, in place, for those who want more than a temperature; log probabilities for who wants them."""
         wanting = [
             (i, r) for i, r in zip(ready, requests, strict=True) if _is_special(r) or r.params.logprobs is not None
         ]
@@ -170,24 +172,24 @@ class Runner:
         logits = self.model.logits(hidden_states[index])  # [P, vocab]
         again = [n for n, (_, r) in enumerate(wanting) if _is_special(r)]
         if again:
-            self.sampled[index[again]] = self._sample(logits[again], index[again], [wanting[n][1] for n in again])
-            self.rows.append(self.sampled)
+            sampled[index[again]] = self._sample(logits[again], [wanting[n][1] for n in again])
+            self.rows.append(sampled)
         reported = [n for n, (_, r) in enumerate(wanting) if r.params.logprobs is not None]
         if not reported:
             return None
         logprobs = logits[reported].log_softmax(-1)  # those of the model, before any filter
         best = logprobs.topk(max(wanting[n][1].params.logprobs for n in reported))
-        chosen = logprobs.gather(1, self.sampled[index[reported], None])[:, 0]
+        chosen = logprobs.gather(1, sampled[index[reported], None])[:, 0]
         row_of = {wanting[n][1]: row for row, n in enumerate(reported)}
         return Logprobs(*(self._to_host(x) for x in (best.indices, best.values, chosen)), row_of)
 
-    def _sample(self, logits: Tensor, index: Tensor, requests: list[Request]) -> Tensor:
+    def _sample(self, logits: Tensor, requests: list[Request]) -> Tensor:
         """By all of SamplingParams; the penalties read the tokens where they are, on the device.  -> [P] int64"""
         for row, request in zip(logits, requests, strict=True):
             if request.num_output < request.params.min_tokens and request.ends:
                 row[sorted(request.ends)] = float("-inf")  # too early to end
-        _, seeds, positions = self.rows.options(self.max_num_seqs)
-        noise = gumbel_noise(seeds[index], positions[index], logits.shape[1])
+        drawn = np.array([[r.seed for r in requests], [r.num_tokens for r in requests]], np.int64)
+        noise = gumbel_noise(*to_device(drawn, self.device), logits.shape[1])
         known = [self.rows.tokens[r.row, : r.num_tokens] for r in requests]
         output = [ids[len(r.prompt_token_ids) :] for r, ids in zip(requests, known, strict=True)]
         return sample(logits, [r.params for r in requests], known, output_token_ids=output, noise=noise)
@@ -210,8 +212,8 @@ class Runner:
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                hidden_states = self._forward(*shape)
-            self.graphs[shape] = graph, hidden_states
+                results = self._forward(*shape)
+            self.graphs[shape] = graph, *results
 
 
 def _is_special(request: Request) -> bool:

@@ -3,7 +3,7 @@
 Forward only: where a gradient is wanted, the torch path runs. Importing this never fails for want of Triton or a GPU.
 """
 
-from .common import HAS_TRITON, INTERPRETED, KERNELS, Operation, use
+from .common import HAS_TRITON, INTERPRETED, KERNELS, Operation, overlapped, use
 from .flash_attention import flash_attention
 from .fused_linear import linear, norm_linear
 from .gumbel_argmax import gumbel_argmax, gumbel_noise
@@ -12,6 +12,7 @@ from .paged_attention import paged_attention
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope, rope_and_cache
 from .softmax import softmax
+from .step_inputs import append_tokens, step_inputs
 from .swiglu import swiglu
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "KERNELS",
     "Operation",
     "add_rms_norm",
+    "append_tokens",
     "flash_attention",
     "gumbel_argmax",
     "gumbel_noise",
@@ -28,11 +30,13 @@ __all__ = [
     "matmul",
     "matmul_swiglu",
     "norm_linear",
+    "overlapped",
     "paged_attention",
     "rms_norm",
     "rope",
     "rope_and_cache",
     "softmax",
+    "step_inputs",
     "swiglu",
     "use",
 ]

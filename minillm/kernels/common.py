@@ -53,6 +53,9 @@ __all__ = [
     "fits_descriptor",
     "next_power_of_2",
     "operation",
+    "overlap",
+    "overlapped",
+    "previous_done",
     "sm_count",
     "tl",
     "triton",
@@ -65,6 +68,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PATHS = ("auto", "torch", "triton", "reference")
 KERNELS: dict[str, "Operation"] = {}
 _forced: dict[str, str] = {}  # operation name, or "" for all -> path
+_overlapped = False
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,36 @@ def use(path: str, name: str = "") -> Iterator[None]:
         _forced.update(before)
 
 
+@contextmanager
+def overlapped() -> Iterator[None]:
+    """Within the block a kernel starts while the one before still runs, and waits where it needs what that one wrote.
+
+    Its launch, and the first reads of what does not change (weights; lengths of sequences), are then hidden behind the
+    kernel before: "programmatic dependent launch" of Hopper and later GPUs; elsewhere nothing changes. So no kernel may
+    read a weight or a length that the one right before it wrote. Source: CUDA C++ Programming Guide.
+    """
+    global _overlapped
+    before, _overlapped = _overlapped, True
+    try:
+        yield
+    finally:
+        _overlapped = before
+
+
+def overlap(device: torch.device) -> dict[str, bool]:
+    """Launch options of a kernel that begins with `previous_done(OVERLAP)`."""
+    on = _overlapped and device.type == "cuda" and _capability(device.index or 0) >= (9, 0)
+    return {"OVERLAP": True, "launch_pdl": True} if on else {"OVERLAP": False}
+
+
+@triton.jit
+def previous_done(OVERLAP: tl.constexpr):
+    """From here on, all that earlier kernels wrote is there; and the next kernel may start."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
 def arguments(**tensors: Tensor) -> None:
     """Hold that all are tensors of one device and of a floating dtype."""
     first = None
@@ -190,6 +224,11 @@ def tuned(device: torch.device, key: str, **default: Any) -> dict[str, Any]:
 @cache
 def _name(index: int) -> str:
     return torch.cuda.get_device_name(index)
+
+
+@cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 @cache

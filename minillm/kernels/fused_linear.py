@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import arguments, ceil_div, operation, tl, triton, tuned
+from .common import arguments, ceil_div, operation, overlap, previous_done, tl, triton, tuned
 from .rms_norm import add_reference, add_rms_norm, add_torch_path, rms_norm
 from .rms_norm import check as norm_check
 from .rms_norm import reference as norm_reference
@@ -85,7 +85,8 @@ def norm_linear_check(
 @triton.jit
 def one_token_kernel(
     x_ptr, residual_ptr, norm_ptr, w_ptr, y_ptr, total_ptr, n, k, stride_w, eps,
-    NORM: tl.constexpr, ADD: tl.constexpr, SWIGLU: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    NORM: tl.constexpr, ADD: tl.constexpr, SWIGLU: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N features a program: multiply, and add up at the end."""
     offs_n, offs_k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
@@ -94,9 +95,15 @@ def one_token_kernel(
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     up = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     squares = tl.zeros((BLOCK_K,), tl.float32)
+    # One step ahead: the first weights are on their way before the kernel that computes x is done.
+    both = (offs_n < n)[:, None] & (offs_k < k)[None, :]
+    next_w = tl.load(w_ptrs, mask=both, other=0.0, eviction_policy="evict_first")
+    if SWIGLU:
+        next_up = tl.load(up_ptrs, mask=both, other=0.0, eviction_policy="evict_first")
+    previous_done(OVERLAP)
     for start in range(0, k, BLOCK_K):
         inside = start + offs_k < k
-        both = (offs_n < n)[:, None] & inside[None, :]
+        both = (offs_n < n)[:, None] & (start + BLOCK_K + offs_k < k)[None, :]
         h = tl.load(x_ptr + start + offs_k, mask=inside, other=0.0)  # [BLOCK_K]
         if ADD:
             h32 = h.to(tl.float32) + tl.load(residual_ptr + start + offs_k, mask=inside, other=0.0).to(tl.float32)
@@ -107,10 +114,11 @@ def one_token_kernel(
         if NORM:
             squares += h * h
             h = h * tl.load(norm_ptr + start + offs_k, mask=inside, other=0.0).to(tl.float32)
-        w = tl.load(w_ptrs + start, mask=both, other=0.0, eviction_policy="evict_first")
+        w, next_w = next_w, tl.load(w_ptrs + start + BLOCK_K, mask=both, other=0.0, eviction_policy="evict_first")
         acc += w.to(tl.float32) * h[None, :]
         if SWIGLU:
-            w = tl.load(up_ptrs + start, mask=both, other=0.0, eviction_policy="evict_first")
+            w = next_up
+            next_up = tl.load(up_ptrs + start + BLOCK_K, mask=both, other=0.0, eviction_policy="evict_first")
             up += w.to(tl.float32) * h[None, :]
     scale = tl.rsqrt(tl.sum(squares, 0) / k + eps) if NORM else 1.0
     y = tl.sum(acc, 1) * scale  # [BLOCK_N]
@@ -134,7 +142,7 @@ def _one_token(
     one_token_kernel[(ceil_div(n, sizes["BLOCK_N"]),)](
         x, x if residual is None else residual.contiguous(), x if norm_weight is None else norm_weight.contiguous(), w,
         y, total, n, k, w.stride(0), eps,
-        NORM=norm_weight is not None, ADD=residual is not None, SWIGLU=use_swiglu, **sizes,
+        NORM=norm_weight is not None, ADD=residual is not None, SWIGLU=use_swiglu, **overlap(x.device), **sizes,
     )  # fmt: skip
     return y, total
 

@@ -14,7 +14,17 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .common import arguments, ceil_div, next_power_of_2, operation, sm_count, tl, triton
+from .common import (
+    arguments,
+    ceil_div,
+    next_power_of_2,
+    operation,
+    overlap,
+    previous_done,
+    sm_count,
+    tl,
+    triton,
+)
 
 __all__ = ["gumbel_argmax", "gumbel_noise"]
 
@@ -87,9 +97,10 @@ def mix(x):
 @triton.jit
 def gumbel_argmax_kernel(
     logits_ptr, temperature_ptr, seed_ptr, position_ptr, best_ptr, token_ptr, size, stride, part,
-    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One part of one row a program: its best score and token."""
+    previous_done(OVERLAP)
     row, index = tl.program_id(0).to(tl.int64), tl.program_id(1)
     temperature = tl.load(temperature_ptr + row)
     is_greedy = temperature < 1e-5
@@ -116,8 +127,9 @@ def gumbel_argmax_kernel(
 
 
 @triton.jit
-def best_of_parts_kernel(best_ptr, token_ptr, out_ptr, parts, BLOCK: tl.constexpr):
+def best_of_parts_kernel(best_ptr, token_ptr, out_ptr, parts, OVERLAP: tl.constexpr, BLOCK: tl.constexpr):
     """The winner among a row's parts; of equal ones the first."""
+    previous_done(OVERLAP)
     row, offs = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     best = tl.load(best_ptr + row * parts + offs, mask=offs < parts, other=-float("inf"))
     token = tl.load(token_ptr + row * parts + offs, mask=offs < parts, other=9223372036854775807)
@@ -148,8 +160,11 @@ def gumbel_argmax(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions
     best = torch.empty((rows, parts), dtype=torch.float32, device=logits.device)
     candidates = tokens if parts == 1 else torch.empty((rows, parts), dtype=torch.int64, device=logits.device)
     gumbel_argmax_kernel[(rows, parts)](
-        logits, temperatures, seeds, positions, best, candidates, size, logits.stride(0), part, BLOCK=block, num_warps=8
-    )
+        logits, temperatures, seeds, positions, best, candidates, size, logits.stride(0), part,
+        BLOCK=block, num_warps=8, **overlap(logits.device),
+    )  # fmt: skip
     if parts > 1:
-        best_of_parts_kernel[(rows,)](best, candidates, tokens, parts, BLOCK=next_power_of_2(parts), num_warps=1)
+        best_of_parts_kernel[(rows,)](
+            best, candidates, tokens, parts, BLOCK=next_power_of_2(parts), num_warps=1, **overlap(logits.device)
+        )
     return tokens

@@ -41,10 +41,10 @@ def broken_sampling(monkeypatch) -> None:
     """Sampling raises for whoever asks for top_k=3."""
     sample = Runner._sample
 
-    def broken(self, logits, index, requests):
+    def broken(self, logits, requests):
         if any(r.params.top_k == 3 for r in requests):
             raise ValueError("top-k")
-        return sample(self, logits, index, requests)
+        return sample(self, logits, requests)
 
     monkeypatch.setattr(Runner, "_sample", broken)
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minillm.kernels import KERNELS, interleave
+from minillm.kernels import KERNELS, interleave, use
 
 from .conftest import GPU, TOLERANCE, error
 
@@ -142,6 +142,40 @@ def linears(device, dtype, rows, n, k, added, use_swiglu, seed):
 
 def test_linear(device, dtype):
     linears(device, dtype)
+
+
+@EXAMPLES
+@given(
+    st.lists(st.tuples(st.integers(0, 20), st.integers(1, 9)), max_size=5), st.integers(0, 9), st.integers(0, 2),
+    st.sampled_from([1, 2, 16]), st.integers(0, 99),
+)  # fmt: skip
+def steps_and_back(device, work, extra, empty, block_size, seed):
+    """(tokens known, new tokens) of each sequence; some tokens and sequences of padding."""
+    generator, rows, longest = torch.Generator().manual_seed(seed), 9, 32
+    table, options = longest, longest + longest // block_size
+    matrix = torch.randint(-(2**31), 2**31 - 1, (rows, options + 3), generator=generator, dtype=torch.int32)
+    matrix[:, options] = torch.rand(rows, generator=generator).view(torch.int32)
+    steps = torch.full((4, 12), rows - 1, dtype=torch.int32)
+    steps[1:] = 0
+    for i, (known, count) in enumerate(work):
+        steps[:3, i] = torch.tensor([i * 7 % (rows - 1), known, known + count])
+        steps[3, i + 1 :] += count
+    tokens, sequences = int(steps[3, -1]) + extra, max(1, len(work) + empty)
+    steps, matrix = steps.to(device), matrix.to(device)
+    args = (steps, matrix, table, options, block_size, tokens, sequences)
+    for got, want in zip(KERNELS["step_inputs"](*args), KERNELS["step_inputs"].reference(*args), strict=True):
+        assert torch.equal(got, want)
+        assert got.dtype == want.dtype
+    sampled, expected = torch.arange(100, 100 + sequences, device=device), matrix.clone()
+    KERNELS["append_tokens"](steps, matrix, sampled)
+    KERNELS["append_tokens"].reference(steps, expected, sampled)
+    assert torch.equal(matrix[:-1], expected[:-1])  # of the last row, of padding, nobody reads
+
+
+@pytest.mark.parametrize("path", ["triton", "torch"])
+def test_step_inputs(device, path):
+    with use(path):
+        steps_and_back(device)
 
 
 @EXAMPLES

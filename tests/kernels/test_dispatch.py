@@ -10,16 +10,19 @@ import torch.nn.functional as F
 from minillm.kernels import (
     KERNELS,
     add_rms_norm,
+    append_tokens,
     common,
     flash_attention,
     linear,
     matmul,
     matmul_swiglu,
     norm_linear,
+    overlapped,
     rms_norm,
     rope,
     rope_and_cache,
     softmax,
+    step_inputs,
     swiglu,
     use,
 )
@@ -35,6 +38,8 @@ def small(name: str, device="cpu", dtype=torch.float32) -> tuple:
     angles = torch.randn(6, 8, device=device)
     cu = torch.tensor([0, 2, 6], dtype=torch.int32, device=device)
     caches = torch.zeros(2, 9, 2, 16, device=device, dtype=dtype)
+    rows = torch.arange(60, dtype=torch.int32, device=device).view(3, 20)  # 8 tokens, 4 blocks of 2, options, and 5
+    steps = cu.new_tensor([[1, 0, 2, 0], [3, 0, 0, 0], [5, 4, 0, 0], [0, 2, 6, 6]])
     return {
         "softmax": (x,),
         "rms_norm": (x, w, 1e-5),
@@ -60,6 +65,8 @@ def small(name: str, device="cpu", dtype=torch.float32) -> tuple:
             x, torch.tensor([0.0, 0.5, 1.0] * 2, device=device), torch.arange(6, device=device) - 3,
             torch.arange(6, device=device),
         ),
+        "step_inputs": (steps, rows, 8, 12, 2, 7, 3),
+        "append_tokens": (steps, rows, torch.tensor([7, 8, 9], device=device)),
     }[name]  # fmt: skip
 
 
@@ -139,6 +146,7 @@ X = torch.randn(4, 32)
 Q = torch.randn(4, 2, 16)
 CU = torch.tensor([0, 4], dtype=torch.int32)
 SLOTTED = (Q, Q, Q, Q[:, 0, :8], Q[:, 0, :8], Q.clone(), Q.clone(), torch.arange(4))
+ROWS = torch.zeros(4, 20, dtype=torch.int32)
 BAD = [
     (softmax, (torch.tensor(1.0),), "x: expected a last axis"),
     (softmax, (X.long(),), "x: expected a floating dtype, got torch.int64"),
@@ -171,6 +179,12 @@ BAD = [
     (flash_attention, (Q, Q, Q, CU, CU, 4, False, 3), "window: expected 0 without causal"),
     (flash_attention, (Q, Q.half(), Q, CU, CU, 4), "k: expected q's dtype"),
     (flash_attention, (torch.randn(4, 2, 257),) * 3 + (CU, CU, 4), "D up to 256"),
+    (step_inputs, (ROWS.float(), ROWS, 8, 12, 2, 4, 3), "steps: expected two axes of int32"),
+    (step_inputs, (ROWS, ROWS.T, 8, 12, 2, 4, 3), "matrix: expected two axes of int32, contiguous"),
+    (step_inputs, (ROWS, ROWS, 8, 12, 2, 4, 20), r"steps: expected \[4, 20 sequences, and one\]"),
+    (step_inputs, (ROWS, ROWS, 8, 18, 2, 4, 3), "first_option: expected 0 < first_block < first_option and 3 columns"),
+    (append_tokens, (ROWS, ROWS, torch.zeros(3)), r"sampled: expected \[S\] of int64"),
+    (append_tokens, (ROWS, ROWS, torch.arange(21)), r"sampled: expected \[S\] of int64, S up to 20"),
 ]  # fmt: skip
 
 
@@ -194,6 +208,10 @@ def test_empty_input(name):
         args = (*(x[:0] for x in args[:3]), nothing, nothing, 0)
     elif name == "paged_attention":
         args = (args[0][:0], *args[1:3], *(torch.zeros(n, dtype=torch.int32) for n in ((0, 1), 0, 1)), 0, 2)
+    elif name == "step_inputs":
+        args = (*args[:-2], 0, 1)
+    elif name == "append_tokens":
+        args = (*args[:2], args[2][:0])
     else:
         args = tuple(a[:0] if a.shape[0] == 6 else a for a in args)
     for path in ("torch", "triton"):
@@ -237,6 +255,45 @@ def test_stored_sizes_are_ints_for_known_kernels():
         for key, sizes in json.loads(path.read_text()).items():
             assert key.split()[0] in {*KERNELS, "rms_norm", "rope"}, key
             assert all(isinstance(v, int) and v > 0 for v in sizes.values()), (path, key)
+
+
+def test_overlap_is_for_gpus_and_ends_with_its_block():
+    @overlapped()
+    def fails():
+        assert common._overlapped
+        assert common.overlap(torch.device("cpu")) == {"OVERLAP": False}
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
+    assert not common._overlapped
+
+
+@pytest.mark.gpu
+def test_overlapped_kernels_wait_for_one_another():
+    """A chain in which every kernel reads what the one before it wrote, many times over, in a graph."""
+    torch.manual_seed(0)
+    w = torch.randn(40, 256, 256, device="cuda", dtype=torch.bfloat16) / 16
+    norm, x = torch.ones(256, device="cuda", dtype=torch.bfloat16), torch.randn(1, 256, device="cuda").bfloat16()
+
+    def chain(x):
+        branch, stream = x, None
+        for a in w:
+            branch, stream = norm_linear(branch, stream, norm, a, 1e-5, True)
+            branch = linear(torch.cat((branch, branch), -1), a)  # one of torch's kernels between ours
+        return rms_norm(branch, norm, 1e-5)
+
+    with torch.inference_mode():
+        expected = chain(x)
+        with overlapped():
+            chain(x)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                got = chain(x)
+        for _ in range(200):
+            got.zero_()
+            graph.replay()
+            assert torch.equal(got, expected)
 
 
 @pytest.mark.gpu
