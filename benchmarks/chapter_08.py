@@ -10,11 +10,13 @@ tokens (counted, without a model); the scheduler's own time. On the GPU: decode 
 overlap, by batch, beside the byte floor; the long prompt; arrivals at a rate.
 """
 
+import contextlib
 import gc
 import itertools
 import statistics
 import sys
 import time
+import unittest.mock
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -449,10 +451,27 @@ def budgets(engine: Engine, near: Sequence[int]) -> list[int]:
     return sorted({min(sizes, key=lambda size: abs(size - n)) for n in near})
 
 
+BATCHES = (1, 8) if TRY else (1, 32, 256)
+
+
+def without_dependent_launch(model: Transformer) -> dict[int, float]:
+    """Seconds of a decode step with graphs and overlap, but every kernel launched when the one before it is done."""
+    with unittest.mock.patch("minillm.engine.runner.dependent_launch", contextlib.nullcontext):
+        engine = build(model, False)
+    engine.async_scheduling = True
+    found = {}
+    for batch in BATCHES:
+        decoding(engine, batch, 128, 400)
+        found[batch] = step_seconds(engine, 3 if TRY else 25)
+        drop(engine)
+    print("  without dependent launch:", {k: f"{1e3 * v:.3f} ms" for k, v in found.items()}, flush=True)
+    return found
+
+
 def modes(engines: dict[bool, Engine]) -> list[dict]:
     """A decode step at batch 1, 32 and 256 with 128 tokens of context, in all four modes."""
     rows = []
-    for batch in (1, 8) if TRY else (1, 32, 256):
+    for batch in BATCHES:
         row = {"batch": batch, "seconds": {}}
         for name, (eager, ahead) in MODES.items():
             engine = engines[eager]
@@ -483,8 +502,9 @@ def gpu_shape(name: str, copy_rate: float) -> dict:
     """Everything of one shape."""
     torch.manual_seed(0)
     model = Transformer(w.SHAPES[name]).to(DEVICE, getattr(torch, DTYPE)).eval().requires_grad_(False)
+    apart = without_dependent_launch(model)
     engines = {eager: build(model, eager) for eager in (False, True)}
-    result = {"modes": modes(engines)}
+    result = {"modes": [row | {"seconds without dependent launch": apart[row["batch"]]} for row in modes(engines)]}
     engine = engines[False]
     del engines
     gc.collect()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..cache.paged import PagedCache
-from ..kernels import gumbel_argmax, gumbel_noise, overlapped
+from ..kernels import dependent_launch, gumbel_argmax, gumbel_noise
 from ..model import Transformer
 from ..sampling import sample
 from .batch import Rows, to_device
@@ -148,15 +148,14 @@ class Runner:
         graph.replay()
         return tuple(results)
 
-    @overlapped()
     def _forward(self, tokens: int, sequences: int, decode: bool) -> tuple[Tensor, Tensor]:
         """Everything that a graph holds, from rows to rows, one token longer -> hidden states and tokens as `_run`."""
-        batch = self.rows.batch(tokens, sequences, decode)
-        hidden_states = self.model(batch.token_ids, batch, self.cache)  # [N, hidden]
-        hidden_states = hidden_states if decode else hidden_states[batch.last]  # [S, hidden]
-        logits = self.model.lm_head(hidden_states)  # [S, vocab]
-        sampled = gumbel_argmax(logits, *batch.sampling)
-        self.rows.append(sampled)
+        with dependent_launch():
+            batch = self.rows.batch(tokens, sequences, decode)
+            hidden_states = self.model(batch.token_ids, batch, self.cache)  # [N, hidden]
+            hidden_states = hidden_states if decode else hidden_states[batch.last]  # [S, hidden]
+            sampled = gumbel_argmax(self.model.lm_head(hidden_states), *batch.sampling)  # [S]
+            self.rows.append(sampled)
         return hidden_states, sampled
 
     def _sample_specially(

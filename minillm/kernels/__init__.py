@@ -3,7 +3,7 @@
 Forward only: where a gradient is wanted, the torch path runs. Importing this never fails for want of Triton or a GPU.
 """
 
-from .common import HAS_TRITON, INTERPRETED, KERNELS, Operation, overlapped, use
+from .common import HAS_TRITON, INTERPRETED, KERNELS, Operation, dependent_launch, use
 from .flash_attention import flash_attention
 from .fused_linear import linear, norm_linear
 from .gumbel_argmax import gumbel_argmax, gumbel_noise
@@ -22,6 +22,7 @@ __all__ = [
     "Operation",
     "add_rms_norm",
     "append_tokens",
+    "dependent_launch",
     "flash_attention",
     "gumbel_argmax",
     "gumbel_noise",
@@ -30,7 +31,6 @@ __all__ = [
     "matmul",
     "matmul_swiglu",
     "norm_linear",
-    "overlapped",
     "paged_attention",
     "rms_norm",
     "rope",

@@ -50,11 +50,11 @@ __all__ = [
     "TensorDescriptor",
     "arguments",
     "ceil_div",
+    "dependent_launch",
     "fits_descriptor",
     "next_power_of_2",
     "operation",
-    "overlap",
-    "overlapped",
+    "pdl",
     "previous_done",
     "sm_count",
     "tl",
@@ -68,7 +68,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PATHS = ("auto", "torch", "triton", "reference")
 KERNELS: dict[str, "Operation"] = {}
 _forced: dict[str, str] = {}  # operation name, or "" for all -> path
-_overlapped = False
+_dependent = False
 
 
 @dataclass(frozen=True)
@@ -147,31 +147,31 @@ def use(path: str, name: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def overlapped() -> Iterator[None]:
+def dependent_launch() -> Iterator[None]:
     """Within the block a kernel starts while the one before still runs, and waits where it needs what that one wrote.
 
     Its launch, and the first reads of what does not change (weights; lengths of sequences), are then hidden behind the
     kernel before: "programmatic dependent launch" of Hopper and later GPUs; elsewhere nothing changes. So no kernel may
     read a weight or a length that the one right before it wrote. Source: CUDA C++ Programming Guide.
     """
-    global _overlapped
-    before, _overlapped = _overlapped, True
+    global _dependent
+    before, _dependent = _dependent, True
     try:
         yield
     finally:
-        _overlapped = before
+        _dependent = before
 
 
-def overlap(device: torch.device) -> dict[str, bool]:
-    """Launch options of a kernel that begins with `previous_done(OVERLAP)`."""
-    on = _overlapped and device.type == "cuda" and _capability(device.index or 0) >= (9, 0)
-    return {"OVERLAP": True, "launch_pdl": True} if on else {"OVERLAP": False}
+def pdl(device: torch.device) -> dict[str, bool]:
+    """Launch options of a kernel that begins with `previous_done(PDL)`."""
+    on = _dependent and device.type == "cuda" and _capability(device.index or 0) >= (9, 0)
+    return {"PDL": True, "launch_pdl": True} if on else {"PDL": False}
 
 
 @triton.jit
-def previous_done(OVERLAP: tl.constexpr):
+def previous_done(PDL: tl.constexpr):
     """From here on, all that earlier kernels wrote is there; and the next kernel may start."""
-    if OVERLAP:
+    if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import arguments, ceil_div, operation, overlap, previous_done, tl, triton, tuned
+from .common import arguments, ceil_div, operation, pdl, previous_done, tl, triton, tuned
 from .rms_norm import add_reference, add_rms_norm, add_torch_path, rms_norm
 from .rms_norm import check as norm_check
 from .rms_norm import reference as norm_reference
@@ -85,7 +85,7 @@ def norm_linear_check(
 @triton.jit
 def one_token_kernel(
     x_ptr, residual_ptr, norm_ptr, w_ptr, y_ptr, total_ptr, n, k, stride_w, eps,
-    NORM: tl.constexpr, ADD: tl.constexpr, SWIGLU: tl.constexpr, OVERLAP: tl.constexpr,
+    NORM: tl.constexpr, ADD: tl.constexpr, SWIGLU: tl.constexpr, PDL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N features a program: multiply, and add up at the end."""
@@ -100,7 +100,7 @@ def one_token_kernel(
     next_w = tl.load(w_ptrs, mask=both, other=0.0, eviction_policy="evict_first")
     if SWIGLU:
         next_up = tl.load(up_ptrs, mask=both, other=0.0, eviction_policy="evict_first")
-    previous_done(OVERLAP)
+    previous_done(PDL)
     for start in range(0, k, BLOCK_K):
         inside = start + offs_k < k
         both = (offs_n < n)[:, None] & (start + BLOCK_K + offs_k < k)[None, :]
@@ -136,13 +136,13 @@ def _one_token(
     total = x if norm_weight is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     small = n <= 2048  # few rows: fewer of them a program, so that all multiprocessors have work
     sizes = tuned(
-        x.device, f"linear {'small' if small else 'large'}", BLOCK_N=2 if small else 4, BLOCK_K=1024 if small else 512,
+        x.device, f"linear {'small' if small else 'large'}", BLOCK_N=2 if small else 8, BLOCK_K=1024 if small else 512,
         num_warps=4, num_stages=3,
     )  # fmt: skip
     one_token_kernel[(ceil_div(n, sizes["BLOCK_N"]),)](
         x, x if residual is None else residual.contiguous(), x if norm_weight is None else norm_weight.contiguous(), w,
         y, total, n, k, w.stride(0), eps,
-        NORM=norm_weight is not None, ADD=residual is not None, SWIGLU=use_swiglu, **overlap(x.device), **sizes,
+        NORM=norm_weight is not None, ADD=residual is not None, SWIGLU=use_swiglu, **pdl(x.device), **sizes,
     )  # fmt: skip
     return y, total
 

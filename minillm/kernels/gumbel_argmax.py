@@ -19,7 +19,7 @@ from .common import (
     ceil_div,
     next_power_of_2,
     operation,
-    overlap,
+    pdl,
     previous_done,
     sm_count,
     tl,
@@ -97,10 +97,10 @@ def mix(x):
 @triton.jit
 def gumbel_argmax_kernel(
     logits_ptr, temperature_ptr, seed_ptr, position_ptr, best_ptr, token_ptr, size, stride, part,
-    OVERLAP: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One part of one row a program: its best score and token."""
-    previous_done(OVERLAP)
+    previous_done(PDL)
     row, index = tl.program_id(0).to(tl.int64), tl.program_id(1)
     temperature = tl.load(temperature_ptr + row)
     is_greedy = temperature < 1e-5
@@ -127,9 +127,9 @@ def gumbel_argmax_kernel(
 
 
 @triton.jit
-def best_of_parts_kernel(best_ptr, token_ptr, out_ptr, parts, OVERLAP: tl.constexpr, BLOCK: tl.constexpr):
+def best_of_parts_kernel(best_ptr, token_ptr, out_ptr, parts, PDL: tl.constexpr, BLOCK: tl.constexpr):
     """The winner among a row's parts; of equal ones the first."""
-    previous_done(OVERLAP)
+    previous_done(PDL)
     row, offs = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     best = tl.load(best_ptr + row * parts + offs, mask=offs < parts, other=-float("inf"))
     token = tl.load(token_ptr + row * parts + offs, mask=offs < parts, other=9223372036854775807)
@@ -161,10 +161,10 @@ def gumbel_argmax(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions
     candidates = tokens if parts == 1 else torch.empty((rows, parts), dtype=torch.int64, device=logits.device)
     gumbel_argmax_kernel[(rows, parts)](
         logits, temperatures, seeds, positions, best, candidates, size, logits.stride(0), part,
-        BLOCK=block, num_warps=8, **overlap(logits.device),
+        BLOCK=block, num_warps=8, **pdl(logits.device),
     )  # fmt: skip
     if parts > 1:
         best_of_parts_kernel[(rows,)](
-            best, candidates, tokens, parts, BLOCK=next_power_of_2(parts), num_warps=1, **overlap(logits.device)
+            best, candidates, tokens, parts, BLOCK=next_power_of_2(parts), num_warps=1, **pdl(logits.device)
         )
     return tokens

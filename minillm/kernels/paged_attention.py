@@ -30,7 +30,7 @@ from .common import (
     ceil_div,
     next_power_of_2,
     operation,
-    overlap,
+    pdl,
     previous_done,
     sm_count,
     tl,
@@ -158,7 +158,7 @@ def sequence_of(block, cu_ptr, sequences, BLOCK_Q: tl.constexpr):
 def paged_attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, table_ptr, context_ptr, cu_ptr, sequences, stride_q, stride_table, scale,
     H_KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLITS: tl.constexpr,
-    DECODE: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    DECODE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_Q queries of one sequence, the GROUP heads of one key/value head, one split of the context a program."""
@@ -168,7 +168,7 @@ def paged_attention_kernel(
     count = tl.load(cu_ptr + sequence + 1) - first  # queries of the sequence
     first_q = 0 if DECODE else (block - first // BLOCK_Q - sequence) * BLOCK_Q
     context = tl.load(context_ptr + sequence)
-    previous_done(OVERLAP)
+    previous_done(PDL)
     if first_q >= count:
         return
     row = tl.arange(0, BLOCK_Q * BLOCK_G)  # query-major: BLOCK_G rows a query, GROUP of them used
@@ -211,10 +211,10 @@ def paged_attention_kernel(
 
 @triton.jit
 def join_kernel(
-    part_ptr, lse_ptr, out_ptr, D: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr, BLOCK_D: tl.constexpr
+    part_ptr, lse_ptr, out_ptr, D: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """One head of one token a program: its splits, weighted by 2^lse."""
-    previous_done(OVERLAP)
+    previous_done(PDL)
     row = tl.program_id(0).to(tl.int64)
     offs_s, offs_d = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
     lse = tl.load(lse_ptr + row * SPLITS + offs_s)  # [SPLITS]
@@ -282,10 +282,10 @@ def paged_attention(
         q, k_cache, v_cache, target, lse, block_tables, context_lens, cu_seqlens_q, sequences,
         q.stride(0), block_tables.stride(0), scale,
         H_KV=kv_heads, GROUP=heads // kv_heads, D=size, BLOCK_SIZE=block_size, SPLITS=parts, DECODE=decode,
-        PRECISION="ieee", BLOCK_Q=block_q, BLOCK_G=block_g, BLOCK_D=block_d, **overlap(q.device), **sizes,
+        PRECISION="ieee", BLOCK_Q=block_q, BLOCK_G=block_g, BLOCK_D=block_d, **pdl(q.device), **sizes,
     )  # fmt: skip
     if parts > 1:
         join_kernel[(tokens * heads,)](
-            target, lse, out, D=size, SPLITS=parts, BLOCK_D=block_d, num_warps=1, **overlap(q.device)
+            target, lse, out, D=size, SPLITS=parts, BLOCK_D=block_d, num_warps=1, **pdl(q.device)
         )
     return out

@@ -10,7 +10,7 @@ Sources: Zhang and Sennrich, 2019, "Root Mean Square Layer Normalization"; the f
 import torch
 from torch import Tensor
 
-from .common import arguments, ceil_div, next_power_of_2, operation, overlap, previous_done, tl, triton, tuned
+from .common import arguments, ceil_div, next_power_of_2, operation, pdl, previous_done, tl, triton, tuned
 
 __all__ = ["add_rms_norm", "rms_norm"]
 
@@ -65,10 +65,10 @@ def add_check(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
 @triton.jit
 def rms_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, rows, n, stride_x, stride_residual, eps,
-    ADD: tl.constexpr, OVERLAP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ADD: tl.constexpr, PDL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows a program (several when they are short), each held in registers from read to write."""
-    previous_done(OVERLAP)
+    previous_done(PDL)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]  # [ROWS, 1]
     offs = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
     inside = (row < rows) & (offs < n)
@@ -98,7 +98,7 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
     sizes = tuned(x.device, f"rms_norm {block}", ROWS=max(1, 2048 // block), num_warps=max(4, min(16, block // 1024)))
     rms_norm_kernel[(ceil_div(rows, sizes["ROWS"]),)](
         flat[0], flat[1], weight.contiguous(), y, total, rows, n, flat[0].stride(0), flat[1].stride(0), eps,
-        ADD=residual is not None, BLOCK=block, **overlap(x.device), **sizes,
+        ADD=residual is not None, BLOCK=block, **pdl(x.device), **sizes,
     )  # fmt: skip
     return y, total
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .common import arguments, ceil_div, next_power_of_2, operation, overlap, previous_done, tl, triton, tuned
+from .common import arguments, ceil_div, next_power_of_2, operation, pdl, previous_done, tl, triton, tuned
 from .rms_norm import reference as norm_reference
 from .rms_norm import torch_path as norm_torch_path
 
@@ -130,10 +130,10 @@ def rope_kernel(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, slot_ptr, q_weight_ptr, k_weight_ptr, tokens,
     stride_q, stride_k, stride_v, stride_cos, eps,
     H: tl.constexpr, H_KV: tl.constexpr, HALF: tl.constexpr, NORMED: tl.constexpr,
-    CACHED: tl.constexpr, OVERLAP: tl.constexpr, TOKENS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    CACHED: tl.constexpr, PDL: tl.constexpr, TOKENS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """TOKENS tokens and BLOCK_H heads a program; the queries' heads come first, then the keys'."""
-    previous_done(OVERLAP)
+    previous_done(PDL)
     blocks = tl.cdiv(H + H_KV, BLOCK_H)  # of heads
     row = (tl.program_id(0) // blocks * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None, None]  # [TOKENS, 1, 1]
     head = (tl.program_id(0) % blocks * BLOCK_H + tl.arange(0, BLOCK_H))[None, :, None]  # [1, BLOCK_H, 1]
@@ -192,7 +192,7 @@ def _launch(
         q, k, v, cos, sin, k_cache, v_cache, slots, *(weights or (q, k)), tokens,
         q.stride(0), k.stride(0), v.stride(0), cos.stride(0), eps,
         H=heads, H_KV=k.shape[1], HALF=size // 2, NORMED=weights is not None, CACHED=cached is not None,
-        BLOCK_H=block_h, BLOCK_D=next_power_of_2(size // 2), **overlap(q.device), **sizes,
+        BLOCK_H=block_h, BLOCK_D=next_power_of_2(size // 2), **pdl(q.device), **sizes,
     )  # fmt: skip
 
 

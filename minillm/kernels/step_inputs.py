@@ -11,7 +11,7 @@ Bytes: a few KB. What takes time is launches: torch would need some 30 kernels, 
 import torch
 from torch import Tensor
 
-from .common import ceil_div, operation, overlap, previous_done, tl, triton
+from .common import ceil_div, operation, pdl, previous_done, tl, triton
 
 __all__ = ["append_tokens", "step_inputs"]
 
@@ -106,10 +106,10 @@ def step_inputs_kernel(
     steps_ptr, matrix_ptr,
     token_ptr, position_ptr, slot_ptr, context_ptr, table_ptr, last_ptr, temperature_ptr, seed_ptr,
     tokens, sequences, stride_steps, stride_matrix, first_block, first_option,
-    BLOCK_SIZE: tl.constexpr, OVERLAP: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One token a program, and one sequence."""
-    previous_done(OVERLAP)
+    previous_done(PDL)
     i = tl.program_id(0)
     first_ptr, bound_ptr = steps_ptr + stride_steps, steps_ptr + 3 * stride_steps
     if i < tokens:
@@ -157,7 +157,7 @@ def step_inputs(
     step_inputs_kernel[(max(tokens, sequences),)](
         steps, matrix, *out[:-2], out[-2].view(torch.int32), out[-1].view(torch.int32), tokens, sequences,
         steps.stride(0), matrix.stride(0), first_block, first_option,
-        BLOCK_SIZE=block_size, BLOCK=256, num_warps=1, **overlap(steps.device),
+        BLOCK_SIZE=block_size, BLOCK=256, num_warps=1, **pdl(steps.device),
     )  # fmt: skip
     return out
 
@@ -187,10 +187,10 @@ def append_check(steps: Tensor, matrix: Tensor, sampled: Tensor) -> None:
 @triton.jit
 def append_kernel(
     steps_ptr, matrix_ptr, sampled_ptr, sequences, stride_steps, stride_matrix,
-    OVERLAP: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK sequences a program."""
-    previous_done(OVERLAP)
+    previous_done(PDL)
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     used = offs < sequences
     row = tl.load(steps_ptr + offs, mask=used).to(tl.int64)
@@ -216,5 +216,5 @@ def append_tokens(steps: Tensor, matrix: Tensor, sampled: Tensor) -> None:
     if len(sampled):
         append_kernel[(ceil_div(len(sampled), 256),)](
             steps, matrix, sampled, len(sampled), steps.stride(0), matrix.stride(0),
-            BLOCK=256, num_warps=4, **overlap(steps.device),
+            BLOCK=256, num_warps=4, **pdl(steps.device),
         )  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import arguments, ceil_div, operation, overlap, previous_done, tl, triton, tuned
+from .common import arguments, ceil_div, operation, pdl, previous_done, tl, triton, tuned
 
 __all__ = ["swiglu"]
 
@@ -38,9 +38,9 @@ def check(gate_up: Tensor) -> None:
 
 
 @triton.jit
-def swiglu_kernel(x_ptr, y_ptr, n, stride_x, OVERLAP: tl.constexpr, BLOCK: tl.constexpr):
+def swiglu_kernel(x_ptr, y_ptr, n, stride_x, PDL: tl.constexpr, BLOCK: tl.constexpr):
     """BLOCK elements of one row a program."""
-    previous_done(OVERLAP)
+    previous_done(PDL)
     blocks = tl.cdiv(n, BLOCK)  # of a row: programs that follow one another read what lies side by side
     row = (tl.program_id(0) // blocks).to(tl.int64)
     offs = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -70,6 +70,6 @@ def swiglu(gate_up: Tensor) -> Tensor:
         return y
     sizes = tuned(gate_up.device, "swiglu", BLOCK=4096 if n > 2048 else 1024, num_warps=8)
     swiglu_kernel[(ceil_div(n, sizes["BLOCK"]) * rows.shape[0],)](
-        rows, y, n, rows.stride(0), **overlap(rows.device), **sizes
+        rows, y, n, rows.stride(0), **pdl(rows.device), **sizes
     )
     return y
