@@ -61,7 +61,7 @@ DEFINITIONS = {
     },
     "idle": {
         "idle": "1 - (union of kernels, copies and fills) / (last end - first start), in a torch.profiler trace of the"
-        " steps of a steady batch, CUDA activities only",
+        " steps of a steady batch, CUDA activities only; of three traces the one in the middle",
         "between steps": "the part of it between a step's last kernel, before the copy of its tokens to the host, and"
         " the next step's first, from which on kernels follow one another; null where steps cannot be told apart",
         "idle without the profiler": "1 - (the trace's busy time a step) / (a step's wall time without the profiler)",

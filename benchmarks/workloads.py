@@ -56,7 +56,7 @@ class Sizes:
     open_seconds: float = 6.0  # of arrivals
     open_limit: float = 12.0  # after so many seconds what still runs is aborted
     idle_batches: tuple[int, ...] = (1, 64, 256)
-    idle_steps: int = 50
+    idle_steps: int = 20
     peers: tuple[int, int, int] = (64, 256, 64)  # requests, prompt, output
     cpu16: tuple[int, int, int] = (16, 32, 3)  # requests, output, passes
 
