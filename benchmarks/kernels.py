@@ -313,7 +313,7 @@ def paged_extras(case: Case, peers: list[str]) -> dict:
         calls = {name: lambda run=case.runs[name]: run(*case.inputs) for name in ("minillm", *peers)}
         extras["seconds, inputs in L2"] = {name: seconds([call] * 2) for name, call in calls.items()}
     with kernels.dependent_launch():
-        extras["seconds, dependent_launch"] = timed(case, case.runs["minillm"])
+        extras["seconds, dependent launch"] = timed(case, case.runs["minillm"])
     return extras
 
 
@@ -337,9 +337,9 @@ def show(row: dict) -> None:
     )
     for name, seconds in row.get("seconds, inputs in L2", {}).items():
         print(f"    inputs in L2: {name} {1e6 * seconds:.1f} µs, {row['bytes'] / seconds / 1e9:.0f} GB/s")
-    if "seconds, dependent_launch" in row:
-        seconds = row["seconds, dependent_launch"]
-        print(f"    dependent_launch launches: {1e6 * seconds:.1f} µs, {row['bytes'] / seconds / 1e9:.0f} GB/s")
+    if "seconds, dependent launch" in row:
+        seconds = row["seconds, dependent launch"]
+        print(f"    with dependent launch: {1e6 * seconds:.1f} µs, {row['bytes'] / seconds / 1e9:.0f} GB/s")
     for name, why in row["skipped"].items():
         print(f"    skipped {name}: {why}")
 
