@@ -112,14 +112,14 @@ def two_passes(x: Tensor, w: Tensor) -> Tensor:
 
 def norm(x: Tensor, w: Tensor, warps: int) -> Tensor:
     y, n = torch.empty_like(x), x.shape[1]
-    sizes = {"ADD": False, "ROWS": 1, "BLOCK": triton.next_power_of_2(n), "num_warps": warps}
+    sizes = {"ADD": False, "PDL": False, "ROWS": 1, "BLOCK": triton.next_power_of_2(n), "num_warps": warps}
     return launched(rms_norm_kernel, len(x), y, x, x, w, y, y, len(x), n, n, n, EPS, **sizes)
 
 
 def swiglu(x: Tensor, block: int, warps: int) -> Tensor:
     rows, n = x.shape[0], x.shape[1] // 2
     y = x.new_empty(rows, n)
-    return launched(swiglu_kernel, ceil_div(n, block) * rows, y, x, y, n, 2 * n, BLOCK=block, num_warps=warps)
+    return launched(swiglu_kernel, ceil_div(n, block) * rows, y, x, y, n, 2 * n, PDL=False, BLOCK=block, num_warps=warps)
 
 
 def no_dot(x: Tensor, w: Tensor) -> Tensor:

@@ -172,7 +172,8 @@ def load() -> None:
                 column[0].semilogy(rates, values, "o", ls=style, color=color, ms=3.5, label=label)
         column[0].set(ylabel="ms", title=title)
         column[1].plot(rates, [row["goodput, requests/s"] for row in found["rates"]], "o-", color=GREEN, ms=3.5)
-        column[1].plot(rates, rates, color=GRAY, lw=0.8, ls="--", label="all good")
+        all_good = [row["arrived/s"] for row in found["rates"]]  # over the same time: until the last token
+        column[1].plot(rates, all_good, color=GRAY, lw=0.8, ls="--", label="if all were good")
         column[1].set(xlabel="requests that arrive a second", ylabel="goodput, requests/s", ylim=(0, None))
     axes[0][0].legend(fontsize=7.5, loc="upper left")
     axes[1][0].legend(fontsize=7.5, loc="upper left")
