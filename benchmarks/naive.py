@@ -119,7 +119,8 @@ def norm(x: Tensor, w: Tensor, warps: int) -> Tensor:
 def swiglu(x: Tensor, block: int, warps: int) -> Tensor:
     rows, n = x.shape[0], x.shape[1] // 2
     y = x.new_empty(rows, n)
-    return launched(swiglu_kernel, ceil_div(n, block) * rows, y, x, y, n, 2 * n, PDL=False, BLOCK=block, num_warps=warps)
+    sizes = {"PDL": False, "BLOCK": block, "num_warps": warps}
+    return launched(swiglu_kernel, ceil_div(n, block) * rows, y, x, y, n, 2 * n, **sizes)
 
 
 def no_dot(x: Tensor, w: Tensor) -> Tensor:

@@ -164,13 +164,17 @@ def dependent_launch() -> Iterator[None]:
 
 def pdl(device: torch.device) -> dict[str, bool]:
     """Launch options of a kernel that begins with `previous_done(PDL)`."""
-    on = _dependent and device.type == "cuda" and _capability(device.index or 0) >= (9, 0)
+    on = _dependent and device.type == "cuda" and _launches_early(device.index or 0)
     return {"PDL": True, "launch_pdl": True} if on else {"PDL": False}
 
 
 @triton.jit
 def previous_done(PDL: tl.constexpr):
-    """From here on, all that earlier kernels wrote is there; and the next kernel may start."""
+    """From here on, all that earlier kernels wrote is there; and the next kernel may start.
+
+    Every program comes through here, also one that has nothing to do: "earlier" reaches back beyond the kernel right
+    before only because that one has waited too.
+    """
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -227,8 +231,8 @@ def _name(index: int) -> str:
 
 
 @cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+def _launches_early(index: int) -> bool:
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(index) >= (9, 0)  # Hopper and later
 
 
 @cache
