@@ -6,7 +6,8 @@ the device, where the next step finds it (`Rows`).
 
 A CUDA graph holds a whole step, from `Rows.batch` to the sampled tokens: launching some 300 kernels from Python takes
 longer than running them. A graph has fixed shapes, so there is one for each of several sizes, and a step takes the next
-larger one: for decoding, by sequences; for steps with prompts in them, by tokens.
+larger one: for decoding, by sequences; for steps with prompts in them, by tokens. Within a step our kernels start
+before the one in front of them is done (`dependent_launch`).
 """
 
 import bisect
