@@ -80,8 +80,8 @@ def visible(page, selector: str):
 
 
 def test_start_page_is_rendered(page):
-    assert visible(page, ".jp-RenderedMarkdown h1").inner_text().startswith("minillm")
-    assert visible(page, ".jp-RenderedMarkdown table").is_visible()
+    visible(page, ".jp-RenderedMarkdown h1:has-text('minillm')").wait_for(timeout=60_000)
+    visible(page, ".jp-RenderedMarkdown table").wait_for(timeout=60_000)
     shot(page, "start")
 
 
