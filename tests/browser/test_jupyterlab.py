@@ -35,12 +35,13 @@ def browser():
 @pytest.fixture(scope="module")
 def address(root, tmp_path_factory):
     """`make lab` without a browser of its own: its start page, with the token."""
-    log = tmp_path_factory.mktemp("jupyter") / "log"
+    log, workspaces = tmp_path_factory.mktemp("jupyter") / "log", tmp_path_factory.mktemp("workspaces")
     flags = "--no-browser --port=0 --port-retries=0"
     with log.open("w") as out:
         server = subprocess.Popen(
             ["make", "lab", f"LAB_FLAGS={flags}"],
             cwd=root,
+            env={**os.environ, "JUPYTERLAB_WORKSPACES_DIR": str(workspaces)},  # nothing open from an earlier run
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
