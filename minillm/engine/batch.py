@@ -50,13 +50,10 @@ def to_device(values: np.ndarray, device: torch.device) -> Tensor:
 class Rows:
     """A row of one int32 matrix for each running request: its tokens, its block table, its sampling options.
 
-    One more row stands for padding. `max_num_seqs` requests of at most `max_model_len` tokens; steps of at most
-    `max_num_batched_tokens`.
+    One more row stands for padding. `max_num_seqs` requests of at most `max_model_len` tokens.
     """
 
-    def __init__(
-        self, max_num_seqs: int, max_model_len: int, max_num_batched_tokens: int, block_size: int, device: torch.device
-    ) -> None:
+    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device) -> None:
         self.device, self.block_size, self.padding = device, block_size, max_num_seqs
         table, options = max_model_len, max_model_len - (-max_model_len // block_size)  # first column of each
         self.columns, self.width = {"table": table, "options": options}, options + 3

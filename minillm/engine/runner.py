@@ -78,7 +78,7 @@ class Runner:
         self.model, self.block_size = model, block_size
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.device, self.dtype = model.embed_tokens.weight.device, model.embed_tokens.weight.dtype
-        self.rows = Rows(max_num_seqs, max_model_len, max_num_batched_tokens, block_size, self.device)
+        self.rows = Rows(max_num_seqs, max_model_len, block_size, self.device)
         self.graphs: dict[tuple[int, int, bool], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         self.decode_sizes: list[int] = []
         self.mixed_sizes: list[int] = []

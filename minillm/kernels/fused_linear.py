@@ -131,6 +131,7 @@ def _one_token(
     x: Tensor, residual: Tensor | None, norm_weight: Tensor | None, w: Tensor, eps: float, use_swiglu: bool
 ) -> tuple[Tensor, Tensor]:
     k, n = w.shape[1], w.shape[0] // 2 if use_swiglu else w.shape[0]
+    early = pdl(x.device) if w.stride(-1) == 1 else {"PDL": False}  # a copy of w would be the kernel right before
     x, w = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, w))
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
     total = x if norm_weight is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -142,7 +143,7 @@ def _one_token(
     one_token_kernel[(ceil_div(n, sizes["BLOCK_N"]),)](
         x, x if residual is None else residual.contiguous(), x if norm_weight is None else norm_weight.contiguous(), w,
         y, total, n, k, w.stride(0), eps,
-        NORM=norm_weight is not None, ADD=residual is not None, SWIGLU=use_swiglu, **pdl(x.device), **sizes,
+        NORM=norm_weight is not None, ADD=residual is not None, SWIGLU=use_swiglu, **early, **sizes,
     )  # fmt: skip
     return y, total
 
