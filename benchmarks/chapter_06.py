@@ -22,6 +22,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+import workloads
 from common import ROOT, device, median_seconds, record
 from torch import Tensor
 
@@ -296,17 +297,6 @@ def lifetime(prompts: list[int], outputs: list[int], capacity: int | None = None
     return {"used": used / held, "finished": dead / held, "empty": 1 - (used + dead) / held}
 
 
-def workload() -> tuple[list[int], list[int]]:
-    """Lengths of 256 prompts and of their outputs: random, 100 to 1,024 each (nano-vllm's benchmark)."""
-    random.seed(0)
-    prompts = []
-    for _ in range(256):
-        prompts.append(random.randint(100, 1024))
-        for _ in range(prompts[-1]):
-            random.randint(0, 10_000)  # the prompt's tokens, drawn in the same order
-    return prompts, [random.randint(100, 1024) for _ in range(256)]
-
-
 def static_part() -> dict:
     """A batch that runs until its longest is done: measured on a small one, counted on 256 requests."""
     model, generator = load(MODEL, "cpu", "float32"), random.Random(0)
@@ -326,7 +316,8 @@ def static_part() -> dict:
         "seconds": seconds,
         "occupancy": occupancy(outputs),
     }
-    p, n = workload()
+    jobs = workloads.workload()
+    p, n = [len(job.prompt) for job in jobs], [job.max_tokens for job in jobs]
     counted = {"requests": len(p), "output tokens": sum(n), "mean": statistics.mean(n)}
     for size in (8, 32, 64, 256):
         groups = [(p[i : i + size], n[i : i + size]) for i in range(0, len(p), size)]
@@ -346,8 +337,10 @@ def static_part() -> dict:
 # ---- on a GPU ------------------------------------------------------------------------------------------------------
 
 TINY = ModelConfig(256, 64, 96, 2, 4, 2, 16, max_position_embeddings=512)
-SMOLLM2 = ModelConfig(49_152, 576, 1536, 30, 9, 3, 64, 8192, rope_theta=100_000.0, tie_word_embeddings=True)
-SHAPES = {"SmolLM2-135M": SMOLLM2, "Llama 3 8B, 8 of its layers": dataclasses.replace(LLAMA_3_8B, num_hidden_layers=8)}
+SHAPES = {
+    "SmolLM2-135M": workloads.SHAPES["smollm2"],
+    "Llama 3 8B, 8 of its layers": dataclasses.replace(LLAMA_3_8B, num_hidden_layers=8),
+}
 PROMPTS = (1, 16, 64, 256, 1024, 4096, 8192)
 DECODES = [(b, 1024) for b in (1, 4, 16, 64, 256)] + [(b, 8191) for b in (1, 4, 16, 64)]
 BLOCK = 16

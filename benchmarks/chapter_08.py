@@ -6,8 +6,8 @@
 
 On the CPU: the same requests batched statically, dynamically and continuously; the time of a decode step by batch; a
 long prompt that arrives while others decode, by token budget; arrivals at a rate; what preemption costs in steps and
-tokens (counted, without a model); the scheduler's own time. On the GPU: decode steps with and without CUDA graphs and
-overlap, by batch, beside the byte floor; the long prompt; arrivals at a rate.
+tokens (counted, without a model); the scheduler's own time. On the GPU: decode steps with and without CUDA graphs,
+overlap and dependent launch, by batch, beside the byte floor; the long prompt; arrivals at a rate.
 """
 
 import contextlib

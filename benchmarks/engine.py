@@ -68,7 +68,8 @@ DEFINITIONS = {
     },
     "poisson": {
         "TTFT": "from the drawn time of arrival", "ITL": "between deliveries of one request, all requests together",
-        "goodput": f"finished requests/s with TTFT <= {TTFT_LIMIT} s and <= {TOKEN_LIMIT} s a later token on average",
+        "goodput": f"finished requests/s with TTFT <= {TTFT_LIMIT} s and <= {TOKEN_LIMIT} s a later token on average,"
+        " over the seconds of arrivals or, where that is later, until the last token",
         "saturated": "all requests at once, start and end included",
     },
     "chat": {"turns": "all conversations take a turn at once; the next follows when all are done"},

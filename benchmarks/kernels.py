@@ -313,7 +313,9 @@ def paged_extras(case: Case, peers: list[str]) -> dict:
         calls = {name: lambda run=case.runs[name]: run(*case.inputs) for name in ("minillm", *peers)}
         extras["seconds, inputs in L2"] = {name: seconds([call] * 2) for name, call in calls.items()}
     with kernels.dependent_launch():
-        extras["seconds, dependent launch"] = timed(case, case.runs["minillm"])
+        seconds_ = timed(case, case.runs["minillm"])
+    if seconds_ < 500e-6:  # what is longer is timed call by call (gpu.seconds): nothing there to overlap
+        extras["seconds, dependent launch"] = seconds_
     return extras
 
 

@@ -62,20 +62,29 @@ def test_tuning_needs_a_gpu(monkeypatch):
     assert "tune needs a GPU" in result.output
 
 
+@pytest.fixture
+def nothing_recorded():
+    """No file of recorded results is new, changed or gone after the test."""
+
+    def state() -> dict:
+        return {path: path.stat().st_mtime for path in (root() / "benchmarks" / "results").rglob("*")}
+
+    before = state()
+    yield
+    assert state() == before
+
+
 @pytest.mark.slow
-def test_quick_bench_compares_and_records_nothing():
-    before = {path: path.stat().st_mtime for path in (root() / "benchmarks" / "results").rglob("*")}
+def test_quick_bench_compares_and_records_nothing(nothing_recorded):
     done = subprocess.run(
         [sys.executable, "-m", "minillm.cli", "bench", "kernels", "--quick"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"µs .* of ceiling; peers take torch", done.stdout)) >= 8
-    assert before == {path: path.stat().st_mtime for path in (root() / "benchmarks" / "results").rglob("*")}
 
 
 @pytest.mark.slow
-def test_quick_bench_of_the_engine():
-    before = {path: path.stat().st_mtime for path in (root() / "benchmarks" / "results").rglob("*")}
+def test_quick_bench_of_the_engine(nothing_recorded):
     command = [
         sys.executable,
         "-m",
@@ -96,7 +105,6 @@ def test_quick_bench_of_the_engine():
         "prefix caching on .* hits [1-9]",
     ):
         assert re.search(line, done.stdout), line
-    assert before == {path: path.stat().st_mtime for path in (root() / "benchmarks" / "results").rglob("*")}
 
 
 def test_check_on_stubs_and_on_solutions():

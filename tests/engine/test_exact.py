@@ -12,8 +12,12 @@ from minillm.sampling import SamplingParams
 
 from .conftest import assert_home, oracle, tiny_model
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-EXAMPLES = 100 if os.environ.get("HYPOTHESIS_PROFILE") == "quick" else 2000
+QUICK = os.environ.get("HYPOTHESIS_PROFILE") == "quick"
+EXAMPLES = 100 if QUICK else 2000
+DEVICES = [
+    pytest.param("cpu", marks=[] if QUICK else pytest.mark.slow),
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.slow]),
+]
 
 # Few different beginnings, so that prefixes are shared; and the same prompt more than once.
 BEGINNINGS = [(), (1, 2, 3, 4), (1, 2, 3, 4, 5, 6, 7, 8, 9)]
@@ -112,7 +116,6 @@ def schedules(device: str):
     return check
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_schedules(device):
     threads = torch.get_num_threads()

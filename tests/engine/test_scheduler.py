@@ -78,8 +78,11 @@ def test_every_step(drawn, more_blocks, block_size, seats, budget, prefix_cachin
         for entry in [entry for entry in todo if entry[0] <= step]:
             todo.remove(entry)
             scheduler.add(entry[1])
+        preempted, running = scheduler.metrics.num_preemptions, set(scheduler.running)
         scheduled, copies = scheduler.schedule()
         check_step(scheduler, scheduled, copies)
+        if scheduler.metrics.num_preemptions > preempted:  # a step that preempts admits nobody
+            assert running.issuperset(request for request, _ in scheduled)
         pending = [r for r, count in scheduled if r.num_computed + count == r.num_tokens]  # who gets a token
         scheduler.advance(scheduled)
         if overlap:

@@ -8,7 +8,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from minillm.cache.blocks import OutOfBlocks
-from minillm.learn.testing import exercise, expect, expect_close, expect_equal
+from minillm.learn.testing import exercise, expect, expect_close, expect_equal, expect_raises
 
 # ---- 7.1
 
@@ -112,12 +112,7 @@ class TestWindowTable:
         table.extend(5)
         before = list(table.blocks)
         for _ in range(2):
-            try:
-                table.extend(12)
-            except OutOfBlocks:
-                pass
-            else:
-                expect(False, "12 tokens more after 5, in 3 blocks of 4: expected OutOfBlocks\n  got no error")
+            expect_raises(OutOfBlocks, lambda: table.extend(12), "12 tokens more after 5, in 3 blocks of 4")
             expect_equal("the table after the error", list(table.blocks), before)
             expect_equal("num_tokens after the error", table.num_tokens, 5)
             expect_equal("blocks held after the error", sorted(pool.held), sorted(before))
@@ -133,14 +128,7 @@ class TestWindowTable:
         expect_equal("entries of the table after 12 tokens", len(table.blocks), 3)
         last = table.blocks[2]
         for _ in range(2):
-            try:
-                table.extend(12)
-            except OutOfBlocks:
-                pass
-            else:
-                expect(
-                    False, "12 tokens more after 12, window 4, in 3 blocks of 4: expected OutOfBlocks\n  got no error"
-                )
+            expect_raises(OutOfBlocks, lambda: table.extend(12), "12 tokens more after 12, window 4, in 3 blocks of 4")
             expect_equal("the table after the error", list(table.blocks), [-1, -1, last])
             expect_equal("num_tokens after the error", table.num_tokens, 12)
             expect_equal("blocks held after the error", sorted(pool.held), [last])
