@@ -124,3 +124,19 @@ def test_schedules(device):
         schedules(device)()
     finally:
         torch.set_num_threads(threads)
+
+
+def test_who_was_preempted_does_not_come_back_without_the_token_on_its_way():
+    """A request of better rank takes the victim's row in the very step: were the victim readmitted in it as well, its
+    last token, which the device alone knows, would be lost (found by leaving the scheduler's guard out).
+    """
+    arrivals = [
+        ((0, 0, 1, 3, 0), 4, 10, 0), ((3,), 6, 6, 0), ((3, 0, 0, 2), 9, 2, 2), ((3, 2), 4, 1, 1), ((3, 2), 3, 4, 1),
+        ((3, 2, 0, 2, 1), 4, 0, 1), ((2,), 9, 5, 0),
+    ]  # fmt: skip
+    engine = Engine(tiny_model(), num_blocks=18, block_size=1, max_num_seqs=4, max_num_batched_tokens=6,
+                    enable_prefix_caching=False, async_scheduling=True, enforce_eager=True)  # fmt: skip
+    started = play(engine, [(prompt, length, 1, at, rank, None, "greedy") for prompt, length, at, rank in arrivals])
+    assert engine.metrics.num_preemptions
+    for request, prompt, params in started:
+        assert request.output_token_ids == oracle(prompt, params, engine.max_model_len)
