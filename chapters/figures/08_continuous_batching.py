@@ -5,6 +5,7 @@ import contextlib
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullFormatter
 from style import look, save
 
 from minillm.cache.blocks import BlockPool, BlockTable
@@ -171,6 +172,9 @@ def load() -> None:
                 label = f"{name[:-3]}, {'median' if percentile == 'p50' else '99 of 100'}"
                 column[0].semilogy(rates, values, "o", ls=style, color=color, ms=3.5, label=label)
         column[0].set(ylabel="ms", title=title)
+        column[0].yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        column[0].yaxis.set_major_formatter("{x:,.0f}")
+        column[0].yaxis.set_minor_formatter(NullFormatter())
         column[1].plot(rates, [row["goodput, requests/s"] for row in found["rates"]], "o-", color=GREEN, ms=3.5)
         all_good = [row["arrived/s"] for row in found["rates"]]  # over the same time: until the last token
         column[1].plot(rates, all_good, color=GRAY, lw=0.8, ls="--", label="if all were good")
