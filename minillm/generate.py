@@ -40,10 +40,10 @@ def naive(
     the sequence is `max_model_len` tokens long. With `window=W` a token attends to the last W tokens. Log
     probabilities are those of the model, before temperature and filters, as in vLLM.
     """
-    cache = NoCache(window)
+    cache = NoCache(window or model.config)
 
     def last_logits(running: list[_Sequence]) -> Tensor:
-        token_ids = torch.tensor([running[0].token_ids], device=model.embed_tokens.weight.device)  # [1, T]
+        token_ids = torch.tensor([running[0].token_ids], device=model.device)  # [1, T]
         return model.logits(model(token_ids, cache=cache)[:, -1])  # [1, vocab]
 
     for [step] in _steps([_Sequence(model, token_ids, params, max_model_len)], last_logits):
@@ -111,9 +111,7 @@ class _Sequence:
         self.token_ids, self.prompt_length, self.params = list(token_ids), len(token_ids), params
         self.limit = max_model_len or model.config.max_position_embeddings
         self.ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(model.config.eos_token_ids))
-        self.seed = torch.tensor(
-            [new_seed() if params.seed is None else params.seed], device=model.embed_tokens.weight.device
-        )
+        self.seed = torch.tensor([new_seed() if params.seed is None else params.seed], device=model.device)
         self.ended = False
 
     @property
@@ -150,16 +148,15 @@ def _steps(running: list[_Sequence], last_logits: Callable[[list[_Sequence]], Te
 
 def _with_cache(model: Transformer, running: list[_Sequence], window: int) -> Callable[[list[_Sequence]], Tensor]:
     """The logits of the last tokens, from a cache of all before: computes only what is not cached yet."""
-    weight = model.embed_tokens.weight
-    cache = ContiguousCache(model.config, len(running), window=window, device=weight.device, dtype=weight.dtype)
+    cache = ContiguousCache(model.config, len(running), window=window, device=model.device, dtype=model.dtype)
 
     def last_logits(running: list[_Sequence]) -> Tensor:
         new = [s.token_ids[n:] for s, n in zip(running, cache.lengths, strict=True)]
         batch = cache.extend([len(ids) for ids in new])
         longest = batch.positions.shape[1]
         rectangle = [ids + [0] * (longest - len(ids)) for ids in new]  # padded on the right
-        hidden_states = model(torch.tensor(rectangle, device=weight.device), batch, cache)  # [B, T, hidden]
-        every = torch.arange(len(new), device=weight.device)
+        hidden_states = model(torch.tensor(rectangle, device=model.device), batch, cache)  # [B, T, hidden]
+        every = torch.arange(len(new), device=model.device)
         return model.logits(hidden_states[every, batch.last])  # [B, vocab]
 
     return last_logits

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import ModelConfig
-from ..model.layers import Rope, attention, rotate
+from ..model.layers import attention
 
 __all__ = ["ContiguousBatch", "ContiguousCache"]
 
@@ -64,6 +64,7 @@ class ContiguousCache:
         slots = min(capacity, window) if window else capacity
         shape = (config.num_hidden_layers, batch_size, slots, config.num_key_value_heads, config.head_dim)
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        self.layers = [ContiguousLayer(self, i) for i in range(config.num_hidden_layers)]
 
     @property
     def capacity(self) -> int:
@@ -155,22 +156,18 @@ class ContiguousCache:
         newest = lengths[:, None] - 1
         return newest - (newest - torch.arange(self.capacity)) % self.window
 
-    def place(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope, batch: ContiguousBatch
-    ) -> tuple[Tensor, Tensor]:
-        """Turn q and k. Keys are stored turned, each once; a ring stores them after it has attended.
+    def write(self, layer: int, k: Tensor, v: Tensor, batch: ContiguousBatch) -> None:
+        """Store turned keys, and values; a ring stores them after it has attended.
 
-        q [B, T, H, D], k and v [B, T, H_kv, D]. Raises ValueError when they do not fit the cache or the batch.
+        k and v [B, T, H_kv, D]. Raises ValueError when they do not fit the cache or the batch.
         """
-        if k.shape[:2] != batch.positions.shape or k.shape[0] != self.k.shape[1] or k.dtype != self.k.dtype:
+        if v.shape[:2] != batch.positions.shape or v.shape[0] != self.k.shape[1] or k.dtype != self.k.dtype:
             raise ValueError(
                 f"k: expected {self.k.dtype} of shape {[self.k.shape[1], *batch.positions.shape[1:]]} + [H_kv, D] (this"
-                f" cache's sequences and this batch's tokens), got {k.dtype} of shape {list(k.shape)}"
+                f" cache's sequences and this batch's tokens), got {k.dtype} of shape {list(v.shape)}"
             )
-        q, k = rotate(q, k, *rope)
         if not self._attends_first(k):
             self._store(layer, k, v, batch)
-        return q, k
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: ContiguousBatch) -> Tensor:
         """Attention of the new tokens to all that they may see.  [B, T, H, D] -> [B, T, H, D]"""
@@ -192,3 +189,21 @@ class ContiguousCache:
     def _store(self, layer: int, k: Tensor, v: Tensor, batch: ContiguousBatch) -> None:
         self.k[layer, batch.rows, batch.slots] = k[batch.rows, batch.columns]
         self.v[layer, batch.rows, batch.slots] = v[batch.rows, batch.columns]
+
+
+class ContiguousLayer:
+    """One layer of a `ContiguousCache`, as the model sees it."""
+
+    def __init__(self, cache: ContiguousCache, layer: int) -> None:
+        self.cache, self.layer = cache, layer
+
+    def slots(self, batch: ContiguousBatch) -> None:
+        """Nowhere: by `write`."""
+
+    def write(self, k: Tensor, v: Tensor, batch: ContiguousBatch) -> None:
+        """See `ContiguousCache.write`."""
+        self.cache.write(self.layer, k, v, batch)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, batch: ContiguousBatch) -> Tensor:
+        """See `ContiguousCache.attend`."""
+        return self.cache.attend(self.layer, q, k, v, batch)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config import ModelConfig
-from ..kernels import paged_attention, rope_and_cache
-from ..model.layers import Rope
+from ..kernels import paged_attention
 
 __all__ = ["PagedCache"]
 
@@ -34,6 +33,7 @@ class PagedCache:
         shape = (config.num_hidden_layers, num_blocks * block_size, config.num_key_value_heads, config.head_dim)
         # Not cleared: nothing reads a slot before it is written, and a CPU takes memory only where it is touched.
         self.k, self.v = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
+        self.layers = [PagedLayer(self, i) for i in range(config.num_hidden_layers)]
 
     @property
     def num_blocks(self) -> int:
@@ -45,23 +45,6 @@ class PagedCache:
         """Bytes of all blocks: num_blocks · block_size · config.kv_bytes_per_token."""
         return self.k.nbytes + self.v.nbytes
 
-    def place(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope, batch: Any) -> tuple[Tensor, Tensor]:
-        """Turn q; store the turned k, and v, in the slots of the batch: one kernel.  q [N, H, D], k and v [N, H_kv, D]
-
-        The k that comes back is not turned: attention reads the stored one.
-        """
-        cos, sin, norms = rope
-        weights = (norms[0].weight, norms[1].weight, norms[0].eps) if norms else ()
-        rope_and_cache(q, k, v, cos, sin, self.k[layer], self.v[layer], batch.slots, *weights)
-        return q, k
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Any) -> Tensor:
-        """Attention of the batch's queries to all that their sequences have stored.  [N, H, D] -> [N, H, D]"""
-        return paged_attention(
-            q, self.k[layer], self.v[layer], batch.block_tables, batch.context_lens, batch.cu_seqlens_q,
-            batch.max_seqlen_q, self.block_size,
-        )  # fmt: skip
-
     def copy(self, pairs: list[tuple[int, int]]) -> None:
         """Copy whole blocks, (from, to) each, in every layer, before a step writes: copy on write."""
         if not pairs:
@@ -70,3 +53,27 @@ class PagedCache:
         for cache in (self.k, self.v):
             by_block = cache.unflatten(1, (-1, self.block_size))  # [layers, blocks, block_size, H_kv, D]
             by_block[:, blocks[:, 1]] = by_block[:, blocks[:, 0]]
+
+
+class PagedLayer:
+    """One layer of a `PagedCache`, as the model sees it."""
+
+    def __init__(self, cache: PagedCache, layer: int) -> None:
+        self.k, self.v, self.block_size = cache.k[layer], cache.v[layer], cache.block_size
+
+    def slots(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """The layer's slots, and those of the batch's tokens."""
+        return self.k, self.v, batch.slots
+
+    def write(self, k: Tensor, v: Tensor, batch: Any) -> None:
+        """Store turned keys, and values, in the slots of the batch.  k and v [N, H_kv, D]"""
+        used = batch.slots >= 0
+        self.k[batch.slots[used]] = k[used].to(self.k.dtype)
+        self.v[batch.slots[used]] = v[used].to(self.v.dtype)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, batch: Any) -> Tensor:
+        """Attention of the batch's queries to all that their sequences have stored.  [N, H, D] -> [N, H, D]"""
+        return paged_attention(
+            q, self.k, self.v, batch.block_tables, batch.context_lens, batch.cu_seqlens_q, batch.max_seqlen_q,
+            self.block_size,
+        )  # fmt: skip
