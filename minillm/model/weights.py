@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .. import fetch
 from ..config import ModelConfig
-from . import fetch
+from ..files import atomic_directory, write_model
 from .transformer import Transformer
 
 __all__ = ["load", "load_state_dict", "model_path", "resolve_device", "resolve_dtype", "save"]
@@ -163,8 +164,8 @@ def save(model: Transformer, directory: str | os.PathLike) -> Path:
     for ours, keys in _sources(model).items():
         sizes = [_expected(model)[key][0] for key in keys]
         tensors.update(zip(keys, (part.contiguous() for part in state[ours].split(sizes)), strict=True))
-    with fetch.atomic_directory(Path(directory)) as folder:
-        fetch.write_model(folder, model.config, tensors)
+    with atomic_directory(Path(directory)) as folder:
+        write_model(folder, model.config, tensors)
     return Path(directory)
 
 
