@@ -40,7 +40,7 @@ def naive(
     the sequence is `max_model_len` tokens long. With `window=W` a token attends to the last W tokens. Log
     probabilities are those of the model, before temperature and filters, as in vLLM.
     """
-    cache = NoCache(model.config, window)
+    cache = NoCache(window or model.config)
 
     def last_logits(running: list[_Sequence]) -> Tensor:
         token_ids = torch.tensor([running[0].token_ids], device=model.device)  # [1, T]

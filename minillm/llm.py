@@ -20,7 +20,7 @@ from .config import EngineConfig, ModelConfig, sampling_defaults
 from .engine.engine import Engine, token_ids_of
 from .engine.request import Request
 from .model import Transformer
-from .model.tokenizer import load_tokenizer
+from .model.tokenizer_hf import load_tokenizer
 from .model.weights import load, model_path, resolve_device, resolve_dtype
 from .progress import progress_bar
 from .sampling import SamplingParams
@@ -167,7 +167,7 @@ class LLM:
         engine.resolved(config, on_gpu=False)
         self.sampling_defaults = sampling_defaults(path) if generation_config == "auto" else {}
         self.default_params()
-        self.tokenizer = load_tokenizer(path)
+        self.tokenizer = load_tokenizer(path) if (path / "tokenizer.json").is_file() else None
         try:
             self.model = load(path, device, dtype) if load_format == "auto" else _random(config, device, dtype)
         except torch.OutOfMemoryError as error:
