@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .kernels import GREEDY_BELOW
+
 __all__ = [
     "SamplingParams",
     "apply_count_penalties",
@@ -37,7 +39,6 @@ __all__ = [
     "sample",
 ]
 
-GREEDY_BELOW = 1e-5  # a temperature below this is greedy, as in vLLM: dividing by it would overflow
 REFUSED = float("-inf")
 
 
