@@ -51,7 +51,7 @@ class PagedLayer:
         """Attention of the batch's queries to all that their sequences have stored.  [N, H, D] -> [N, H, D]"""
         return paged_attention(
             q, self.k, self.v, batch.block_tables, batch.context_lens, batch.cu_seqlens_q, batch.max_seqlen_q,
-            self.block_size, window=self.window,
+            self.block_size, **({"window": self.window} if self.window else {}),
         )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..cache.paged import PagedCache
 from ..config import EngineConfig
-from ..kernels import count_tokens, dependent_launch, draw_tokens, gumbel_argmax, init_counts
+from ..kernels import count_tokens, dependent_launch, draw_tokens, gumbel_argmax, set_counts
 from ..model import Transformer
 from .batch import DeviceTable, RowLayout, to_device
 from .table import Edits, Plan
@@ -131,7 +131,7 @@ class Runner:
         self.table.update(plan.places, plan.values)
         self.table.set_steps(plan.steps)
         for row, prompt, output in plan.penalized:
-            init_counts(self.counts, row, to_device(prompt, self.device), to_device(output, self.device))
+            set_counts(self.counts, row, to_device(prompt, self.device), to_device(output, self.device))
         sizes = self.decode_sizes if plan.is_decode else self.mixed_sizes
         at = bisect.bisect_left(sizes, plan.num_tokens)
         if at == len(sizes):
@@ -199,7 +199,7 @@ class Runner:
             logits, o["temperature"], o["seed"], lengths, o["top_k"], o["top_p"], o["min_p"], *penalties, rows,
             self.counts,
         )  # fmt: skip
-        count_tokens(self.counts, rows, sampled, self.table.steps[2, :sequences])
+        count_tokens(self.counts, rows, sampled, self.table.steps[2, :sequences] > 0)
         return sampled
 
     def _draw_edited(self, plan: Plan, masks: Masks | None) -> tuple[Tensor, Logprobs | None]:
