@@ -111,9 +111,7 @@ class _Sequence:
         self.token_ids, self.prompt_length, self.params = list(token_ids), len(token_ids), params
         self.limit = max_model_len or model.config.max_position_embeddings
         self.ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(model.config.eos_token_ids))
-        self.seed = torch.tensor(
-            [new_seed() if params.seed is None else params.seed], device=model.device
-        )
+        self.seed = torch.tensor([new_seed() if params.seed is None else params.seed], device=model.device)
         self.ended = False
 
     @property

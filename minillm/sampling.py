@@ -321,7 +321,11 @@ def new_seed() -> int:
 
 
 def _fp32(value: float) -> float:
-    return struct.unpack("f", struct.pack("f", value))[0] if abs(value) < 3.4028235677973366e38 else math.copysign(math.inf, value)
+    return (
+        struct.unpack("f", struct.pack("f", value))[0]
+        if abs(value) < 3.4028235677973366e38
+        else math.copysign(math.inf, value)
+    )
 
 
 def _each(params: SamplingParams | Sequence[SamplingParams]) -> Sequence[SamplingParams]:

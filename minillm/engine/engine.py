@@ -105,7 +105,9 @@ class Engine:
         self.model, self.tokenizer, self.model_config = model, tokenizer, model.config
         self.config = asked.resolved(model.config, on_gpu)
         ends = {*model.config.eos_token_ids, *([] if tokenizer is None else [tokenizer.eos_token_id])} - {None}
-        self.end_token_ids: frozenset[int] = frozenset(ends)  # the model's files and its tokenizer may name different ones
+        self.end_token_ids: frozenset[int] = frozenset(
+            ends
+        )  # the model's files and its tokenizer may name different ones
         self.max_model_len = _known(self.config.max_model_len)
         blocks = -(-self.max_model_len // self.config.block_size)
         self.layout = RowLayout(self.max_model_len, blocks)
@@ -147,9 +149,7 @@ class Engine:
             self._fresh()
 
     def _fresh(self) -> None:
-        self.pool = BlockPool(
-            self.runner.cache.num_blocks, self.config.block_size, self.config.enable_prefix_caching
-        )
+        self.pool = BlockPool(self.runner.cache.num_blocks, self.config.block_size, self.config.enable_prefix_caching)
         budget = _known(self.config.max_num_batched_tokens)
         self.scheduler = Scheduler(self.pool, self.config.max_num_seqs, budget, self.metrics)
         self.table = RequestTable(self.layout, self.config.max_num_seqs, self.model_config.vocab_size)
