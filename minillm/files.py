@@ -38,9 +38,11 @@ def cache_dir() -> Path:
     `~` is the home folder, also where no shell expands it. A relative path counts from the home folder too: from the
     current one it would be another cache in every folder, and everything would be fetched again.
     """
-    from platformdirs import user_cache_dir
+    if not (asked := os.environ.get("MINILLM_CACHE")):
+        from platformdirs import user_cache_dir
 
-    folder = Path(os.environ.get("MINILLM_CACHE") or user_cache_dir("minillm")).expanduser()
+        return Path(user_cache_dir("minillm"))
+    folder = Path(asked).expanduser()
     return Path.home() / folder if not folder.is_absolute() else folder
 
 
