@@ -164,25 +164,25 @@ def _counts(counts: Tensor, size: int | None, device: torch.device) -> None:
         )
 
 
-# ---- what the kernels share; `options` is a tuple of pointers, in the order of `draw_tokens` -------------------------
+# ---- what the kernels share; `option_ptrs` are in the order of `draw_tokens` -----------------------------------------
 
 
 @triton.jit
-def filters_of(options, row, size):
+def filters_of(option_ptrs, row, size):
     """(temperature, k, p, least share) of a row; 0, 1 and 0: the filter keeps all, as all do of a greedy row."""
-    temperature, k = tl.load(options[0] + row), tl.load(options[3] + row)
-    p, share = tl.load(options[4] + row), tl.load(options[5] + row)
+    temperature, k = tl.load(option_ptrs[0] + row), tl.load(option_ptrs[3] + row)
+    p, share = tl.load(option_ptrs[4] + row), tl.load(option_ptrs[5] + row)
     is_greedy = temperature < COLDEST
     k = tl.where(is_greedy | (k < 0) | (k >= size), 0, k)
     return temperature, k, tl.where(is_greedy, 1.0, p), tl.where(is_greedy, 0.0, share)
 
 
 @triton.jit
-def source_of(logits_ptr, stride, counts_ptr, counts_stride, options, row):
+def source_of(logits_ptr, stride, counts_ptr, counts_stride, option_ptrs, row):
     """What `read` needs to know of a row."""
-    repetition, presence, frequency = tl.load(options[6] + row), tl.load(options[7] + row), tl.load(options[8] + row)
+    repetition, presence, frequency = tl.load(option_ptrs[6] + row), tl.load(option_ptrs[7] + row), tl.load(option_ptrs[8] + row)
     penalized = (repetition != 1.0) | (presence != 0.0) | (frequency != 0.0)
-    counts_ptr += tl.load(options[9] + row).to(tl.int64) * counts_stride
+    counts_ptr += tl.load(option_ptrs[9] + row).to(tl.int64) * counts_stride
     return logits_ptr + row * stride, counts_ptr, penalized, repetition, presence, frequency
 
 
@@ -219,16 +219,16 @@ def pivot(low, high, step):
 
 @triton.jit
 def scan_kernel(
-    logits_ptr, counts_ptr, options, best_ptr, token_ptr, least_ptr, length_ptr,
+    logits_ptr, counts_ptr, option_ptrs, best_ptr, token_ptr, least_ptr, length_ptr,
     size, stride, counts_stride, part, PDL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One part of one row a program: its best score and token; of a row with filters its largest and smallest logit."""
     previous_done(PDL)
     row, index = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    temperature, k, p, share = filters_of(options, row, size)
+    temperature, k, p, share = filters_of(option_ptrs, row, size)
     noisy = (temperature >= COLDEST) & (k == 0) & (p >= 1.0) & (share <= 0.0)
-    source = source_of(logits_ptr, stride, counts_ptr, counts_stride, options, row)
-    key = noise_key(options[1], options[2], row)
+    source = source_of(logits_ptr, stride, counts_ptr, counts_stride, option_ptrs, row)
+    key = noise_key(option_ptrs[1], option_ptrs[2], row)
     scale = 1.0 / tl.where(noisy, temperature, 1.0)
     start, stop = index * part, tl.minimum(index * part + part, size)
     best = tl.full([BLOCK], -float("inf"), tl.float32)
@@ -280,8 +280,8 @@ def narrowed(bracket_ptr, sums_ptr, row, k, p, chunks, CAPACITY: tl.constexpr, C
     below, within, total = tl.load(bracket_ptr + 2), tl.load(bracket_ptr + 3), tl.load(bracket_ptr + 4)
     if (low < high) & (is_short(k, within, CAPACITY) == 0):
         step, chunk = tl.arange(0, 8), tl.arange(0, CHUNKS)
-        sums_ptr += (row * 8 + step[:, None]) * chunks + chunk[None, :]
-        sums = tl.sum(tl.load(sums_ptr, mask=chunk[None, :] < chunks, other=0.0), 1)
+        offs = (row * 8 + step[:, None]) * chunks + chunk[None, :]
+        sums = tl.sum(tl.load(sums_ptr + offs, mask=chunk[None, :] < chunks, other=0.0), 1)
         pivots = pivot(low, high, step + 1.0)
         total = tl.where(total > 0.0, total, tl.max(sums, 0))
         reached = (sums >= tl.where(k > 0, k.to(tl.float32), p * total)) | (step == 7)
@@ -301,14 +301,14 @@ def store_bracket(bracket_ptr, row, bracket):
 
 @triton.jit
 def narrow_kernel(
-    logits_ptr, counts_ptr, options, best_ptr, least_ptr, old_bracket_ptr, old_sums_ptr, bracket_ptr, sums_ptr,
+    logits_ptr, counts_ptr, option_ptrs, best_ptr, least_ptr, old_bracket_ptr, old_sums_ptr, bracket_ptr, sums_ptr,
     size, stride, counts_stride, parts, chunks, chunks_each, FIRST: tl.constexpr, CAPACITY: tl.constexpr,
     PDL: tl.constexpr, PARTS: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Some chunks of one row a program: how much of each lies within each of the bracket's eight distances."""
     previous_done(PDL)
     row, index = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    temperature, k, p, share = filters_of(options, row, size)
+    temperature, k, p, share = filters_of(option_ptrs, row, size)
     if (k == 0) & (p >= 1.0) & (share <= 0.0):
         return
     if FIRST:
@@ -320,7 +320,7 @@ def narrow_kernel(
     low, high, _, within, _, maximum = bracket
     if (low >= high) | is_short(k, within, CAPACITY):
         return
-    source = source_of(logits_ptr, stride, counts_ptr, counts_stride, options, row)
+    source = source_of(logits_ptr, stride, counts_ptr, counts_stride, option_ptrs, row)
     scale = 1.0 / temperature
     for chunk in range(index * chunks_each, tl.minimum((index + 1) * chunks_each, chunks)):
         offs = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -333,14 +333,14 @@ def narrow_kernel(
 
 @triton.jit
 def collect_kernel(
-    logits_ptr, counts_ptr, options, old_bracket_ptr, sums_ptr, bracket_ptr, best_ptr, token_ptr, length_ptr,
+    logits_ptr, counts_ptr, option_ptrs, old_bracket_ptr, sums_ptr, bracket_ptr, best_ptr, token_ptr, length_ptr,
     list_ptr, list_token_ptr, size, stride, counts_stride, part, chunks,
     CAPACITY: tl.constexpr, PDL: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One part of one row a program: the best of those kept for certain, and the list of those that may be."""
     previous_done(PDL)
     row, index = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    temperature, k, p, share = filters_of(options, row, size)
+    temperature, k, p, share = filters_of(option_ptrs, row, size)
     if (k == 0) & (p >= 1.0) & (share <= 0.0):
         return
     bracket = narrowed(old_bracket_ptr, sums_ptr, row, k, p, chunks, CAPACITY, CHUNKS)
@@ -348,8 +348,8 @@ def collect_kernel(
         store_bracket(bracket_ptr, row, bracket)
     low, high, _, _, _, maximum = bracket
     certain = tl.where(k > 0, -1.0, low)
-    source = source_of(logits_ptr, stride, counts_ptr, counts_stride, options, row)
-    key, scale = noise_key(options[1], options[2], row), 1.0 / temperature
+    source = source_of(logits_ptr, stride, counts_ptr, counts_stride, option_ptrs, row)
+    key, scale = noise_key(option_ptrs[1], option_ptrs[2], row), 1.0 / temperature
     start, stop = index * part, tl.minimum(index * part + part, size)
     best = tl.full([BLOCK], -float("inf"), tl.float32)
     token = tl.full([BLOCK], 0, tl.int32) + start
@@ -417,14 +417,14 @@ def border(pool, k, low, high, BLOCK: tl.constexpr):
 
 @triton.jit
 def settle_kernel(
-    logits_ptr, counts_ptr, options, bracket_ptr, best_ptr, token_ptr, length_ptr, list_ptr, list_token_ptr, out_ptr,
+    logits_ptr, counts_ptr, option_ptrs, bracket_ptr, best_ptr, token_ptr, length_ptr, list_ptr, list_token_ptr, out_ptr,
     size, stride, counts_stride, parts,
     CAPACITY: tl.constexpr, PDL: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row a program: the best of its parts, unless one of the list is better and kept."""
     previous_done(PDL)
     row, offs = tl.program_id(0).to(tl.int64), tl.arange(0, PARTS)
-    temperature, k, p, _ = filters_of(options, row, size)
+    temperature, k, p, share = filters_of(option_ptrs, row, size)
     best = tl.load(best_ptr + row * parts + offs, mask=offs < parts, other=-float("inf"))
     token = tl.load(token_ptr + row * parts + offs, mask=offs < parts, other=LAST)
     top = tl.max(best, 0)
@@ -435,20 +435,20 @@ def settle_kernel(
         below, total = tl.load(bracket_ptr + 2), tl.load(bracket_ptr + 4)
         below = tl.where(k > 0, 0.0, below)
         length = tl.load(length_ptr + row)
-        source = source_of(logits_ptr, stride, counts_ptr, counts_stride, options, row)
+        source = source_of(logits_ptr, stride, counts_ptr, counts_stride, option_ptrs, row)
         pool = (
             length <= CAPACITY, list_ptr + row * CAPACITY, list_token_ptr + row * CAPACITY, source,
             tl.where(length <= CAPACITY, length, size), tl.where(k > 0, -1.0, low), high, maximum,
-            noise_key(options[1], options[2], row), 1.0 / temperature,
+            noise_key(option_ptrs[1], option_ptrs[2], row), 1.0 / temperature,
         )  # fmt: skip
         limit = high
         if (k > 0) & (length > k):
             limit = border(pool, k, low, high, BLOCK)
-        _, weight, score, far, drawn = survey(pool, limit, LAST, BLOCK)
+        count, weight, score, far, drawn = survey(pool, limit, LAST, BLOCK)
         goal = p * tl.where(k > 0, weight, total)
         drawing = (p < 1.0) & ((score > top) | ((score == top) & (drawn < first)))
         while drawing:
-            _, weight, next_score, next_far, next_drawn = survey(pool, far, drawn, BLOCK)
+            count, weight, next_score, next_far, next_drawn = survey(pool, far, drawn, BLOCK)
             refused = (below + weight >= goal) & (below + weight > 0.0)
             score, far = tl.where(refused, next_score, score), tl.where(refused, next_far, far)
             drawn = tl.where(refused, next_drawn, drawn)
