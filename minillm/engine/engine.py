@@ -39,7 +39,7 @@ LOG = logging.getLogger("minillm.engine")
 Got = dict[Request, None]  # who got a token or ended in this step, in order
 
 
-@dataclass
+@dataclass(slots=True)
 class Part:
     """One request's part of a step: its tokens start ... start + count - 1, written into `blocks`, and up to `most` new
     ones. `epoch` and `preemptions` are those of the launch.
@@ -94,8 +94,13 @@ class Engine:
     that another thread's step has finished is `finished`. An exception that leaves `step` (Ctrl-C) has ended all
     requests. When the model's weights change, earlier entries of the prefix cache are not found any more.
 
+    A subclass may give up to `tokens_per_step` tokens a step, by a runner of its own (`runner_class`).
+
     Raises ValueError for arguments out of range and MemoryError when the device has no room, saying what to lower.
     """
+
+    tokens_per_step = 1
+    runner_class = Runner
 
     def __init__(
         self, model: Transformer, config: EngineConfig | None = None, tokenizer: Tokenizer | None = None, **options: Any
@@ -110,8 +115,8 @@ class Engine:
         )  # the model's files and its tokenizer may name different ones
         self.max_model_len = _known(self.config.max_model_len)
         blocks = -(-self.max_model_len // self.config.block_size)
-        self.layout = RowLayout(self.max_model_len, blocks)
-        self.runner = Runner(model, self.config, self.layout)
+        self.layout = RowLayout(self.max_model_len + self.tokens_per_step - 1, blocks)
+        self.runner = self.runner_class(model, self.config, self.layout)
         num_blocks = self._num_blocks(asked)
         self.max_model_len = min(self.max_model_len, num_blocks * self.config.block_size)
         self.runner.allocate(num_blocks)
@@ -243,7 +248,7 @@ class Engine:
             text_stream=StopText(params.stop, decoder) if decoder else None,
             logprobs=None if params.logprobs is None else [],
             prompt_logprobs=None if params.prompt_logprobs is None else [None] * len(prompt),
-            arrival_time=time.perf_counter(),
+            tokens_per_step=self.tokens_per_step, arrival_time=time.perf_counter(),
         )  # fmt: skip
 
     def has_unfinished(self) -> bool:
@@ -339,11 +344,11 @@ class Engine:
         self.runner.forward(plan)
         ready = plan.ready.tolist()
         results = self.runner.draw(plan, self._masks([(i, scheduled[i][0]) for i in ready], got))
-        parts = [
-            Part(i, r, r.num_computed, count, self._written(r, r.num_computed, count), r.tokens_per_step, r.epoch,
-                 r.num_preemptions)
-            for i, (r, count) in enumerate(scheduled)
-        ]  # fmt: skip
+        parts, size = [], self.config.block_size
+        for i, (r, count) in enumerate(scheduled):
+            start, most = r.num_computed, r.tokens_per_step
+            written = r.table.blocks[start // size : (start + count + most - 2) // size + 1]
+            parts.append(Part(i, r, start, count, written, most, r.epoch, r.num_preemptions))
         logprob_rows = {} if plan.logprobs is None else {i: row for row, i in enumerate(plan.logprobs[0].tolist())}
         flight = InFlight(parts, ready, results, logprob_rows, self._prompt_rows(parts) if plan.prompt_logprobs else {})
         self.scheduler.advance(scheduled)
@@ -389,30 +394,29 @@ class Engine:
                 self._lost(flight, error, got)
                 continue
             now = time.perf_counter()
-            for part in flight.parts:
-                if part.is_valid() and part.request.prompt_logprobs is not None:
-                    self._guarded(part, got, lambda part=part, flight=flight: self._take_prompt(flight, part))
+            for part in flight.parts if flight.prompt_rows else ():
+                try:
+                    self._take_prompt(flight, part)
+                except Exception as error:
+                    self._fail(part.request, error, got)
             for i, (request, tokens) in zip(flight.ready, read, strict=True):
                 part = flight.parts[i]
-                if not request.finished and part.is_valid():
-                    if request not in got:
-                        got[request], request.new_token_ids, request.new_text = None, [], ""
-                    self._guarded(part, got, lambda a=(flight, part, tokens, now): self._take_tokens(*a))
-
-    def _guarded(self, part: "Part", got: Got, action: Callable[[], None]) -> None:
-        """What goes wrong here concerns one request."""
-        try:
-            action()
-        except Exception as error:
-            self._fail(part.request, error, got)
+                if request.finish_reason is not None or request.epoch != part.epoch:
+                    continue  # it ended, or what it was computed from was void, while this was on its way
+                if request not in got:
+                    got[request], request.new_token_ids, request.new_text = None, [], ""
+                try:
+                    self._take_tokens(flight, part, tokens, now)
+                except Exception as error:
+                    self._fail(request, error, got)
 
     def _take_tokens(self, flight: InFlight, part: "Part", tokens: list[int], now: float) -> None:
         """What was a bound becomes a count; the tokens are read one by one, and one may end the request."""
         request = part.request
         request.num_pending -= part.most
-        if request.num_preemptions == part.preemptions:
+        if part.most > 1 and request.num_preemptions == part.preemptions:
             request.num_computed -= part.most - len(tokens)
-        reason, count = None, 0
+        count = 0
         for token in tokens:
             count += 1
             request.output_token_ids.append(token)
@@ -421,16 +425,16 @@ class Engine:
                 wanted = request.params.logprobs or 0
                 request.logprobs.append(flight.results.logprobs.of(flight.logprob_rows[part.index], wanted, token))
             if (reason := self._reads(request, token)) is not None:
-                break
+                self.metrics.got_tokens(request, count, now)
+                self._finish(request, reason)
+                return
         self.metrics.got_tokens(request, count, now)
-        if reason is not None:
-            self._finish(request, reason)
 
     def _take_prompt(self, flight: InFlight, part: "Part") -> None:
         """Log probabilities of those tokens of a prompt that this step computed the predecessors of."""
         request, found = part.request, flight.results.prompt_logprobs
         row = flight.prompt_rows.get(part.index)
-        if found is None or row is None or request.prompt_logprobs is None:
+        if found is None or row is None or request.prompt_logprobs is None or not part.is_valid():
             return
         for position in range(*prompt_part(request, part.start, part.count)):
             token = request.prompt_token_ids[position + 1]
@@ -482,8 +486,8 @@ class Engine:
 
     def _written(self, request: Request, start: int, count: int) -> list[int]:
         """The blocks that a step of these tokens writes."""
-        size = self.config.block_size
-        return request.table.blocks[start // size : -(-(start + count + request.tokens_per_step - 1) // size)]
+        size, last = self.config.block_size, start + count + request.tokens_per_step - 2
+        return request.table.blocks[start // size : last // size + 1]
 
     def _fail(self, request: Request, error: Exception, got: Got) -> None:
         if not request.finished:
@@ -507,11 +511,13 @@ class Engine:
             request.error = request.error or error
             request.finish_reason = "error"
         self.scheduler.remove(request)
+        ended = self.metrics.num_ended
         try:
             self.metrics.finished(request, time.perf_counter())
         except Exception as error:
             request.error = request.error or error
             request.finish_reason = "error"
+            self.metrics.num_failed += self.metrics.num_ended == ended
 
 
 def token_ids_of(values: Any, name: str) -> list[int]:

@@ -136,6 +136,11 @@ class EngineMetrics:
         return self._watched.pool.num_used / self._watched.pool.num_blocks if self._watched else 0.0
 
     @property
+    def num_ended(self) -> int:
+        """Requests that are over, one way or another."""
+        return self.num_finished + self.num_aborted + self.num_failed
+
+    @property
     def hit_rate(self) -> float:
         """The share of prompts' tokens that the prefix cache held."""
         return self.num_cached_tokens / self.num_prompt_tokens if self.num_prompt_tokens else 0.0

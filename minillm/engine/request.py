@@ -63,6 +63,14 @@ class Request:
     first_token_time: float = 0.0
     last_token_time: float = 0.0
 
+    def __post_init__(self) -> None:
+        p = self.params
+        self.num_prompt_tokens = len(self.prompt_token_ids)
+        self.has_penalties = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
+        filters = p.temperature > 0 and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0)
+        self.is_filtered = self.has_penalties or filters  # more than a temperature decides the token
+        self.is_edited = bool(p.logit_bias) or p.min_tokens > 0  # logits may change before that
+
     @property
     def finished(self) -> bool:
         """Whether nothing more will come: `finish_reason` is "stop", "length", "abort" or "error"."""
@@ -71,7 +79,7 @@ class Request:
     @property
     def num_tokens(self) -> int:
         """Tokens of prompt and output, the pending ones included."""
-        return len(self.prompt_token_ids) + len(self.output_token_ids) + self.num_pending
+        return self.num_prompt_tokens + len(self.output_token_ids) + self.num_pending
 
     @property
     def num_output(self) -> int:

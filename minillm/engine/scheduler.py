@@ -60,8 +60,9 @@ class Scheduler:
         budget, index, preempted = self.max_num_batched_tokens, 0, self.metrics.num_preemptions
         while index < len(self.running) and budget:  # whoever is preempted on the way stands behind `index`
             request = self.running[index]
-            if not request.is_full:  # else only its last token is still on the way
-                count = min(request.num_tokens - request.num_computed, budget)
+            known = len(request.output_token_ids) + request.num_pending
+            if known < request.max_tokens:  # else only its last token is still on the way
+                count = min(request.num_prompt_tokens + known - request.num_computed, budget)
                 try:
                     if not self._make_room(request, count, copies):
                         break
@@ -96,10 +97,14 @@ class Scheduler:
                 continue
             request.row = self.free_rows.pop()
             bisect.insort(self.running, request, key=lambda r: r.precedence)
+            try:
+                if not request.admission_time:
+                    self._admitted_first(request)
+            except Exception as error:
+                self._fail(request, error)
+                continue
             scheduled[request] = count
             budget -= count
-            if not request.admission_time:
-                self._admitted_first(request)
         self.waiting = [r for r in self.waiting if r.row < 0]
 
     def _admitted_first(self, request: Request) -> None:
@@ -137,14 +142,14 @@ class Scheduler:
                     return False
 
     def _extend(self, request: Request, count: int, copies: dict[int, int]) -> None:
-        """Blocks for the tokens and for what the step gives beyond the first; full ones whose tokens are known get their
-        names.
-        """
-        start = request.num_computed
-        stop = start + count + (request.tokens_per_step - 1 if request.is_ready(count) else 0)
-        copies.update((new, old) for old, new in request.table.extend(start, stop))
-        if self.pool.enable_prefix_caching and (start + count) // self.pool.block_size > len(request.table.hashes):
-            request.table.publish(request.tokens(), start + count)
+        """Blocks for the tokens, and for what the step gives beyond the first; full ones of known tokens get a name."""
+        table, start = request.table, request.num_computed
+        stop = start + count
+        more = request.tokens_per_step - 1
+        for old, new in table.extend(start, stop + more if more and request.is_ready(count) else stop):
+            copies[new] = old
+        if stop // self.pool.block_size > len(table.hashes) and self.pool.enable_prefix_caching:
+            table.publish(request.tokens(), stop)
 
     def preempt(self, request: Request) -> None:
         """Take a running request's blocks; it waits again, and will be computed anew from its tokens."""
@@ -172,10 +177,10 @@ class Scheduler:
         for request, count in scheduled:
             if request.row < 0:
                 continue  # ended while it was launched
-            if request.is_ready(count):
-                request.num_pending += request.tokens_per_step
-                count += request.tokens_per_step - 1
             request.num_computed += count
+            if request.num_computed == request.num_tokens:
+                request.num_pending += request.tokens_per_step
+                request.num_computed += request.tokens_per_step - 1
 
     def remove(self, request: Request) -> None:
         """A request is finished, or not wanted any more; its blocks come home."""

@@ -12,7 +12,7 @@ import numpy as np
 from .batch import RowLayout
 from .request import Request
 
-__all__ = ["Edits", "Plan", "RequestTable", "is_filtered"]
+__all__ = ["Edits", "Plan", "RequestTable", "prompt_part"]
 
 Scheduled = Sequence[tuple[Request, int]]
 
@@ -72,22 +72,25 @@ class RequestTable:
         """
         fresh = [request for request, _ in scheduled if not request.on_device]
         places, values = self._changes([request for request, _ in scheduled])
-        steps = np.zeros((4, self.padding + 1), np.int32)
-        steps[0], n = self.padding, len(scheduled)
+        n, columns, begin, drawing = len(scheduled), [], 0, []
         for column, (request, count) in enumerate(scheduled):
-            ready = request.is_ready(count)
-            steps[:3, column] = request.row, -1 if ready and count == 1 else request.num_computed, ready
-        counts = [count for _, count in scheduled]
-        steps[3, 1 : n + 1] = np.cumsum(counts)
-        steps[3, n + 1 :] = steps[3, n]
-        ready = np.flatnonzero(steps[2, :n])
-        drawing = [(int(i), scheduled[i][0]) for i in ready]
+            first = request.num_computed
+            ready = first + count == request.num_tokens
+            columns.append((request.row, -1 if ready and count == 1 else first, ready, begin))
+            begin += count
+            if ready:
+                drawing.append((column, request))
+        steps = np.zeros((4, self.padding + 1), np.int32)
+        steps[0], steps[3] = self.padding, begin
+        steps[:, :n] = np.array(columns, np.int32).reshape(-1, 4).T
         return Plan(
-            places, values, steps, int(steps[3, n]), n, ready,
-            most=max((request.tokens_per_step for _, request in drawing), default=1),
-            filtered=any(is_filtered(request) for _, request in drawing),
-            penalized=tuple(self._penalized(request) for request in fresh if _has_penalties(request)),
-            edits=_edits(drawing), logprobs=_logprobs(drawing), prompt_logprobs=_prompt_logprobs(scheduled),
+            places, values, steps, begin, n, np.array([column for column, _ in drawing], np.int64),
+            most=max([request.tokens_per_step for _, request in drawing], default=1),
+            filtered=any([request.is_filtered for _, request in drawing]),
+            penalized=tuple(self._penalized(request) for request in fresh if request.has_penalties),
+            edits=_edits([(i, request) for i, request in drawing if request.is_edited]),
+            logprobs=_logprobs([(i, request) for i, request in drawing if request.logprobs is not None]),
+            prompt_logprobs=_prompt_logprobs(scheduled) if any([r.prompt_logprobs for r, _ in scheduled]) else None,
         )  # fmt: skip
 
     @staticmethod
@@ -106,7 +109,10 @@ class RequestTable:
             values.append(np.array(numbers, np.int32))
 
         for request in requests:
-            table, start = request.table, request.row * self.layout.width
+            table = request.table
+            if request.on_device and table.synced == len(table.blocks):
+                continue
+            start = request.row * self.layout.width
             if not request.on_device:
                 tokens = request.tokens()
                 write(start, [len(tokens), *self.layout.encode(self._options(request)), *tokens])
@@ -128,18 +134,6 @@ class RequestTable:
         return request.row, prompt, output
 
 
-def is_filtered(request: Request) -> bool:
-    """Whether a token is drawn by more than a temperature."""
-    p = request.params
-    filtered = p.temperature > 0 and (0 < p.top_k or p.top_p < 1 or p.min_p > 0)
-    return filtered or _has_penalties(request)
-
-
-def _has_penalties(request: Request) -> bool:
-    p = request.params
-    return p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
-
-
 def _edits(drawing: list[tuple[int, Request]]) -> Edits | None:
     """Logit biases, and the ends that come too early."""
     sequences, token_ids, values = [], [], []
@@ -156,8 +150,9 @@ def _edits(drawing: list[tuple[int, Request]]) -> Edits | None:
 
 
 def _logprobs(drawing: list[tuple[int, Request]]) -> tuple[np.ndarray, int] | None:
-    wanted = [(index, request.params.logprobs) for index, request in drawing if request.params.logprobs is not None]
-    return (np.array([index for index, _ in wanted]), max(count for _, count in wanted)) if wanted else None
+    if not drawing:
+        return None
+    return np.array([index for index, _ in drawing]), max(request.params.logprobs or 0 for _, request in drawing)
 
 
 def _prompt_logprobs(scheduled: Scheduled) -> tuple[np.ndarray, np.ndarray, int] | None:
