@@ -1,7 +1,7 @@
-"""Linear layers for one token: y = x wᵀ + b, and y = f(norm(x + residual) wᵀ + b), with all that is around, in one kernel.
+"""Linear layers for one token: y = x wᵀ + b, and y = f(norm(x + residual) wᵀ + b), each in one kernel.
 
-norm is RMSNorm, f is nothing or SwiGLU over the two halves of w's rows, b is there or not. A single stream decodes one token a step: x is
-a vector [K], w is [N, K], and the product has one multiply-add for each weight.
+norm is RMSNorm, f is nothing or SwiGLU over the two halves of w's rows, b is there or not. A single stream decodes one
+token a step: x is a vector [K], w is [N, K], and the product has one multiply-add for each weight.
 
 Bytes: w, once: 2 N K in bf16. FLOPs: 2 N K, one a byte, where an H100 could do 240: memory is the limit. But a small
 model's matrix is read in 0.4 to 4 µs, and the smallest of kernels takes 1.2 in a CUDA graph (`benchmarks/NOTES.md`).

@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 
 from minillm.config import ModelConfig
 from minillm.data import reference_text
-from minillm.model import Transformer
 from minillm.kernels.rope import rotated
+from minillm.model import Transformer
 from minillm.model.layers import PaddedBatch, RMSNorm, attention, rope_tables
 from minillm.model.weights import load, save
 
