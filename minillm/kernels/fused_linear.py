@@ -161,11 +161,11 @@ def _one_token(
     x, w = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, w))
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
     total = x if norm_weight is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    small = n <= 2048  # few rows: fewer of them a program, so that all multiprocessors have work
-    sizes = tuned(
-        x.device, f"linear {'small' if small else 'large'}", BLOCK_N=2 if small else 8, BLOCK_K=1024 if small else 512,
-        num_warps=4, num_stages=3,
-    )  # fmt: skip
+    # Few rows: fewer of them a program, so that all multiprocessors have work. Short ones (a small model's head): short
+    # steps, as much of a long one would be beyond the row's end.
+    kind = "small" if n <= 2048 else "narrow" if k < 1024 else "large"
+    block_n, block_k, warps = {"small": (2, 1024, 4), "narrow": (16, 128, 2), "large": (8, 512, 4)}[kind]
+    sizes = tuned(x.device, f"linear {kind}", BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=3)
     one_token_kernel[(ceil_div(n, sizes["BLOCK_N"]),)](
         x, x if residual is None else residual.contiguous(), x if norm_weight is None else norm_weight.contiguous(), w,
         x if bias is None else bias.contiguous(), y, total, n, k, w.stride(0), eps,
