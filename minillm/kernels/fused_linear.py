@@ -1,7 +1,7 @@
-"""Linear layers for one token: y = x wᵀ + b, and y = f(norm(x + residual) wᵀ + b), with all that is around, in one kernel.
+"""Linear layers for one token: y = x wᵀ + b, and y = f(norm(x + residual) wᵀ + b), each in one kernel.
 
-norm is RMSNorm, f is nothing or SwiGLU over the two halves of w's rows, b is there or not. A single stream decodes one token a step: x is
-a vector [K], w is [N, K], and the product has one multiply-add for each weight.
+norm is RMSNorm, f is nothing or SwiGLU over the two halves of w's rows, b is there or not. A single stream decodes one
+token a step: x is a vector [K], w is [N, K], and the product has one multiply-add for each weight.
 
 Bytes: w, once: 2 N K in bf16. FLOPs: 2 N K, one a byte, where an H100 could do 240: memory is the limit. But a small
 model's matrix is read in 0.4 to 4 µs, and the smallest of kernels takes 1.2 in a CUDA graph (`benchmarks/NOTES.md`).
@@ -161,11 +161,11 @@ def _one_token(
     x, w = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, w))
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
     total = x if norm_weight is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    small = n <= 2048  # few rows: fewer of them a program, so that all multiprocessors have work
-    sizes = tuned(
-        x.device, f"linear {'small' if small else 'large'}", BLOCK_N=2 if small else 8, BLOCK_K=1024 if small else 512,
-        num_warps=4, num_stages=3,
-    )  # fmt: skip
+    # Few rows: fewer of them a program, so that all multiprocessors have work. Short ones (a small model's head): short
+    # steps, as much of a long one would be beyond the row's end.
+    kind = "small" if n <= 2048 else "narrow" if k < 1024 else "large"
+    block_n, block_k, warps = {"small": (2, 1024, 4), "narrow": (16, 128, 2), "large": (8, 512, 4)}[kind]
+    sizes = tuned(x.device, f"linear {kind}", BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=3)
     one_token_kernel[(ceil_div(n, sizes["BLOCK_N"]),)](
         x, x if residual is None else residual.contiguous(), x if norm_weight is None else norm_weight.contiguous(), w,
         x if bias is None else bias.contiguous(), y, total, n, k, w.stride(0), eps,

@@ -205,7 +205,7 @@ class NoCacheLayer:
 
 
 class NoCache:
-    """The cache that keeps nothing; each layer has the window that the config gives it, or all have `windows` (0: none).
+    """The cache that keeps nothing. Each layer has the window that a config gives it, or all have the same (0: none).
 
     Raises ValueError for a window that makes no sense.
     """

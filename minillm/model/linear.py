@@ -9,6 +9,7 @@ rows lie one after another; `parts` says whose they are.
 
 import math
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,8 +47,8 @@ class Linear(nn.Module):
     def load(self, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
         """Take the `wanted` tensors, whose names and shapes have been checked; compute in `dtype` on `device`.
 
-        `tensors` reads from the file what is asked for: keep no more of it at a time than needed. Raises ValueError
-        that names the tensor for a dtype which cannot be used.
+        `tensors` are mapped from a file, which is read as they are looked at. Raises ValueError that names the tensor
+        for a dtype which cannot be used.
         """
         raise NotImplementedError
 
@@ -103,7 +104,9 @@ class Dense(Linear):
         return shapes
 
     def load(self, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
-        """A single part is used as it comes where device and dtype are right; several are copied one by one."""
+        """Where device and dtype are right, a part that needs no merging is used as it comes, and so are parts that lie
+        one after another already, as gate and up do in most files; others are copied, one by one.
+        """
         self.weight = nn.Parameter(self._merged(tensors, "weight", device, dtype), requires_grad=False)
         if self.bias is not None:
             self.bias = nn.Parameter(self._merged(tensors, "bias", device, dtype), requires_grad=False)
@@ -111,13 +114,13 @@ class Dense(Linear):
     def _merged(
         self, tensors: Mapping[str, Tensor], kind: str, device: torch.device, dtype: torch.dtype
     ) -> Tensor:  # fmt: skip
-        names = [f"{part}.{kind}" for part in self.parts]
-        if len(names) == 1:
-            return floating(names[0], tensors[names[0]]).to(device, dtype)
+        found = [floating(f"{part}.{kind}", tensors[f"{part}.{kind}"]) for part in self.parts]
         shape = (self.out_features, self.in_features) if kind == "weight" else (self.out_features,)
+        if all(_follows(a, b) for a, b in pairwise(found)):
+            return found[0].as_strided(shape, found[0].stride()).to(device, dtype)
         merged = torch.empty(shape, device=device, dtype=dtype)
-        for name, rows in zip(names, merged.split(list(self.parts.values())), strict=True):
-            rows.copy_(floating(name, tensors[name]))
+        for rows, part in zip(merged.split(list(self.parts.values())), found, strict=True):
+            rows.copy_(part)
         return merged
 
     def tensors(self) -> dict[str, Tensor]:
@@ -148,6 +151,16 @@ class Dense(Linear):
 def dense(name: str, in_features: int, parts: dict[str, int], bias: bool) -> Linear:
     """The factory of a model whose layers are all `Dense`."""
     return Dense(in_features, parts, bias)
+
+
+def _follows(a: Tensor, b: Tensor) -> bool:
+    """Whether b's rows lie right behind a's."""
+    same = a.dtype == b.dtype and a.stride() == b.stride() and a.is_contiguous()
+    return (
+        same
+        and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+        and (a.data_ptr() + a.nbytes == b.data_ptr())
+    )
 
 
 def floating(name: str, tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import difflib
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from torch.overrides import TorchFunctionMode
 from .. import fetch
 from ..config import ModelConfig
 from ..files import atomic_directory, write_model
-from .checkpoint import PICKLED, Checkpoint
+from .checkpoint import PICKLED, Checkpoint, weight_files
 from .linear import Linear, LinearFactory, dense, floating
+from .tokenizer import Tokenizer
 from .transformer import Transformer
 
 __all__ = ["load", "model_path", "resolve_device", "resolve_dtype", "save"]
@@ -63,10 +64,24 @@ def model_path(name: str | os.PathLike) -> Path:
 
 
 def _from_hub(repo: str) -> Path:
+    """Download what is small, look at it, and only then the weights: gigabytes of a model that we can use."""
+    path = _download(repo, ["*.json", "*.jinja"])
+    _factory(ModelConfig.from_pretrained(path), path)
+    files = weight_files(path)
+    if not all(file.is_file() for file in files):
+        if (path / "tokenizer.json").is_file():
+            Tokenizer.from_pretrained(path)
+        path = _download(repo, [file.name for file in files])  # not what else lies there, such as consolidated copies
+    if missing := [file.name for file in files if not (path / file.name).is_file()]:
+        raise ValueError(f"name: {repo!r} has no {missing[0]} on the Hugging Face Hub; expected a model in safetensors")
+    return path
+
+
+def _download(repo: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        return Path(snapshot_download(repo, allow_patterns=patterns))
     except Exception as e:
         known = ", ".join(fetch.KNOWN)
         raise ValueError(
@@ -90,9 +105,14 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """ "auto": bf16 on a GPU, fp32 on a CPU; or a name of DTYPES, or a torch dtype."""
+    """ "auto": fp32 on a CPU, bf16 on a GPU, fp16 on one too old for bf16; or a name of DTYPES, or a torch dtype.
+
+    Raises ValueError for another one.
+    """
+    if dtype == "auto" and device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return torch.float32
     resolved = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if resolved not in DTYPES.values():
         raise ValueError(f'dtype: expected "auto", {", ".join(DTYPES)}, got {dtype!r}')
@@ -118,7 +138,7 @@ def load(
         model = Transformer(_tied(config, checkpoint), linear)
     _check(model, checkpoint)
     for prefix, module in _modules(model):
-        _fill(module, _Part(checkpoint, prefix), where, number)
+        _fill(module, prefix, checkpoint, config.tie_word_embeddings, where, number)
     if model.tied:
         model.lm_head.tie(model.embed_tokens.weight)
     return model.to(where).eval().requires_grad_(False)
@@ -140,18 +160,16 @@ def _factory(config: ModelConfig, path: Path) -> LinearFactory:
 
 def _tied(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
     """The config, untied where the file has another head after all: transformers 5 then takes both, too."""
-    both = config.tie_word_embeddings and EMBEDDING in checkpoint and HEAD in checkpoint
-    if not both or _same(checkpoint[EMBEDDING], checkpoint[HEAD]):
+    if not (config.tie_word_embeddings and EMBEDDING in checkpoint and HEAD in checkpoint):
+        return config
+    a, b = checkpoint.read((EMBEDDING, HEAD)).values()
+    if a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b):
         return config
     warnings.warn(
         f"{checkpoint.directory}: tie_word_embeddings is true, but {HEAD} is not {EMBEDDING}; both are used",
         stacklevel=3,
     )
     return dataclasses.replace(config, tie_word_embeddings=False)
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
 
 
 class _NoInit(TorchFunctionMode):
@@ -187,38 +205,28 @@ def _shapes(module: nn.Module) -> dict[str, torch.Size]:
     return {name: parameter.shape for name, parameter in module._parameters.items() if parameter is not None}
 
 
-class _Part(Mapping[str, Tensor]):
-    """The tensors of one module, under its own names. A tied model may lack its head, or have nothing but it."""
-
-    def __init__(self, tensors: Checkpoint, prefix: str) -> None:
-        self.tensors, self.prefix = tensors, prefix
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[_stored(self.prefix + name, self.tensors)]
-
-    def __iter__(self) -> Iterator[str]:
-        return (name.removeprefix(self.prefix) for name in self.tensors if name.startswith(self.prefix))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
+def _stored(name: str, checkpoint: Checkpoint, tied: bool) -> str:
+    """The name under which a tensor stands: a tied model may lack its head, or have it for its embedding."""
+    other = {EMBEDDING: HEAD, HEAD: EMBEDDING}.get(name, "") if tied else ""
+    return other if name not in checkpoint and other in checkpoint else name
 
 
-def _stored(name: str, checkpoint: Checkpoint, tied: bool = True) -> str:
-    """The name under which a tensor stands: a tied model's embedding is its head."""
-    other = {EMBEDDING: HEAD, HEAD: EMBEDDING}.get(name)
-    return other if other is not None and tied and name not in checkpoint and other in checkpoint else name
-
-
-def _fill(module: nn.Module, tensors: _Part, device: torch.device, dtype: torch.dtype) -> None:
+def _fill(
+    module: nn.Module, prefix: str, checkpoint: Checkpoint, tied: bool, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Give a module its tensors, under its own names for them."""
+    names = {name: _stored(prefix + name, checkpoint, tied) for name in _shapes(module)}
+    found = checkpoint.read(names.values())
+    tensors = {name: found[stored] for name, stored in names.items()}
+    del found
     try:
         if isinstance(module, Linear):
             module.load(tensors, device, dtype)
             return
-        for name in _shapes(module):
-            tensor = floating(name, tensors[name]).to(device, dtype)
-            setattr(module, name, nn.Parameter(tensor, requires_grad=False))
+        for name, tensor in tensors.items():
+            setattr(module, name, nn.Parameter(floating(name, tensor).to(device, dtype), requires_grad=False))
     except ValueError as e:
-        raise ValueError(f"{tensors.tensors.directory}: {tensors.prefix}{e}") from e
+        raise ValueError(f"{checkpoint.directory}: {prefix}{e}") from e
 
 
 def _check(model: Transformer, checkpoint: Checkpoint) -> None:
@@ -227,18 +235,18 @@ def _check(model: Transformer, checkpoint: Checkpoint) -> None:
     wanted = {prefix + name: shape for prefix, module in _modules(model) for name, shape in _shapes(module).items()}
     expected = {_stored(name, checkpoint, tied): shape for name, shape in wanted.items()}
     known = {EMBEDDING, HEAD} if tied else set()
-    missing, surplus = sorted(expected.keys() - checkpoint.keys()), sorted(checkpoint.keys() - expected.keys() - known)
+    stored = checkpoint.entries.keys()
+    missing, surplus = sorted(expected.keys() - stored), sorted(stored - expected.keys() - known)
     for kind, names in (("lacks", missing), ("has the surplus", surplus)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ValueError(
-                f"{checkpoint.directory}: {kind} tensor {', '.join(names[:3])}{more}; {_why(missing, surplus, checkpoint)}"
-            )
+            why = _why(missing, surplus, checkpoint)
+            raise ValueError(f"{checkpoint.directory}: {kind} tensor {', '.join(names[:3])}{more}; {why}")
     for name, shape in expected.items():
         if checkpoint.shape(name) != shape:
             raise ValueError(
-                f"{checkpoint.directory}: {name} has shape {tuple(checkpoint.shape(name))}, expected {tuple(shape)} from"
-                " config.json"
+                f"{checkpoint.directory}: {name} has shape {tuple(checkpoint.shape(name))}, expected {tuple(shape)}"
+                " from config.json"
             )
 
 

@@ -19,7 +19,7 @@ from minillm.sampling import SamplingParams
 from .conftest import assert_home, oracle, run, tiny_model
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
-EXAMPLES = 40 if os.environ.get("HYPOTHESIS_PROFILE") == "quick" else 250
+EXAMPLES = 25 if os.environ.get("HYPOTHESIS_PROFILE") == "quick" else 100
 BOTH = pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
 
 
