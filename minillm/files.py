@@ -3,6 +3,7 @@
 Whatever is written gets the mode that the user's umask asks for, so that a cache can be shared.
 """
 
+import errno
 import json
 import os
 import secrets
@@ -80,9 +81,9 @@ def _take_place(folder: Path, target: Path, keep: str | None) -> None:
         try:
             folder.rename(target)
             return
-        except OSError:
-            if not target.exists():  # not because another was faster: give back what stood there
-                with suppress(FileNotFoundError):
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else another was faster
+                with suppress(OSError):  # give back what stood there
                     aside.rename(target)
                 raise
         finally:
