@@ -54,7 +54,7 @@ def atomic_directory(target: Path, keep: str | None = None) -> Iterator[Path]:
     kept. Raises NotADirectoryError when `target` is a file.
     """
     target = Path(os.path.realpath(target))  # through a link: its place is taken, not the link's
-    if target.exists() and not target.is_dir():
+    if target.is_file():
         raise NotADirectoryError(f"{target}: expected a directory or nothing, got a file")
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = _beside(target)
