@@ -1,7 +1,6 @@
 """`minillm`: the command line. Imports happen inside the commands, so that `minillm --help` answers at once."""
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,14 +26,11 @@ class Commands(TyperGroup):
                 stream.reconfigure(errors="replace")  # a terminal without é, an ASCII log: "?" instead of a crash
         try:
             return super().invoke(ctx)
-        except (typer.Exit, typer.Abort):  # RuntimeErrors to Python, and no errors
+        except (typer.Exit, typer.Abort, BrokenPipeError):  # the end; typer keeps `minillm ... | head` quiet
             raise
         except KeyboardInterrupt:
             typer.secho("\nminillm: interrupted", fg="red", err=True)
             raise typer.Exit(130) from None
-        except BrokenPipeError:  # `minillm ... | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's last flush is quiet
-            raise typer.Exit(141) from None
         except EXPECTED as error:
             typer.secho(f"minillm: {str(error) or type(error).__name__}", fg="red", err=True)
             raise typer.Exit(1) from None

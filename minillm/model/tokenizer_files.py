@@ -134,7 +134,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | dict[str, str]
     if (folder / "chat_template.jinja").is_file():
         files["default"] = folder / "chat_template.jinja"
     if files:
-        sources = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+        sources = {name: _read_text(path) for name, path in files.items()}
         return sources["default"] if list(sources) == ["default"] else sources
     template = config.get("chat_template")
     try:
@@ -148,6 +148,13 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | dict[str, str]
             f"{folder / 'tokenizer_config.json'}: chat_template: expected Jinja source, or several by name"
         )
     return several
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path}: not UTF-8 ({e}); fetch the model again") from e
 
 
 def _read_json(path: Path) -> dict[str, Any]:

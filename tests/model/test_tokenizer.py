@@ -463,6 +463,7 @@ def test_saved_and_read_again(tmp_path):
     assert again.encode(text) == ours.encode(text) == theirs.encode(text).ids
     assert again.decode(ours.encode(text)) == theirs.decode(ours.encode(text), skip_special_tokens=False) == text
     assert (again.eos_token, again.bos_token, again.chat_template) == ("<|endoftext|>", None, ours.chat_template)
+    assert again.named_tokens == ours.named_tokens == {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
 
 
 def test_transformers_reads_what_was_saved(tmp_path):

@@ -137,6 +137,19 @@ def test_padding_of_the_tokenizer_names_a_token(tmp_path):
     assert load_tokenizer(tmp_path).encode("hello") == AutoTokenizer.from_pretrained(tmp_path).encode("hello")
 
 
+def test_tokens_that_are_there_stay_as_they_are(tmp_path):
+    """added_tokens.json knows no flags: what tokenizer.json says of the same ids holds."""
+    write(tmp_path, {ADDED: {"<|im_end|>": 1, "<|end|>": 0}})
+    assert read_tokenizer_files(tmp_path).spec == json.loads((tmp_path / "tokenizer.json").read_text())
+
+
+def test_a_template_that_is_no_text_is_named(tmp_path):
+    write(tmp_path, {})
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"chat_template\.jinja: not UTF-8"):
+        load_tokenizer(tmp_path)
+
+
 def test_templates_in_files_of_their_own(tmp_path):
     write(tmp_path, {CONFIG: {"chat_template": "from the config"}})
     assert read_tokenizer_files(tmp_path).chat_template == "from the config"

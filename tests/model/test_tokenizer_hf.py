@@ -141,6 +141,7 @@ def test_any_ids_are_transformers_and_stream(name, ids, skip):
     st.lists(st.sampled_from([0, 1, 2, 3 + 0xE2, 3 + 0x82, 3 + 0xAC, 3 + 0x41, 300, 301, 302]), max_size=12),
     st.booleans(),
 )
+@example([3 + 0xE2, 3 + 0x82, 3 + 0xAC, 3 + 0xE2], False)  # the last one makes the whole run no text
 def test_runs_of_bytes_stream(ids, skip):
     ours, theirs = family("llama2")
     assert "".join(streamed(ours, ids, skip)) == theirs.decode(ids, skip_special_tokens=skip)
