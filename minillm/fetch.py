@@ -70,15 +70,15 @@ def fetch(name: str, say: Any = print, again: bool = False) -> Path:
     """The directory of a known model; downloads and converts it when it is not there, or anew with `again`. The old
     one stays until the new one is complete.
 
-    Raises ValueError for an unknown name or a wrong checksum, OSError when the disk is too full, RuntimeError when
-    pip cannot download.
+    Raises ValueError for an unknown name or a wrong checksum, OSError when the disk is full or cannot be written,
+    RuntimeError when pip cannot download.
     """
     if name not in KNOWN:
         raise ValueError(f"name: expected one of {', '.join(KNOWN)}, got {name!r}")
     source, target = KNOWN[name], cache_dir() / name
     if (target / MANIFEST).is_file() and not again:
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _expect_writable(target.parent)
     with _alone(target.parent / f".{name}.lock", say):
         if (target / MANIFEST).is_file() and not again:  # meanwhile, by another process
             return target
@@ -119,6 +119,16 @@ def _alone(path: Path, say: Any) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         file.close()
+
+
+def _expect_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable, why = os.access(folder, os.W_OK), "no permission to write"
+    except OSError as e:
+        writable, why = False, str(e)
+    if not writable:
+        raise PermissionError(f"{folder}: cannot be written ({why}); point MINILLM_CACHE to a folder that can")
 
 
 def _expect_space(folder: Path, needed: int, name: str) -> None:

@@ -41,8 +41,8 @@ def cache_dir() -> Path:
     """
     from platformdirs import user_cache_dir
 
-    folder = Path(os.environ.get("MINILLM_CACHE") or user_cache_dir("minillm")).expanduser()
-    return Path.home() / folder if not folder.is_absolute() else folder
+    folder = os.path.expanduser(os.environ.get("MINILLM_CACHE") or user_cache_dir("minillm"))
+    return Path(os.path.expanduser("~"), folder).absolute()
 
 
 @contextmanager

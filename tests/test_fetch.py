@@ -273,6 +273,21 @@ class TestFetch:
         assert {stat.S_IMODE(p.stat().st_mode) for p in path.iterdir()} == {file}
         assert stat.S_IMODE(path.stat().st_mode) == folder
 
+    def test_a_cache_that_cannot_be_written(self, index, tmp_path, monkeypatch):
+        with monkeypatch.context() as read_only:
+            read_only.setattr(os, "access", lambda *_: False)
+            with pytest.raises(PermissionError, match="cannot be written.*point MINILLM_CACHE"):
+                fetch.fetch("small")
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("MINILLM_CACHE", str(tmp_path / "file" / "cache"))
+        with pytest.raises(PermissionError, match="cannot be written.*point MINILLM_CACHE"):
+            fetch.fetch("small")
+
+    def test_a_model_that_is_there_needs_no_permission(self, index, monkeypatch):
+        path = fetch.fetch("small")
+        monkeypatch.setattr(os, "access", lambda *_: False)
+        assert fetch.fetch("small") == path
+
     def test_without_pip(self, index, monkeypatch):
         monkeypatch.setattr(fetch, "has_pip", lambda: False)
         with pytest.raises(RuntimeError, match="pip is missing in this environment.*ensurepip"):
