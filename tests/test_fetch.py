@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from minillm import fetch
 from minillm.files import atomic_directory
+from minillm.model.tokenizer import Tokenizer
 from minillm.model.weights import load
 
 
@@ -37,7 +38,7 @@ def write_gguf(path: Path, arch: str = "llama", tokenizer: str = "gpt2", drop: s
         writer.add_rope_dimension_count(8)
     writer.add_tokenizer_model(tokenizer)
     writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(["<|end|>", "<|start|>", *"abcdefgh", *map(chr, range(0x100, 0x100 + 50))])
+    writer.add_token_list(["<|end|>", "<|start|>", *"abcdefgh", "ab", *map(chr, range(0x100, 0x100 + 49))])
     writer.add_token_types([3, 3] + [1] * 58)
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(1)
@@ -91,6 +92,23 @@ class TestGGUF:
         with pytest.raises(ValueError, match=says), atomic_directory(tmp_path / "out") as folder:
             fetch.convert_gguf(tmp_path / "m.gguf", folder)
         assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"], "nothing half-written stays behind"
+
+    def test_each_field_that_is_missing_is_named_or_not_needed(self, tmp_path, monkeypatch):
+        write_gguf(tmp_path / "m.gguf")
+        fields, tensors = fetch._read_gguf(tmp_path / "m.gguf")
+        fine = []
+        for name in fields:
+            without = {key: value for key, value in fields.items() if key != name}
+            monkeypatch.setattr(fetch, "_read_gguf", lambda _, without=without: (without, dict(tensors)))
+            try:
+                with atomic_directory(tmp_path / "out") as folder:
+                    fetch.convert_gguf(tmp_path / "m.gguf", folder)
+                fine.append(name)
+            except ValueError as error:
+                says = str(error)
+                assert any(part in says for part in (name, "architecture", "byte-level BPE tokenizer")), says
+        assert [name for name in fine if not name.startswith("GGUF.")] == ["tokenizer.ggml.bos_token_id"]
+        assert Tokenizer.from_pretrained(tmp_path / "out").eos_token == "<|end|>"
 
     @pytest.mark.parametrize("keep", [0, 3, 64, 2000, 0.9])
     def test_cut_off(self, tmp_path, keep):
@@ -198,8 +216,21 @@ class TestFetch:
         data[-1] ^= 1
         (path / "model.safetensors").write_bytes(data)
         assert fetch.verify(path) == ["model.safetensors"]
-        (path / fetch.MANIFEST).write_text("{")
-        assert fetch.verify(path) == [fetch.MANIFEST]
+        for manifest in ("{", "[]", '{"sha256": 5}', "{}"):
+            (path / fetch.MANIFEST).write_text(manifest)
+            assert fetch.verify(path) == [fetch.MANIFEST]
+
+    def test_verify_sees_what_cannot_be_read(self, index, monkeypatch):
+        path = fetch.fetch("SMALL")
+        real = fetch.sha256
+
+        def unreadable(file):
+            if file.name == "config.json":
+                raise PermissionError(13, "Permission denied", str(file))
+            return real(file)
+
+        monkeypatch.setattr(fetch, "sha256", unreadable)
+        assert fetch.verify(path) == ["config.json"]
 
     def test_another_fetch_under_way_is_waited_for(self, index, tmp_path, monkeypatch):
         """Two at once: one downloads, the other waits and finds it done."""
