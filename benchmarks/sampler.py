@@ -75,11 +75,13 @@ def timed(run, inputs: list[Tensor]) -> float:
     """Seconds of a call, with logits and counts that rotate."""
     if not GPU:
         return median_seconds(lambda: run(*inputs))
-    from gpu import copies, seconds
+    from gpu import copies, graph_seconds
 
     logits, *options, counts = inputs
+    runs = [lambda x=x, c=c: run(x, *options, c) for x, c in copies(logits, counts)]
+    runs[0]()  # compiles
     with dependent_launch():
-        return seconds([lambda x=x, c=c: run(x, *options, c) for x, c in copies(logits, counts)])
+        return graph_seconds(runs)
 
 
 def cases(quick: bool) -> Iterator[tuple[int, int, str]]:

@@ -26,6 +26,8 @@ Sources: Maddison et al., 2014, "A* Sampling" (the Gumbel-max trick). Testing a 
 border is the rejection sampling of FlashInfer (Ye et al., 2025), with numbers that stay the same for each round.
 """
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,7 @@ CHUNK = 4096  # elements whose weights are added up in one go: narrow
 CAPACITY = 4096  # of the list
 LARGEST = tl.constexpr(3.4e38)
 LAST = tl.constexpr(2147483647)
+LOG2_E = tl.constexpr(1.4426950408889634)
 UNIT = tl.constexpr(1099511627776.0)  # 2^40: weights as integers
 IN_PROMPT, COUNT = -32768, 32767  # of a count: the sign bit, the others
 
@@ -180,7 +183,8 @@ def filters_of(option_ptrs, row, size):
 @triton.jit
 def source_of(logits_ptr, stride, counts_ptr, counts_stride, option_ptrs, row):
     """What `read` needs to know of a row."""
-    repetition, presence, frequency = tl.load(option_ptrs[6] + row), tl.load(option_ptrs[7] + row), tl.load(option_ptrs[8] + row)
+    repetition, presence = tl.load(option_ptrs[6] + row), tl.load(option_ptrs[7] + row)
+    frequency = tl.load(option_ptrs[8] + row)
     penalized = (repetition != 1.0) | (presence != 0.0) | (frequency != 0.0)
     counts_ptr += tl.load(option_ptrs[9] + row).to(tl.int64) * counts_stride
     return logits_ptr + row * stride, counts_ptr, penalized, repetition, presence, frequency
@@ -208,9 +212,9 @@ def distance(source, maximum, offs, inside):
 
 
 @triton.jit
-def pivot(low, high, step):
-    """The distances that a pass looks at, step 1 to 8, the last of them `high`: dense near 0 until `low` is known."""
-    part = step * 0.125
+def pivots_of(low, high):
+    """The eight distances that a pass looks at, the last of them `high`: dense near 0 until `low` is known.  [8]"""
+    part = (tl.arange(0, 8) + 1) * 0.125
     return tl.where(part == 1.0, high, tl.where(low < 0, high * part * part, low + (high - low) * part))
 
 
@@ -237,9 +241,10 @@ def scan_kernel(
     for at in range(start, stop, BLOCK):
         offs = at + tl.arange(0, BLOCK)
         score = read(source, offs, offs < stop)
-        least = tl.minimum(least, tl.where(score > -float("inf"), score, float("inf")))
         if noisy:
             score = score * scale + noise(key, offs)
+        else:
+            least = tl.minimum(least, tl.where(score > -float("inf"), score, float("inf")))
         better = score > best
         best, token = tl.where(better, score, best), tl.where(better, offs, token)
     top, out = tl.max(best, 0), row * tl.num_programs(1) + index
@@ -278,15 +283,16 @@ def narrowed(bracket_ptr, sums_ptr, row, k, p, chunks, CAPACITY: tl.constexpr, C
     bracket_ptr += row * 8
     low, high, maximum = tl.load(bracket_ptr), tl.load(bracket_ptr + 1), tl.load(bracket_ptr + 5)
     below, within, total = tl.load(bracket_ptr + 2), tl.load(bracket_ptr + 3), tl.load(bracket_ptr + 4)
+    step, chunk = tl.arange(0, 8), tl.arange(0, CHUNKS)
+    offs = (row * 8 + step[:, None]) * chunks + chunk[None, :]
+    sums = tl.load(sums_ptr + offs, mask=chunk[None, :] < chunks, other=0.0)  # anything, after a pass without work
     if (low < high) & (is_short(k, within, CAPACITY) == 0):
-        step, chunk = tl.arange(0, 8), tl.arange(0, CHUNKS)
-        offs = (row * 8 + step[:, None]) * chunks + chunk[None, :]
-        sums = tl.sum(tl.load(sums_ptr + offs, mask=chunk[None, :] < chunks, other=0.0), 1)
-        pivots = pivot(low, high, step + 1.0)
-        total = tl.where(total > 0.0, total, tl.max(sums, 0))
-        reached = (sums >= tl.where(k > 0, k.to(tl.float32), p * total)) | (step == 7)
-        within = tl.min(tl.where(reached, sums, float("inf")), 0)
-        below = tl.maximum(below, tl.max(tl.where(reached, 0.0, sums), 0))
+        within_each = tl.sum(sums, 1)
+        pivots = pivots_of(low, high)
+        total = tl.where(total > 0.0, total, tl.max(within_each, 0))
+        reached = (within_each >= tl.where(k > 0, k.to(tl.float32), p * total)) | (step == 7)
+        within = tl.min(tl.where(reached, within_each, float("inf")), 0)
+        below = tl.maximum(below, tl.max(tl.where(reached, 0.0, within_each), 0))
         next_low = tl.maximum(low, tl.max(tl.where(reached, -1.0, pivots), 0))
         high = tl.min(tl.where(reached, pivots, high), 0)
         low = next_low
@@ -321,14 +327,14 @@ def narrow_kernel(
     if (low >= high) | is_short(k, within, CAPACITY):
         return
     source = source_of(logits_ptr, stride, counts_ptr, counts_stride, option_ptrs, row)
-    scale = 1.0 / temperature
+    scale, pivots = -LOG2_E / temperature, pivots_of(low, high)
+    sums_ptr += (row * 8 + tl.arange(0, 8)) * chunks
     for chunk in range(index * chunks_each, tl.minimum((index + 1) * chunks_each, chunks)):
         offs = chunk * CHUNK + tl.arange(0, CHUNK)
         far = distance(source, maximum, offs, offs < size)
-        weight = tl.where(k > 0, 1.0, tl.exp(-far * scale))
-        for i in tl.static_range(8):
-            inside = far <= pivot(low, high, i + 1.0)
-            tl.store(sums_ptr + (row * 8 + i) * chunks + chunk, tl.sum(tl.where(inside, weight, 0.0), 0))
+        weight = tl.where(k > 0, 1.0, tl.exp2(far * scale))
+        inside = (far[None, :] <= pivots[:, None]).to(tl.float32)  # a product costs one instruction less than a choice
+        tl.store(sums_ptr + chunk, tl.sum(weight[None, :] * inside, 1))
 
 
 @triton.jit
@@ -346,8 +352,9 @@ def collect_kernel(
     bracket = narrowed(old_bracket_ptr, sums_ptr, row, k, p, chunks, CAPACITY, CHUNKS)
     if index == 0:
         store_bracket(bracket_ptr, row, bracket)
-    low, high, _, _, _, maximum = bracket
+    low, high, _, within, _, maximum = bracket
     certain = tl.where(k > 0, -1.0, low)
+    last = tl.where((k > 0) & (is_short(k, within, CAPACITY) == 0), -1.0, high)  # of the list, none if it is too long
     source = source_of(logits_ptr, stride, counts_ptr, counts_stride, option_ptrs, row)
     key, scale = noise_key(option_ptrs[1], option_ptrs[2], row), 1.0 / temperature
     start, stop = index * part, tl.minimum(index * part + part, size)
@@ -360,13 +367,11 @@ def collect_kernel(
             score = tl.where(far <= certain, noise(key, offs) - far * scale, -float("inf"))
             better = score > best
             best, token = tl.where(better, score, best), tl.where(better, offs, token)
-        near = ((far > certain) & (far <= high)).to(tl.int32)
-        count = tl.sum(near, 0)
-        if count > 0:
-            place = tl.atomic_add(length_ptr + row, count) + tl.cumsum(near, 0) - 1
-            fits = (near > 0) & (place < CAPACITY)
-            tl.store(list_ptr + row * CAPACITY + place, far, mask=fits)
-            tl.store(list_token_ptr + row * CAPACITY + place, offs, mask=fits)
+        near = (far > certain) & (far <= last)
+        place = tl.atomic_add(length_ptr + row + tl.zeros([BLOCK], tl.int32), 1, mask=near, sem="relaxed")
+        near = near & (place < CAPACITY)
+        tl.store(list_ptr + row * CAPACITY + place, far, mask=near)
+        tl.store(list_token_ptr + row * CAPACITY + place, offs, mask=near)
     top, out = tl.max(best, 0), row * tl.num_programs(1) + index
     tl.store(best_ptr + out, top)
     tl.store(token_ptr + out, tl.min(tl.where(best == top, token, LAST), 0))
@@ -403,13 +408,19 @@ def survey(pool, far_limit, token_limit, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def border(pool, k, low, high, BLOCK: tl.constexpr):
+def border(pool, k, low, high, CAPACITY: tl.constexpr, BLOCK: tl.constexpr):
     """A distance within which lie the k nearest and all that equal the k-th, by bisecting the bits of fp32 numbers."""
+    short, list_ptr, length = pool[0], pool[1], pool[4]
+    offs = tl.arange(0, CAPACITY)
+    listed = tl.load(list_ptr + offs, mask=short & (offs < length), other=float("inf"))
     under = tl.where(low < 0.0, -1, low.to(tl.int32, bitcast=True))
     over = high.to(tl.int32, bitcast=True)
     while under + 1 < over:
         middle = under + (over - under) // 2
-        count = survey(pool, middle.to(tl.float32, bitcast=True), LAST, BLOCK)[0]
+        if short:
+            count = tl.sum((listed <= middle.to(tl.float32, bitcast=True)).to(tl.int32), 0)
+        else:
+            count = survey(pool, middle.to(tl.float32, bitcast=True), LAST, BLOCK)[0]
         over = tl.where(count >= k, middle, over)
         under = tl.where(count == k, over - 1, tl.where(count > k, under, middle))
     return over.to(tl.float32, bitcast=True)
@@ -417,14 +428,14 @@ def border(pool, k, low, high, BLOCK: tl.constexpr):
 
 @triton.jit
 def settle_kernel(
-    logits_ptr, counts_ptr, option_ptrs, bracket_ptr, best_ptr, token_ptr, length_ptr, list_ptr, list_token_ptr, out_ptr,
-    size, stride, counts_stride, parts,
+    logits_ptr, counts_ptr, option_ptrs, bracket_ptr, best_ptr, token_ptr, length_ptr, list_ptr, list_token_ptr,
+    out_ptr, size, stride, counts_stride, parts,
     CAPACITY: tl.constexpr, PDL: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row a program: the best of its parts, unless one of the list is better and kept."""
     previous_done(PDL)
     row, offs = tl.program_id(0).to(tl.int64), tl.arange(0, PARTS)
-    temperature, k, p, share = filters_of(option_ptrs, row, size)
+    temperature, k, p, _share = filters_of(option_ptrs, row, size)
     best = tl.load(best_ptr + row * parts + offs, mask=offs < parts, other=-float("inf"))
     token = tl.load(token_ptr + row * parts + offs, mask=offs < parts, other=LAST)
     top = tl.max(best, 0)
@@ -432,23 +443,24 @@ def settle_kernel(
     if (k > 0) | (p < 1.0):
         bracket_ptr += row * 8
         low, high, maximum = tl.load(bracket_ptr), tl.load(bracket_ptr + 1), tl.load(bracket_ptr + 5)
-        below, total = tl.load(bracket_ptr + 2), tl.load(bracket_ptr + 4)
-        below = tl.where(k > 0, 0.0, below)
-        length = tl.load(length_ptr + row)
+        below, within, total = tl.load(bracket_ptr + 2), tl.load(bracket_ptr + 3), tl.load(bracket_ptr + 4)
+        below, length = tl.where(k > 0, 0.0, below), tl.load(length_ptr + row)
+        short = (length <= CAPACITY) & ((k == 0) | is_short(k, within, CAPACITY))
+        length = tl.where(short, length, size)
         source = source_of(logits_ptr, stride, counts_ptr, counts_stride, option_ptrs, row)
         pool = (
-            length <= CAPACITY, list_ptr + row * CAPACITY, list_token_ptr + row * CAPACITY, source,
-            tl.where(length <= CAPACITY, length, size), tl.where(k > 0, -1.0, low), high, maximum,
-            noise_key(option_ptrs[1], option_ptrs[2], row), 1.0 / temperature,
+            short, list_ptr + row * CAPACITY, list_token_ptr + row * CAPACITY, source, length,
+            tl.where(k > 0, -1.0, low), high, maximum, noise_key(option_ptrs[1], option_ptrs[2], row),
+            1.0 / temperature,
         )  # fmt: skip
         limit = high
         if (k > 0) & (length > k):
-            limit = border(pool, k, low, high, BLOCK)
-        count, weight, score, far, drawn = survey(pool, limit, LAST, BLOCK)
+            limit = border(pool, k, low, high, CAPACITY, BLOCK)
+        _, weight, score, far, drawn = survey(pool, limit, LAST, BLOCK)
         goal = p * tl.where(k > 0, weight, total)
         drawing = (p < 1.0) & ((score > top) | ((score == top) & (drawn < first)))
         while drawing:
-            count, weight, next_score, next_far, next_drawn = survey(pool, far, drawn, BLOCK)
+            _, weight, next_score, next_far, next_drawn = survey(pool, far, drawn, BLOCK)
             refused = (below + weight >= goal) & (below + weight > 0.0)
             score, far = tl.where(refused, next_score, score), tl.where(refused, next_far, far)
             drawn = tl.where(refused, next_drawn, drawn)
@@ -488,10 +500,10 @@ def draw_tokens(
         return torch.empty(shape, dtype=dtype, device=device)
 
     sms, chunks = sm_count(device.index), ceil_div(size, CHUNK)
-    part = ceil_div(size, max(1, min(ceil_div(2 * sms, n), ceil_div(size, BLOCK))))
+    part = ceil_div(size, max(1, min(ceil_div(int(os.environ.get('PF', 2)) * sms, n), ceil_div(size, BLOCK))))
     part = ceil_div(part, BLOCK) * BLOCK
     parts = ceil_div(size, part)
-    each = ceil_div(chunks, max(1, min(ceil_div(24 * sms, n), chunks)))
+    each = ceil_div(chunks, max(1, min(ceil_div(int(os.environ.get('NF', 24)) * sms, n), chunks)))
     sizes = {"CHUNKS": next_power_of_2(chunks), "CAPACITY": CAPACITY}
     options = (temperatures, seeds, positions, top_k, top_p, min_p, repetition, presence, frequency, rows)
     row, strides = (logits, counts, options), (size, logits.stride(0), counts.stride(0))
@@ -499,19 +511,19 @@ def draw_tokens(
     brackets, sums = empty(PASSES + 1, n, 8), empty(PASSES, n, 8, chunks)
     length, listed = empty(n, dtype=torch.int32), empty(n, CAPACITY)
     listed_token = empty(n, CAPACITY, dtype=torch.int32)
-    early = pdl(device)
+    shape, early = {"num_warps": 8, "maxnreg": 64}, pdl(device)  # 64: four programs to a multiprocessor, and no spill
 
     scan_kernel[(n, parts)](
-        *row, best, best_token, least, length, *strides, part, BLOCK=BLOCK, num_warps=8, **early
+        *row, best, best_token, least, length, *strides, part, BLOCK=BLOCK, **shape, **early
     )  # fmt: skip
     for i in range(PASSES):
         narrow_kernel[(n, ceil_div(chunks, each))](
             *row, best, least, brackets[i - 1], sums[i - 1], brackets[i], sums[i], *strides, parts, chunks, each,
-            FIRST=i == 0, PARTS=next_power_of_2(parts), CHUNK=CHUNK, num_warps=4, **sizes, **early,
+            FIRST=i == 0, PARTS=next_power_of_2(parts), CHUNK=CHUNK, **sizes, **shape, **early,
         )  # fmt: skip
     collect_kernel[(n, parts)](
         *row, brackets[-2], sums[-1], brackets[-1], best, best_token, length, listed, listed_token, *strides, part,
-        chunks, BLOCK=BLOCK, num_warps=8, **sizes, **early,
+        chunks, BLOCK=BLOCK, **sizes, **shape, **early,
     )  # fmt: skip
     settle_kernel[(n,)](
         *row, brackets[-1], best, best_token, length, listed, listed_token, tokens, *strides, parts,
