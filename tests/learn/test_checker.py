@@ -1,7 +1,15 @@
 """check(): verdicts, what a failure says, time and output limits; on a small curriculum of its own."""
 
+import ctypes
 import json
+import os
+import random
+import subprocess
+import sys
 import textwrap
+import threading
+import time
+import warnings
 
 import numpy as np
 import pytest
@@ -9,6 +17,7 @@ import torch
 
 from minillm.learn import checker as checking
 from minillm.learn import exercises, paths, progress
+from minillm.learn.isolation import neutral_state
 
 SOURCE = '''
 # %% [markdown]
@@ -137,16 +146,159 @@ def test_endless_loop_is_stopped(capsys, monkeypatch, swallow):
 
 
 def test_endless_sleep_is_stopped(capsys, monkeypatch):
-    import time
 
     monkeypatch.setattr(checking, "TIME_LIMIT", 0.2)
     assert not checking.check("1.1", lambda a, b: time.sleep(60))
     assert "stopped after 0.2 s" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("loop", ["bare except", "one call of C"])
+def test_what_no_exception_stops_is_killed(capsys, monkeypatch, loop):
+    monkeypatch.setattr(checking, "TIME_LIMIT", 0.2)
+    monkeypatch.setattr(checking, "GRACE", 0.5)
+
+    def endless(a, b):
+        if loop == "one call of C":
+            return sum(range(10**12))
+        while True:
+            try:  # noqa: SIM105
+                sum(range(100))
+            except:  # noqa: E722
+                pass
+
+    assert not checking.check("1.1", endless)
+    assert "stopped after 0.2 s: does a loop never end?" in capsys.readouterr().out
+
+
+def test_where_nothing_can_be_forked(capsys, monkeypatch):
+    """macOS, and a GPU in use: in this process, with the limit that a Python loop obeys."""
+    monkeypatch.setattr(checking, "TIME_LIMIT", 0.2)
+    monkeypatch.setattr(checking, "can_fork", lambda: False)
+    assert checking.check("1.1", lambda a, b: a + b)
+
+    def endless(a, b):
+        while True:
+            pass
+
+    assert not checking.check("1.1", endless)
+    assert "stopped after 0.2 s" in capsys.readouterr().out
+    assert [o.status for o in checking.check_chapter("1")["1.1"]] == ["missing"]
+
+
+def test_a_crash_is_told(capsys):
+
+    def overrun(a, b):
+        ctypes.memset(1, 0, 1000)
+
+    assert not checking.check("1.1", overrun)
+    out = capsys.readouterr().out
+    assert "✗ the sum of two numbers\n      your code crashed (SIGSEGV): is memory outside" in out
+    assert "in overrun" in out
+
+
+def test_the_end_of_the_process_is_told(capsys):
+
+    assert not checking.check("1.1", lambda a, b: os._exit(0))
+    assert "your code ended the process" in capsys.readouterr().out
+
+
+def test_what_the_code_starts_does_not_outlive_the_check(tmp_path):
+
+    def starts(a, b):
+        subprocess.Popen(["sh", "-c", "sleep 2; touch left"], cwd=tmp_path)
+        return a + b
+
+    start = time.monotonic()
+    assert checking.check("1.1", starts)
+    assert time.monotonic() - start < 2
+    time.sleep(2.5)
+    assert not (tmp_path / "left").exists()
+
+
+def _settings():
+
+    return (
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_rng_state().tolist(),
+        sys.getrecursionlimit(),
+        np.geterr(),
+        list(warnings.filters),
+        dict(os.environ),
+        os.getcwd(),
+        random.getstate(),
+    )
+
+
+def _change_settings():
+
+    torch.set_default_dtype(torch.float64)
+    torch.set_grad_enabled(False)
+    torch.set_float32_matmul_precision("medium")
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(7)
+    sys.setrecursionlimit(200)
+    np.seterr(all="raise")
+    warnings.simplefilter("error")
+    os.environ["LEFT_BEHIND"] = "1"
+    os.environ.pop("PATH", None)
+    os.chdir("/")
+    random.seed(7)
+
+
+@pytest.mark.parametrize("fork", [True, False])
+def test_settings_stay_with_the_code_that_changed_them(monkeypatch, fork):
+    if not fork:
+        monkeypatch.setattr(checking, "can_fork", lambda: False)
+    before = _settings()
+
+    def add(a, b):
+        _change_settings()
+        return a + b
+
+    assert checking.check("1.1", add)
+    assert _settings() == before
+
+
+@pytest.mark.parametrize("fork", [True, False])
+def test_settings_of_the_notebook_do_not_reach_a_check(curriculum, monkeypatch, fork):
+    """A cell that set the default dtype, or closed the door to gradients, fails no right answer."""
+    if not fork:
+        monkeypatch.setattr(checking, "can_fork", lambda: False)
+
+    def add(a, b):
+        got = torch.zeros(1).dtype, torch.is_grad_enabled(), np.geterr()["over"]
+        if got != (torch.float32, True, "warn"):
+            raise ValueError(f"dtype, gradients, overflow: {got}")
+        return a + b
+
+    with neutral_state():  # restores what is changed here
+        _change_settings()
+        os.chdir(curriculum)
+        assert checking.check("1.1", add)
+
+
+def test_display_and_input_in_a_check(capsys):
+    assert not checking.check("1.1", lambda a, b: input("a number, please"))
+    assert "input() in a check: nobody is there to type" in capsys.readouterr().out
+
+
+def test_a_function_that_runs_threads_beside_is_checked():
+    """Threads of torch do not survive a fork: the child works with one."""
+    x = torch.randn(600, 600)
+    x @ x
+
+    def add(a, b):
+        (x @ x).softmax(-1).sum()
+        return a + b
+
+    assert checking.check("1.1", add)
+
+
 def test_endless_loop_in_another_thread_is_stopped(monkeypatch):
     """Where there is no SIGALRM (Windows, or not the main thread)."""
-    import threading
 
     monkeypatch.setattr(checking, "TIME_LIMIT", 0.2)
 
@@ -324,7 +476,7 @@ class TestProgress:
         (curriculum / ".minillm" / "progress.json").write_text('{"passed": ')
         assert progress.load() == {}
         assert "damaged" in capsys.readouterr().out
-        assert (curriculum / ".minillm" / "progress.damaged.json").exists()
+        assert (curriculum / ".minillm" / "progress.damaged1.json").exists()
 
     def test_first_pass_stays(self):
         progress.remember("1.1", 2)

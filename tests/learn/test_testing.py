@@ -46,7 +46,10 @@ def test_raises():
         raise KeyError("k")
 
     def stub():
-        raise NotImplementedError
+        raise NotImplementedError("Exercise 1.1: add")
+
+    def torchs_own():
+        raise NotImplementedError("no kernel for this dtype")
 
     expect_raises(KeyError, bad, "why")
     with pytest.raises(ContractError, match="got KeyError"):
@@ -55,6 +58,10 @@ def test_raises():
         expect_raises(ValueError, lambda: 1, "why")
     with pytest.raises(NotImplementedError):
         expect_raises(NotImplementedError, stub, "a stub is not an answer")
+    with pytest.raises(NotImplementedError):
+        expect_raises(ValueError, stub, "a stub is not an answer")
+    with pytest.raises(ContractError, match="got NotImplementedError: no kernel"):
+        expect_raises(ValueError, torchs_own, "why")
     with pytest.raises(ContractError, match="because"):
         expect(False, "because")
 
