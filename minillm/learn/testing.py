@@ -9,9 +9,12 @@ A check is a class of ordinary pytest methods, each of which gets the learner's 
             '''the output has groups times as many heads'''
 """
 
+import inspect
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -21,9 +24,12 @@ __all__ = [
     "exercise",
     "expect",
     "expect_close",
+    "expect_compiles",
     "expect_equal",
+    "expect_launches_compile",
     "expect_parts",
     "expect_raises",
+    "last",
     "wrong",
 ]
 
@@ -134,6 +140,60 @@ def expect_raises(error: type[Exception], call: Callable[[], Any], why: str) -> 
             raise
         raise ContractError(f"{why}: expected {error.__name__}\n  got {type(e).__name__}: {e}") from e
     raise ContractError(f"{why}: expected {error.__name__}\n  got no error, but {_short(got)}")
+
+
+def expect_compiles(kernel: Any, *args: Any, num_warps: int = 4, num_stages: int = 3, **sizes: Any) -> None:
+    """Hold that a Triton kernel compiles for an H100 as `kernel[grid](*args, **sizes)` would; no GPU is needed.
+
+    Tensors may be given as torch dtypes. It takes a second, so its contract is marked `@last`; what the kernel takes
+    of registers and shared memory is shown beside the contract. The interpreter accepts what no GPU runs: `total = 0`
+    before a loop that adds floats, Python lists, a `tl.dot` of 4 x 4.
+    """
+    from .compiling import DoesNotCompile, compile_kernel
+
+    if not hasattr(kernel, "fn"):
+        raise ContractError(
+            "expected a Triton kernel\n  got a plain function: is `@triton.jit` missing above its `def`?"
+        )
+    try:
+        got = compile_kernel(kernel, *args, num_warps=num_warps, num_stages=num_stages, **sizes)
+    except DoesNotCompile as e:
+        where = f"\nin {e.name}: {e.text}"
+        if e.name == kernel.fn.__name__:
+            where = f"\nline {e.line + _first_line(kernel.fn) - 1} in {e.name}: {e.text}"
+        raise ContractError(
+            f"the interpreter runs it, but it does not compile for a GPU:\n{e.said}{where if e.line else ''}"
+        ) from None
+    spilled = f", {got.local_bytes} B a thread spilled" if got.local_bytes else ""
+    NOTES.append(f"{got.registers} registers a thread, {got.shared_bytes:,} B of shared memory a program{spilled}")
+
+
+def expect_launches_compile(call: Callable[[], Any]) -> None:
+    """Hold that the Triton kernels which `call()` launches in the interpreter compile for an H100, too; that it
+    launches one. On a GPU, where kernels are compiled anyway, it just calls. For a contract marked `@last`.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        call()
+        return
+    from triton.runtime.interpreter import InterpretedFunction
+
+    run, launched = InterpretedFunction.run, {}
+
+    def noted(self: Any, *args: Any, grid: Any, warmup: bool, **sizes: Any) -> Any:
+        kinds = [getattr(value, "dtype", type(value)) for value in args]
+        launched[f"{self.fn.__name__} {kinds} {sizes}"] = (self, args, sizes)
+        return run(self, *args, grid=grid, warmup=warmup, **sizes)
+
+    with patch.object(InterpretedFunction, "run", noted):
+        call()
+    expect(bool(launched), "expected a launch of a Triton kernel, `kernel[grid](...)`\n  got none")
+    for kernel, args, sizes in launched.values():
+        expect_compiles(kernel, *args, **sizes)
+
+
+def _first_line(fn: Callable) -> int:
+    lines, first = inspect.getsourcelines(fn)
+    return first + next(i for i, line in enumerate(lines) if line.lstrip().startswith("def "))
 
 
 def _differ(what: str, expected: Any, got: Any) -> str:
