@@ -76,6 +76,11 @@ def check(number: str, impl: Any) -> bool:
     return passed
 
 
+def is_loading() -> bool:
+    """Whether a notebook or a solutions file is being loaded, so that what it would print is of no interest."""
+    return _loading
+
+
 def report(number: str, outcomes: list[Outcome]) -> str:
     """The outcomes of one exercise as text: a verdict, then a line a contract, the first failure explained."""
     if any(o.status == "missing" for o in outcomes):
