@@ -127,7 +127,7 @@ def _shown(asked: Question, value: Any) -> str:
         return f"({value}) {asked.choices[_letters(asked).index(value)]}"
     if isinstance(value, str):
         return value
-    if isinstance(value, int) or (1000 <= abs(value) < 1e15) or value.is_integer() and abs(value) < 1e15:
+    if isinstance(value, int) or (1000 <= abs(value) < 1e15) or (value.is_integer() and abs(value) < 1e15):
         text = f"{value:,.0f}" if isinstance(value, float) else f"{value:,}"
     else:
         text = f"{value:.3g}"

@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 
+SHOWN = 120  # characters of a value in a message; of a longer one the part that differs
 NOTES: list[str] = []  # what a contract that holds has to tell besides; the checker empties it before each
 
 
@@ -90,14 +91,48 @@ def expect(condition: bool, message: str) -> None:
 
 
 def expect_equal(what: str, got: Any, expected: Any) -> None:
-    """Hold that `got` equals `expected` exactly; sequences are compared position by position."""
-    if isinstance(got, list | tuple) and isinstance(expected, list | tuple) and len(got) == len(expected):
-        for i, (g, e) in enumerate(zip(got, expected, strict=True)):
-            if not _same(g, e):
-                raise ContractError(_differ(what, expected, got) + f"\nfirst difference at position {i}")
+    """Hold that `got` equals `expected` exactly; sequences are compared position by position, and a failure shows the
+    first one that differs, however long they are.
+    """
+    both = isinstance(got, list | tuple) and isinstance(expected, list | tuple)  # either will do, but not within
+    if _same(list(got), list(expected)) if both else _same(got, expected):
         return
-    if not _same(got, expected):
+    if got is None and expected is not None:
+        raise ContractError(f"{_differ(what, expected, got)} (is a `return` missing?)")
+    at = _first_difference(got, expected)
+    if at is None:
         raise ContractError(_differ(what, expected, got))
+    where = f"\nfirst difference at position {at}"
+    if len(got) != len(expected):
+        where += f"; expected {len(expected)} in all, got {len(got)}"
+    raise ContractError(_differ(what, _around(expected, at), _around(got, at)) + where)
+
+
+def _first_difference(got: Any, expected: Any) -> int | None:
+    """The first position at which two sequences of one kind differ, or where one ends; None for what is no sequence."""
+    kinds = (list, tuple), str, bytes
+    if not any(isinstance(got, kind) and isinstance(expected, kind) for kind in kinds):
+        return None
+    pairs = enumerate(zip(got, expected, strict=False))
+    return next((i for i, (g, e) in pairs if not _same(g, e)), min(len(got), len(expected)))
+
+
+class _Cut(str):
+    """A text that is shown without quotes."""
+
+    __repr__ = str.__str__
+
+
+def _around(values: Any, at: int) -> Any:
+    """Of a long sequence the part around position `at`."""
+    if len(repr(values)) <= SHOWN:
+        return values
+    first, last = max(0, at - 3), at + 4
+    if isinstance(values, str | bytes):
+        first, last = max(0, at - 30), at + 31
+        return _Cut(f"{'…' * (first > 0)}{values[first:last]!r}{'…' * (last < len(values))}")
+    shown = ["…"] * (first > 0) + [_short(v, 60) for v in values[first:last]] + ["…"] * (last < len(values))
+    return _Cut(f"[{', '.join(shown)}]")
 
 
 def expect_close(what: str, got: Any, expected: Any, atol: float = 1e-6, rtol: float = 1e-5) -> None:
@@ -201,10 +236,12 @@ def _differ(what: str, expected: Any, got: Any) -> str:
 
 
 def _same(got: Any, expected: Any) -> bool:
+    if isinstance(got, list | tuple) and type(got) is type(expected):
+        return len(got) == len(expected) and all(_same(g, e) for g, e in zip(got, expected, strict=True))
     return np.shape(got) == np.shape(expected) and bool(np.asarray(got == expected).all())
 
 
-def _short(value: Any, limit: int = 200) -> str:
+def _short(value: Any, limit: int = 2 * SHOWN) -> str:
     text = repr(value)
     return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
 

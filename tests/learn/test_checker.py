@@ -410,6 +410,78 @@ def test_notebook_without_the_function(curriculum):
     assert "defines no `add`" in checking.check_chapter("1", curriculum / "mine.py")["1.1"][0].message
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ('import os\\n",\n    "os._exit(3)\\n', "ended the process"),
+        ('import ctypes\\n",\n    "ctypes.memset(1, 0, 9)\\n', "crashed (SIGSEGV)"),
+        ('while True:\\n",\n    "    try: sum(range(9))\\n",\n    "    except: pass\\n', "does a loop never end"),
+        ("sum(range(10**12))\\n", "does a loop never end"),
+    ],
+)
+def test_a_cell_that_ends_or_holds_up_the_process_is_named(curriculum, monkeypatch, change, says):
+    monkeypatch.setattr(checking, "TIME_LIMIT", 0.3)
+    monkeypatch.setattr(checking, "GRACE", 0.7)
+    notebook = curriculum / "exercises" / "01_small.ipynb"
+    text = notebook.read_text()
+    assert "def add(a, b):" in text
+    notebook.write_text(text.replace("def add(a, b):", change + '",\n    "def add(a, b):'))
+    message = checking.check_chapter("1")["1.1"][0].message
+    assert "01_small.ipynb defines no `add`" in message
+    assert says in message
+
+
+def test_a_python_file_that_ends_the_process_is_named(curriculum):
+    (curriculum / "mine.py").write_text("import os\nos._exit(0)\n")
+    with pytest.raises(ValueError, match=r"mine\.py: your code ended the process"):
+        checking.check_chapter("1", curriculum / "mine.py")
+
+
+def test_torchs_own_error_is_no_stub(capsys):
+    def add(a, b):
+        raise NotImplementedError("Could not run 'aten::add' on this backend")
+
+    assert not checking.check("1.1", add)
+    out = capsys.readouterr().out
+    assert "not written yet" not in out
+    assert "your code raised NotImplementedError: Could not run" in out
+
+
+def test_an_error_in_the_reference_is_not_blamed_on_the_learner(curriculum, capsys):
+    file = curriculum / "tests" / "exercises" / "test_01_small.py"
+    file.write_text(
+        file.read_text()
+        .replace("impl(2, 3), 5)", "impl(2, 3), json.loads(''))")
+        .replace("from", "import json\nfrom", 1)
+    )
+    assert not checking.check("1.1", lambda a, b: a + b)
+    out = capsys.readouterr().out
+    assert "an error within the check, raised by no line of yours" in out
+    assert "your code raised" not in out
+
+
+def test_a_kernel_without_its_decorator(curriculum, capsys):
+    file = curriculum / "tests" / "exercises" / "test_01_small.py"
+    file.write_text(file.read_text().replace("impl(2, 3)", "impl[(1,)](2, 3)"))
+    checking.check("1.1", lambda a, b: a + b)
+    assert "is `@triton.jit` missing" in capsys.readouterr().out
+
+
+def test_what_is_marked_last_waits_for_the_others(curriculum, capsys):
+    file = curriculum / "tests" / "exercises" / "test_01_small.py"
+    text = file.read_text().replace("import exercise", "import NOTES, last, exercise")
+    text = text.replace("    def test_sum", "    @last\n    def test_sum").replace(
+        "impl(2, 3), 5)", "impl(2, 3), 5); NOTES.append('5 of 5')"
+    )
+    file.write_text(text)
+    assert checking.check("1.1", lambda a, b: a + b)
+    assert capsys.readouterr().out.splitlines()[1:] == ["  ✓ lists are joined", "  ✓ the sum of two numbers: 5 of 5"]
+    assert not checking.check("1.1", lambda a, b: 5)
+    out = capsys.readouterr().out
+    assert "✗ 1.1: 0 of 2 contracts hold" in out
+    assert "  · the sum of two numbers (tried once the others hold)" in out
+
+
 class TestGenerator:
     def test_stub_and_link(self, curriculum):
         cells = json.loads((curriculum / "exercises" / "01_small.ipynb").read_text())["cells"]
@@ -477,6 +549,43 @@ class TestProgress:
         assert progress.load() == {}
         assert "damaged" in capsys.readouterr().out
         assert (curriculum / ".minillm" / "progress.damaged1.json").exists()
+
+    def test_a_second_damaged_record_does_not_overwrite_the_first(self, curriculum):
+        (curriculum / ".minillm").mkdir()
+        for text in ("one", "[]", '{"passed": 3}'):
+            (curriculum / ".minillm" / "progress.json").write_text(text)
+            assert progress.load() == {}
+        assert len(list((curriculum / ".minillm").glob("progress.damaged*.json"))) == 3
+
+    def test_where_nothing_can_be_written_a_line_says_so_once(self, curriculum, capsys, monkeypatch):
+        monkeypatch.setattr(progress, "_said", set())
+        (curriculum / ".minillm").write_text("in the way, as a folder that is read-only would be")
+        for _ in range(2):
+            assert checking.check("1.1", lambda a, b: a + b)
+        assert capsys.readouterr().out.count("not recorded") == 1
+        assert progress.load() == {}
+
+    def test_a_full_disk_leaves_nothing_behind(self, curriculum, capsys, monkeypatch):
+        monkeypatch.setattr(progress, "_said", set())
+        progress.remember("1.1", 2)
+        before = progress.load()
+
+        def full(self, *_, **__):
+            self.touch()
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("pathlib.Path.write_text", full)
+        progress.remember("1.2", 2)
+        assert "No space left" in capsys.readouterr().out
+        assert progress.load() == before
+        assert sorted(p.name for p in (curriculum / ".minillm").iterdir()) == ["lock", "progress.json"]
+
+    def test_several_at_once(self, curriculum):
+        code = "import sys; from minillm.learn import progress\n"
+        code += "for i in range(20): progress.remember(f'{sys.argv[1]}.{i}', 1)"
+        runs = [subprocess.Popen([sys.executable, "-c", code, str(n)], cwd=curriculum) for n in range(1, 4)]
+        assert [run.wait() for run in runs] == [0, 0, 0]
+        assert len(progress.load()) == 60
 
     def test_first_pass_stays(self):
         progress.remember("1.1", 2)
