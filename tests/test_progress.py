@@ -8,7 +8,9 @@ import pytest
 
 from minillm.progress import progress_bar
 
-CELL = "from minillm.progress import progress_bar\nwith progress_bar(3, 'generate', 'prompt') as bar:\n    bar.update(3)"
+CELL = (
+    "from minillm.progress import progress_bar\nwith progress_bar(3, 'generate', 'prompt') as bar:\n    bar.update(3)"
+)
 
 
 def test_bar(capsys):
