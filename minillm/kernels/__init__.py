@@ -8,7 +8,7 @@ from .flash_attention import flash_attention
 from .fused_linear import linear, norm_linear
 from .gumbel_argmax import gumbel_argmax, gumbel_noise
 from .matmul import interleave, matmul, matmul_swiglu
-from .paged_attention import paged_attention
+from .paged_attention import AttentionPlan, paged_attention
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import rope, rope_and_cache
 from .softmax import softmax
@@ -19,6 +19,7 @@ __all__ = [
     "HAS_TRITON",
     "INTERPRETED",
     "KERNELS",
+    "AttentionPlan",
     "Operation",
     "add_rms_norm",
     "append_tokens",
