@@ -3,14 +3,14 @@
 Forward only: where a gradient is wanted, the torch path runs. Importing this never fails for want of Triton or a GPU.
 """
 
-from .common import HAS_TRITON, INTERPRETED, KERNELS, Operation, dependent_launch, use
+from .common import HAS_TRITON, INTERPRETED, KERNELS, Operation, dependent_launch, trusted, use
 from .flash_attention import flash_attention
 from .fused_linear import linear, norm_linear
 from .gumbel_argmax import gumbel_argmax, gumbel_noise
 from .matmul import interleave, matmul, matmul_swiglu
 from .paged_attention import AttentionPlan, paged_attention
 from .rms_norm import add_rms_norm, rms_norm
-from .rope import rope, rope_and_cache
+from .rope import apply_rope, rope, rope_and_cache, rope_factors
 from .softmax import softmax
 from .step_inputs import append_tokens, step_inputs
 from .swiglu import swiglu
@@ -23,6 +23,7 @@ __all__ = [
     "Operation",
     "add_rms_norm",
     "append_tokens",
+    "apply_rope",
     "dependent_launch",
     "flash_attention",
     "gumbel_argmax",
@@ -36,8 +37,10 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_and_cache",
+    "rope_factors",
     "softmax",
     "step_inputs",
     "swiglu",
+    "trusted",
     "use",
 ]

@@ -92,33 +92,71 @@ class Call:
 
     def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float | None) -> Tensor:
         """q [B · T, H, D], the rows already taken -> [B · T, H, D]"""
-        k, v = k_cache[self.slots], v_cache[self.slots]  # [B · S, H_kv, D]
-        if k.dtype != q.dtype:
-            k, v = k.to(q.dtype), v.to(q.dtype)
-        q, k, v = (x.unflatten(0, (self.sequences, -1)).transpose(1, 2) for x in (q, k, v))  # [B, heads, T or S, D]
+        k, v = self._taken(k_cache, q.dtype), self._taken(v_cache, q.dtype)  # [B, H_kv, S, D]
+        one = len(q) == self.sequences  # T is 1, and its axis stands between heads and features by itself
+        q = q.unsqueeze(2) if one else q.unflatten(0, (self.sequences, -1)).transpose(1, 2)  # [B, H, T, D]
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=self.mask, is_causal=self.causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
-        return out.transpose(1, 2).flatten(0, 1)
+        return out.squeeze(2) if one else out.transpose(1, 2).flatten(0, 1)
+
+    def _taken(self, cache: Tensor, dtype: torch.dtype) -> Tensor:
+        if isinstance(self.slots, slice):  # as_strided: one operation where a slice and two axes would be three
+            heads, size = cache.shape[1:]
+            shape = (1, heads, self.slots.stop - self.slots.start, size)
+            offset = cache.storage_offset() + self.slots.start * heads * size
+            taken = cache.as_strided(shape, (0, size, heads * size, 1), offset)
+        else:
+            taken = cache[self.slots].unflatten(0, (self.sequences, -1)).transpose(1, 2)
+        return taken if taken.dtype == dtype else taken.to(dtype)
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """What one step has of a sequence: its row of the table, its queries' rows of q, and its length with them."""
+
+    table: int
+    first: int
+    last: int
+    length: int
+
+    @property
+    def count(self) -> int:
+        """How many queries."""
+        return self.last - self.first
+
+    def oldest(self, window: int) -> int:
+        """The first token that one of the queries sees."""
+        return max(0, self.length - self.count - window + 1) if window else 0
 
 
 class AttentionPlan:
     """Where a step's sequences have their queries, keys and values: found out once a step, used by every layer.
 
-    It holds for one step, since it reads the arguments (as for `paged_attention`) when it is made. Several sequences
-    with one query each share a call of torch's attention; one whose blocks follow one another is read in place.
+        plan = AttentionPlan(block_tables, context_lens, cu_seqlens_q, block_size)      # as for `paged_attention`
+        plan.write(k, v, k_cache, v_cache)              # a layer's new keys and values into their slots
+        out = plan.attend(q, k_cache, v_cache)          # what paged_attention gives, by torch
+
+    For the torch path alone, and for one step: it reads tables and lengths when it is made. A sequence whose blocks
+    follow one another is read in place; others, if they have one query each, share a call of torch's attention.
     """
 
     def __init__(self, block_tables: Tensor, context_lens: Tensor, cu_seqlens_q: Tensor, block_size: int) -> None:
         self.block_tables, self.block_size = block_tables, block_size
         bounds = cu_seqlens_q.tolist()
-        self.sequences = [
-            (i, first, last, length)
-            for i, (first, last, length) in enumerate(zip(bounds, bounds[1:], context_lens.tolist(), strict=False))
-            if last > first and length
-        ]
-        self.queries = sum(last - first for _, first, last, _ in self.sequences)
+        found = enumerate(zip(bounds, bounds[1:], context_lens.tolist(), strict=False))
+        sequences = (Sequence(i, first, last, length) for i, (first, last, length) in found)
+        self.sequences = [s for s in sequences if s.count and s.length]
+        self.queries = sum(s.count for s in self.sequences)
         self.calls: dict[tuple[int, torch.dtype], list[Call]] = {}
+        self.writes: list[tuple[slice | Tensor, slice | Tensor]] | None = None
+
+    def write(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+        """Put keys and values of the queries' tokens into their slots.  k, v [N, H_kv, D], caches [slots, H_kv, D]"""
+        if self.writes is None:
+            self.writes = self._writes()
+        for slots, rows in self.writes:
+            k_cache[slots], v_cache[slots] = k[rows], v[rows]
 
     def attend(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float | None = None, window: int = 0
@@ -127,31 +165,38 @@ class AttentionPlan:
         calls = self.calls.get((window, q.dtype))
         if calls is None:
             calls = self.calls[window, q.dtype] = self._calls(window, q.dtype)
-        if len(calls) == 1 and self.queries == len(q) and isinstance(calls[0].rows, slice):
+        if len(calls) == 1 and self.queries == len(q):
             return calls[0](q, k_cache, v_cache, scale)
         out = q.new_zeros(q.shape)
         for call in calls:
             out[call.rows] = call(q[call.rows], k_cache, v_cache, scale)
         return out
 
+    def _writes(self) -> list[tuple[slice | Tensor, slice | Tensor]]:
+        """(slots, rows of k) of all new tokens: two slices for one sequence, else all by index."""
+        device = self.block_tables.device
+        slots = [self._slots(s, s.length - s.count) for s in self.sequences]
+        rows = [slice(s.first, s.last) for s in self.sequences]
+        if len(self.sequences) < 2:
+            return list(zip(slots, rows, strict=True))
+        return [(torch.cat([_indices(x, device) for x in slots]), torch.cat([_indices(x, device) for x in rows]))]
+
     def _calls(self, window: int, dtype: torch.dtype) -> list[Call]:
         """Sequences with one query together, longer ones each alone."""
-        single = [s for s in self.sequences if s[2] - s[1] == 1]
-        several = [[s] for s in self.sequences if s[2] - s[1] > 1]
-        return [self._call(group, window, dtype) for group in ([single] if single else []) + several]
+        together = [s for s in self.sequences if s.count == 1]
+        alone = [[s] for s in self.sequences if s.count > 1]
+        return [self._call(group, window, dtype) for group in ([together] if together else []) + alone]
 
-    def _call(self, group: list[tuple[int, int, int, int]], window: int, dtype: torch.dtype) -> Call:
-        device, count = self.block_tables.device, group[0][2] - group[0][1]
-        oldest = [max(0, length - count - window + 1) if window else 0 for *_, length in group]
-        keys = [length - first for first, (*_, length) in zip(oldest, group, strict=True)]
-        slots = [self._slots(i, first, length) for first, (i, _, _, length) in zip(oldest, group, strict=True)]
-        rows: slice | Tensor = slice(group[0][1], group[-1][2])
-        if group[-1][2] - group[0][1] != count * len(group):
-            rows = torch.tensor([first for _, first, _, _ in group], device=device)
-        if len(group) == 1 and count == 1:
-            return Call(rows, slots[0], 1, None, False)
-        if len(group) == 1 and count == keys[0] and (not window or count <= window):
-            return Call(rows, slots[0], 1, None, True)
+    def _call(self, group: list[Sequence], window: int, dtype: torch.dtype) -> Call:
+        device, count, first, last = self.block_tables.device, group[0].count, group[0].first, group[-1].last
+        rows: slice | Tensor = slice(first, last)
+        if last - first != count * len(group):
+            rows = torch.tensor([s.first for s in group], device=device)
+        slots = [self._slots(s, s.oldest(window)) for s in group]
+        keys = [s.length - s.oldest(window) for s in group]
+        causal = count == keys[0] and (not window or count <= window)  # torch's own mask fits
+        if len(group) == 1 and (count == 1 or causal):
+            return Call(rows, slots[0], 1, None, count > 1)
         key = torch.arange(max(keys), device=device)
         position = torch.tensor(keys, device=device)[:, None] - count + torch.arange(count, device=device)  # [B, T]
         hidden = key > position[..., None]  # [B, T, S]
@@ -161,13 +206,13 @@ class AttentionPlan:
         if len(group) == 1:
             return Call(rows, slots[0], 1, mask, False)
         # Past a sequence's end its own last key stands in: weight 0 would not help against another's NaN.
-        padded = torch.stack([_indices(s, device)[key.clamp(max=n - 1)] for s, n in zip(slots, keys, strict=True)])
+        padded = torch.stack([_indices(x, device)[key.clamp(max=n - 1)] for x, n in zip(slots, keys, strict=True)])
         return Call(rows, padded.flatten(), len(group), mask, False)
 
-    def _slots(self, sequence: int, first: int, last: int) -> slice | Tensor:
-        """The slots of a sequence's tokens first ... last - 1; a slice if its blocks follow one another."""
-        size, begin = self.block_size, first // self.block_size
-        table = self.block_tables[sequence, begin : ceil_div(last, size)]
+    def _slots(self, sequence: Sequence, first: int) -> slice | Tensor:
+        """The slots of a sequence's tokens from `first` on; a slice if their blocks follow one another."""
+        size, begin, last = self.block_size, first // self.block_size, sequence.length
+        table = self.block_tables[sequence.table, begin : ceil_div(last, size)]
         blocks = table.tolist()
         if blocks == list(range(blocks[0], blocks[0] + len(blocks))):
             offset = (blocks[0] - begin) * size
