@@ -43,6 +43,7 @@ __all__ = ["AttentionPlan", "paged_attention"]
 MAX_HEAD_SIZE = 256
 
 
+ALONE = 256  # tokens from which on a sequence that lies in a row is attended to by itself: less copied, one call more
 CACHE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -101,13 +102,10 @@ class Call:
         return out.squeeze(2) if one else out.transpose(1, 2).flatten(0, 1)
 
     def _taken(self, cache: Tensor, dtype: torch.dtype) -> Tensor:
-        if isinstance(self.slots, slice):  # as_strided: one operation where a slice and two axes would be three
-            heads, size = cache.shape[1:]
-            shape = (1, heads, self.slots.stop - self.slots.start, size)
-            offset = cache.storage_offset() + self.slots.start * heads * size
-            taken = cache.as_strided(shape, (0, size, heads * size, 1), offset)
-        else:
-            taken = cache[self.slots].unflatten(0, (self.sequences, -1)).transpose(1, 2)
+        if isinstance(self.slots, slice):
+            taken = cache[self.slots].transpose(0, 1).unsqueeze(0)
+        else:  # index_select: six times as fast as cache[slots] on a CPU
+            taken = cache.index_select(0, self.slots).unflatten(0, (self.sequences, -1)).transpose(1, 2)
         return taken if taken.dtype == dtype else taken.to(dtype)
 
 
@@ -156,7 +154,9 @@ class AttentionPlan:
         if self.writes is None:
             self.writes = self._writes()
         for slots, rows in self.writes:
-            k_cache[slots], v_cache[slots] = k[rows], v[rows]
+            if len(self.writes) > 1 or self.queries != len(k):  # for one sequence alone two slices less
+                k, v = k[rows], v[rows]
+            k_cache[slots], v_cache[slots] = k, v
 
     def attend(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float | None = None, window: int = 0
@@ -182,18 +182,20 @@ class AttentionPlan:
         return [(torch.cat([_indices(x, device) for x in slots]), torch.cat([_indices(x, device) for x in rows]))]
 
     def _calls(self, window: int, dtype: torch.dtype) -> list[Call]:
-        """Sequences with one query together, longer ones each alone."""
-        together = [s for s in self.sequences if s.count == 1]
-        alone = [[s] for s in self.sequences if s.count > 1]
-        return [self._call(group, window, dtype) for group in ([together] if together else []) + alone]
+        """Sequences with one query together; longer ones, and long contexts that are read in place, each alone."""
+        found = [(s, self._slots(s, s.oldest(window))) for s in self.sequences]
+        alone = [s.count > 1 or (isinstance(slots, slice) and s.length >= ALONE) for s, slots in found]
+        together = [x for x, apart in zip(found, alone, strict=True) if not apart]
+        groups = ([together] if together else []) + [[x] for x, apart in zip(found, alone, strict=True) if apart]
+        return [self._call(group, window, dtype) for group in groups]
 
-    def _call(self, group: list[Sequence], window: int, dtype: torch.dtype) -> Call:
-        device, count, first, last = self.block_tables.device, group[0].count, group[0].first, group[-1].last
+    def _call(self, group: list[tuple[Sequence, slice | Tensor]], window: int, dtype: torch.dtype) -> Call:
+        device, members, slots = self.block_tables.device, [s for s, _ in group], [x for _, x in group]
+        count, first, last = members[0].count, members[0].first, members[-1].last
         rows: slice | Tensor = slice(first, last)
         if last - first != count * len(group):
-            rows = torch.tensor([s.first for s in group], device=device)
-        slots = [self._slots(s, s.oldest(window)) for s in group]
-        keys = [s.length - s.oldest(window) for s in group]
+            rows = torch.tensor([s.first for s in members], device=device)
+        keys = [s.length - s.oldest(window) for s in members]
         causal = count == keys[0] and (not window or count <= window)  # torch's own mask fits
         if len(group) == 1 and (count == 1 or causal):
             return Call(rows, slots[0], 1, None, count > 1)

@@ -42,8 +42,18 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     if cos.shape[-1] != x.shape[-1]:
         cos, sin = rope_factors(cos, sin, x.dtype)
-    partner = x.roll(x.shape[-1] // 2, -1)  # the halves swapped
-    return (x * cos).add_(partner.mul_(sin))
+    return (x * cos).add_(_partners(x).mul_(sin))
+
+
+def _partners(x: Tensor) -> Tensor:
+    """A copy with the halves of each head swapped."""
+    return x.roll(x.shape[-1] // 2, -1)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """`apply_rope` in place."""
+    partners = _partners(x)
+    x.mul_(cos).add_(partners.mul_(sin))
 
 
 def reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -53,10 +63,10 @@ def reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def torch_path(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """By torch, written back."""
-    factors = rope_factors(cos, sin, q.dtype)
+    """By torch, in place."""
+    cos, sin = rope_factors(cos, sin, q.dtype)
     for x in (q, k):
-        x.copy_(apply_rope(x, *factors))
+        _turn(x, cos, sin)
 
 
 def cache_reference(
@@ -77,16 +87,17 @@ def cache_torch_path(
     q_weight: Tensor | None = None, k_weight: Tensor | None = None, eps: float = 1e-6,
 ) -> None:  # fmt: skip
     """As `torch_path`, q and k normed if there are weights; then rows copied to their slots."""
-    factors, turned = rope_factors(cos, sin, q.dtype), q
+    factors = rope_factors(cos, sin, q.dtype)
     if q_weight is not None and k_weight is not None:
-        turned, k = norm_torch_path(q, q_weight, eps), norm_torch_path(k, k_weight, eps)
-    q.copy_(apply_rope(turned, *factors))
+        q.copy_(norm_torch_path(q, q_weight, eps))
+        k = norm_torch_path(k, k_weight, eps)
+    _turn(q, *factors)
     _store(apply_rope(k, *factors), v, k_cache, v_cache, slots)
 
 
 def _store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    used = slots >= 0
-    if not used.all():
+    if len(slots) and slots.min() < 0:
+        used = slots >= 0
         slots, k, v = slots[used], k[used], v[used]
     k_cache[slots], v_cache[slots] = k.to(k_cache.dtype), v.to(v_cache.dtype)
 

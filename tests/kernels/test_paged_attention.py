@@ -6,11 +6,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minillm.kernels import KERNELS, flash_attention, paged_attention, use
+from minillm.kernels import KERNELS, AttentionPlan, flash_attention, paged_attention, use
 
 from .conftest import GPU, TOLERANCE, error
 
 EXAMPLES = settings(max_examples=80 if GPU else 12)
+CPU = torch.device("cpu")
 HEADS = [(4, 4), (9, 3), (8, 1), (6, 2)]
 
 
@@ -143,6 +144,47 @@ def test_split_context(device, dtype, contexts):
         got = paged_attention(*args)
     assert error(got, KERNELS["paged_attention"].reference(*args)) < TOLERANCE[dtype]
     assert not got[[c == 0 for c in contexts]].any()
+
+
+@pytest.mark.parametrize("in_a_row", [True, False])
+def test_a_plan_serves_all_layers(dtype, in_a_row):
+    """One plan, several caches, windows and scales: what is written is read, by long contexts and short ones."""
+    counts, contexts = [1, 5, 1, 0, 1], [300, 290, 20, 9, 40]
+    for window in (0, 30):
+        args = batch(CPU, dtype, counts, contexts, 4, 2, 16, 8, padding=2, window=window, in_a_row=in_a_row)
+        q, k_cache, v_cache, tables, lengths, bounds, _, block_size, *_ = args
+        plan = AttentionPlan(tables, lengths, bounds, block_size)
+        for layer in range(2):
+            k, v = torch.randn(2, len(q), 2, 16).to(dtype)
+            caches = k_cache.clone(), v_cache.clone()
+            for new, cache in zip((k, v), caches, strict=True):
+                for row, first, count, context in zip(tables, bounds.tolist(), counts, contexts, strict=False):
+                    for i in range(count):
+                        at = context - count + i
+                        cache[int(row[at // block_size]) * block_size + at % block_size] = new[first + i]
+            plan.write(k, v, k_cache, v_cache)
+            for got, expected in zip((k_cache, v_cache), caches, strict=True):
+                assert torch.equal(got.nan_to_num(), expected.nan_to_num())
+            scale = 0.1 * (1 + layer)
+            got = plan.attend(q, k_cache, v_cache, scale, window)
+            assert (
+                error(got, KERNELS["paged_attention"].reference(q, *caches, *args[3:8], scale, window))
+                < (TOLERANCE[dtype])
+            )
+
+
+def test_one_stream_is_read_in_place(monkeypatch):
+    """Blocks that follow one another are not copied, whatever the sequence's length."""
+    args = batch(CPU, torch.float32, [1], [300], 4, 2, 16, 8, in_a_row=True)
+    plan = AttentionPlan(*args[3:6], args[7])
+    seen = []
+    inner = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **more: seen.append((k, v)) or inner(
+        q, k, v, **more
+    ))  # fmt: skip
+    plan.attend(*args[:3])
+    for part, cache in zip(seen[0], args[1:3], strict=True):
+        assert part.untyped_storage().data_ptr() == cache.untyped_storage().data_ptr()
 
 
 def test_whole_prompts_equal_flash_attention(device, dtype):
