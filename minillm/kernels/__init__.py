@@ -3,15 +3,15 @@
 Forward only: where a gradient is wanted, the torch path runs. Importing this never fails for want of Triton or a GPU.
 """
 
-from .common import HAS_TRITON, INTERPRETED, KERNELS, Operation, dependent_launch, use
+from .common import HAS_TRITON, INTERPRETED, KERNELS, Operation, dependent_launch, trusted, use
 from .draw_tokens import count_tokens, draw_tokens, set_counts
 from .flash_attention import flash_attention
 from .fused_linear import linear, norm_linear
 from .gumbel_argmax import GREEDY_BELOW, gumbel_argmax, gumbel_noise
 from .matmul import interleave, matmul, matmul_swiglu
-from .paged_attention import paged_attention
+from .paged_attention import AttentionPlan, paged_attention
 from .rms_norm import add_rms_norm, rms_norm
-from .rope import rope, rope_and_cache
+from .rope import apply_rope, rope, rope_and_cache, rope_factors
 from .softmax import softmax
 from .step_inputs import append_tokens, step_inputs
 from .swiglu import swiglu
@@ -21,10 +21,12 @@ __all__ = [
     "HAS_TRITON",
     "INTERPRETED",
     "KERNELS",
+    "AttentionPlan",
     "Operation",
     "add_rms_norm",
     "append_tokens",
     "count_tokens",
+    "apply_rope",
     "dependent_launch",
     "draw_tokens",
     "flash_attention",
@@ -40,8 +42,10 @@ __all__ = [
     "rope",
     "rope_and_cache",
     "set_counts",
+    "rope_factors",
     "softmax",
     "step_inputs",
     "swiglu",
+    "trusted",
     "use",
 ]

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from minillm.kernels import (
     KERNELS,
     add_rms_norm,
     append_tokens,
+    apply_rope,
     common,
     dependent_launch,
     flash_attention,
@@ -21,9 +23,11 @@ from minillm.kernels import (
     rms_norm,
     rope,
     rope_and_cache,
+    rope_factors,
     softmax,
     step_inputs,
     swiglu,
+    trusted,
     use,
 )
 
@@ -92,6 +96,43 @@ def test_float64_takes_torch():
     x, w = torch.randn(3, 8, dtype=torch.float64), torch.ones(8, dtype=torch.float64)
     with use("triton"):
         assert KERNELS["rms_norm"].path(x, w, 1e-5) == "torch"
+
+
+def test_a_trusted_block_checks_nothing(monkeypatch):
+    """Only within the block, only in its thread; `use`, the environment and gradients still choose the path."""
+    wrong = torch.ones(31)
+    with trusted():
+        with pytest.raises(RuntimeError):
+            rms_norm(X, wrong, 1e-5)  # torch's own error: ours would name the argument
+        with trusted():
+            pass
+        assert torch.equal(rms_norm(X, torch.ones(32), 1e-5), F.rms_norm(X, (32,), torch.ones(32), 1e-5))
+        with ThreadPoolExecutor(1) as other, pytest.raises(ValueError, match="weight: expected shape"):
+            other.submit(rms_norm, X, wrong, 1e-5).result()
+        assert seen_paths(monkeypatch) == ["torch"]
+        with use("reference"):
+            assert seen_paths(monkeypatch) == ["reference"]
+    monkeypatch.setenv("MINILLM_KERNELS", "reference")
+    with trusted():
+        assert seen_paths(monkeypatch) == ["reference"]
+    monkeypatch.setenv("MINILLM_KERNELS", "cuda")
+    with pytest.raises(ValueError, match="MINILLM_KERNELS"), trusted():
+        pass
+    with pytest.raises(ValueError, match="weight: expected shape"):
+        rms_norm(X, wrong, 1e-5)
+
+
+def seen_paths(monkeypatch) -> list[str]:
+    """Which paths a call of swiglu takes."""
+    paths, seen = ("torch", "triton", "reference"), []
+    op = KERNELS["swiglu"]
+    with monkeypatch.context() as patch:
+        for path in paths:
+            real = getattr(op, path)
+            replaced = lambda x, path=path, real=real: seen.append(path) or real(x)  # noqa: E731
+            patch.setitem(op.__dict__, path, replaced)
+        swiglu(X)
+    return seen
 
 
 def test_use_refuses_what_it_does_not_know():
@@ -339,6 +380,29 @@ def test_poisoned_outputs_are_all_written(monkeypatch):
         out = KERNELS[name](*args)
         for result in args[:2] if out is None else out if isinstance(out, tuple) else (out,):
             assert result.isfinite().all(), name
+
+
+def test_rope_by_factors_made_once(dtype):
+    """As Hugging Face writes it, bit for bit; the same from cos and sin, and from their factors."""
+    x, angles = torch.randn(2, 5, 3, 16).to(dtype), torch.randn(5, 8) * 9
+    cos, sin = (torch.cat((t, t), -1).to(dtype)[:, None] for t in (angles.cos(), angles.sin()))
+    expected = x * cos + torch.cat((-x[..., 8:], x[..., :8]), -1) * sin
+    before = x.clone()
+    assert torch.equal(apply_rope(x, angles.cos(), angles.sin()), expected)
+    factors = rope_factors(angles.cos(), angles.sin(), dtype)
+    assert [f.shape for f in factors] == [(5, 1, 16)] * 2
+    assert torch.equal(apply_rope(x, *factors), expected)
+    assert torch.equal(x, before)
+    inputs = [t.double().requires_grad_() for t in (x, angles.cos(), angles.sin())]
+    assert torch.autograd.gradcheck(apply_rope, inputs)
+
+
+@pytest.mark.parametrize("shape", [(1, 576), (5, 64), (3, 2, 17), (1, 2048)])
+def test_rms_norm_is_hugging_faces_bit_for_bit(dtype, shape):
+    x, weight = (3 * torch.randn(shape)).to(dtype), torch.randn(shape[-1]).to(dtype)
+    scaled = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-5)
+    with use("torch"):
+        assert torch.equal(rms_norm(x, weight, 1e-5), weight * scaled.to(dtype))
 
 
 def test_torch_softmax_and_silu_agree_where_nothing_is_special():
