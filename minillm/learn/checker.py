@@ -206,7 +206,8 @@ def _crash(contract: str, error: Exception, check_file: Path) -> Outcome:
     frames = traceback.extract_tb(error.__traceback__)
     inside = [f for i, f in enumerate(frames) if any(Path(p.filename) == check_file for p in frames[:i])]
     own = [f for f in inside if Path(f.filename) != check_file and _is_own(f.filename)]
-    said = f"{type(error).__name__}: {error}"
+    interpreter = type(error).__name__ == "InterpreterError"  # Triton's, around the text of the error itself
+    said = str(error) if interpreter else f"{type(error).__name__}: {error}"
     if own:
         given = _arguments(error, own[0])
         line = f"line {own[-1].lineno} in {own[-1].name}: {own[-1].line}"
