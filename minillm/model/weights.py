@@ -165,7 +165,7 @@ def _tied(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
     if a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b):
         return config
     warnings.warn(
-        f"{checkpoint.directory}: tie_word_embeddings is true, but {HEAD} is not {EMBEDDING}; both are used",
+        f"{checkpoint.directory}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}; both are used",
         stacklevel=3,
     )
     return dataclasses.replace(config, tie_word_embeddings=False)
