@@ -2,7 +2,7 @@
 
     python benchmarks/load_memory.py            # SmolLM2 in fp32 on the CPU, each way in a process of its own
 
-Ways: as it is stored; with queries, keys and values side by side in the file, so that they are one matrix without a copy;
+Ways: as it is stored; with queries, keys and values side by side in the file, one matrix without a copy;
 and with every weight copied out of the file. Linux only: it reads /proc.
 """
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import tempfile
 from pathlib import Path
 
@@ -160,6 +161,31 @@ def test_resolves_as_transformers_does(kind, fields):
         biases = getattr(theirs, "attention_bias", False) and theirs.model_type != "qwen2"
         assert (ours.qkv_bias, ours.o_bias) == (biases or theirs.model_type == "qwen2", biases)
         assert ours.mlp_bias == getattr(theirs, "mlp_bias", False)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 300) | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["rope_type", "factor"]), inner),
+    max_leaves=4,
+)
+
+
+@given(
+    st.sampled_from(["llama", "mistral", "qwen2", "qwen3"]),
+    st.dictionaries(st.sampled_from([*FIELDS, *SMALL, "hidden_act", "model_type", "quantization_config"]), JSON),
+    st.sets(st.sampled_from([*SMALL])),
+)
+def test_whatever_stands_there(kind, fields, missing):
+    """A config, or an error that names a field."""
+    content = {"model_type": kind, **SMALL, **fields}
+    content = {name: value for name, value in content.items() if name not in missing}
+    says, config = "", None
+    try:
+        config = ModelConfig.from_dict(content)
+    except ValueError as error:
+        says = str(error)
+    assert config is None or ModelConfig.from_dict(config.to_dict()) == config
+    assert config is not None or re.match(r"[a-z_]+: ", says), says
 
 
 def test_combinations_that_transformers_does_not_know():
