@@ -5,7 +5,6 @@ python benchmarks/chapter_02.py positions heads  these parts again; the rest of 
 """
 
 import dataclasses
-import functools
 import json
 import statistics
 import sys
@@ -22,8 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minillm.config import ModelConfig
 from minillm.data import reference_text
-from minillm.kernels import swiglu
-from minillm.model.layers import Attention, Linear, NoCache, RMSNorm, rope_tables
+from minillm.model.layers import Attention, NoCache, NoCacheLayer, RMSNorm, rope_tables
 from minillm.model.transformer import Transformer
 from minillm.model.weights import load, model_path
 
@@ -110,24 +108,16 @@ def ceilings() -> dict:
     return {"matmul FLOP/s": flops, "read bytes/s": read, "copy bytes/s": copy}
 
 
-class Timer(NoCache):
+class Timer:
     """A cache that is none: it times attention, and by hooks the other parts."""
 
     def __init__(self, model: Transformer) -> None:
-        super().__init__()
         self.seconds: Counter[str] = Counter()
-        names = {
-            "qkv_proj": "projections",
-            "o_proj": "projections",
-            "gate_up_proj": "mlp",
-            "down_proj": "mlp",
-            "lm_head": "head",
-            "embed_tokens": "other",
-        }
+        self.layers = [TimedLayer(self)] * model.config.num_hidden_layers
+        names = {"qkv_proj": "projections", "o_proj": "projections", "mlp": "mlp", "lm_head": "head",
+                 "embed_tokens": "other"}  # fmt: skip
         for name, module in model.named_modules():
             part = "norms" if isinstance(module, RMSNorm) else names.get(name.rsplit(".", 1)[-1])
-            if isinstance(module, Linear):
-                module.after = functools.partial(self.after, module)
             if part:
                 module.register_forward_pre_hook(lambda module, args: setattr(module, "started", time.perf_counter()))
                 module.register_forward_hook(lambda module, args, out, part=part: self.add(part, module.started))
@@ -135,25 +125,18 @@ class Timer(NoCache):
     def add(self, part: str, started: float) -> None:
         self.seconds[part] += time.perf_counter() - started
 
-    def after(
-        self, linear: Linear, norm: RMSNorm, branch: Tensor, stream: Tensor | None, use_swiglu: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """`Linear.after` in its parts, each timed."""
-        started = time.perf_counter()
-        normed, stream = norm.add(branch, stream)
-        if stream is not branch:  # else the norm's own hook has timed it
-            self.add("norms", started)
-        y = linear(normed)
-        started = time.perf_counter()
-        if use_swiglu:
-            y = swiglu(y)
-            self.add("mlp", started)
-        return y, stream
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: object) -> Tensor:
+class TimedLayer(NoCacheLayer):
+    """One layer of a `Timer`, and all others."""
+
+    def __init__(self, timer: Timer) -> None:
+        super().__init__()
+        self.timer = timer
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, batch: object) -> Tensor:
         started = time.perf_counter()
-        out = super().attend(layer, q, k, v, batch)
-        self.add("attention", started)
+        out = super().attend(q, k, v, batch)
+        self.timer.add("attention", started)
         return out
 
 
@@ -239,7 +222,7 @@ class Tiny(nn.Module):
         )
         self.embed = nn.Embedding(SYMBOLS, hidden)
         self.norms = nn.ModuleList(RMSNorm(hidden, 1e-5) for _ in range(layers + 1))
-        self.layers = nn.ModuleList(Attention(self.config, i) for i in range(layers))
+        self.layers = nn.ModuleList(Attention(self.config) for _ in range(layers))
         self.head = nn.Linear(hidden, SYMBOLS, bias=False)
         cos, sin = rope_tables(self.config)
         self.rope = (
@@ -254,8 +237,9 @@ class Tiny(nn.Module):
         if self.table is not None:
             stream = stream + self.table[: x.shape[1]]
         rope = tuple(table[: x.shape[1]] for table in self.rope)
-        for norm, layer in zip(self.norms, self.layers, strict=False):
-            stream = stream + layer(norm, stream, None, rope, cache or NoCache(), None)[0]
+        caches = (cache or NoCache()).layers
+        for i, (norm, layer) in enumerate(zip(self.norms, self.layers, strict=False)):
+            stream = stream + layer(norm(stream), rope, caches[i])
         return self.head(self.norms[-1](stream))
 
 
@@ -369,21 +353,31 @@ def beyond(model: Transformer, tokens: int = 12_288, bin_size: int = 1024) -> di
 # ---- heads ---------------------------------------------------------------------------------------------------------
 
 
-class Watch(NoCache):
-    """Keeps every layer's attention weights and value lengths; silences the heads in `silent`."""
+class Watch:
+    """Keeps every layer's attention weights and value lengths; silences the heads in `silent`, (layer, head) each."""
 
-    def __init__(self, silent: tuple = (), keep: bool = True) -> None:
+    def __init__(self, layers: int, silent: tuple = (), keep: bool = True) -> None:
         self.silent, self.keep, self.weights, self.values = set(silent), keep, {}, {}
+        self.layers = [WatchedLayer(self, i) for i in range(layers)]
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: object) -> Tensor:
-        if self.keep:
+
+class WatchedLayer(NoCacheLayer):
+    """One layer of a `Watch`."""
+
+    def __init__(self, watch: Watch, layer: int) -> None:
+        super().__init__()
+        self.watch, self.layer = watch, layer
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, batch: object) -> Tensor:
+        if self.watch.keep:
             groups = q.shape[2] // k.shape[2]
             scores = torch.einsum("bthd,bshd->bhts", q, k.repeat_interleave(groups, dim=2)) / q.shape[-1] ** 0.5
             future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-            self.weights[layer] = scores.masked_fill(future, float("-inf")).softmax(-1)  # [B, H, T, T]
-            self.values[layer] = v.norm(dim=-1).repeat_interleave(groups, dim=2)  # [B, T, H]
-        out = super().attend(layer, q, k, v, batch)
-        for head in [h for at, h in self.silent if at == layer]:
+            weights = scores.masked_fill(future, float("-inf")).softmax(-1)  # [B, H, T, T]
+            self.watch.weights[self.layer] = weights
+            self.watch.values[self.layer] = v.norm(dim=-1).repeat_interleave(groups, dim=2)  # [B, T, H]
+        out = super().attend(q, k, v, batch)
+        for head in [head for layer, head in self.watch.silent if layer == self.layer]:
             out[:, :, head] = 0
         return out
 
@@ -398,14 +392,16 @@ def repeated(model: Transformer, sequences: int, half: int) -> Tensor:
 def copy_loss(model: Transformer, x: Tensor, silent: tuple = ()) -> tuple[float, float]:
     """Mean loss on the first and on the second half of repeated sequences."""
     half = x.shape[1] // 2
-    logits = model.logits(model(x, cache=Watch(silent, keep=False))[:, :-1])  # [B, 2 · half - 1, vocab]
+    logits = model.logits(
+        model(x, cache=Watch(len(model.layers), silent, keep=False))[:, :-1]
+    )  # [B, 2 · half - 1, vocab]
     losses = F.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten(), reduction="none").view(len(x), -1)
     return float(losses[:, : half - 1].mean()), float(losses[:, half:].mean())
 
 
 def scores(model: Transformer, x: Tensor, silent: tuple = ()) -> tuple[dict[str, Tensor], Watch]:
     """How much each head does of three things, [layers, H] each, on repeated sequences."""
-    watch, half, total = Watch(silent), x.shape[1] // 2, x.shape[1]
+    watch, half, total = Watch(len(model.layers), silent), x.shape[1] // 2, x.shape[1]
     model(x, cache=watch)
     weights = torch.stack([watch.weights[i].mean(0) for i in range(model.config.num_hidden_layers)])  # [L, H, T, T]
     late, each = torch.arange(half, total), torch.arange(1, total)
@@ -461,7 +457,7 @@ def value_lengths(watch: Watch, head: tuple[int, int]) -> list[float]:
 
 def sentence(model: Transformer, best: dict) -> dict:
     """The maps of the best head of each kind on a real sentence, and what the model says comes next."""
-    encode, watch = tokenizer(), Watch()
+    encode, watch = tokenizer(), Watch(len(model.layers))
     ids = encode.encode(PROMPTS[2]).ids
     logits = model.logits(model(torch.tensor([ids]), cache=watch)[:, -1])[0]
     probability, token = logits.softmax(-1).max(-1)
@@ -483,8 +479,7 @@ def stream(model: Transformer) -> dict:
     x = torch.tensor([encode.encode(PROMPTS[0]).ids])
     states, rope = [model.embed_tokens(x)], (model.rope_cos[: x.shape[1]], model.rope_sin[: x.shape[1]])
     for layer in model.layers:
-        branch, before = layer(states[-1], None, rope, NoCache(), None)
-        states.append(before + branch)
+        states.append(layer(states[-1], rope, NoCacheLayer()))
     best = [model.logits(model.norm(state[0, -1])).softmax(-1).max(-1) for state in states]
     return {
         "prompt": PROMPTS[0],

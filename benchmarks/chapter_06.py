@@ -32,7 +32,7 @@ from minillm.config import LLAMA_3_8B, ModelConfig
 from minillm.data import reference_text
 from minillm.generate import cached, cached_batch, naive, occupancy
 from minillm.model import Transformer
-from minillm.model.layers import NoCache, attention
+from minillm.model.layers import NoCache, NoCacheLayer, attention
 from minillm.model.tokenizer import Tokenizer
 from minillm.model.weights import load, model_path
 from minillm.sampling import SamplingParams
@@ -228,14 +228,14 @@ def exact_part(length: int = 256) -> dict:
 # ---- on the CPU: windows -------------------------------------------------------------------------------------------
 
 
-class Sinks(NoCache):
-    """Causal attention to the first `sinks` tokens and the last `window` - `sinks`."""
+class Sinks(NoCacheLayer):
+    """Causal attention to the first `sinks` tokens and the last `window` - `sinks`; a cache of such layers."""
 
-    def __init__(self, window: int, sinks: int) -> None:
+    def __init__(self, window: int, sinks: int, layers: int) -> None:
         super().__init__(window)
-        self.sinks = sinks
+        self.sinks, self.layers = sinks, [self] * layers
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: object) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, batch: object) -> Tensor:
         causal = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).tril()
         keep = causal.triu(1 - self.window + self.sinks)
         keep[:, : self.sinks] = True
@@ -247,7 +247,11 @@ def windows_part(length: int = 1024, window: int = 256, texts: int = 6, bin_size
     """Loss by position of SmolLM2, which was trained without a window; and a decode step's time with one."""
     model, tokenizer = load(MODEL, "cpu", "float32"), Tokenizer.from_pretrained(model_path(MODEL))
     long = [ids for text in reference_text().values() if len(ids := tokenizer.encode(text)[: length + 1]) > length]
-    ways = {"all tokens": NoCache(), "window": NoCache(window), "window with 4 sinks": Sinks(window, 4)}
+    ways = {
+        "all tokens": NoCache(),
+        "window": NoCache(window),
+        "window with 4 sinks": Sinks(window, 4, len(model.layers)),
+    }
     losses = {name: torch.zeros(length) for name in ways}
     for ids in long[:texts]:
         ids = torch.tensor(ids)

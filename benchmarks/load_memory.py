@@ -1,8 +1,8 @@
-"""What loading a model takes: peak memory, what of it is mapped from the file, seconds; and what a mapped weight costs later.
+"""What loading a model takes: peak memory, what of it is mapped from the file, seconds; and a decoding step afterwards.
 
     python benchmarks/load_memory.py            # SmolLM2 in fp32 on the CPU, each way in a process of its own
 
-Ways: as it is stored; with queries, keys and values side by side in the file, so that they need no copy to be one matrix;
+Ways: as it is stored; with queries, keys and values side by side in the file, one matrix without a copy;
 and with every weight copied out of the file. Linux only: it reads /proc.
 """
 
@@ -67,7 +67,7 @@ def one(path: str, copy: bool, dtype: str) -> dict[str, float]:
 
 
 def reordered(source: Path, target: Path) -> None:
-    """A copy of a model directory whose file has q, k and v of a layer one after another: still ordinary safetensors."""
+    """A copy of a model directory whose file has q, k and v of a layer one after another: safetensors all the same."""
     for file in source.glob("*.json"):
         (target / file.name).write_bytes(file.read_bytes())
     data = (source / "model.safetensors").read_bytes()

@@ -134,7 +134,7 @@ class ModelConfig:
         Raises ValueError that names the field for one that is missing, of a wrong type, or not supported.
         """
         kind = config.get("model_type")
-        if kind not in ARCHITECTURES:
+        if not isinstance(kind, str) or kind not in ARCHITECTURES:
             raise ValueError(
                 f"model_type: expected one of {', '.join(ARCHITECTURES)}, got {kind!r}; other architectures are not"
                 " supported"
@@ -142,9 +142,9 @@ class ModelConfig:
         config = {**DEFAULTS[kind], **config}
         if config.get("hidden_act", "silu") not in ("silu", "swish"):
             raise ValueError(f"hidden_act: {config['hidden_act']!r} is not supported; expected 'silu'")
-        sizes = {name: _required(config, name) for name in SIZES[:5]}
+        sizes: dict[str, Any] = {name: _required(config, name) for name in SIZES[:5]}
         heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
-        head_dim = config.get("head_dim")
+        head_dim: Any = config.get("head_dim")
         [bos, *_] = [*_token_ids("bos_token_id", config.get("bos_token_id")), None]
         return cls(
             **sizes,
@@ -170,12 +170,13 @@ class ModelConfig:
         kind, slides = self.model_type, self.sliding_window is not None
         same = (*SIZES, "rms_norm_eps", "tie_word_embeddings", "bos_token_id")
         ends = list(self.eos_token_ids)
-        own: dict[str, Any] = {
+        by_type: dict[str, dict[str, Any]] = {
             "llama": {"attention_bias": self.o_bias, "mlp_bias": self.mlp_bias},
             "mistral": {"sliding_window": self.sliding_window},
             "qwen2": {"use_sliding_window": slides},
             "qwen3": {"use_sliding_window": slides, "attention_bias": self.o_bias},
-        }[kind]
+        }
+        own = by_type[kind]
         if slides and kind in ("qwen2", "qwen3"):
             layers = ["sliding_attention" if self.window(i) else LAYER_TYPES[0] for i in range(self.num_hidden_layers)]
             own |= {"sliding_window": self.sliding_window, "layer_types": layers}
@@ -281,6 +282,7 @@ def _bytes(dtype: str) -> float:
 def _required(config: dict[str, Any], name: str) -> int:
     if name not in config:
         raise ValueError(f"{name}: missing in config.json; expected a positive integer")
+    _integer(name, config[name])
     return config[name]
 
 
@@ -316,7 +318,7 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise ValueError(f"{name}: expected an object of numbers, the same for all layers, got {rope!r}")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ROPE_FACTORS:
+    if not isinstance(rope_type, str) or rope_type not in ROPE_FACTORS:
         raise ValueError(f"rope_type: expected one of {', '.join(ROPE_FACTORS)}, got {rope_type!r}")
     if (partial := rope.get("partial_rotary_factor", config.get("partial_rotary_factor") or 1)) != 1:
         raise ValueError(f"partial_rotary_factor: {partial!r} is not supported; expected 1")
@@ -340,7 +342,7 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
-def _biases(kind: str, config: dict[str, Any]) -> dict[str, bool]:
+def _biases(kind: str, config: dict[str, Any]) -> dict[str, Any]:
     """Which projections have a bias. Qwen2's q, k and v always have one; nothing in config.json says so."""
     known = {"llama": ("attention_bias", "mlp_bias"), "qwen2": ("attention_bias",), "qwen3": ("attention_bias",)}
     for name in ("attention_bias", "mlp_bias"):

@@ -1,4 +1,4 @@
-"""The Llama family and Qwen3: layers, model, tokenizer, weights."""
+"""Llama, Mistral, Qwen2 and Qwen3: layers, model, tokenizer, weights."""
 
 from .transformer import Transformer
 

@@ -73,7 +73,7 @@ class Linear(nn.Module):
         y = self(normed, batch)
         return (swiglu(y) if use_swiglu else y), stream
 
-    def tie(self, embedding: nn.Parameter) -> bool:
+    def tie(self, embedding: nn.Embedding) -> bool:
         """Be the head of a model whose head is its embedding [vocab, hidden] -> whether they now share the tensor.
 
         If not, `load` gets the embedding as if it were the head's.
@@ -90,9 +90,9 @@ class Dense(Linear):
 
     def __init__(self, in_features: int, parts: dict[str, int], bias: bool = False) -> None:
         super().__init__(in_features, parts)
-        self.weight = nn.Parameter(torch.empty(self.out_features, in_features))
+        self.weight: Tensor = nn.Parameter(torch.empty(self.out_features, in_features))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        self.bias = nn.Parameter(torch.zeros(self.out_features)) if bias else None
+        self.bias: Tensor | None = nn.Parameter(torch.zeros(self.out_features)) if bias else None
 
     def wanted(self) -> dict[str, torch.Size]:
         """A weight and, if there are biases, a bias for each part."""
@@ -125,7 +125,7 @@ class Dense(Linear):
 
     def tensors(self) -> dict[str, Tensor]:
         """Views of the parts."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for kind, merged in (("weight", self.weight), ("bias", self.bias)):
             if merged is not None:
                 parts = zip(self.parts, merged.detach().split(list(self.parts.values())), strict=True)
@@ -142,9 +142,9 @@ class Dense(Linear):
         """As `Linear.add_norm`; for one token by one kernel."""
         return norm_linear(branch, stream, norm.weight, self.weight, norm.eps, use_swiglu, self.bias)
 
-    def tie(self, embedding: nn.Parameter) -> bool:
+    def tie(self, embedding: nn.Embedding) -> bool:
         """Share it."""
-        self.weight = embedding
+        self.weight = embedding.weight
         return True
 
 

@@ -1,6 +1,6 @@
 """The model: embedding, a stack of layers that each add to the residual stream, a norm, a head over the vocabulary."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -59,16 +59,21 @@ class Transformer(nn.Module):
     Whoever changes weights or replaces modules adds 1 to `revision`: `fingerprint` then differs.
     """
 
+    layers: Sequence[Layer]
+    rope_cos: Tensor
+    rope_sin: Tensor
+
     def __init__(self, config: ModelConfig, linear: LinearFactory = dense) -> None:
         super().__init__()
         self.config = config
         self.revision = 0
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, f"layers.{i}", linear) for i in range(config.num_hidden_layers))
+        layers = [Layer(config, f"layers.{i}", linear) for i in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList(layers)  # type: ignore[assignment]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = linear("lm_head", config.hidden_size, {"lm_head": config.vocab_size}, False)
         # Whether the head has no tensor of its own. (A head that cannot share the embedding's has one all the same.)
-        self.tied = config.tie_word_embeddings and self.lm_head.tie(self.embed_tokens.weight)
+        self.tied = config.tie_word_embeddings and self.lm_head.tie(self.embed_tokens)
         cos, sin = rope_tables(config)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
@@ -98,7 +103,7 @@ class Transformer(nn.Module):
         caches = (self._no_cache if cache is None else cache).layers
         x = self.embed_tokens(token_ids)  # [..., hidden]
         if KERNELS["norm_linear"].path(x, self.norm.weight) == "triton":
-            branch, stream = x, None
+            branch, stream = x, None  # type: Tensor, Tensor | None
             for i, layer in enumerate(self.layers):
                 branch, stream = layer.fused(branch, stream, rope, caches[i], batch)
             return self.norm.add(branch, stream)[0]

@@ -113,8 +113,8 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     if dtype == "auto":
         return torch.float32
-    resolved = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    if resolved not in DTYPES.values():
+    resolved = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if resolved is None or resolved not in DTYPES.values():
         raise ValueError(f'dtype: expected "auto", {", ".join(DTYPES)}, got {dtype!r}')
     return resolved
 
@@ -140,7 +140,7 @@ def load(
     for prefix, module in _modules(model):
         _fill(module, prefix, checkpoint, config.tie_word_embeddings, where, number)
     if model.tied:
-        model.lm_head.tie(model.embed_tokens.weight)
+        model.lm_head.tie(model.embed_tokens)
     return model.to(where).eval().requires_grad_(False)
 
 
@@ -150,7 +150,7 @@ def _factory(config: ModelConfig, path: Path) -> LinearFactory:
     if about is None:
         return dense
     method = about.get("quant_method") if isinstance(about, dict) else about
-    if method not in QUANTIZED:
+    if not isinstance(method, str) or method not in QUANTIZED:
         raise ValueError(
             f"{path}: quantization_config: a checkpoint quantized by {method!r} is not supported"
             f" ({'expected one of ' + ', '.join(QUANTIZED) if QUANTIZED else 'no method is'}); use the unquantized one"
@@ -166,7 +166,7 @@ def _tied(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
     if a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b):
         return config
     warnings.warn(
-        f"{checkpoint.directory}: tie_word_embeddings is true, but {HEAD} is not {EMBEDDING}; both are used",
+        f"{checkpoint.directory}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}; both are used",
         stacklevel=3,
     )
     return dataclasses.replace(config, tie_word_embeddings=False)
@@ -177,7 +177,7 @@ class _NoInit(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if getattr(func, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_"):
-            return args[0] if args else kwargs["tensor"]
+            return args[0] if args else (kwargs or {})["tensor"]
         return func(*args, **(kwargs or {}))
 
 
@@ -202,7 +202,7 @@ def _shapes(module: nn.Module) -> dict[str, torch.Size]:
     """The tensors that a module wants."""
     if isinstance(module, Linear):
         return module.wanted()
-    return {name: parameter.shape for name, parameter in module._parameters.items() if parameter is not None}
+    return {name: parameter.shape for name, parameter in module.named_parameters(recurse=False)}
 
 
 def _stored(name: str, checkpoint: Checkpoint, tied: bool) -> str:
@@ -269,7 +269,7 @@ def save(model: Transformer, directory: str | os.PathLike) -> Path:
     """
     tensors: dict[str, Tensor] = {}
     for prefix, module in _modules(model):
-        own = module.tensors() if isinstance(module, Linear) else dict(module._parameters)
+        own = module.tensors() if isinstance(module, Linear) else dict(module.named_parameters(recurse=False))
         tensors.update({prefix + name: tensor.detach().contiguous() for name, tensor in own.items()})
     with atomic_directory(Path(directory)) as folder:
         write_model(folder, model.config, tensors)

@@ -1,5 +1,7 @@
 """The model with every kernel on: small ones in Triton's interpreter, SmolLM2 on a GPU against transformers."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from minillm.kernels import HAS_TRITON, KERNELS, linear, norm_linear, use
+from minillm.model.layers import attention
 
 from .test_transformer import random_pair
 
@@ -61,6 +64,49 @@ def test_wrong_biases():
             linear(x, w, bias)
         with pytest.raises(ValueError, match="bias: expected"):
             norm_linear(x, None, torch.ones(8), w, 1e-5, False, bias)
+
+
+class Slots:
+    """A cache of one sequence, whose tokens lie in slots in some order; and its only layer of many."""
+
+    def __init__(self, config, count):
+        self.k, self.v = (torch.zeros(count, config.num_key_value_heads, config.head_dim) for _ in range(2))
+        self.order = torch.randperm(count, generator=torch.Generator().manual_seed(2))
+        self.written = 0
+
+    def slots(self, batch):
+        return self.k, self.v, self.order[batch.positions]
+
+    def write(self, k, v, batch):
+        self.written += 1
+        self.k[self.order[batch.positions]], self.v[self.order[batch.positions]] = k, v
+
+    def attend(self, q, k, v, batch):
+        seen = self.order[: int(batch.positions[-1]) + 1]
+        mask = batch.positions[:, None] >= torch.arange(len(seen))
+        return attention(q[None], self.k[seen][None], self.v[seen][None], mask)[0]
+
+
+@pytest.mark.skipif(GPU, reason="this machine compiles the kernels")
+@pytest.mark.parametrize(("kind", "more"), KINDS)
+def test_a_cache_with_slots(tmp_path, kind, more):
+    """Keys that a kernel turns and writes, or that are turned and handed to `write`: the same slots and results."""
+    _, model = random_pair(tmp_path, kind, 2, True, None, **more)
+    ids = torch.randint(0, 131, (9,), generator=torch.Generator().manual_seed(1))
+    found = {}
+    for path in ("torch", "triton"):
+        layers = [Slots(model.config, 9) for _ in model.layers]
+        hidden_states = []
+        with torch.inference_mode(), use(path), use("torch", "flash_attention"):
+            for first, last in ((0, 5), (5, 6), (6, 9)):
+                batch = SimpleNamespace(positions=torch.arange(first, last))
+                hidden_states.append(model(ids[first:last], batch, SimpleNamespace(layers=layers)))
+        assert {layer.written for layer in layers} == {3 if path == "torch" else 0}
+        found[path] = [torch.cat(hidden_states), *(x for layer in layers for x in (layer.k, layer.v))]
+    for ours, expected in zip(found["triton"], found["torch"], strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+    with torch.inference_mode():
+        torch.testing.assert_close(found["torch"][0], model(ids[None])[0], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.gpu
