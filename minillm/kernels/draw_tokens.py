@@ -43,6 +43,7 @@ CHUNK = 4096  # elements whose weights are added up in one go: narrow
 CAPACITY = 4096  # of the list
 LARGEST = tl.constexpr(3.4e38)
 LAST = tl.constexpr(2147483647)
+NEVER = tl.constexpr(9223372036854775807)
 LOG2_E = tl.constexpr(1.4426950408889634)
 UNIT = tl.constexpr(1099511627776.0)  # 2^40: weights as integers
 IN_PROMPT, COUNT = -32768, 32767  # of a count: the sign bit, the others
@@ -192,30 +193,47 @@ def source_of(logits_ptr, stride, counts_ptr, counts_stride, option_ptrs, row):
 
 @triton.jit
 def read(source, offs, inside):
-    """Logits in fp32 after the penalties; -inf outside, and for NaN."""
+    """Logits in fp32 after the penalties; -inf outside."""
     logits_ptr, counts_ptr, penalized, repetition, presence, frequency = source
     logit = tl.load(logits_ptr + offs, mask=inside, other=-float("inf")).to(tl.float32)
     if penalized:
         seen = tl.load(counts_ptr + offs, mask=inside, other=0).to(tl.int32)
         times = (seen & 0x7FFF).to(tl.float32)
-        less = tl.where(logit > 0, tl.div_rn(logit, repetition), logit * repetition)
+        less = tl.where(logit > 0, logit / repetition, logit * repetition)
         logit = tl.where(seen != 0, less, logit)
         logit = logit - tl.where(times > 0, presence, 0.0) - frequency * times
-    return tl.where(logit == logit, logit, -float("inf"))
+    return logit
 
 
 @triton.jit
 def distance(source, maximum, offs, inside):
     """How far logits lie below the largest; infinite for those of -inf."""
-    logit = read(source, offs, inside)
-    return tl.where(logit > -float("inf"), maximum - logit, float("inf"))
+    return maximum - read(source, offs, inside)
 
 
 @triton.jit
-def pivots_of(low, high):
-    """The eight distances that a pass looks at, the last of them `high`: dense near 0 until `low` is known.  [8]"""
-    part = (tl.arange(0, 8) + 1) * 0.125
-    return tl.where(part == 1.0, high, tl.where(low < 0, high * part * part, low + (high - low) * part))
+def log_odds(part, total):
+    part = tl.minimum(tl.maximum(part / tl.maximum(total, 1e-6), 1e-5), 1.0 - 1e-5)
+    return tl.log(part / (1.0 - part))
+
+
+@triton.jit
+def pivots_of(bracket, goal):
+    """The eight distances that a pass looks at, the last of them `high`.  [8]
+
+    While `low` is unknown they are dense near 0. Later they are dense where the goal should be: log-odds of sums are
+    nearly straight lines, for normal distributions and for tails that fall off exponentially.
+    """
+    low, high, below, within, total, _, _ = bracket
+    step = tl.arange(0, 8)
+    away = tl.abs(step - 3).to(tl.float32)  # 0: 0, 1: 1/64, 2: 1/16, 3: 1/4
+    away = tl.where(step < 3, -1.0, 1.0) * tl.where(step == 3, 0.0, tl.exp2(2.0 * away - 8.0))
+    first, last = log_odds(below, total), log_odds(within, total)
+    part = (log_odds(goal, total) - first) / tl.maximum(last - first, 1e-6) + away
+    part = tl.minimum(tl.maximum(part, 0.0), 1.0)
+    even = (step + 1) * 0.125
+    pivots = tl.where(low < 0, high * even * even, low + (high - low) * part)
+    return tl.where(step == 7, high, pivots)
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
@@ -268,41 +286,48 @@ def first_bracket(best_ptr, least_ptr, row, parts, temperature, k, p, share, PAR
     high = tl.where((k == 0) & (p < 1.0), tl.minimum(high, 32.0 * temperature), high)
     high = tl.where(share > 0.0, tl.minimum(high, -tl.log(tl.where(share > 0.0, share, 1.0)) * temperature), high)
     low = tl.where((k == 0) & (p >= 1.0), high, -1.0)
-    return low, high, 0.0, 0.0, 0.0, maximum
+    done = (low >= high).to(tl.float32)
+    nothing = 0.0 * done
+    return low, high, nothing, nothing, nothing, maximum, done
 
 
 @triton.jit
-def is_short(k, within, CAPACITY: tl.constexpr):
-    """Whether all that a top-k may keep has place in the list."""
-    return (k > 0) & (within > 0.0) & (within <= CAPACITY)
+def narrowed(bracket_ptr, sums_ptr, row, temperature, k, p, chunks, CAPACITY: tl.constexpr, CHUNKS: tl.constexpr):
+    """The bracket after a pass: (low, high, what lies within each, within the first high, the largest logit, done).
 
-
-@triton.jit
-def narrowed(bracket_ptr, sums_ptr, row, k, p, chunks, CAPACITY: tl.constexpr, CHUNKS: tl.constexpr):
-    """The bracket after a pass: (low, high, what lies within each, within the first high, the largest logit)."""
-    bracket_ptr += row * 8
+    Done: what the list has to hold has place in it. Each of a bracket weighs at least exp(-high / temperature).
+    """
+    bracket_ptr += row * 16
     low, high, maximum = tl.load(bracket_ptr), tl.load(bracket_ptr + 1), tl.load(bracket_ptr + 5)
     below, within, total = tl.load(bracket_ptr + 2), tl.load(bracket_ptr + 3), tl.load(bracket_ptr + 4)
+    done = tl.load(bracket_ptr + 6)
     step, chunk = tl.arange(0, 8), tl.arange(0, CHUNKS)
+    pivots = tl.load(bracket_ptr + 8 + step)
     offs = (row * 8 + step[:, None]) * chunks + chunk[None, :]
-    sums = tl.load(sums_ptr + offs, mask=chunk[None, :] < chunks, other=0.0)  # anything, after a pass without work
-    if (low < high) & (is_short(k, within, CAPACITY) == 0):
-        within_each = tl.sum(sums, 1)
-        pivots = pivots_of(low, high)
-        total = tl.where(total > 0.0, total, tl.max(within_each, 0))
-        reached = (within_each >= tl.where(k > 0, k.to(tl.float32), p * total)) | (step == 7)
-        within = tl.min(tl.where(reached, within_each, float("inf")), 0)
-        below = tl.maximum(below, tl.max(tl.where(reached, 0.0, within_each), 0))
-        next_low = tl.maximum(low, tl.max(tl.where(reached, -1.0, pivots), 0))
+    parts = tl.load(sums_ptr + offs, mask=chunk[None, :] < chunks, other=0.0)
+    if done == 0.0:
+        sums = tl.sum(parts, 1)
+        total = tl.where(total > 0.0, total, tl.max(sums, 0))
+        reached = (sums >= goal_of(k, p, total)) | (step == 7)
+        within = tl.min(tl.where(reached, sums, float("inf")), 0)
+        below = tl.maximum(below, tl.max(tl.where(reached, 0.0, sums), 0))
+        low = tl.maximum(low, tl.max(tl.where(reached, -1.0, pivots), 0))
         high = tl.min(tl.where(reached, pivots, high), 0)
-        low = next_low
-    return low, high, below, within, total, maximum
+        most = tl.where(k > 0, within, (within - below) * tl.exp(high / temperature))
+        done = (most <= CAPACITY).to(tl.float32)
+    return low, high, below, within, total, maximum, done
+
+
+@triton.jit
+def goal_of(k, p, total):
+    """What has to lie within the border."""
+    return tl.where(k > 0, k.to(tl.float32), p * total)
 
 
 @triton.jit
 def store_bracket(bracket_ptr, row, bracket):
-    for i in tl.static_range(6):
-        tl.store(bracket_ptr + row * 8 + i, bracket[i])
+    for i in tl.static_range(7):
+        tl.store(bracket_ptr + row * 16 + i, bracket[i])
 
 
 @triton.jit
@@ -320,27 +345,30 @@ def narrow_kernel(
     if FIRST:
         bracket = first_bracket(best_ptr, least_ptr, row, parts, temperature, k, p, share, PARTS)
     else:
-        bracket = narrowed(old_bracket_ptr, old_sums_ptr, row, k, p, chunks, CAPACITY, CHUNKS)
+        bracket = narrowed(old_bracket_ptr, old_sums_ptr, row, temperature, k, p, chunks, CAPACITY, CHUNKS)
     if index == 0:
         store_bracket(bracket_ptr, row, bracket)
-    low, high, _, within, _, maximum = bracket
-    if (low >= high) | is_short(k, within, CAPACITY):
+    _low, _high, _below, _within, total, maximum, done = bracket
+    if done > 0.0:
         return
+    pivots = pivots_of(bracket, goal_of(k, p, total))
+    if index == 0:
+        tl.store(bracket_ptr + row * 16 + 8 + tl.arange(0, 8), pivots)
     source = source_of(logits_ptr, stride, counts_ptr, counts_stride, option_ptrs, row)
-    scale, pivots = -LOG2_E / temperature, pivots_of(low, high)
+    scale = -LOG2_E / temperature
     sums_ptr += (row * 8 + tl.arange(0, 8)) * chunks
     for chunk in range(index * chunks_each, tl.minimum((index + 1) * chunks_each, chunks)):
-        offs = chunk * CHUNK + tl.arange(0, CHUNK)
+        offs = (chunk * CHUNK + tl.arange(0, CHUNK))[None, :]
         far = distance(source, maximum, offs, offs < size)
         weight = tl.where(k > 0, 1.0, tl.exp2(far * scale))
-        inside = (far[None, :] <= pivots[:, None]).to(tl.float32)  # a product costs one instruction less than a choice
-        tl.store(sums_ptr + chunk, tl.sum(weight[None, :] * inside, 1))
+        inside = (far <= pivots[:, None]).to(tl.float32)  # a product costs one instruction less than a choice
+        tl.store(sums_ptr + chunk, tl.sum(weight * inside, 1))
 
 
 @triton.jit
 def collect_kernel(
     logits_ptr, counts_ptr, option_ptrs, old_bracket_ptr, sums_ptr, bracket_ptr, best_ptr, token_ptr, length_ptr,
-    list_ptr, list_token_ptr, size, stride, counts_stride, part, chunks,
+    list_ptr, size, stride, counts_stride, part, chunks,
     CAPACITY: tl.constexpr, PDL: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One part of one row a program: the best of those kept for certain, and the list of those that may be."""
@@ -349,12 +377,12 @@ def collect_kernel(
     temperature, k, p, share = filters_of(option_ptrs, row, size)
     if (k == 0) & (p >= 1.0) & (share <= 0.0):
         return
-    bracket = narrowed(old_bracket_ptr, sums_ptr, row, k, p, chunks, CAPACITY, CHUNKS)
+    bracket = narrowed(old_bracket_ptr, sums_ptr, row, temperature, k, p, chunks, CAPACITY, CHUNKS)
     if index == 0:
         store_bracket(bracket_ptr, row, bracket)
-    low, high, _, within, _, maximum = bracket
+    low, high, _, _, _, maximum, done = bracket
     certain = tl.where(k > 0, -1.0, low)
-    last = tl.where((k > 0) & (is_short(k, within, CAPACITY) == 0), -1.0, high)  # of the list, none if it is too long
+    last = tl.where(done > 0.0, high, -1.0)  # no list if it would be too long
     source = source_of(logits_ptr, stride, counts_ptr, counts_stride, option_ptrs, row)
     key, scale = noise_key(option_ptrs[1], option_ptrs[2], row), 1.0 / temperature
     start, stop = index * part, tl.minimum(index * part + part, size)
@@ -369,67 +397,75 @@ def collect_kernel(
             best, token = tl.where(better, score, best), tl.where(better, offs, token)
         near = (far > certain) & (far <= last)
         place = tl.atomic_add(length_ptr + row + tl.zeros([BLOCK], tl.int32), 1, mask=near, sem="relaxed")
-        near = near & (place < CAPACITY)
-        tl.store(list_ptr + row * CAPACITY + place, far, mask=near)
-        tl.store(list_token_ptr + row * CAPACITY + place, offs, mask=near)
+        tl.store(list_ptr + row * CAPACITY + place, order_of(far, offs), mask=near & (place < CAPACITY))
     top, out = tl.max(best, 0), row * tl.num_programs(1) + index
     tl.store(best_ptr + out, top)
     tl.store(token_ptr + out, tl.min(tl.where(best == top, token, LAST), 0))
 
 
 @triton.jit
-def survey(pool, far_limit, token_limit, BLOCK: tl.constexpr):
-    """Of those before (far_limit, token_limit) in the order (distance, token): how many, their weight, the best score,
-    its distance and token.
+def order_of(far, token):
+    """A number that is less for a smaller distance, and of equal ones for a smaller token.  int64
+
+    The bits of fp32 numbers that are not negative grow with them.
     """
-    short, list_ptr, list_token_ptr, source, length, low, high, maximum, key, scale = pool
+    return (far.to(tl.int32, bitcast=True).to(tl.int64) << 32) | token
+
+
+@triton.jit
+def survey(pool, limit, BLOCK: tl.constexpr):
+    """Of the candidates that come before `limit` in order: how many, their weight, the best score and its order."""
+    short, list_ptr, source, length, first, last, maximum, key, scale = pool
     count, weight = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int64)
-    best, best_far = tl.full([BLOCK], -float("inf"), tl.float32), tl.full([BLOCK], float("inf"), tl.float32)
-    best_token = tl.full([BLOCK], LAST, tl.int32)
+    best, best_order = tl.full([BLOCK], -float("inf"), tl.float32), tl.full([BLOCK], NEVER, tl.int64)
     for at in range(0, length, BLOCK):
         offs = at + tl.arange(0, BLOCK)
         if short:
-            far = tl.load(list_ptr + offs, mask=offs < length, other=float("inf"))
-            token = tl.load(list_token_ptr + offs, mask=offs < length, other=0)
+            order = tl.load(list_ptr + offs, mask=offs < length, other=NEVER)
         else:
-            far, token = distance(source, maximum, offs, offs < length), offs
-        before = (far < far_limit) | ((far == far_limit) & (token < token_limit))
-        before = before & (far > low) & (far <= high)
+            order = order_of(distance(source, maximum, offs, offs < length), offs)
+        before = (order > first) & (order <= last) & (order < limit)
+        token, far = order.to(tl.int32), (order >> 32).to(tl.int32).to(tl.float32, bitcast=True)
         count += before.to(tl.int32)
         weight += tl.where(before, tl.exp(-far * scale) * UNIT, 0.0).to(tl.int64)
         score = tl.where(before, noise(key, token) - far * scale, -float("inf"))
-        better = (score > best) | ((score == best) & (token < best_token) & before)
-        best, best_far = tl.where(better, score, best), tl.where(better, far, best_far)
-        best_token = tl.where(better, token, best_token)
+        better = (score > best) | ((score == best) & before & (token < best_order.to(tl.int32)))
+        best, best_order = tl.where(better, score, best), tl.where(better, order, best_order)
     top = tl.max(best, 0)
-    first = tl.min(tl.where(best == top, best_token, LAST), 0)
-    far = tl.min(tl.where((best == top) & (best_token == first), best_far, float("inf")), 0)
-    return tl.sum(count, 0), tl.sum(weight, 0).to(tl.float32) * (1.0 / UNIT), top, far, first
+    token = tl.min(tl.where(best == top, best_order.to(tl.int32), LAST), 0)
+    order = tl.min(tl.where((best == top) & (best_order.to(tl.int32) == token), best_order, NEVER), 0)
+    return tl.sum(count, 0), tl.sum(weight, 0).to(tl.float32) * (1.0 / UNIT), top, order
 
 
 @triton.jit
 def border(pool, k, low, high, CAPACITY: tl.constexpr, BLOCK: tl.constexpr):
-    """A distance within which lie the k nearest and all that equal the k-th, by bisecting the bits of fp32 numbers."""
-    short, list_ptr, length = pool[0], pool[1], pool[4]
+    """The order behind the k nearest and all that are as near as the k-th, by bisecting the bits of distances."""
+    short, list_ptr, _, length, _, _, _, _, _ = pool
     offs = tl.arange(0, CAPACITY)
-    listed = tl.load(list_ptr + offs, mask=short & (offs < length), other=float("inf"))
+    listed = tl.load(list_ptr + offs, mask=short & (offs < length), other=NEVER) >> 32
     under = tl.where(low < 0.0, -1, low.to(tl.int32, bitcast=True))
     over = high.to(tl.int32, bitcast=True)
     while under + 1 < over:
         middle = under + (over - under) // 2
         if short:
-            count = tl.sum((listed <= middle.to(tl.float32, bitcast=True)).to(tl.int32), 0)
+            count = tl.sum((listed <= middle).to(tl.int32), 0)
         else:
-            count = survey(pool, middle.to(tl.float32, bitcast=True), LAST, BLOCK)[0]
+            count = survey(pool, (middle.to(tl.int64) + 1) << 32, BLOCK)[0]
         over = tl.where(count >= k, middle, over)
         under = tl.where(count == k, over - 1, tl.where(count > k, under, middle))
-    return over.to(tl.float32, bitcast=True)
+    return (over.to(tl.int64) + 1) << 32
+
+
+@triton.jit
+def is_ahead(score, order, top, first):
+    """Whether a candidate beats the best of those that are certain."""
+    return (score > top) | ((score == top) & (order < NEVER) & (order.to(tl.int32) < first))
 
 
 @triton.jit
 def settle_kernel(
-    logits_ptr, counts_ptr, option_ptrs, bracket_ptr, best_ptr, token_ptr, length_ptr, list_ptr, list_token_ptr,
-    out_ptr, size, stride, counts_stride, parts,
+    logits_ptr, counts_ptr, option_ptrs, bracket_ptr, best_ptr, token_ptr, length_ptr, list_ptr, out_ptr,
+    size, stride, counts_stride, parts,
     CAPACITY: tl.constexpr, PDL: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row a program: the best of its parts, unless one of the list is better and kept."""
@@ -441,31 +477,28 @@ def settle_kernel(
     top = tl.max(best, 0)
     first = tl.min(tl.where(best == top, token, LAST), 0)
     if (k > 0) | (p < 1.0):
-        bracket_ptr += row * 8
+        bracket_ptr += row * 16
         low, high, maximum = tl.load(bracket_ptr), tl.load(bracket_ptr + 1), tl.load(bracket_ptr + 5)
-        below, within, total = tl.load(bracket_ptr + 2), tl.load(bracket_ptr + 3), tl.load(bracket_ptr + 4)
-        below, length = tl.where(k > 0, 0.0, below), tl.load(length_ptr + row)
-        short = (length <= CAPACITY) & ((k == 0) | is_short(k, within, CAPACITY))
+        below, total, done = tl.load(bracket_ptr + 2), tl.load(bracket_ptr + 4), tl.load(bracket_ptr + 6)
+        length = tl.load(length_ptr + row)
+        short = (done > 0.0) & (length <= CAPACITY)
         length = tl.where(short, length, size)
+        certain = tl.where((k > 0) | (low < 0.0), -1, order_of(low, LAST))
         source = source_of(logits_ptr, stride, counts_ptr, counts_stride, option_ptrs, row)
-        pool = (
-            short, list_ptr + row * CAPACITY, list_token_ptr + row * CAPACITY, source, length,
-            tl.where(k > 0, -1.0, low), high, maximum, noise_key(option_ptrs[1], option_ptrs[2], row),
-            1.0 / temperature,
-        )  # fmt: skip
-        limit = high
+        key, scale = noise_key(option_ptrs[1], option_ptrs[2], row), 1.0 / temperature
+        pool = short, list_ptr + row * CAPACITY, source, length, certain, order_of(high, LAST), maximum, key, scale
+        limit = NEVER + tl.zeros_like(certain)
         if (k > 0) & (length > k):
             limit = border(pool, k, low, high, CAPACITY, BLOCK)
-        _, weight, score, far, drawn = survey(pool, limit, LAST, BLOCK)
-        goal = p * tl.where(k > 0, weight, total)
-        drawing = (p < 1.0) & ((score > top) | ((score == top) & (drawn < first)))
+        _, weight, score, order = survey(pool, limit, BLOCK)
+        below, goal = tl.where(k > 0, 0.0, below), p * tl.where(k > 0, weight, total)
+        drawing = (p < 1.0) & is_ahead(score, order, top, first)
         while drawing:
-            _, weight, next_score, next_far, next_drawn = survey(pool, far, drawn, BLOCK)
+            _, weight, next_score, next_order = survey(pool, order, BLOCK)
             refused = (below + weight >= goal) & (below + weight > 0.0)
-            score, far = tl.where(refused, next_score, score), tl.where(refused, next_far, far)
-            drawn = tl.where(refused, next_drawn, drawn)
-            drawing = refused & ((score > top) | ((score == top) & (drawn < first)))
-        first = tl.where((score > top) | ((score == top) & (drawn < first)), drawn, first)
+            score, order = tl.where(refused, next_score, score), tl.where(refused, next_order, order)
+            drawing = refused & is_ahead(score, order, top, first)
+        first = tl.where(is_ahead(score, order, top, first), order.to(tl.int32), first)
     tl.store(out_ptr + row, first.to(tl.int64))
 
 
@@ -508,9 +541,8 @@ def draw_tokens(
     options = (temperatures, seeds, positions, top_k, top_p, min_p, repetition, presence, frequency, rows)
     row, strides = (logits, counts, options), (size, logits.stride(0), counts.stride(0))
     best, best_token, least = empty(n, parts), empty(n, parts, dtype=torch.int32), empty(n, parts)
-    brackets, sums = empty(PASSES + 1, n, 8), empty(PASSES, n, 8, chunks)
-    length, listed = empty(n, dtype=torch.int32), empty(n, CAPACITY)
-    listed_token = empty(n, CAPACITY, dtype=torch.int32)
+    brackets, sums = empty(PASSES + 1, n, 16), empty(PASSES, n, 8, chunks)
+    length, listed = empty(n, dtype=torch.int32), empty(n, CAPACITY, dtype=torch.int64)
     shape, early = {"num_warps": 8, "maxnreg": 64}, pdl(device)  # 64: four programs to a multiprocessor, and no spill
 
     scan_kernel[(n, parts)](
@@ -522,11 +554,11 @@ def draw_tokens(
             FIRST=i == 0, PARTS=next_power_of_2(parts), CHUNK=CHUNK, **sizes, **shape, **early,
         )  # fmt: skip
     collect_kernel[(n, parts)](
-        *row, brackets[-2], sums[-1], brackets[-1], best, best_token, length, listed, listed_token, *strides, part,
+        *row, brackets[-2], sums[-1], brackets[-1], best, best_token, length, listed, *strides, part,
         chunks, BLOCK=BLOCK, **sizes, **shape, **early,
     )  # fmt: skip
     settle_kernel[(n,)](
-        *row, brackets[-1], best, best_token, length, listed, listed_token, tokens, *strides, parts,
+        *row, brackets[-1], best, best_token, length, listed, tokens, *strides, parts,
         PARTS=next_power_of_2(parts), CAPACITY=CAPACITY, BLOCK=BLOCK, num_warps=8, **early,
     )  # fmt: skip
     return tokens
