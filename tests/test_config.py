@@ -52,9 +52,9 @@ def test_older_form_of_rope_fields():
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"model_type": "mamba"}, "model_type: expected one of llama, qwen3, got 'mamba'"),
+        ({"model_type": "mamba"}, "model_type: expected one of llama, mistral, qwen2, qwen3, got 'mamba'"),
         ({"model_type": None}, "model_type"),
-        ({"attention_bias": True}, "attention_bias"),
+        ({"model_type": "mistral", "attention_bias": True}, "attention_bias: true is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act: 'gelu'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type"),
         ({"num_key_value_heads": 3}, "num_key_value_heads: expected a divisor"),

@@ -14,8 +14,10 @@ from minillm.learn.paths import root
 ORDER = [
     "autograd",
     "config",
+    "files",
     "data",
     "kernels",
+    "fetch",
     "model",
     "sampling",
     "evaluate",

@@ -4,9 +4,10 @@ Forward only: where a gradient is wanted, the torch path runs. Importing this ne
 """
 
 from .common import HAS_TRITON, INTERPRETED, KERNELS, Operation, dependent_launch, trusted, use
+from .draw_tokens import count_tokens, draw_tokens, set_counts
 from .flash_attention import flash_attention
 from .fused_linear import linear, norm_linear
-from .gumbel_argmax import gumbel_argmax, gumbel_noise
+from .gumbel_argmax import GREEDY_BELOW, gumbel_argmax, gumbel_noise
 from .matmul import interleave, matmul, matmul_swiglu
 from .paged_attention import AttentionPlan, paged_attention
 from .rms_norm import add_rms_norm, rms_norm
@@ -16,6 +17,7 @@ from .step_inputs import append_tokens, step_inputs
 from .swiglu import swiglu
 
 __all__ = [
+    "GREEDY_BELOW",
     "HAS_TRITON",
     "INTERPRETED",
     "KERNELS",
@@ -23,8 +25,10 @@ __all__ = [
     "Operation",
     "add_rms_norm",
     "append_tokens",
+    "count_tokens",
     "apply_rope",
     "dependent_launch",
+    "draw_tokens",
     "flash_attention",
     "gumbel_argmax",
     "gumbel_noise",
@@ -37,6 +41,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_and_cache",
+    "set_counts",
     "rope_factors",
     "softmax",
     "step_inputs",

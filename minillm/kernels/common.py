@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files import cache_dir
+
 try:
     import triton
     import triton.language as tl
@@ -245,11 +247,7 @@ def slug(device_name: str) -> str:
 
 def tuned_folder() -> Path:
     """Where `minillm bench tune` keeps what it found on this machine."""
-    if folder := os.environ.get("MINILLM_CACHE"):
-        return Path(folder) / "tuned"
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("minillm")) / "tuned"
+    return cache_dir() / "tuned"
 
 
 def tuned(device: torch.device, key: str, **default: Any) -> dict[str, Any]:

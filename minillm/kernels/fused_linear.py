@@ -1,7 +1,7 @@
-"""Linear layers for one token: y = x wᵀ, and y = f(norm(x + residual) wᵀ) with all that stands around it in one kernel.
+"""Linear layers for one token: y = x wᵀ + b, and y = f(norm(x + residual) wᵀ + b), each in one kernel.
 
-norm is RMSNorm, f is nothing or SwiGLU over the two halves of w's rows. A single stream decodes one token a step: x is
-a vector [K], w is [N, K], and the product has one multiply-add for each weight.
+norm is RMSNorm, f is nothing or SwiGLU over the two halves of w's rows, b is there or not. A single stream decodes one
+token a step: x is a vector [K], w is [N, K], and the product has one multiply-add for each weight.
 
 Bytes: w, once: 2 N K in bf16. FLOPs: 2 N K, one a byte, where an H100 could do 240: memory is the limit. But a small
 model's matrix is read in 0.4 to 4 µs, and the smallest of kernels takes 1.2 in a CUDA graph (`benchmarks/NOTES.md`).
@@ -12,6 +12,8 @@ whole vector (a few KB, from L2), forms the sum, and has seen all squares when i
 
 With more tokens, cuBLAS and the kernels for each part are faster (`benchmarks/NOTES.md`), and each part runs alone.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -29,52 +31,70 @@ from .swiglu import torch_path as swiglu_torch_path
 __all__ = ["linear", "norm_linear"]
 
 
-def reference(x: Tensor, w: Tensor) -> Tensor:
-    """In fp64.  x [..., K], w [N, K] -> [..., N]"""
-    return (x.double() @ w.double().mT).to(x.dtype)
+def reference(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """In fp64.  x [..., K], w [N, K], bias [N] -> [..., N]"""
+    y = x.double() @ w.double().mT
+    return (y if bias is None else y + bias.double()).to(x.dtype)
 
 
-def torch_path(x: Tensor, w: Tensor) -> Tensor:
+def torch_path(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """What torch has."""
-    return F.linear(x, w)
+    return F.linear(x, w, bias)
 
 
 def norm_linear_reference(
-    x: Tensor, residual: Tensor | None, norm_weight: Tensor, w: Tensor, eps: float = 1e-6, use_swiglu: bool = False
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor, w: Tensor, eps: float = 1e-6, use_swiglu: bool = False,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """In fp64, but for the sum, which is rounded to x's dtype: the residual stream from here on."""
     total = x.clone() if residual is None else add_reference(x, residual, norm_weight, eps)[1]
-    y = norm_reference(total.double(), norm_weight, eps) @ w.double().mT
+    y = reference(norm_reference(total.double(), norm_weight, eps), w, bias)
     return (swiglu_reference(y) if use_swiglu else y).to(x.dtype), total
 
 
-def norm_linear_torch_path(
-    x: Tensor, residual: Tensor | None, norm_weight: Tensor, w: Tensor, eps: float = 1e-6, use_swiglu: bool = False
-) -> tuple[Tensor, Tensor]:
-    """One after another."""
-    if residual is None:
-        normed, total = norm_torch_path(x, norm_weight, eps), x.clone()
-    else:
-        normed, total = add_torch_path(x, residual, norm_weight, eps)
-    y = F.linear(normed, w)
-    return (swiglu_torch_path(y) if use_swiglu else y), total
+def _by_parts(norm: Callable, add_norm: Callable, act: Callable) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`norm_linear` one part after another, by these functions for RMSNorm, the sum with it, and SwiGLU."""
+
+    def run(
+        x: Tensor, residual: Tensor | None, norm_weight: Tensor, w: Tensor, eps: float = 1e-6,
+        use_swiglu: bool = False, bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        if residual is None:
+            normed, total = norm(x, norm_weight, eps), x.clone()
+        else:
+            normed, total = add_norm(x, residual, norm_weight, eps)
+        y = F.linear(normed, w, bias)
+        return (act(y) if use_swiglu else y), total
+
+    return run
 
 
-def check(x: Tensor, w: Tensor) -> None:
-    """Raise unless x is [..., K] and w [N, K], of one dtype."""
+norm_linear_torch_path = _by_parts(norm_torch_path, add_torch_path, swiglu_torch_path)
+_several_tokens = _by_parts(rms_norm, add_rms_norm, swiglu)
+
+
+def check(x: Tensor, w: Tensor, bias: Tensor | None = None) -> None:
+    """Raise unless x is [..., K], w [N, K] and bias [N] or None, of one dtype."""
     arguments(x=x, w=w)
     if w.dim() != 2 or x.dim() == 0 or x.shape[-1] != w.shape[1] or x.dtype != w.dtype:
         raise ValueError(
             f"w: expected [N, K] with x's last axis as K, of x's dtype, got x {list(x.shape)} of {x.dtype} and w"
             f" {list(w.shape)} of {w.dtype}"
         )
+    if bias is not None:
+        arguments(x=x, bias=bias)
+        if bias.shape != w.shape[:1] or bias.dtype != x.dtype:
+            raise ValueError(
+                f"bias: expected [{w.shape[0]}] (w's rows) of {x.dtype}, got {list(bias.shape)} of {bias.dtype}"
+            )
 
 
 def norm_linear_check(
-    x: Tensor, residual: Tensor | None, norm_weight: Tensor, w: Tensor, eps: float = 1e-6, use_swiglu: bool = False
-) -> None:
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor, w: Tensor, eps: float = 1e-6, use_swiglu: bool = False,
+    bias: Tensor | None = None,
+) -> None:  # fmt: skip
     """As `check` and RMSNorm's, and raise for a residual unlike x, and for SwiGLU over an odd number of rows."""
-    check(x, w)
+    check(x, w, bias)
     norm_check(x, norm_weight, eps)
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(f"residual: expected x's shape and dtype, {list(x.shape)}, got {list(residual.shape)}")
@@ -84,8 +104,8 @@ def norm_linear_check(
 
 @triton.jit
 def one_token_kernel(
-    x_ptr, residual_ptr, norm_ptr, w_ptr, y_ptr, total_ptr, n, k, stride_w, eps,
-    NORM: tl.constexpr, ADD: tl.constexpr, SWIGLU: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, residual_ptr, norm_ptr, w_ptr, bias_ptr, y_ptr, total_ptr, n, k, stride_w, eps,
+    NORM: tl.constexpr, ADD: tl.constexpr, SWIGLU: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N features a program: multiply, and add up at the end."""
@@ -122,28 +142,35 @@ def one_token_kernel(
             up += w.to(tl.float32) * h[None, :]
     scale = tl.rsqrt(tl.sum(squares, 0) / k + eps) if NORM else 1.0
     y = tl.sum(acc, 1) * scale  # [BLOCK_N]
+    if BIAS:
+        y += tl.load(bias_ptr + offs_n, mask=offs_n < n, other=0.0).to(tl.float32)
     if SWIGLU:
-        y = y * tl.sigmoid(y) * (tl.sum(up, 1) * scale)
+        up_y = tl.sum(up, 1) * scale
+        if BIAS:
+            up_y += tl.load(bias_ptr + n + offs_n, mask=offs_n < n, other=0.0).to(tl.float32)
+        y = y * tl.sigmoid(y) * up_y
     tl.store(y_ptr + offs_n, y.to(y_ptr.dtype.element_ty), mask=offs_n < n)
 
 
 def _one_token(
-    x: Tensor, residual: Tensor | None, norm_weight: Tensor | None, w: Tensor, eps: float, use_swiglu: bool
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor | None, w: Tensor, eps: float, use_swiglu: bool,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     k, n = w.shape[1], w.shape[0] // 2 if use_swiglu else w.shape[0]
     early = pdl(x.device) if w.stride(-1) == 1 else {"PDL": False}  # a copy of w would be the kernel right before
     x, w = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, w))
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
     total = x if norm_weight is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    small = n <= 2048  # few rows: fewer of them a program, so that all multiprocessors have work
-    sizes = tuned(
-        x.device, f"linear {'small' if small else 'large'}", BLOCK_N=2 if small else 8, BLOCK_K=1024 if small else 512,
-        num_warps=4, num_stages=3,
-    )  # fmt: skip
+    # Few rows: fewer of them a program, so that all multiprocessors have work. Short ones (a small model's head): short
+    # steps, as much of a long one would be beyond the row's end.
+    kind = "small" if n <= 2048 else "narrow" if k < 1024 else "large"
+    block_n, block_k, warps = {"small": (2, 1024, 4), "narrow": (16, 128, 2), "large": (8, 512, 4)}[kind]
+    sizes = tuned(x.device, f"linear {kind}", BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=3)
     one_token_kernel[(ceil_div(n, sizes["BLOCK_N"]),)](
         x, x if residual is None else residual.contiguous(), x if norm_weight is None else norm_weight.contiguous(), w,
-        y, total, n, k, w.stride(0), eps,
-        NORM=norm_weight is not None, ADD=residual is not None, SWIGLU=use_swiglu, **early, **sizes,
+        x if bias is None else bias.contiguous(), y, total, n, k, w.stride(0), eps,
+        NORM=norm_weight is not None, ADD=residual is not None, SWIGLU=use_swiglu, BIAS=bias is not None,
+        **early, **sizes,
     )  # fmt: skip
     return y, total
 
@@ -153,11 +180,14 @@ def _one_token(
     reference=reference,
     torch=torch_path,
     check=check,
-    fake=lambda x, w: x.new_empty((*x.shape[:-1], w.shape[0])),
+    fake=lambda x, w, bias=None: x.new_empty((*x.shape[:-1], w.shape[0])),
 )
-def linear(x: Tensor, w: Tensor) -> Tensor:
-    """x wᵀ.  x [..., K], w [N, K] -> [..., N] in x's dtype; for one token by a kernel of ours, else by cuBLAS."""
-    return _one_token(x, None, None, w, 1.0, False)[0] if x.numel() == x.shape[-1] > 0 else F.linear(x, w)
+def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x wᵀ + bias.  x [..., K], w [N, K], bias [N] or None -> [..., N] in x's dtype; for one token by a kernel of ours,
+    else by cuBLAS. Raises TypeError and ValueError with the argument's name.
+    """
+    one = x.numel() == x.shape[-1] > 0
+    return _one_token(x, None, None, w, 1.0, False, bias)[0] if one else F.linear(x, w, bias)
 
 
 @operation(
@@ -165,25 +195,21 @@ def linear(x: Tensor, w: Tensor) -> Tensor:
     reference=norm_linear_reference,
     torch=norm_linear_torch_path,
     check=norm_linear_check,
-    fake=lambda x, residual, norm_weight, w, eps=1e-6, use_swiglu=False: (
+    fake=lambda x, residual, norm_weight, w, eps=1e-6, use_swiglu=False, bias=None: (
         x.new_empty((*x.shape[:-1], w.shape[0] // 2 if use_swiglu else w.shape[0])),
         x.new_empty(x.shape),
     ),
 )
 def norm_linear(
-    x: Tensor, residual: Tensor | None, norm_weight: Tensor, w: Tensor, eps: float = 1e-6, use_swiglu: bool = False
-) -> tuple[Tensor, Tensor]:
-    """f(norm(x + residual) wᵀ), and the sum x + residual itself, which is the residual stream from here on.
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor, w: Tensor, eps: float = 1e-6, use_swiglu: bool = False,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """f(norm(x + residual) wᵀ + bias), and the sum x + residual itself, which is the residual stream from here on.
 
-    x and residual [..., K] (None: nothing is added), norm_weight [K], w [N, K] -> ([..., N], [..., K]) in x's dtype;
-    with use_swiglu w holds the gate's rows, then up's, and the first result is [..., N / 2]. Raises TypeError and
-    ValueError with the argument's name.
+    x and residual [..., K] (None: nothing is added), norm_weight [K], w [N, K], bias [N] or None -> ([..., N],
+    [..., K]) in x's dtype; with use_swiglu w and bias hold the gate's rows, then up's, and the first result is
+    [..., N / 2]. Raises TypeError and ValueError with the argument's name.
     """
     if x.numel() == x.shape[-1]:
-        return _one_token(x, residual, norm_weight, w, eps, use_swiglu)
-    if residual is None:
-        normed, total = rms_norm(x, norm_weight, eps), x.clone()
-    else:
-        normed, total = add_rms_norm(x, residual, norm_weight, eps)
-    y = F.linear(normed, w)
-    return (swiglu(y) if use_swiglu else y), total
+        return _one_token(x, residual, norm_weight, w, eps, use_swiglu, bias)
+    return _several_tokens(x, residual, norm_weight, w, eps, use_swiglu, bias)

@@ -6,6 +6,8 @@ tokens [N, ...].
 """
 
 import math
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,21 +16,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..kernels import KERNELS, add_rms_norm, flash_attention, linear, norm_linear, rms_norm, rope
+from ..kernels import KERNELS, add_rms_norm, flash_attention, rms_norm, rope, rope_and_cache, swiglu
+from ..kernels.rope import rotated
+from .linear import LinearFactory, dense
 
 __all__ = [
     "MLP",
     "Attention",
-    "AttentionCache",
-    "Linear",
+    "Batch",
+    "Cache",
+    "LayerCache",
     "NoCache",
+    "NoCacheLayer",
     "PaddedBatch",
     "RMSNorm",
-    "apply_rope",
     "attention",
     "rope_tables",
     "rotate",
 ]
+
+Rope = tuple[Tensor, Tensor]  # cos and sin of each token's angles, [..., D/2] each
 
 
 class RMSNorm(nn.Module):
@@ -50,27 +57,7 @@ class RMSNorm(nn.Module):
         return (self(x), x) if residual is None else add_rms_norm(x, residual, self.weight, self.eps)
 
 
-class Linear(nn.Linear):
-    """x Wᵀ.  [..., in] -> [..., out]
-
-    `after(norm, branch, stream)` is what a decoder layer wants of it: the residual stream goes on as branch + stream,
-    and its norm goes through the weights. One token on a GPU takes one kernel for that.
-    """
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
-
-    def after(
-        self, norm: RMSNorm, branch: Tensor, stream: Tensor | None, use_swiglu: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """(f(norm(branch + stream) Wᵀ), branch + stream); f is SwiGLU over the halves of the result, or nothing."""
-        return norm_linear(branch, stream, norm.weight, self.weight, norm.eps, use_swiglu)
-
-
-def rope_tables(config: ModelConfig, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+def rope_tables(config: ModelConfig, device: torch.device | str = "cpu") -> Rope:
     """cos and sin of every position's angles, each [max_position_embeddings, D/2] in fp32.
 
     Pair i of a head turns by position · theta^(-2i/D). Sources: Su et al., 2021, "RoFormer"; the llama3 scaling is
@@ -98,25 +85,13 @@ def _scaled(frequencies: Tensor, scaling: dict[str, Any] | None) -> Tensor:
     return keep * frequencies + (1 - keep) * slow
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (x[i], x[i + D/2]) by its angle.  x [..., heads, D], cos and sin [..., D/2] -> [..., heads, D]
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """`rotated` for queries and keys; one kernel, in place, on a GPU.
 
-    Pairs are the two halves of a head, as in Hugging Face checkpoints (the paper pairs neighbors; the two differ by a
-    fixed permutation).
+    q [..., H, D], k [..., H_kv, D], cos and sin [..., D/2] -> the same shapes.
     """
-    cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)  # [..., 1, D/2]: the same for every head
-    first, second = x.chunk(2, dim=-1)  # [..., heads, D/2] each
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)  # [..., heads, D]
-
-
-def rotate(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, norms: tuple[RMSNorm, RMSNorm] | None = None
-) -> tuple[Tensor, Tensor]:
-    """`apply_rope` for queries and keys, normed first where there are `norms`; one kernel, in place, on a GPU."""
-    if norms is not None:
-        q, k = norms[0](q), norms[1](k)
     if KERNELS["rope"].path(q, k) != "triton":
-        return apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        return rotated(q, cos, sin), rotated(k, cos, sin)
     cos, sin = (x.expand(*q.shape[:-2], -1).reshape(-1, x.shape[-1]) for x in (cos, sin))  # [N, D/2]
     rope(q.view(-1, *q.shape[-2:]), k.view(-1, *k.shape[-2:]), cos, sin)
     return q, k
@@ -141,18 +116,45 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     return out.transpose(1, 2)  # [B, T, H, D]
 
 
-# cos and sin of each token's angles [..., D/2], and the norms of q and k that go first, if there are
-Rope = tuple[Tensor, Tensor, tuple[RMSNorm, RMSNorm] | None]
+# ---- what a layer asks of a cache ----------------------------------------------------------------------------------
 
 
-class AttentionCache(Protocol):
-    """What a layer asks for attention: it may remember earlier keys and values, in whatever form it likes."""
+class Batch(Protocol):
+    """Which tokens belong together. A cache knows the rest from its own kind of batch."""
 
-    def place(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope, batch: Any) -> tuple[Tensor, Tensor]:
-        """Turn q and k to their positions, as `rotate(q, k, *rope)`; who remembers k and v does it here -> q, k"""
+    @property
+    def positions(self) -> Tensor:
+        """The place of each token in its sequence, of token_ids' shape."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Any) -> Tensor:
-        """Attention of this step's queries.  q [..., H, D], k and v [..., H_kv, D] -> [..., H, D]"""
+
+class LayerCache(Protocol):
+    """One layer's memory of keys and values, in whatever form it likes, with a sliding window or without.
+
+    Keys come normed and turned by RoPE. q [..., H, D], k and v [..., H_kv, D].
+    """
+
+    def slots(self, batch: Any) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Where a kernel may write this step's turned keys and its values itself: caches of keys and of values, each
+        [slots, H_kv, D], and each token's slot [N], -1 for none. None: by `write`, please.
+        """
+
+    def write(self, k: Tensor, v: Tensor, batch: Any) -> None:
+        """Remember this step's keys and values."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, batch: Any) -> Tensor:
+        """Attention of this step's queries to what is remembered.  [..., H, D] -> [..., H, D]
+
+        k and v are this step's, for caches that look at them before they store them. Where a kernel has written to
+        `slots`, k is as it came from the projection: read the slots instead.
+        """
+
+
+class Cache(Protocol):
+    """Every layer's memory."""
+
+    @property
+    def layers(self) -> Sequence[LayerCache]:
+        """One a layer, from the first."""
 
 
 @dataclass(frozen=True)
@@ -169,8 +171,8 @@ class PaddedBatch:
         return (self.attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-class NoCache:
-    """The cache that keeps nothing: causal attention among the tokens of this call, [B, T, ...].
+class NoCacheLayer:
+    """The layer that remembers nothing: causal attention among the tokens of this call, [B, T, ...].
 
     With `window=W` a token attends to the last W tokens, itself included (Beltagy et al., 2020, "Longformer").
     """
@@ -180,11 +182,13 @@ class NoCache:
             raise ValueError(f"window: expected an integer, 1 or more, or 0 for none, got {window!r}")
         self.window = window
 
-    def place(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope, batch: Any) -> tuple[Tensor, Tensor]:
-        """Turn q and k, remember nothing."""
-        return rotate(q, k, *rope)
+    def slots(self, batch: PaddedBatch | None) -> None:
+        """Nowhere."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: PaddedBatch | None) -> Tensor:
+    def write(self, k: Tensor, v: Tensor, batch: PaddedBatch | None) -> None:
+        """Forget them."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, batch: PaddedBatch | None) -> Tensor:
         """Attend; of `batch` only the mask matters. A padding row attends to itself and means nothing."""
         if batch is None and not self.window:
             return attention(q, k, v)
@@ -200,45 +204,96 @@ class NoCache:
         return attention(q, k, v, mask)
 
 
-class Attention(nn.Module):
-    """Grouped-query attention with rotary positions, behind a norm.
+class NoCache:
+    """The cache that keeps nothing. Each layer has the window that a config gives it, or all have the same (0: none).
 
-    (branch, stream or None) -> (what attention adds, branch + stream), each [..., hidden].
+    Raises ValueError for a window that makes no sense.
     """
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
+    def __init__(self, windows: ModelConfig | int = 0) -> None:
+        self.layers: Sequence[NoCacheLayer]
+        if isinstance(windows, ModelConfig):
+            self.layers = [NoCacheLayer(windows.window(i)) for i in range(windows.num_hidden_layers)]
+        else:
+            self.layers = _Same(NoCacheLayer(windows))
+
+
+class _Same(Sequence):
+    """One for all layers, however many there are."""
+
+    def __init__(self, layer: NoCacheLayer) -> None:
         self.layer = layer
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.layer
+
+
+# ---- the two halves of a layer -------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions.  [..., hidden] -> [..., hidden]
+
+    `name` is where the layer stands in the model, `linear` makes its projections.
+    """
+
+    def __init__(self, config: ModelConfig, name: str = "self_attn", linear: LinearFactory = dense) -> None:
+        super().__init__()
         self.head_dim = config.head_dim
-        self.sizes = [config.q_size, config.kv_size, config.kv_size]
-        self.qkv_proj = Linear(config.hidden_size, sum(self.sizes))  # one matrix product instead of three
-        self.o_proj = Linear(config.q_size, config.hidden_size)
+        parts = {"q_proj": config.q_size, "k_proj": config.kv_size, "v_proj": config.kv_size}
+        self.qkv_proj = linear(f"{name}.qkv_proj", config.hidden_size, parts, config.qkv_bias)  # one product, not three
+        self.o_proj = linear(f"{name}.o_proj", config.q_size, {"o_proj": config.hidden_size}, config.o_bias)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None  # Qwen3
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
-    def forward(
-        self, norm: RMSNorm, branch: Tensor, stream: Tensor | None, rope: tuple[Tensor, Tensor],
-        cache: AttentionCache, batch: Any,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        qkv, stream = self.qkv_proj.after(norm, branch, stream)
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in qkv.split(self.sizes, dim=-1))  # [..., heads, D]
-        norms = None if self.q_norm is None else (self.q_norm, self.k_norm)
-        q, k = cache.place(self.layer, q, k, v, (*rope, norms), batch)  # normed (Qwen3), turned by RoPE
-        out = cache.attend(self.layer, q, k, v, batch)  # [..., H, D]
-        return self.o_proj(out.flatten(-2)), stream  # [..., hidden]
+    def forward(self, x: Tensor, rope: Rope, cache: LayerCache, batch: Batch | None = None) -> Tensor:
+        return self.attend(self.qkv_proj(x, batch), rope, cache, batch)
+
+    def attend(self, qkv: Tensor, rope: Rope, cache: LayerCache, batch: Batch | None = None) -> Tensor:
+        """All that comes after the first projection.  [..., (H + 2 H_kv) D] -> [..., hidden]"""
+        sizes = list(self.qkv_proj.parts.values())
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in qkv.split(sizes, dim=-1))  # [..., heads, D]
+        slots = cache.slots(batch)
+        if slots is not None and KERNELS["rope_and_cache"].path(q, k, v) == "triton":
+            self._turn_and_write(q, k, v, rope, slots)
+        else:
+            q, k = self._turn(q, k, rope)
+            cache.write(k, v, batch)
+        out = cache.attend(q, k, v, batch)  # [..., H, D]
+        return self.o_proj(out.flatten(-2), batch)  # [..., hidden]
+
+    def _turn(self, q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """Every head to its position, after its norm if it has one."""
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q, k, *rope)
+
+    def _turn_and_write(
+        self, q: Tensor, k: Tensor, v: Tensor, rope: Rope, slots: tuple[Tensor, Tensor, Tensor]
+    ) -> None:  # fmt: skip
+        """The same and the cache's `write` in one kernel: q in place, the turned keys in their slots alone."""
+        if self.q_norm is not None and self.k_norm is not None:
+            rope_and_cache(q, k, v, *rope, *slots, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+        else:
+            rope_and_cache(q, k, v, *rope, *slots)
 
 
 class MLP(nn.Module):
-    """SwiGLU behind a norm: down(silu(gate(x)) · up(x)).    Source: Shazeer, 2020, "GLU Variants Improve Transformer".
+    """SwiGLU: down(silu(gate(x)) · up(x)).  [..., hidden] -> [..., hidden]
 
-    (branch, stream) -> (what the MLP adds, branch + stream), each [..., hidden].
+    Source: Shazeer, 2020, "GLU Variants Improve Transformer". `name` and `linear` as for `Attention`.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, name: str = "mlp", linear: LinearFactory = dense) -> None:
         super().__init__()
-        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+        parts = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
+        self.gate_up_proj = linear(f"{name}.gate_up_proj", config.hidden_size, parts, config.mlp_bias)
+        self.down_proj = linear(
+            f"{name}.down_proj", config.intermediate_size, {"down_proj": config.hidden_size}, config.mlp_bias
+        )
 
-    def forward(self, norm: RMSNorm, branch: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
-        act, stream = self.gate_up_proj.after(norm, branch, stream, use_swiglu=True)  # silu(gate) · up: [..., I]
-        return self.down_proj(act), stream
+    def forward(self, x: Tensor, batch: Batch | None = None) -> Tensor:
+        return self.down_proj(swiglu(self.gate_up_proj(x, batch)), batch)

@@ -1,40 +1,50 @@
 """The model: embedding, a stack of layers that each add to the residual stream, a norm, a head over the vocabulary."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from .layers import MLP, Attention, AttentionCache, NoCache, RMSNorm, rope_tables
+from ..kernels import KERNELS
+from .layers import MLP, Attention, Batch, Cache, LayerCache, NoCache, RMSNorm, Rope, rope_tables
+from .linear import LinearFactory, dense
 
 __all__ = ["Layer", "Transformer"]
 
 
 class Layer(nn.Module):
-    """Attention, then MLP, each behind a norm and added to the residual stream.
+    """Attention, then MLP, each behind a norm and added to the residual stream.  [..., hidden] -> [..., hidden]"""
 
-    In short: stream += attention(norm(stream)), stream += mlp(norm(stream)). The stream and the branch that is still to
-    be added to it travel apart, so that adding and norming are one step: (branch, stream or None) -> (branch, stream),
-    each [..., hidden].
-    """
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, name: str = "layer", linear: LinearFactory = dense) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config, f"{name}.self_attn", linear)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, f"{name}.mlp", linear)
 
-    def forward(
-        self, branch: Tensor, stream: Tensor | None, rope: tuple[Tensor, Tensor], cache: AttentionCache, batch: Any
+    def forward(self, x: Tensor, rope: Rope, cache: LayerCache, batch: Batch | None = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, cache, batch)
+        return x + self.mlp(self.post_attention_layernorm(x), batch)
+
+    def fused(
+        self, branch: Tensor, stream: Tensor | None, rope: Rope, cache: LayerCache, batch: Batch | None = None
     ) -> tuple[Tensor, Tensor]:
-        branch, stream = self.self_attn(self.input_layernorm, branch, stream, rope, cache, batch)
-        return self.mlp(self.post_attention_layernorm, branch, stream)
+        """The same in fewer kernels: sum, norm and product are one step (`Linear.add_norm`).
+
+        So the stream travels apart from the branch that is still to be added to it: (branch, stream or None) ->
+        (branch, stream), each [..., hidden].
+        """
+        attn, mlp = self.self_attn, self.mlp
+        qkv, stream = attn.qkv_proj.add_norm(self.input_layernorm, branch, stream, batch)
+        branch = attn.attend(qkv, rope, cache, batch)
+        act, stream = mlp.gate_up_proj.add_norm(self.post_attention_layernorm, branch, stream, batch, use_swiglu=True)
+        return mlp.down_proj(act, batch), stream
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model of the Llama family or Qwen3.
+    """A decoder-only language model: Llama, Mistral, Qwen2 or Qwen3.
 
         model = Transformer(config)                     # random weights, ready to train
         hidden_states = model(token_ids)                # [B, T] -> [B, T, hidden]
@@ -42,22 +52,28 @@ class Transformer(nn.Module):
 
     `batch` says what belongs together (a `PaddedBatch`, or an engine's batch) and has `positions` of token_ids'
     shape; without it every row of `token_ids` is one sequence from position 0. `cache` answers for attention; without
-    it nothing is remembered. Raises ValueError for token ids outside the vocabulary and positions beyond
-    `max_position_embeddings` (checked on the CPU only: on a GPU the check would make the host wait).
+    it nothing is remembered. `linear` makes every projection and the head. Raises ValueError for token ids outside the
+    vocabulary and positions beyond `max_position_embeddings` (checked on the CPU only: on a GPU the check would make
+    the host wait).
+
+    Whoever changes weights or replaces modules adds 1 to `revision`: `fingerprint` then differs.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, linear: LinearFactory = dense) -> None:
         super().__init__()
         self.config = config
+        self.revision = 0
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config, f"layers.{i}", linear) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
+        self.lm_head = linear("lm_head", config.hidden_size, {"lm_head": config.vocab_size}, False)
+        # Whether the head has no tensor of its own. (A head that cannot share the embedding's has one all the same.)
+        self.tied = config.tie_word_embeddings and self.lm_head.tie(self.embed_tokens.weight)
         cos, sin = rope_tables(config)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
+        self._no_cache = NoCache(config)
+        self._watched: tuple[int, list[Tensor]] = (-1, [])
         if self.norm.weight.device.type != "meta":
             self.reset_parameters()
 
@@ -71,21 +87,61 @@ class Transformer(nn.Module):
             if parameter.dim() == 2:
                 into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(parameter, std=residual_std if into_residual else std)
+        self.revision += 1
 
-    def forward(self, token_ids: Tensor, batch: Any = None, cache: AttentionCache | None = None) -> Tensor:
+    def forward(self, token_ids: Tensor, batch: Batch | None = None, cache: Cache | None = None) -> Tensor:
         """Hidden states of every token, after the last norm.  token_ids [...] int64 -> [..., hidden]"""
         positions = torch.arange(token_ids.shape[-1], device=token_ids.device) if batch is None else batch.positions
         if token_ids.device.type == "cpu":
             self._check(token_ids, positions)
         rope = self.rope_cos[positions], self.rope_sin[positions]  # [..., D/2] each
-        branch, stream = self.embed_tokens(token_ids), None  # [..., hidden]
-        for layer in self.layers:
-            branch, stream = layer(branch, stream, rope, cache or NO_CACHE, batch)
-        return self.norm.add(branch, stream)[0]
+        caches = (self._no_cache if cache is None else cache).layers
+        x = self.embed_tokens(token_ids)  # [..., hidden]
+        if KERNELS["norm_linear"].path(x, self.norm.weight) == "triton":
+            branch, stream = x, None
+            for i, layer in enumerate(self.layers):
+                branch, stream = layer.fused(branch, stream, rope, caches[i], batch)
+            return self.norm.add(branch, stream)[0]
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rope, caches[i], batch)
+        return self.norm(x)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Scores of the next token, in fp32.  [..., hidden] -> [..., vocab]"""
         return self.lm_head(hidden_states).float()
+
+    # ---- what it is --------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in, and what keys and values have. (Weights may be stored otherwise.)"""
+        return self.norm.weight.dtype
+
+    def fingerprint(self) -> tuple[int, int]:
+        """Differs after weights have changed: by `revision`, or in place (`model.norm.weight.mul_(2)`).
+
+        torch counts the changes of each tensor; those made behind its back, through `.data`, it does not see: then add
+        1 to `revision`.
+        """
+        if self._watched[0] != self.revision:
+            tensors = [*self.parameters(), *self.buffers()]
+            self._watched = self.revision, [t for t in tensors if not t.is_inference()]  # those have no counter
+        return self.revision, sum([t._version for t in self._watched[1]])
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Transformer":
+        """`to`, `cuda`, `half` and the like."""
+        self.revision += 1
+        return super()._apply(fn, recurse)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch's; counts as a change."""
+        self.revision += 1
+        return super().load_state_dict(*args, **kwargs)
 
     def _check(self, token_ids: Tensor, positions: Tensor) -> None:
         if token_ids.numel() == 0:
@@ -101,6 +157,3 @@ class Transformer(nn.Module):
                 f"token_ids: expected at most {self.config.max_position_embeddings} tokens (the model's context),"
                 f" got position {int(positions.max())}; shorten the prompt"
             )
-
-
-NO_CACHE = NoCache()

@@ -5,30 +5,33 @@ Only safetensors are read. Pickled checkpoints (.bin, .pt, .pth) are refused: un
 contains.
 """
 
+import dataclasses
 import difflib
-import json
 import os
 import re
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .. import fetch
 from ..config import ModelConfig
-from . import fetch
+from ..files import atomic_directory, write_model
+from .checkpoint import PICKLED, Checkpoint, weight_files
+from .linear import Linear, LinearFactory, dense, floating
+from .tokenizer import Tokenizer
 from .transformer import Transformer
 
-__all__ = ["load", "load_state_dict", "model_path", "resolve_device", "resolve_dtype", "save"]
+__all__ = ["load", "model_path", "resolve_device", "resolve_dtype", "save"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# Ours <- Hugging Face's: what reads one input is stored as one matrix, rows stacked in this order.
-FUSED = {
-    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
-}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# quant_method of a config.json's quantization_config -> what makes, from that, the factory of its layers
+QUANTIZED: dict[str, Callable[[dict[str, Any]], LinearFactory]] = {}
 
 
 def model_path(name: str | os.PathLike) -> Path:
@@ -61,10 +64,24 @@ def model_path(name: str | os.PathLike) -> Path:
 
 
 def _from_hub(repo: str) -> Path:
+    """Download what is small, look at it, and only then the weights: gigabytes of a model that we can use."""
+    path = _download(repo, ["*.json", "*.jinja"])
+    _factory(ModelConfig.from_pretrained(path), path)
+    files = weight_files(path)
+    if not all(file.is_file() for file in files):
+        if (path / "tokenizer.json").is_file():
+            Tokenizer.from_pretrained(path)
+        path = _download(repo, [file.name for file in files])  # not what else lies there, such as consolidated copies
+    if missing := [file.name for file in files if not (path / file.name).is_file()]:
+        raise ValueError(f"name: {repo!r} has no {missing[0]} on the Hugging Face Hub; expected a model in safetensors")
+    return path
+
+
+def _download(repo: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        return Path(snapshot_download(repo, allow_patterns=patterns))
     except Exception as e:
         known = ", ".join(fetch.KNOWN)
         raise ValueError(
@@ -88,28 +105,71 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """ "auto": bf16 on a GPU, fp32 on a CPU; or a name of DTYPES, or a torch dtype."""
+    """ "auto": fp32 on a CPU, bf16 on a GPU, fp16 on one too old for bf16; or a name of DTYPES, or a torch dtype.
+
+    Raises ValueError for another one.
+    """
+    if dtype == "auto" and device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return torch.float32
     resolved = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if resolved not in DTYPES.values():
         raise ValueError(f'dtype: expected "auto", {", ".join(DTYPES)}, got {dtype!r}')
     return resolved
 
 
-def load(name: str | os.PathLike, device: str = "auto", dtype: str = "auto") -> Transformer:
-    """Read a model: a known name, a Hugging Face directory or id.
+def load(
+    name: str | os.PathLike, device: str = "auto", dtype: str = "auto", linear: LinearFactory | None = None
+) -> Transformer:
+    """Read a model: a known name, a Hugging Face directory or id. `linear` makes its layers; by default they are what
+    the checkpoint needs.
 
-    Raises ValueError that names the tensor or file when one is corrupt, missing, surplus or of a wrong shape.
+    What need not be merged or converted stays mapped from the file. Raises ValueError that names the tensor or file
+    when one is corrupt, missing, surplus, of a wrong shape, or quantized in a way that is not supported.
     """
     path = model_path(name)
     where = resolve_device(device)
+    number = resolve_dtype(dtype, where)
     config = ModelConfig.from_pretrained(path)
+    linear = linear or _factory(config, path)
+    checkpoint = Checkpoint(path)
     with torch.device("meta"), _NoInit():  # neither memory nor random numbers for what is about to be replaced
-        model = Transformer(config)
-    tensors = {key: tensor.to(where, resolve_dtype(dtype, where)) for key, tensor in _read(path).items()}
-    load_state_dict(model, tensors, source=str(path))
+        model = Transformer(_tied(config, checkpoint), linear)
+    _check(model, checkpoint)
+    for prefix, module in _modules(model):
+        _fill(module, prefix, checkpoint, config.tie_word_embeddings, where, number)
+    if model.tied:
+        model.lm_head.tie(model.embed_tokens.weight)
     return model.to(where).eval().requires_grad_(False)
+
+
+def _factory(config: ModelConfig, path: Path) -> LinearFactory:
+    """What makes the layers of this checkpoint. Raises ValueError for one that is quantized in an unknown way."""
+    about = config.quantization_config
+    if about is None:
+        return dense
+    method = about.get("quant_method") if isinstance(about, dict) else about
+    if method not in QUANTIZED:
+        raise ValueError(
+            f"{path}: quantization_config: a checkpoint quantized by {method!r} is not supported"
+            f" ({'expected one of ' + ', '.join(QUANTIZED) if QUANTIZED else 'no method is'}); use the unquantized one"
+        )
+    return QUANTIZED[method](about)
+
+
+def _tied(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
+    """The config, untied where the file has another head after all: transformers 5 then takes both, too."""
+    if not (config.tie_word_embeddings and EMBEDDING in checkpoint and HEAD in checkpoint):
+        return config
+    a, b = checkpoint.read((EMBEDDING, HEAD)).values()
+    if a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b):
+        return config
+    warnings.warn(
+        f"{checkpoint.directory}: tie_word_embeddings is true, but {HEAD} is not {EMBEDDING}; both are used",
+        stacklevel=3,
+    )
+    return dataclasses.replace(config, tie_word_embeddings=False)
 
 
 class _NoInit(TorchFunctionMode):
@@ -121,114 +181,96 @@ class _NoInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def load_state_dict(model: Transformer, tensors: dict[str, Tensor], source: str = "state dict") -> None:
-    """Put Hugging Face's tensors into `model`; they are used as they are, not copied. `source` is named in errors."""
-    expected = _expected(model)
-    if model.config.tie_word_embeddings:
-        tensors = {
-            k: v for k, v in tensors.items() if k != "lm_head.weight"
-        }  # some checkpoints store the tied head twice
-    tensors = {
-        k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")
-    }  # old checkpoints: follows from the config
-    missing, surplus = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+def _modules(model: Transformer) -> Iterator[tuple[str, nn.Module]]:
+    """Whatever has weights, a `Linear` as one, and what a checkpoint puts before the names of its tensors."""
+
+    def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        if isinstance(module, Linear):
+            parent = name.rpartition(".")[0]
+            if not (module is model.lm_head and model.tied):
+                yield f"model.{parent}." if parent else "", module
+        else:
+            if module._parameters:
+                yield f"model.{name}.", module
+            for child, inner in module.named_children():
+                yield from walk(f"{name}.{child}" if name else child, inner)
+
+    return walk("", model)
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    """The tensors that a module wants."""
+    if isinstance(module, Linear):
+        return module.wanted()
+    return {name: parameter.shape for name, parameter in module._parameters.items() if parameter is not None}
+
+
+def _stored(name: str, checkpoint: Checkpoint, tied: bool) -> str:
+    """The name under which a tensor stands: a tied model may lack its head, or have it for its embedding."""
+    other = {EMBEDDING: HEAD, HEAD: EMBEDDING}.get(name, "") if tied else ""
+    return other if name not in checkpoint and other in checkpoint else name
+
+
+def _fill(
+    module: nn.Module, prefix: str, checkpoint: Checkpoint, tied: bool, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Give a module its tensors, under its own names for them."""
+    names = {name: _stored(prefix + name, checkpoint, tied) for name in _shapes(module)}
+    found = checkpoint.read(names.values())
+    tensors = {name: found[stored] for name, stored in names.items()}
+    del found
+    try:
+        if isinstance(module, Linear):
+            module.load(tensors, device, dtype)
+            return
+        for name, tensor in tensors.items():
+            setattr(module, name, nn.Parameter(floating(name, tensor).to(device, dtype), requires_grad=False))
+    except ValueError as e:
+        raise ValueError(f"{checkpoint.directory}: {prefix}{e}") from e
+
+
+def _check(model: Transformer, checkpoint: Checkpoint) -> None:
+    """Hold names and shapes against what the model wants, before anything is read."""
+    tied = model.config.tie_word_embeddings
+    wanted = {prefix + name: shape for prefix, module in _modules(model) for name, shape in _shapes(module).items()}
+    expected = {_stored(name, checkpoint, tied): shape for name, shape in wanted.items()}
+    known = {EMBEDDING, HEAD} if tied else set()
+    stored = checkpoint.entries.keys()
+    missing, surplus = sorted(expected.keys() - stored), sorted(stored - expected.keys() - known)
     for kind, names in (("lacks", missing), ("has the surplus", surplus)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            why = _why(missing, surplus, checkpoint)
+            raise ValueError(f"{checkpoint.directory}: {kind} tensor {', '.join(names[:3])}{more}; {why}")
+    for name, shape in expected.items():
+        if checkpoint.shape(name) != shape:
             raise ValueError(
-                f"{source}: {kind} tensor {', '.join(names[:3])}{more}; does config.json belong to these weights?"
+                f"{checkpoint.directory}: {name} has shape {tuple(checkpoint.shape(name))}, expected {tuple(shape)}"
+                " from config.json"
             )
-    for key, shape in expected.items():
-        if tensors[key].shape != shape:
-            raise ValueError(
-                f"{source}: {key} has shape {tuple(tensors[key].shape)}, expected {tuple(shape)} from config.json"
-            )
-    state = {
-        ours: torch.cat([tensors[key] for key in keys]) if len(keys) > 1 else tensors[keys[0]]
-        for ours, keys in _sources(model).items()
-    }
-    if model.config.tie_word_embeddings:
-        state["lm_head.weight"] = state["embed_tokens.weight"]
-    model.load_state_dict(state, assign=True)
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight  # one parameter again, not two that share memory
+
+
+SCALES = ("scale", "scales", "scale_inv", "zeros", "qweight", "qzeros", "g_idx", "zero_point", "packed", "absmax")
+
+
+def _why(missing: list[str], surplus: list[str], checkpoint: Checkpoint) -> str:
+    """What is probably the matter when names differ."""
+    if any(name.endswith(SCALES) or not checkpoint.is_floating(name) for name in surplus):
+        return "these weights are quantized, which is not supported here; use the unquantized checkpoint"
+    if all(name.endswith(".bias") for name in missing + surplus):
+        fields = {"attention_bias" if ".self_attn." in name else "mlp_bias" for name in missing + surplus}
+        return f"are {' and '.join(sorted(fields))} in config.json those of these weights?"
+    return "does config.json belong to these weights?"
 
 
 def save(model: Transformer, directory: str | os.PathLike) -> Path:
-    """Write `model` as a Hugging Face directory (config.json, model.safetensors) that `load` and transformers read;
-    atomically.
+    """Write `model` as a Hugging Face directory (config.json, model.safetensors) that `load` and, if its layers are
+    `Dense`, transformers read; atomically.
     """
-    tensors = {}
-    state = model.state_dict()
-    for ours, keys in _sources(model).items():
-        sizes = [_expected(model)[key][0] for key in keys]
-        tensors.update(zip(keys, (part.contiguous() for part in state[ours].split(sizes)), strict=True))
-    with fetch.atomic_directory(Path(directory)) as folder:
-        fetch.write_model(folder, model.config, tensors)
-    return Path(directory)
-
-
-def _sources(model: Transformer) -> dict[str, list[str]]:
-    """Our parameter name -> the Hugging Face tensors that are stacked into it."""
-    names = [name for name in model.state_dict() if not (model.config.tie_word_embeddings and name == "lm_head.weight")]
-    sources = {}
-    for name in names:
-        fused = next((ours for ours in FUSED if ours in name), None)
-        parts = [name.replace(fused, part) for part in FUSED[fused]] if fused else [name]
-        sources[name] = [part if part.startswith("lm_head") else f"model.{part}" for part in parts]
-    return sources
-
-
-def _expected(model: Transformer) -> dict[str, torch.Size]:
-    """Hugging Face tensor name -> the shape that the config implies."""
-    config = model.config
-    rows = {
-        "q_proj": config.q_size,
-        "k_proj": config.kv_size,
-        "v_proj": config.kv_size,
-        "gate_proj": config.intermediate_size,
-    }
-    rows["up_proj"] = rows["gate_proj"]
-    shapes, state = {}, model.state_dict()
-    for ours, keys in _sources(model).items():
-        for key in keys:
-            part = key.split(".")[-2]
-            shapes[key] = torch.Size([rows[part], state[ours].shape[1]]) if part in rows else state[ours].shape
-    return shapes
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """All tensors of a Hugging Face directory, mapped from disk (one file, or several with an index)."""
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted({path / file for file in _read_index(index).values()})
-    else:
-        files = [path / "model.safetensors"]
     tensors: dict[str, Tensor] = {}
-    for file in files:
-        tensors.update(_read_file(file))
-    return tensors
-
-
-def _read_index(index: Path) -> dict[str, str]:
-    try:
-        return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError) as e:
-        raise ValueError(f"{index}: not a safetensors index ({e}); fetch the model again") from e
-
-
-def _read_file(file: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError, safe_open
-
-    if not file.is_file():
-        if pickled := sorted(p.name for p in file.parent.glob("*") if p.suffix in PICKLED):
-            raise ValueError(
-                f"{file.parent}: holds only the pickled checkpoint {pickled[0]}; reading it would run code stored in"
-                " it. Convert it to safetensors first"
-            )
-        raise FileNotFoundError(f"{file}: not found; fetch the model again")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, RuntimeError) as e:
-        raise ValueError(f"{file}: corrupt or cut off ({e}); delete it and fetch the model again") from e
+    for prefix, module in _modules(model):
+        own = module.tensors() if isinstance(module, Linear) else dict(module._parameters)
+        tensors.update({prefix + name: tensor.detach().contiguous() for name, tensor in own.items()})
+    with atomic_directory(Path(directory)) as folder:
+        write_model(folder, model.config, tensors)
+    return Path(directory)

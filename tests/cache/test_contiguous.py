@@ -81,7 +81,7 @@ def test_a_window_is_what_a_mask_says():
     """NoCache with a window against attention written out: the oracle's own oracle."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 9, 4, 8) for _ in range(3))
-    got = NoCache(3).attend(0, q, k, v, None)
+    got = NoCache(3).layers[0].attend(q, k, v, None)
     for t in range(9):
         seen = slice(max(0, t - 2), t + 1)
         scores = torch.einsum("bhd,bshd->bhs", q[:, t], k[:, seen]) / 8**0.5

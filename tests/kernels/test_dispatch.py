@@ -42,8 +42,10 @@ def small(name: str, device="cpu", dtype=torch.float32) -> tuple:
     angles = torch.randn(6, 8, device=device)
     cu = torch.tensor([0, 2, 6], dtype=torch.int32, device=device)
     caches = torch.zeros(2, 9, 2, 16, device=device, dtype=dtype)
-    rows = torch.arange(60, dtype=torch.int32, device=device).view(3, 20)  # 8 tokens, 4 blocks of 2, options, and 5
-    steps = cu.new_tensor([[1, 0, 2, 0], [3, 0, 0, 0], [5, 4, 0, 0], [0, 2, 6, 6]])
+    rows = torch.arange(60, dtype=torch.int32, device=device).view(3, 20)  # length, 3 options, 12 tokens, 4 blocks of 2
+    rows[:, 0] = 4
+    steps = cu.new_tensor([[1, 0, 2, 0], [3, 0, 0, 0], [1, 1, 0, 0], [0, 2, 6, 6]])
+    table = (steps, rows, rows.new_zeros(3, 3), rows.new_zeros(3))
     return {
         "softmax": (x,),
         "rms_norm": (x, w, 1e-5),
@@ -69,8 +71,8 @@ def small(name: str, device="cpu", dtype=torch.float32) -> tuple:
             x, torch.tensor([0.0, 0.5, 1.0] * 2, device=device), torch.arange(6, device=device) - 3,
             torch.arange(6, device=device),
         ),
-        "step_inputs": (steps, rows, 8, 12, 2, 7, 3),
-        "append_tokens": (steps, rows, torch.tensor([7, 8, 9], device=device)),
+        "step_inputs": (*table, 4, 16, 1, 2, 7, 3),
+        "append_tokens": (steps, rows, torch.tensor([[7], [8], [9]], device=device), cu.new_tensor([1, 1, 0]), 4),
     }[name]  # fmt: skip
 
 
@@ -220,12 +222,15 @@ BAD = [
     (flash_attention, (Q, Q, Q, CU, CU, 4, False, 3), "window: expected 0 without causal"),
     (flash_attention, (Q, Q.half(), Q, CU, CU, 4), "k: expected q's dtype"),
     (flash_attention, (torch.randn(4, 2, 257),) * 3 + (CU, CU, 4), "D up to 256"),
-    (step_inputs, (ROWS.float(), ROWS, 8, 12, 2, 4, 3), "steps: expected two axes of int32"),
-    (step_inputs, (ROWS, ROWS.T, 8, 12, 2, 4, 3), "matrix: expected two axes of int32, contiguous"),
-    (step_inputs, (ROWS, ROWS, 8, 12, 2, 4, 20), r"steps: expected \[4, 20 sequences, and one\]"),
-    (step_inputs, (ROWS, ROWS, 8, 18, 2, 4, 3), "first_option: expected 0 < first_block < first_option and 3 columns"),
-    (append_tokens, (ROWS, ROWS, torch.zeros(3)), r"sampled: expected \[S\] of int64"),
-    (append_tokens, (ROWS, ROWS, torch.arange(21)), r"sampled: expected \[S\] of int64, S up to 20"),
+    (step_inputs, (ROWS.float(), ROWS, ROWS[:3], ROWS[0], 4, 16, 1, 2, 4, 3), "steps: expected two axes of int32"),
+    (step_inputs, (ROWS, ROWS.T, ROWS[:3], ROWS[0], 4, 16, 1, 2, 4, 3), "matrix: expected two axes of int32, contig"),
+    (step_inputs, (ROWS, ROWS, ROWS[:3], ROWS[0], 4, 16, 1, 2, 4, 20), r"steps: expected \[4, 20 sequences, and one\]"),
+    (step_inputs, (ROWS, ROWS, ROWS[:3], ROWS[0], 4, 20, 1, 2, 4, 3), "first_block: expected 1 <= first_token < first"),
+    (step_inputs, (ROWS, ROWS, ROWS[:2], ROWS[0], 4, 16, 1, 2, 4, 3), r"options: expected \[3 columns, of which 1 pairs"),
+    (step_inputs, (ROWS, ROWS, ROWS[:3], ROWS[0, :2], 4, 16, 1, 2, 4, 3), r"lengths: expected \[3 or more\] of int32"),
+    (append_tokens, (ROWS, ROWS, torch.zeros(3, 1), ROWS[0, :3], 4), r"sampled: expected \[S, K\] of int64"),
+    (append_tokens, (ROWS, ROWS, torch.ones(21, 1).long(), ROWS[0, :3], 4), "sampled: expected .*, S up to 20"),
+    (append_tokens, (ROWS, ROWS, torch.ones(3, 1).long(), ROWS[0, :2], 4), r"given: expected \[3\] of int32"),
 ]  # fmt: skip
 
 
@@ -250,7 +255,7 @@ def test_empty_input(name):
     elif name == "paged_attention":
         args = (args[0][:0], *args[1:3], *(torch.zeros(n, dtype=torch.int32) for n in ((0, 1), 0, 1)), 0, 2)
     elif name == "append_tokens":
-        args = (*args[:2], args[2][:0])
+        args = (*args[:2], args[2][:0], args[3][:0], args[4])
     else:
         args = tuple(a[:0] if a.shape[0] == 6 else a for a in args)
     for path in ("torch", "triton"):

@@ -2,31 +2,71 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, Qwen3Config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
-from minillm.kernels import HAS_TRITON, use
+from minillm.kernels import HAS_TRITON, KERNELS, linear, norm_linear, use
 
 from .test_transformer import random_pair
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed here")
 GPU = torch.cuda.is_available()
+KINDS = [(LlamaConfig, {}), (Qwen3Config, {}), (Qwen2Config, {}), (LlamaConfig, {"mlp_bias": True})]
 
 
 @pytest.mark.skipif(GPU, reason="this machine compiles the kernels")
-@pytest.mark.parametrize("kind", [LlamaConfig, Qwen3Config])
-def test_small_model_in_the_interpreter(tmp_path, kind):
-    theirs, model = random_pair(tmp_path, kind, 2, True, None)
-    token_ids = torch.randint(0, 131, (2, 9), generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize(("kind", "more"), KINDS)
+@pytest.mark.parametrize("tokens", [(2, 9), (1, 1)])  # one token goes through kernels of its own
+def test_small_model_in_the_interpreter(tmp_path, kind, more, tokens):
+    theirs, model = random_pair(tmp_path, kind, 2, True, None, **more)
+    token_ids = torch.randint(0, 131, tokens, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode(), use("triton"):
         logits = model.logits(model(token_ids))
     with torch.inference_mode():
         assert (logits - theirs(token_ids).logits).abs().max() < 1e-4
 
 
+@pytest.mark.skipif(GPU, reason="this machine compiles the kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@given(
+    st.sampled_from([1, 1, 3]), st.integers(1, 40), st.integers(1, 700), st.booleans(), st.booleans(),
+    st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=20)
+def test_biases(dtype, rows, n, k, added, use_swiglu, seed):
+    """With a bias against fp64, for one token and for several; none is as a bias of zeros."""
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=g).to(dtype)  # noqa: E731
+    x, residual, norm = draw(rows, k), draw(rows, k) if added else None, draw(k)
+    w, bias = draw((1 + use_swiglu) * n, k) / k**0.5, draw((1 + use_swiglu) * n)
+    for op, args, at in (
+        (KERNELS["linear"], (x, w), ()),
+        (KERNELS["norm_linear"], (x, residual, norm, w), (1e-5, use_swiglu)),
+    ):
+        with use("triton"):
+            got, none, zeros = (op(*args, *at, b) for b in (bias, None, torch.zeros_like(bias)))
+        expected = op.reference(*args, *at, bias)
+        for ours, theirs in zip(*((y if isinstance(y, tuple) else (y,)) for y in (got, expected)), strict=True):
+            error = (ours.double() - theirs.double()).norm() / theirs.double().norm().clamp(min=1.0)
+            assert error < (1e-5 if dtype == torch.float32 else 2e-3)
+        first = lambda y: y[0] if isinstance(y, tuple) else y  # noqa: E731
+        assert torch.equal(first(none), first(zeros))
+
+
+def test_wrong_biases():
+    x, w = torch.zeros(2, 8), torch.zeros(6, 8)
+    for bias in (torch.zeros(5), torch.zeros(6, dtype=torch.float16)):
+        with pytest.raises(ValueError, match=r"bias: expected \[6\] \(w's rows\) of torch.float32"):
+            linear(x, w, bias)
+        with pytest.raises(ValueError, match="bias: expected"):
+            norm_linear(x, None, torch.ones(8), w, 1e-5, False, bias)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", [LlamaConfig, Qwen3Config])
-def test_small_model_in_fp32(tmp_path, kind):
-    theirs, model = random_pair(tmp_path, kind, 2, True, None)
+@pytest.mark.parametrize(("kind", "more"), KINDS)
+def test_small_model_in_fp32(tmp_path, kind, more):
+    theirs, model = random_pair(tmp_path, kind, 2, True, None, **more)
     token_ids = torch.randint(0, 131, (3, 100), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = theirs(token_ids).logits

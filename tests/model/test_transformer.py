@@ -1,18 +1,34 @@
-"""The model against transformers: the real SmolLM2, and small random Llama and Qwen3 models in every variant."""
+"""The model against transformers: the real SmolLM2, and small random models of each type in every variant."""
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from minillm.config import ModelConfig
 from minillm.data import reference_text
+from minillm.generate import cached, naive
+from minillm.kernels.rope import rotated
 from minillm.model import Transformer
-from minillm.model.layers import PaddedBatch, RMSNorm, apply_rope, attention, rope_tables
+from minillm.model.layers import NoCache, PaddedBatch, RMSNorm, attention, rope_tables
+from minillm.model.linear import Dense, Linear
 from minillm.model.weights import load, save
+from minillm.sampling import SamplingParams
 
 LLAMA_3_ROPE = {
     "rope_type": "llama3",
@@ -23,16 +39,32 @@ LLAMA_3_ROPE = {
     "rope_theta": 500_000.0,
 }
 LINEAR_ROPE = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0}
+WINDOW = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}  # in transformers' Qwen2 and Qwen3
 VARIANTS = [
-    *itertools.product([LlamaConfig], [4, 2, 1], [True, False], [None]),
-    *itertools.product([Qwen3Config], [4, 2, 1], [True, False], [None]),
-    (LlamaConfig, 2, False, LLAMA_3_ROPE),
-    (LlamaConfig, 4, True, LINEAR_ROPE),
-    (Qwen3Config, 2, True, LLAMA_3_ROPE),
+    *itertools.product([LlamaConfig, Qwen3Config], [4, 2, 1], [True, False], [None], [{}]),
+    *itertools.product([Qwen2Config, MistralConfig], [4, 2], [True, False], [None], [{}]),
+    (LlamaConfig, 2, False, LLAMA_3_ROPE, {}),
+    (LlamaConfig, 4, True, LINEAR_ROPE, {}),
+    (Qwen3Config, 2, True, LLAMA_3_ROPE, {}),
+    (LlamaConfig, 2, False, None, {"attention_bias": True}),
+    (LlamaConfig, 2, True, None, {"mlp_bias": True}),
+    (LlamaConfig, 4, False, None, {"attention_bias": True, "mlp_bias": True}),
+    (Qwen3Config, 2, False, None, {"attention_bias": True}),
+    (Qwen3Config, 2, True, None, WINDOW),
+    (Qwen2Config, 2, True, LINEAR_ROPE, WINDOW),
+    (Qwen2Config, 1, False, None, {**WINDOW, "layer_types": ["sliding_attention", "full_attention", "full_attention"]}),
+    (MistralConfig, 2, False, None, {"sliding_window": 9}),
+    (MistralConfig, 2, True, None, {"sliding_window": None}),
 ]
+CLASSES = {
+    LlamaConfig: LlamaForCausalLM,
+    MistralConfig: MistralForCausalLM,
+    Qwen2Config: Qwen2ForCausalLM,
+    Qwen3Config: Qwen3ForCausalLM,
+}
 
 
-def random_pair(folder, kind, kv_heads, tie, rope):
+def random_pair(folder, kind, kv_heads, tie, rope, **more):
     """A small random model of transformers, and ours read from what it saves."""
     torch.manual_seed(0)
     config = kind(
@@ -47,34 +79,46 @@ def random_pair(folder, kind, kv_heads, tie, rope):
         tie_word_embeddings=tie,
         rope_parameters=rope or {"rope_type": "default", "rope_theta": 10_000.0},
         initializer_range=0.2,
+        **more,
     )
-    theirs = {LlamaConfig: LlamaForCausalLM, Qwen3Config: Qwen3ForCausalLM}[kind](config).eval()
+    theirs = CLASSES[kind](config).eval()
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)  # weights of one would hide a forgotten multiplication
+            elif name.endswith("bias"):
+                parameter.normal_()  # and biases of zero a forgotten sum
     theirs.save_pretrained(folder)
     return theirs, load(folder, device="cpu", dtype="float32")
 
 
 def _id(value) -> str:
-    return getattr(value, "__name__", None) or (value["rope_type"] if isinstance(value, dict) else str(value))
+    if isinstance(value, dict):
+        return value.get("rope_type", "+".join(value) or "plain")
+    return getattr(value, "__name__", None) or str(value)
 
 
-@pytest.mark.parametrize(("kind", "kv_heads", "tie", "rope"), VARIANTS, ids=_id)
+@pytest.mark.parametrize(("kind", "kv_heads", "tie", "rope", "more"), VARIANTS, ids=_id)
 @torch.no_grad()
-def test_random_models_equal_transformers(tmp_path, kind, kv_heads, tie, rope):
-    theirs, ours = random_pair(tmp_path, kind, kv_heads, tie, rope)
+def test_random_models_equal_transformers(tmp_path, kind, kv_heads, tie, rope, more):
+    """Both ways: what transformers writes and we read, and what we write and transformers reads."""
+    theirs, ours = random_pair(tmp_path / "theirs", kind, kv_heads, tie, rope, **more)
     token_ids = torch.randint(0, 131, (3, 100))
-    torch.testing.assert_close(ours.logits(ours(token_ids)), theirs(token_ids).logits, atol=1e-5, rtol=0)
+    expected = theirs(token_ids).logits
+    torch.testing.assert_close(ours.logits(ours(token_ids)), expected, atol=1e-5, rtol=0)
+    save(ours, tmp_path / "ours")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
+    torch.testing.assert_close(again(token_ids).logits, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("kind", [LlamaConfig, Qwen3Config])
+@pytest.mark.parametrize(
+    ("kind", "more"), [(LlamaConfig, {}), (Qwen3Config, {}), (MistralConfig, {"sliding_window": 9})], ids=_id
+)
 @torch.no_grad()
-def test_padded_batches(tmp_path, kind, side):
+def test_padded_batches(tmp_path, kind, more, side):
     """Padding on either side: equal to transformers with the same mask, and to each sequence alone."""
-    theirs, ours = random_pair(tmp_path, kind, 2, True, None)
+    theirs, ours = random_pair(tmp_path, kind, 2, True, None, **more)
     lengths, longest = [5, 23, 1, 40], 40
     rows = [torch.randint(0, 131, (n,)) for n in lengths]
     token_ids, mask = torch.zeros(4, longest, dtype=torch.long), torch.zeros(4, longest, dtype=torch.bool)
@@ -160,7 +204,7 @@ class TestParts:
         q, k = torch.randn(1, 2, 16).double(), torch.randn(1, 2, 16).double()
 
         def score(i, j):
-            at = lambda x, p: apply_rope(x, cos[p : p + 1].double(), sin[p : p + 1].double())  # noqa: E731
+            at = lambda x, p: rotated(x, cos[p : p + 1].double(), sin[p : p + 1].double())  # noqa: E731
             return (at(q, i) * at(k, j)).sum(-1)
 
         torch.testing.assert_close(score(9, 4), score(50, 45), atol=1e-5, rtol=0)
@@ -236,3 +280,145 @@ class TestTransformer:
         ids = torch.randint(0, 50, (2, 12))
         with torch.no_grad():
             torch.testing.assert_close(model.logits(model(ids)), theirs(ids).logits, atol=1e-5, rtol=0)
+
+
+class Int8(Linear):
+    """A layer of another kind: rows in 8 bits, each with its scale, under names of its own."""
+
+    made: list[tuple[str, dict[str, int]]] = []
+
+    def __init__(self, name: str, in_features: int, parts: dict[str, int], bias: bool) -> None:
+        super().__init__(in_features, parts)
+        self.made.append((name, parts))
+        assert not bias
+        rows = self.out_features
+        self.register_buffer("numbers", torch.randint(-127, 128, (rows, in_features), dtype=torch.int8))
+        self.register_buffer("scale", torch.rand(rows) / 500)
+
+    def wanted(self):
+        rows = self.parts.items()
+        shapes = {f"{part}.weight_q": torch.Size((n, self.in_features)) for part, n in rows}
+        return shapes | {f"{part}.scale": torch.Size((n,)) for part, n in rows}
+
+    def load(self, tensors, device, dtype):
+        assert tensors.keys() == self.wanted().keys()
+        self.numbers = torch.cat([tensors[f"{part}.weight_q"] for part in self.parts]).to(device)
+        self.scale = torch.cat([tensors[f"{part}.scale"] for part in self.parts]).to(device, dtype)
+
+    def tensors(self):
+        rows = list(self.parts.values())
+        found = {f"{part}.weight_q": x for part, x in zip(self.parts, self.numbers.split(rows), strict=True)}
+        return found | {f"{part}.scale": x for part, x in zip(self.parts, self.scale.split(rows), strict=True)}
+
+    def forward(self, x, batch=None):
+        return torch.nn.functional.linear(x, self.numbers.to(x.dtype)) * self.scale
+
+
+def dense_twin(model: Transformer) -> Transformer:
+    """The same model with plain matrices."""
+    twin = Transformer(dataclasses.replace(model.config, tie_word_embeddings=False))
+    for module, other in zip(model.modules(), twin.modules(), strict=True):
+        if isinstance(module, Int8):
+            assert isinstance(other, Dense)
+            other.weight.data = module.numbers.float() * module.scale[:, None]
+        elif isinstance(module, torch.nn.Embedding):
+            other.weight.data = module.weight.data
+    return twin
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@torch.no_grad()
+def test_another_kind_of_linear(tmp_path, tie):
+    """Made, saved, loaded, run and generated with through the contract alone: all layers, and the head."""
+    torch.manual_seed(0)
+    Int8.made.clear()
+    config = dataclasses.replace(TestTransformer.CONFIG, tie_word_embeddings=tie)
+    model = Transformer(config, Int8)
+    assert [name for name, _ in Int8.made] == [
+        *(f"layers.{i}.{part}" for i in (0, 1)
+          for part in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")),
+        "lm_head",
+    ]  # fmt: skip
+    assert Int8.made[0][1] == {"q_proj": 32, "k_proj": 16, "v_proj": 16}
+    stored = load_file(save(model, tmp_path / "m") / "model.safetensors")
+    assert stored["model.layers.1.self_attn.k_proj.weight_q"].dtype == torch.int8
+    assert stored["lm_head.scale"].shape == (50,)
+    with pytest.raises(ValueError, match="quantized"):
+        load(tmp_path / "m", "cpu")
+    loaded, ids = load(tmp_path / "m", "cpu", linear=Int8), torch.randint(0, 50, (2, 12))
+    assert torch.equal(loaded.logits(loaded(ids)), model.logits(model(ids)))
+    twin = dense_twin(model)
+    torch.testing.assert_close(loaded.logits(loaded(ids)), twin.logits(twin(ids)), atol=1e-5, rtol=1e-5)
+    params = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
+    tokens = list(cached(loaded, [1, 2, 3], params))
+    assert tokens == list(naive(twin, [1, 2, 3], params))
+
+
+@pytest.mark.parametrize("linear", [None, Int8])
+@pytest.mark.parametrize("change", [{}, {"qk_norm": True}, {"qkv_bias": True}, {"o_bias": True, "mlp_bias": True}])
+@torch.no_grad()
+def test_the_fused_road_is_the_plain_one(linear, change):
+    """On a CPU to the last bit: x + attention(norm(x)), or the branch carried beside the stream."""
+    if linear is not None and change and "qk_norm" not in change:
+        pytest.skip("has no biases")
+    torch.manual_seed(0)
+    config = dataclasses.replace(TestTransformer.CONFIG, **change)
+    model = Transformer(config) if linear is None else Transformer(config, linear)
+    for parameter in model.parameters():
+        parameter.normal_(std=0.5)
+    for tokens in (1, 7):
+        x = branch = torch.randn(2, tokens, 32)
+        rope, cache, stream = (model.rope_cos[:tokens], model.rope_sin[:tokens]), NoCache(config), None
+        for i, layer in enumerate(model.layers):
+            x = layer(x, rope, cache.layers[i])
+            branch, stream = layer.fused(branch, stream, rope, cache.layers[i])
+        assert torch.equal(x, branch + stream)
+
+
+@torch.no_grad()
+def test_windows_belong_to_layers():
+    """What comes before the window reaches a token through the layers that have none, and only through them."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(TestTransformer.CONFIG, sliding_window=3)
+    a = torch.arange(12)[None]
+    b = a.clone()
+    b[0, 0] = 40
+    changed = lambda model, cache=None: (model(a, cache=cache) != model(b, cache=cache)).any(-1)[0]  # noqa: E731
+    assert changed(Transformer(config)).tolist() == [True] * 5 + [False] * 7  # 2 more tokens a layer
+    mixed = dataclasses.replace(config, layer_types=("full_attention", "sliding_attention"))
+    assert changed(Transformer(mixed)).all()
+    assert changed(Transformer(mixed), NoCache(3)).tolist() == [True] * 5 + [False] * 7
+    assert [NoCache(mixed).layers[i].window for i in (0, 1)] == [0, 3]
+
+
+class TestFingerprint:
+    """What an engine asks before it believes what it has cached."""
+
+    def test_sees_changes(self):
+        model = Transformer(TestTransformer.CONFIG).requires_grad_(False)
+        seen = [model.fingerprint()]
+        assert model.fingerprint() == seen[0]
+        model(torch.arange(5)[None])
+        assert model.fingerprint() == seen[0]
+
+        def replace():
+            model.layers[0].mlp.down_proj = Dense(48, {"down_proj": 32})
+            model.revision += 1
+
+        for change in (
+            model.norm.weight.zero_,
+            lambda: model.layers[1].mlp.gate_up_proj.weight[3].mul_(2),
+            lambda: model.load_state_dict(Transformer(TestTransformer.CONFIG).state_dict()),
+            lambda: model.to(torch.float64),
+            model.reset_parameters,
+            replace,
+            lambda: model.layers[0].mlp.down_proj.weight.detach().add_(1),
+        ):
+            change()
+            assert model.fingerprint() not in seen
+            seen.append(model.fingerprint())
+
+    def test_works_without_counters(self):
+        with torch.inference_mode():
+            model = Transformer(TestTransformer.CONFIG)
+            assert model.fingerprint() == model.fingerprint()

