@@ -26,6 +26,7 @@ ORDER = [
     "quant",
     "adapters",
     "engine",
+    "progress",
     "llm",
     "prompting",
     "speculative",

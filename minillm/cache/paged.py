@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from ..config import ModelConfig
-from ..kernels import paged_attention
+from ..kernels import AttentionPlan, paged_attention
 
 __all__ = ["PagedBatch", "PagedCache", "PagedLayer"]
 
 
 class PagedBatch(Protocol):
-    """What a step says of its sequences: see `engine/batch.py`."""
+    """What a step says of its sequences: see `engine/batch.py`. plan: for the torch path, what all layers share."""
 
     positions: Tensor
     slots: Tensor
@@ -24,6 +24,7 @@ class PagedBatch(Protocol):
     context_lens: Tensor
     block_tables: Tensor
     max_seqlen_q: int
+    plan: AttentionPlan | None
 
 
 class PagedLayer:
@@ -43,15 +44,20 @@ class PagedLayer:
 
     def write(self, k: Tensor, v: Tensor, batch: PagedBatch) -> None:
         """Store each token's key and value in its slot.  k and v [N, H_kv, D]"""
+        if batch.plan is not None:
+            batch.plan.write(k, v, self.k, self.v)
+            return
         used = batch.slots >= 0
         self.k[batch.slots[used]] = k[used].to(self.k.dtype)
         self.v[batch.slots[used]] = v[used].to(self.v.dtype)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, batch: PagedBatch) -> Tensor:
         """Attention of the batch's queries to all that their sequences have stored.  [N, H, D] -> [N, H, D]"""
+        if batch.plan is not None:
+            return batch.plan.attend(q, self.k, self.v, window=self.window)
         return paged_attention(
             q, self.k, self.v, batch.block_tables, batch.context_lens, batch.cu_seqlens_q, batch.max_seqlen_q,
-            self.block_size, **({"window": self.window} if self.window else {}),
+            self.block_size, window=self.window,
         )  # fmt: skip
 
 

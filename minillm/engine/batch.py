@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels import append_tokens, step_inputs
+from ..kernels import KERNELS, AttentionPlan, append_tokens, step_inputs
 
 __all__ = ["OPTIONS", "Batch", "DeviceTable", "RowLayout", "to_device"]
 
@@ -64,7 +64,7 @@ class Batch:
     value go; cu_seqlens_q [S + 1] int32, where each sequence's tokens begin; context_lens [S] int32, its tokens in the
     cache after this step; block_tables [S, W] int32; max_seqlen_q, at least the most new tokens of one sequence;
     logit_rows [S] int64, the row whose hidden state gives each sequence's next token; lengths [S] int32, the place of
-    that token; options, what `OPTIONS` declares, [S] each.
+    that token; options, what `OPTIONS` declares, [S] each; plan, on the torch path, what all layers' attention shares.
     """
 
     token_ids: Tensor
@@ -77,6 +77,7 @@ class Batch:
     logit_rows: Tensor
     lengths: Tensor
     options: dict[str, Tensor]
+    plan: AttentionPlan | None = None
 
 
 def to_device(values: np.ndarray, device: torch.device) -> Tensor:
@@ -136,9 +137,12 @@ class DeviceTable:
             self.steps, self.matrix, self._options, self.lengths, self.layout.first_token, self.layout.first_block,
             self.layout.wide, self.block_size, tokens, sequences,
         )  # fmt: skip
+        bounds, plan = self.steps[3, : sequences + 1], None
+        if KERNELS["paged_attention"].path(self.matrix) == "torch":
+            plan = AttentionPlan(block_tables, context_lens, bounds, self.block_size)
         return Batch(
-            token_ids, positions, slots, self.steps[3, : sequences + 1], context_lens, block_tables,
-            1 if decode else tokens, logit_rows, self.lengths[:sequences], self.options_of(sequences),
+            token_ids, positions, slots, bounds, context_lens, block_tables, 1 if decode else tokens, logit_rows,
+            self.lengths[:sequences], self.options_of(sequences), plan,
         )  # fmt: skip
 
     def options_of(self, sequences: int) -> dict[str, Tensor]:

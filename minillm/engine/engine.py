@@ -21,7 +21,8 @@ from torch import Tensor
 from ..cache.blocks import BlockPool, BlockTable
 from ..config import EngineConfig
 from ..model import Transformer
-from ..model.tokenizer import StreamDecoder, Tokenizer
+from ..model.tokenizer import Tokenizer
+from ..model.tokenizer_hf import HuggingFaceTokenizer
 from ..sampling import SamplingParams, new_seed
 from .batch import RowLayout
 from .metrics import EngineMetrics, LogLine
@@ -103,7 +104,8 @@ class Engine:
     runner_class = Runner
 
     def __init__(
-        self, model: Transformer, config: EngineConfig | None = None, tokenizer: Tokenizer | None = None, **options: Any
+        self, model: Transformer, config: EngineConfig | None = None, tokenizer: Tokenizer | HuggingFaceTokenizer | None = None,
+        **options: Any
     ) -> None:
         on_gpu = model.device.type == "cuda"
         asked = replace(config or EngineConfig(), **options)
@@ -240,7 +242,7 @@ class Engine:
         vocab = self.model_config.vocab_size
         natural = () if params.ignore_eos else (end for end in self.end_token_ids if end < vocab)
         seed = new_seed() if params.seed is None else (params.seed + index + 2**63) % 2**64 - 2**63
-        decoder = StreamDecoder(self.tokenizer, skip_special_tokens=True) if self.tokenizer else None
+        decoder = self.tokenizer.stream_decoder(skip_special_tokens=True) if self.tokenizer else None
         return Request(
             name, list(prompt), params, BlockTable(self.pool, root=root),
             min(params.max_tokens, self.max_model_len - len(prompt)),

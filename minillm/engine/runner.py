@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..cache.paged import PagedCache
 from ..config import EngineConfig
-from ..kernels import count_tokens, dependent_launch, draw_tokens, gumbel_argmax, set_counts
+from ..kernels import count_tokens, dependent_launch, draw_tokens, gumbel_argmax, set_counts, trusted
 from ..model import Transformer
 from .batch import DeviceTable, RowLayout, to_device
 from .table import Edits, Plan
@@ -172,7 +172,7 @@ class Runner:
 
     def _forward(self, tokens: int, sequences: int, decode: bool) -> None:
         """Everything that a graph of `forward` holds: from rows to hidden states, those that give tokens in `_last`."""
-        with dependent_launch():
+        with dependent_launch(), trusted():
             batch = self.table.batch(tokens, sequences, decode)
             hidden_states = self.model(batch.token_ids, batch, self.cache)  # [N, hidden]
             self._last[:sequences] = hidden_states if decode else hidden_states[batch.logit_rows]  # [S, hidden]
@@ -182,7 +182,7 @@ class Runner:
 
     def _draw(self, sequences: int, filtered: bool) -> Tensor:
         """Everything that a graph of `draw` holds: from hidden states to tokens [S], in the rows too."""
-        with dependent_launch():
+        with dependent_launch(), trusted():
             sampled = self._choose(self.model.lm_head(self._last[:sequences]), filtered)
             self.table.append(sampled)
         return sampled

@@ -32,7 +32,19 @@ def load_tokenizer(directory: str | os.PathLike) -> "Tokenizer | HuggingFaceToke
     try:
         return Tokenizer.from_files(files)
     except NotByteLevel:
+        _expect_byte_tokens(files)
         return HuggingFaceTokenizer(files)
+
+
+def _expect_byte_tokens(files: TokenizerFiles) -> None:
+    """A tokenizer that spells every byte as a character has nothing to fall back to: its file contradicts itself."""
+    model = files.spec.get("model") or {}
+    claims = model.get("byte_fallback") and "ByteLevel" in str(files.spec.get("pre_tokenizer"))
+    if claims and "<0x00>" not in model.get("vocab", {}):
+        raise ValueError(
+            f"{files.source}: model.byte_fallback is on, and the vocabulary has no byte tokens (<0x00>, ...) to fall back"
+            " to: expected it to be off, as in byte-level BPE; mend the file or fetch it again"
+        )
 
 
 def _backend(files: TokenizerFiles) -> tuple[Any, dict[str, str], bool]:
