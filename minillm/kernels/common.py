@@ -111,15 +111,16 @@ class Operation:
         if torch.compiler.is_compiling():
             path = self.path(*args, **kwargs)
             return (self.opaque if path == "triton" else getattr(self, path))(*args, **kwargs)
-        if _here.trusted:
-            if _here.quick and not _forced and args and not args[0].is_cuda:
-                return self.torch(*args, **kwargs)
-        else:
+        if not _here.trusted:
             self.check(*args, **kwargs)
+        elif _here.quick and not _forced and args and not args[0].is_cuda:  # as in `path`, one call less
+            return self.torch(*args, **kwargs)
         return getattr(self, self.path(*args, **kwargs))(*args, **kwargs)
 
     def path(self, *args: Any, **kwargs: Any) -> str:
         """Which path a call with these arguments takes: "triton" on a GPU, "torch" elsewhere and under autograd."""
+        if _here.quick and not _forced and args and not args[0].is_cuda:
+            return "torch"
         forced = (_forced.get(self.name) or _forced.get("") if _forced else None) or _environment()
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         if forced == "auto" and not (HAS_TRITON and tensors and tensors[0].is_cuda):  # all are where the first is

@@ -533,10 +533,10 @@ def draw_tokens(
         return torch.empty(shape, dtype=dtype, device=device)
 
     sms, chunks = sm_count(device.index), ceil_div(size, CHUNK)
-    part = ceil_div(size, max(1, min(ceil_div(int(os.environ.get('PF', 2)) * sms, n), ceil_div(size, BLOCK))))
+    part = ceil_div(size, max(1, min(ceil_div(int(os.environ.get("PF", 2)) * sms, n), ceil_div(size, BLOCK))))
     part = ceil_div(part, BLOCK) * BLOCK
     parts = ceil_div(size, part)
-    each = ceil_div(chunks, max(1, min(ceil_div(int(os.environ.get('NF', 24)) * sms, n), chunks)))
+    each = ceil_div(chunks, max(1, min(ceil_div(int(os.environ.get("NF", 24)) * sms, n), chunks)))
     sizes = {"CHUNKS": next_power_of_2(chunks), "CAPACITY": CAPACITY}
     options = (temperatures, seeds, positions, top_k, top_p, min_p, repetition, presence, frequency, rows)
     row, strides = (logits, counts, options), (size, logits.stride(0), counts.stride(0))

@@ -156,7 +156,7 @@ class AttentionPlan:
         for slots, rows in self.writes:
             if len(self.writes) > 1 or self.queries != len(k):  # for one sequence alone two slices less
                 k, v = k[rows], v[rows]
-            k_cache[slots], v_cache[slots] = k, v
+            k_cache[slots], v_cache[slots] = k.to(k_cache.dtype), v.to(v_cache.dtype)
 
     def attend(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float | None = None, window: int = 0

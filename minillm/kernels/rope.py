@@ -135,9 +135,9 @@ def cache_check(
         raise ValueError(f"slots: expected [{q.shape[0]}] of int32 or int64, got {list(slots.shape)}, {slots.dtype}")
     if (q_weight is None) != (k_weight is None):
         raise ValueError("k_weight: expected weights for both q and k, or for none")
-    for name, x in (("q_weight", q_weight), ("k_weight", k_weight)):
-        if x is not None and (x.shape != q.shape[2:] or not x.is_contiguous()):
-            raise ValueError(f"{name}: expected [{q.shape[2]}], contiguous, got {list(x.shape)}")
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight is not None and (weight.shape != q.shape[2:] or not weight.is_contiguous()):
+            raise ValueError(f"{name}: expected [{q.shape[2]}], contiguous, got {list(weight.shape)}")
 
 
 @triton.jit
@@ -252,5 +252,5 @@ def rope_and_cache(
     each token, no two alike; -1 writes nowhere. With q_weight and k_weight [D] every head of q and k goes through
     RMSNorm first (Qwen3).
     """
-    weights = None if q_weight is None else (q_weight, k_weight)
+    weights = None if q_weight is None or k_weight is None else (q_weight, k_weight)
     _launch(q, k, cos, sin, (v, k_cache, v_cache, slots), weights, eps)

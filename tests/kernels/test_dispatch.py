@@ -46,6 +46,8 @@ def small(name: str, device="cpu", dtype=torch.float32) -> tuple:
     rows[:, 0] = 4
     steps = cu.new_tensor([[1, 0, 2, 0], [3, 0, 0, 0], [1, 1, 0, 0], [0, 2, 6, 6]])
     table = (steps, rows, rows.new_zeros(3, 3), rows.new_zeros(3))
+    each = torch.arange(6.0, device=device)
+    seen = torch.arange(7 * 32, device=device).view(7, 32).remainder(5).sub(2).short()
     return {
         "softmax": (x,),
         "rms_norm": (x, w, 1e-5),
@@ -67,6 +69,11 @@ def small(name: str, device="cpu", dtype=torch.float32) -> tuple:
         ),
         "linear": (x, torch.randn(24, 32, device=device, dtype=dtype)),
         "norm_linear": (x, x + 1, w, torch.randn(24, 32, device=device, dtype=dtype)),
+        "draw_tokens": (
+            x, each * 0.2, each.long(), each.int(), each.int(), 1 - each / 10, each / 20, 1 + each / 10, each / 5,
+            each / 9, each.int(), seen,
+        ),
+        "count_tokens": (seen, each.int(), each.long() * 5, each > 1),
         "gumbel_argmax": (
             x, torch.tensor([0.0, 0.5, 1.0] * 2, device=device), torch.arange(6, device=device) - 3,
             torch.arange(6, device=device),
@@ -226,7 +233,7 @@ BAD = [
     (step_inputs, (ROWS, ROWS.T, ROWS[:3], ROWS[0], 4, 16, 1, 2, 4, 3), "matrix: expected two axes of int32, contig"),
     (step_inputs, (ROWS, ROWS, ROWS[:3], ROWS[0], 4, 16, 1, 2, 4, 20), r"steps: expected \[4, 20 sequences, and one\]"),
     (step_inputs, (ROWS, ROWS, ROWS[:3], ROWS[0], 4, 20, 1, 2, 4, 3), "first_block: expected 1 <= first_token < first"),
-    (step_inputs, (ROWS, ROWS, ROWS[:2], ROWS[0], 4, 16, 1, 2, 4, 3), r"options: expected \[3 columns, of which 1 pairs"),
+    (step_inputs, (ROWS, ROWS, ROWS[:2], ROWS[0], 4, 16, 1, 2, 4, 3), r"options: expected \[3 columns, of which 1"),
     (step_inputs, (ROWS, ROWS, ROWS[:3], ROWS[0, :2], 4, 16, 1, 2, 4, 3), r"lengths: expected \[3 or more\] of int32"),
     (append_tokens, (ROWS, ROWS, torch.zeros(3, 1), ROWS[0, :3], 4), r"sampled: expected \[S, K\] of int64"),
     (append_tokens, (ROWS, ROWS, torch.ones(21, 1).long(), ROWS[0, :3], 4), "sampled: expected .*, S up to 20"),
