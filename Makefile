@@ -4,14 +4,15 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11; do \
 BIN := .venv/bin
 READY := .venv/ready
 LABS := $(wildcard notebooks/*.ipynb)
-# A virtual environment holds absolute paths: one that was moved with its folder is built again.
+# A virtual environment holds absolute paths: one that was moved with its folder is built again, by the recipe of `setup`.
 ifneq ($(shell cat .venv/home 2>/dev/null),$(CURDIR))
-$(shell rm -rf .venv)
+$(READY): moved
 endif
 # Jupyter refuses to start as root unless told; in a container root is all there is.
 ROOT_FLAG := $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: help setup lab test quick test-notebooks test-browser cog labs clean
+.DEFAULT_GOAL := help
+.PHONY: help setup moved lab test quick test-notebooks test-browser cog labs clean
 
 help:
 	@echo "make lab           set up once, then open the curriculum in JupyterLab"
@@ -25,9 +26,11 @@ setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt jupyter/overrides.json
 	@test -n "$(PYTHON)" || { echo "minillm needs Python 3.11 or newer; install it, or name it: make PYTHON=/path/to/python3"; exit 1; }
+	@test -f .venv/home || test ! -e .venv || { echo "the folder .venv here was not made by make; rename it (mv .venv venv-mine), then run make again"; exit 1; }
+	@test ! -e .venv || test "$$(cat .venv/home)" = "$(CURDIR)" || { echo "== .venv was moved here with its folder: building it anew"; rm -rf .venv; }
+	@mkdir -p .venv && printf '%s' "$(CURDIR)" > .venv/home
 	@echo "== 1/4 environment in .venv ($$($(PYTHON) --version))"
 	$(PYTHON) -m venv .venv
-	@printf '%s' "$(CURDIR)" > .venv/home
 	@echo "== 2/4 packages, as pinned in constraints.txt (a few minutes)"
 	$(BIN)/pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[dev]'
 	sh postBuild $(BIN)
@@ -61,6 +64,7 @@ labs: $(READY)
 	$(BIN)/python -m minillm.learn.labs
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	test ! -f .venv/home || rm -rf .venv
+	rm -rf .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +
 	find . -name .ipynb_checkpoints -prune -exec rm -rf {} +

@@ -152,7 +152,7 @@ def launch_gaps() -> dict:
         asked = time.perf_counter() - start
         torch.cuda.synchronize()
         loop = time.perf_counter() - start
-        graph = gpu._graph_seconds([run] * 500)
+        graph = gpu.graph_seconds([run] * 500)
         found[str(n)] = {"not waited": asked / count, "loop": loop / count, "graph": graph}
     return found
 
@@ -169,8 +169,8 @@ def caches() -> list[dict]:
         run(*sets[0])
         assert torch.equal(sets[0][2], sets[0][0] + sets[0][1])
         if not CPU:
-            same = gpu._graph_seconds([lambda s=sets[0]: run(*s)] * 32)
-            rotating = gpu._graph_seconds([lambda s=s: run(*s) for s in sets[:512]])
+            same = gpu.graph_seconds([lambda s=sets[0]: run(*s)] * 32)
+            rotating = gpu.graph_seconds([lambda s=s: run(*s) for s in sets[:512]])
             rows.append({"bytes": 12 * n, "same": 12 * n / same, "rotating": 12 * n / rotating})
     return rows
 

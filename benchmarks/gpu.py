@@ -24,13 +24,13 @@ def seconds(runs: Sequence[Callable[[], object]]) -> float:
         rough = do_bench(runs[0], warmup=5, rep=20, return_mode="median") * 1e-3
         if rough > 500e-6 or len(runs) == 1:
             return do_bench(runs[0], warmup=25, rep=150, return_mode="median") * 1e-3
-        return _graph_seconds(runs)
+        return graph_seconds(runs)
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         raise
 
 
-def _graph_seconds(runs: Sequence[Callable[[], object]], replays: int = 20) -> float:
+def graph_seconds(runs: Sequence[Callable[[], object]], replays: int = 20) -> float:
     rounds = max(1, 32 // len(runs))
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):

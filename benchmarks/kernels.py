@@ -257,7 +257,11 @@ def paged_case(heads: int, kv: int, size: int, sequences: int, context: int, blo
     lengths = torch.full((sequences,), context, dtype=torch.int32, device=DEVICE)
     bounds = torch.arange(sequences + 1, dtype=torch.int32, device=DEVICE)
 
+    plan = None if GPU else kernels.AttentionPlan(tables, lengths, bounds, block_size)  # once a step, for all layers
+
     def ours(q: Tensor, k: Tensor, v: Tensor, k_blocks: Tensor, v_blocks: Tensor) -> Tensor:
+        if plan is not None:
+            return plan.attend(q[:, :, 0], k_blocks, v_blocks)
         return kernels.paged_attention(q[:, :, 0], k_blocks, v_blocks, tables, lengths, bounds, 1, block_size)
 
     def dense(q: Tensor, k: Tensor, v: Tensor, k_blocks: Tensor, v_blocks: Tensor) -> Tensor:

@@ -3,14 +3,41 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+
+from . import __version__
 
 __all__ = ["app"]
 
 MODEL = "smollm2-135m-instruct"
+EXPECTED = (ValueError, OSError, RuntimeError, MemoryError, ImportError)  # their messages are written for the user
+
+
+class Commands(TyperGroup):
+    """What every command shares: errors without a traceback, and output that any terminal can show."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command."""
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")  # a terminal without é, an ASCII log: "?" instead of a crash
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, BrokenPipeError):  # the end; typer keeps `minillm ... | head` quiet
+            raise
+        except KeyboardInterrupt:
+            typer.secho("\nminillm: interrupted", fg="red", err=True)
+            raise typer.Exit(130) from None
+        except EXPECTED as error:
+            typer.secho(f"minillm: {str(error) or type(error).__name__}", fg="red", err=True)
+            raise typer.Exit(1) from None
+
+
 app = typer.Typer(
+    cls=Commands,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -20,10 +47,19 @@ exercises = typer.Typer(no_args_is_help=True, help="The exercise notebooks, gene
 app.add_typer(exercises, name="exercises")
 
 
-def _fail(error: Exception) -> None:
-    """Print what went wrong, without a traceback: the messages are written for the user."""
-    typer.secho(f"minillm: {error}", fg="red", err=True)
-    raise typer.Exit(1)
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"minillm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """LLM inference, read in one sitting."""
 
 
 @app.command()
@@ -47,19 +83,14 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Machine-readabl
 @app.command()
 def fetch(
     name: Annotated[str, typer.Argument(help="A known model.")] = MODEL,
-    again: Annotated[bool, typer.Option("--again", help="Replace what is there.")] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Replace what is there, once the new one is complete.")
+    ] = False,
 ) -> None:
     """Download a known model and convert it into a Hugging Face directory in the user's cache."""
-    import shutil
+    from . import fetch as fetching
 
-    from .model import fetch as fetching
-
-    try:
-        if again and name in fetching.KNOWN:
-            shutil.rmtree(fetching.cache_dir() / name, ignore_errors=True)
-        print(fetching.fetch(name))
-    except (ValueError, OSError, RuntimeError) as e:
-        _fail(e)
+    print(fetching.fetch(name, again=again))
 
 
 @app.command()
@@ -74,27 +105,31 @@ def generate(
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    max_model_len: Annotated[int | None, typer.Option(help="Longest sequence, prompt included.")] = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Requests that run at once.")] = 256,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(help="New tokens a step.")] = None,
+    block_size: Annotated[int, typer.Option(help="Tokens of a block of the cache.")] = 16,
+    gpu_memory_utilization: Annotated[float, typer.Option(help="Share of the GPU's memory to use.")] = 0.9,
+    enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="No CUDA graphs.")] = False,
 ) -> None:
     """Answer a question, streamed; then print tokens per second."""
     from . import LLM, SamplingParams
 
-    try:
-        params = SamplingParams(
-            temperature=temperature,
-            top_p=top_p,
-            max_tokens=max_tokens,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-        )
-        llm = LLM(model, device=device)
-        text = sys.stdin.read() if prompt == "-" else prompt
-        messages = [{"role": "system", "content": system}] if system else []
-        messages.append({"role": "user", "content": text})
-        stream = llm.stream(text if raw else llm.chat_prompt(messages), params)
-        for piece in stream:
-            print(piece, end="", flush=True)
-    except (ValueError, FileNotFoundError, OSError, RuntimeError) as e:
-        _fail(e)
+    params = SamplingParams(
+        temperature=temperature, top_p=top_p, max_tokens=max_tokens, repetition_penalty=repetition_penalty, seed=seed
+    )
+    llm = LLM(
+        model, device=device, dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens, block_size=block_size, enforce_eager=enforce_eager,
+        gpu_memory_utilization=gpu_memory_utilization,
+    )  # fmt: skip
+    text = sys.stdin.read() if prompt == "-" else prompt
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": text})
+    stream = llm.stream(text if raw else llm.chat_prompt(messages), params)
+    for piece in stream:
+        print(piece, end="", flush=True)
     m = stream.output.metrics
     rate = f"{m.num_generated_tokens} tokens in {m.total_time:.1f} s: {m.tokens_per_second:.1f} tokens/s"
     more = f"first after {m.time_to_first_token:.2f} s, finished by {stream.output.finish_reason}"
@@ -111,10 +146,7 @@ def check(
     """Check your exercise notebook. Exit status 1 while anything is open."""
     from .learn import checker as checking
 
-    try:
-        results = checking.check_chapter(chapter, file)
-    except (ValueError, FileNotFoundError) as e:
-        _fail(e)
+    results = checking.check_chapter(chapter, file)
     for number, outcomes in results.items():
         print(checking.report(number, outcomes))
     done = sum(all(o.status == "passed" for o in outcomes) for outcomes in results.values())
@@ -137,14 +169,14 @@ def bench(
 
     suites = ("kernels", "engine", "tune")
     if suite not in suites:
-        _fail(ValueError(f"suite: expected one of {', '.join(suites)}, got {suite!r}"))
+        raise ValueError(f"suite: expected one of {', '.join(suites)}, got {suite!r}")
     if suite == "tune":
         import torch
 
         if not torch.cuda.is_available():
-            _fail(ValueError("suite: tune needs a GPU; on a CPU the torch paths run, which have nothing to tune"))
+            raise ValueError("suite: tune needs a GPU; on a CPU the torch paths run, which have nothing to tune")
     if suite != "engine" and (only or shapes):
-        _fail(ValueError(f"--only and --shapes: the suite {suite!r} has none; expected with engine"))
+        raise ValueError(f"--only and --shapes: the suite {suite!r} has none; expected with engine")
     command = [sys.executable, str(root() / "benchmarks" / f"{suite}.py"), *(["--quick"] if quick else [])]
     command += [part for name, value in (("--only", only), ("--shapes", shapes)) if value for part in (name, value)]
     raise typer.Exit(subprocess.run(command).returncode)
@@ -157,10 +189,7 @@ def progress(
     """What is done, by chapter, from the record of checks passed."""
     from .learn.progress import summary
 
-    try:
-        rows = summary()
-    except FileNotFoundError as e:
-        _fail(e)
+    rows = summary()
     if as_json:
         print(json.dumps(rows, indent=1))
         return
@@ -191,17 +220,14 @@ def build(
     """Write exercises/*.ipynb from solutions/*.py."""
     from .learn import exercises as generator
 
-    try:
-        if check_only:
-            stale = generator.stale()
-            for path in stale:
-                print(f"{path}: differs from its source in solutions/; `minillm exercises build` writes it")
-            if stale:
-                raise typer.Exit(1)
-            return
-        written, kept = generator.build(force)
-    except (ValueError, FileNotFoundError) as e:
-        _fail(e)
+    if check_only:
+        stale = generator.stale()
+        for path in stale:
+            print(f"{path}: differs from its source in solutions/; `minillm exercises build` writes it")
+        if stale:
+            raise typer.Exit(1)
+        return
+    written, kept = generator.build(force)
     for path in written:
         print(f"wrote {path}")
     for path in kept:

@@ -13,12 +13,12 @@ from .cache.contiguous import ContiguousCache
 from .kernels import gumbel_noise
 from .model import Transformer
 from .model.layers import NoCache
-from .sampling import SamplingParams, new_seed, sample
+from .sampling import SamplingParams, apply_logit_bias, new_seed, sample
 
-__all__ = ["Step", "cached", "cached_batch", "naive", "occupancy", "token_logprobs"]
+__all__ = ["Token", "cached", "cached_batch", "naive", "occupancy", "prompt_logprobs", "token_logprobs"]
 
 
-class Step(int):
+class Token(int):
     """A generated token id. `is_end`: it ends the text and is no part of it. `logprobs` holds {token id: log
     probability} of the best candidates and of the token itself, when asked for.
     """
@@ -33,7 +33,7 @@ def naive(
     params: SamplingParams,
     max_model_len: int | None = None,
     window: int = 0,
-) -> Iterator[Step]:
+) -> Iterator[Token]:
     """Generate token ids after `token_ids`, one at a time, the end token included; computes everything every time.
 
     Stops after `params.max_tokens` tokens, at an end token (unless `ignore_eos`), at one of `stop_token_ids`, or when
@@ -56,7 +56,7 @@ def cached(
     params: SamplingParams,
     max_model_len: int | None = None,
     window: int = 0,
-) -> Iterator[Step]:
+) -> Iterator[Token]:
     """As `naive`, each token computed once: the prompt in one step, then one token a step.
 
     The cache grows as needed; with `window=W` it holds W tokens and no more.
@@ -122,15 +122,15 @@ class _Sequence:
     def is_done(self) -> bool:
         return self.ended or self.count >= self.params.max_tokens or len(self.token_ids) >= self.limit
 
-    def take(self, logits: Tensor) -> Step:
+    def take(self, logits: Tensor) -> Token:
         """Choose a token and append it.  logits [1, vocab]"""
-        params, allowed = self.params, logits.clone()
+        params, allowed = self.params, apply_logit_bias(logits[0], self.params.logit_bias)[None].clone()
         if self.count < params.min_tokens and self.ends:
             allowed[:, sorted(self.ends)] = float("-inf")  # too early to end
         position = torch.tensor([len(self.token_ids)], device=logits.device)
         noise = gumbel_noise(self.seed, position, logits.shape[1]) if params.temperature else None
         output = self.token_ids[self.prompt_length :]
-        token = Step(sample(allowed, params, [self.token_ids], output_token_ids=[output], noise=noise).item())
+        token = Token(sample(allowed, params, [self.token_ids], output_token_ids=[output], noise=noise).item())
         token.is_end = self.ended = int(token) in self.ends
         if params.logprobs is not None:
             token.logprobs = token_logprobs(logits[0], int(token), params.logprobs)
@@ -139,7 +139,7 @@ class _Sequence:
 
 
 @torch.inference_mode()
-def _steps(running: list[_Sequence], last_logits: Callable[[list[_Sequence]], Tensor]) -> Iterator[list[Step | None]]:
+def _steps(running: list[_Sequence], last_logits: Callable[[list[_Sequence]], Tensor]) -> Iterator[list[Token | None]]:
     """The loop: logits of every sequence's last token [B, vocab], then one token each; None where one is done."""
     while not all(sequence.is_done for sequence in running):
         logits = last_logits(running)
@@ -160,6 +160,16 @@ def _with_cache(model: Transformer, running: list[_Sequence], window: int) -> Ca
         return model.logits(hidden_states[every, batch.last])  # [B, vocab]
 
     return last_logits
+
+
+@torch.inference_mode()
+def prompt_logprobs(model: Transformer, token_ids: list[int], count: int) -> list[dict[int, float] | None]:
+    """For each token of a prompt what the model thought of it: {token id: log probability} of the `count` best
+    candidates and of the token itself, after all tokens before it; None for the first, which nothing precedes.
+    """
+    hidden_states = model(torch.tensor([token_ids], device=model.device))[0]  # [T, hidden]
+    logits = model.logits(hidden_states[:-1])  # [T - 1, vocab]
+    return [None, *(token_logprobs(row, token, count) for row, token in zip(logits, token_ids[1:], strict=True))]
 
 
 def token_logprobs(logits: Tensor, token: int, count: int) -> dict[int, float]:

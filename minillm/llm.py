@@ -7,25 +7,28 @@ for piece in llm.stream("Tell me about caches", SamplingParams(max_tokens=200)):
 Prompts become requests to an `Engine` (`llm.engine`), which runs them together.
 """
 
+import dataclasses
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from .config import ModelConfig
-from .engine.engine import Engine
+from .config import EngineConfig, ModelConfig, sampling_defaults
+from .engine.engine import Engine, token_ids_of
 from .engine.request import Request
 from .model import Transformer
-from .model.tokenizer import Tokenizer
+from .model.tokenizer_hf import load_tokenizer
 from .model.weights import load, model_path, resolve_device, resolve_dtype
+from .progress import progress_bar
 from .sampling import SamplingParams
 
 __all__ = ["LLM", "Completion", "Metrics", "RequestOutput", "TextStream"]
 
-Prompt = str | list[int]
+# Text, token ids, or vLLM's dictionaries: {"prompt": text} or {"prompt_token_ids": ids}, with "cache_salt" if wanted.
+Prompt = str | Sequence[int] | Mapping[str, Any]
 
 
 @dataclass
@@ -61,16 +64,20 @@ class Completion:
 
 @dataclass
 class RequestOutput:
-    """What one prompt gave: `outputs`, as many as `n` asked for. The first one's fields are this one's too."""
+    """What one prompt gave: `outputs`, as many as `n` asked for. The first one's fields are this one's too.
+    prompt_logprobs: for each token of the prompt but the first {token id: log probability}, if asked for.
+    """
 
     prompt: str | None
     prompt_token_ids: list[int]
-    outputs: list[Completion] = field(default_factory=list)
+    outputs: list[Completion] = field(default_factory=lambda: [Completion()])
     metrics: Metrics = field(default_factory=Metrics)
+    prompt_logprobs: list[dict[int, float] | None] | None = None
+    cache_salt: str = field(default="", repr=False)
 
     @property
     def text(self) -> str:
-        """The first completion's text."""
+        """The first completion's text, as far as it is known."""
         return self.outputs[0].text
 
     @property
@@ -80,7 +87,7 @@ class RequestOutput:
 
     @property
     def finish_reason(self) -> str | None:
-        """Why the first completion ended."""
+        """Why the first completion ended; None while it runs."""
         return self.outputs[0].finish_reason
 
     @property
@@ -93,6 +100,7 @@ class RequestOutput:
         self.outputs = [
             Completion(r.text, list(r.output_token_ids), r.finish_reason, r.logprobs, r.error) for r in requests
         ]
+        self.prompt_logprobs = requests[0].prompt_logprobs
         first = min((r.first_token_time for r in requests if r.first_token_time), default=0.0)
         arrival = requests[0].arrival_time
         self.metrics = Metrics(
@@ -126,11 +134,15 @@ class TextStream:
 class LLM:
     """A model and its tokenizer, ready to generate.
 
-    model: a known name, a Hugging Face directory or id. device: "auto", "cpu", "cuda". dtype: "auto" (bf16 on a GPU,
-    fp32 on a CPU) or a name. load_format: "auto", or "dummy" for random weights from a `config.json` alone.
-    max_model_len: longest sequence, prompt included; by default the model's context, or what the cache holds.
-    The other arguments are the `Engine`'s. Raises ValueError for an argument that does not fit, and MemoryError when
-    the device has no room, with what was expected.
+    model: a known name, a Hugging Face directory or id. device: "auto", "cpu", "cuda". dtype: "auto" (bf16 on a GPU that
+    has it, else fp16; fp32 on a CPU) or a name. load_format: "auto", or "dummy" for random weights from a `config.json`
+    alone. generation_config: "auto" takes sampling parameters that the caller does not give from the model's
+    `generation_config.json`, as vLLM does; "none" takes those of `SamplingParams`.
+    The other arguments are those of `EngineConfig`: max_model_len, max_num_seqs, max_num_batched_tokens, block_size,
+    enable_prefix_caching, gpu_memory_utilization, enforce_eager, async_scheduling, ... Raises ValueError for an argument
+    that does not fit, and MemoryError when the device has no room, with what was expected.
+
+    Threads may share an LLM: what several generate at once runs in one batch.
     """
 
     def __init__(
@@ -140,22 +152,22 @@ class LLM:
         device: str = "auto",
         dtype: str = "auto",
         load_format: str = "auto",
-        max_model_len: int | None = None,
-        max_num_seqs: int = 256,
-        max_num_batched_tokens: int | None = None,
-        block_size: int = 16,
-        enable_prefix_caching: bool = True,
-        gpu_memory_utilization: float = 0.9,
-        enforce_eager: bool = False,
-        async_scheduling: bool | None = None,
+        generation_config: str = "auto",
+        **options: Any,
     ) -> None:
-        if load_format not in ("auto", "dummy"):
-            raise ValueError(f'load_format: expected "auto" or "dummy", got {load_format!r}')
+        for name, value, known in (
+            ("load_format", load_format, ("auto", "dummy")), ("generation_config", generation_config, ("auto", "none"))
+        ):  # fmt: skip
+            if value not in known:
+                raise ValueError(f"{name}: expected {' or '.join(map(repr, known))}, got {value!r}")
+        engine = _engine_config(options)
         path = model_path(model)
+        # What is small is looked at before any weight is read.
         config = ModelConfig.from_pretrained(path)
-        context = config.max_position_embeddings
-        if max_model_len is not None and not 2 <= max_model_len <= context:  # before any weight is read
-            raise ValueError(f"max_model_len: expected 2 to {context} (the model's context), got {max_model_len}")
+        engine.resolved(config, on_gpu=False)
+        self.sampling_defaults = sampling_defaults(path) if generation_config == "auto" else {}
+        self.default_params()
+        self.tokenizer = load_tokenizer(path) if (path / "tokenizer.json").is_file() else None
         try:
             self.model = load(path, device, dtype) if load_format == "auto" else _random(config, device, dtype)
         except torch.OutOfMemoryError as error:
@@ -164,18 +176,16 @@ class LLM:
                 f"model: the weights ({needed:.1f} GB in bfloat16) do not fit beside what the GPU holds already; free"
                 " it, take a smaller model or dtype"
             ) from error
-        self.tokenizer = Tokenizer.from_pretrained(path) if (path / "tokenizer.json").is_file() else None
-        self.engine = Engine(
-            self.model, block_size=block_size, max_num_seqs=max_num_seqs, max_model_len=max_model_len,
-            max_num_batched_tokens=max_num_batched_tokens, enable_prefix_caching=enable_prefix_caching,
-            tokenizer=self.tokenizer, enforce_eager=enforce_eager, async_scheduling=async_scheduling,
-            gpu_memory_utilization=gpu_memory_utilization,
-        )  # fmt: skip
+        self.engine = Engine(self.model, engine, self.tokenizer)
 
     @property
     def max_model_len(self) -> int:
         """Tokens of the longest sequence, prompt included."""
         return self.engine.max_model_len
+
+    def default_params(self) -> SamplingParams:
+        """What is used where no SamplingParams are given."""
+        return SamplingParams(**self.sampling_defaults)
 
     # ---- what users call ---------------------------------------------------------------------------------------------
 
@@ -185,22 +195,22 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Complete each prompt (text, or a list of token ids), with one `SamplingParams` for all or one each.
+        """Complete each prompt (text, a list of token ids, or {"prompt_token_ids": ids}), with one `SamplingParams` for
+        all or one each; without them with the model's own defaults.
 
         All run together; every prompt is checked before the first is run. Should a request fail, the others go on, and
         a warning says which one; its `finish_reason` is "error". Raises ValueError for an empty or too long prompt and
         for ids outside the vocabulary; the error itself when all requests failed.
         """
-        from tqdm.auto import tqdm
-
         each = self._each(prompts, sampling_params)
-        with tqdm(total=len(each), desc="generate", unit="prompt", disable=not use_tqdm) as bar:
-            requests = self._add(each)
-            try:
+        requests = self._add(each)
+        try:
+            with progress_bar(total=len(each), desc="generate", unit="prompt", disable=not use_tqdm) as bar:
                 self._finish(requests, bar)
-            except BaseException:  # Ctrl-C too: nothing of these requests stays behind
-                self.engine.reset()
-                raise
+        except BaseException:  # Ctrl-C too: nothing of these requests stays behind
+            for some in requests:
+                self.engine.abort(some[0])
+            raise
         for (output, _), some in zip(each, requests, strict=True):
             output.update(some)
         self._report([request for some in requests for request in some])
@@ -208,15 +218,17 @@ class LLM:
 
     def chat(
         self,
-        messages: list[dict[str, str]] | list[list[dict[str, str]]],
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Answer a conversation, or each of several: lists of {"role": ..., "content": ...}. Else as `generate`."""
-        several = messages if messages and isinstance(messages[0], list) else [messages]
-        return self.generate([self.chat_prompt(m) for m in several], sampling_params, use_tqdm)
+        if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
+            raise ValueError(f'messages: expected a list of {{"role": ..., "content": ...}}, got {messages!r:.60}')
+        several = messages if isinstance(messages[0], list | tuple) else [messages]
+        return self.generate([self.chat_prompt(m) for m in several], sampling_params, use_tqdm)  # type: ignore[arg-type]
 
-    def chat_prompt(self, messages: list[dict[str, str]]) -> list[int]:
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """The token ids of a conversation in the model's own chat format, ready for the answer."""
         if self.tokenizer is None:
             raise ValueError(
@@ -229,8 +241,8 @@ class LLM:
         """Complete one prompt and yield the text piece by piece; a piece never ends inside a character or inside a
         stop string.
         """
-        params = sampling_params or SamplingParams()
-        if params.n != 1:
+        params = self.default_params() if sampling_params is None else sampling_params
+        if isinstance(params, SamplingParams) and params.n != 1:
             raise ValueError(f"n: expected 1 in a stream, got {params.n}; `generate` gives several completions")
         [(output, _)] = self._each([prompt], params)
         return TextStream(output, self._pieces(output, params))
@@ -240,25 +252,38 @@ class LLM:
     def _each(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[tuple[RequestOutput, SamplingParams]]:
-        if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+        if isinstance(prompts, str | Mapping):
             prompts = [prompts]
-        params = sampling_params or SamplingParams()
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(prompts):
-            raise ValueError(f"sampling_params: expected one for all or one each ({len(prompts)}), got {len(each)}")
-        return [(self._output(i, prompt), p) for i, (prompt, p) in enumerate(zip(prompts, each, strict=True))]
+        try:
+            several = list(prompts)
+        except TypeError:
+            raise ValueError(f"prompts: expected text, token ids or a list of them, got {prompts!r:.60}") from None
+        if several and hasattr(several[0], "__index__"):
+            several = [several]
+        params = self.default_params() if sampling_params is None else sampling_params
+        each = [params] * len(several) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(several):
+            raise ValueError(f"sampling_params: expected one for all or one each ({len(several)}), got {len(each)}")
+        if bad := [p for p in each if not isinstance(p, SamplingParams)]:
+            raise TypeError(f"sampling_params: expected SamplingParams, got {bad[0]!r:.60}")
+        return [(self._output(i, prompt), p) for i, (prompt, p) in enumerate(zip(several, each, strict=True))]
 
     def _output(self, index: int, prompt: Prompt) -> RequestOutput:
         """Encode and check one prompt."""
-        where = f"prompts[{index}]"
+        where, salt = f"prompts[{index}]", ""
+        if isinstance(prompt, Mapping):
+            salt, prompt = prompt.get("cache_salt", ""), self._inner(where, prompt)
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError(f"{where}: expected token ids, got text: this model directory has no tokenizer.json")
             ids = self.tokenizer.encode(prompt)
-        elif isinstance(prompt, Sequence) and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt):
-            ids = list(prompt)
         else:
-            raise ValueError(f"{where}: expected text or a list of token ids, got {type(prompt).__name__}")
+            try:
+                ids = token_ids_of(prompt, where)
+            except TypeError:
+                raise ValueError(
+                    f"{where}: expected text or a list of token ids, got {type(prompt).__name__} {prompt!r:.40}"
+                ) from None
         vocab = self.model.config.vocab_size
         if not ids:
             raise ValueError(f"{where}: expected at least one token, got an empty prompt")
@@ -269,56 +294,70 @@ class LLM:
                 f"{where}: expected at most {self.max_model_len - 1} tokens (max_model_len less one to generate),"
                 f" got {len(ids)}; shorten it"
             )
-        return RequestOutput(prompt if isinstance(prompt, str) else None, ids)
+        return RequestOutput(prompt if isinstance(prompt, str) else None, ids, cache_salt=salt)
+
+    @staticmethod
+    def _inner(where: str, prompt: Mapping[str, Any]) -> Any:
+        """The text or the ids of one of vLLM's dictionaries."""
+        known = {"prompt", "prompt_token_ids", "cache_salt"}
+        given = [name for name in ("prompt_token_ids", "prompt") if prompt.get(name) is not None]
+        if not given or not prompt.keys() <= known:
+            raise ValueError(f'{where}: expected {{"prompt_token_ids": ids}} or {{"prompt": text}}, got {list(prompt)}')
+        return prompt[given[0]]
 
     def _add(self, each: list[tuple[RequestOutput, SamplingParams]]) -> list[list[Request]]:
         """Queue all prompts, or none -> the requests of each."""
         added: list[list[Request]] = []
         try:
             for output, params in each:
-                name = self.engine.add_request(output.prompt_token_ids, params)
-                names = [name, *(f"{name}/{i}" for i in range(1, params.n))]
-                added.append([self.engine.requests[name] for name in names])
-        except ValueError:
+                added.append(self.engine.add(output.prompt_token_ids, params, cache_salt=output.cache_salt))
+        except BaseException:
             for some in added:
-                self.engine.abort(some[0].id)
+                self.engine.abort(some[0])
             raise
         return added
 
     def _finish(self, requests: list[list[Request]], bar: Any) -> None:
-        """Step until all are finished."""
-        group = {request: index for index, some in enumerate(requests) for request in some}
-        left = [len(some) for some in requests]
-        while any(left):
-            for request in self.engine.step():
-                if request.finished and request in group:
-                    left[group[request]] -= 1
-                    if not left[group[request]]:
-                        bar.update()
+        """Step until all are finished; another thread's steps count too, so their state is looked at."""
+        done = 0
+        while True:
+            finished = sum(all(request.finished for request in some) for some in requests)
+            bar.update(finished - done)
+            done = finished
+            if done == len(requests):
+                return
+            self.engine.step()
 
     def _report(self, requests: list[Request]) -> None:
         failed = [request for request in requests if request.error is not None]
         if failed and len(failed) == len(requests):
-            raise failed[0].error
+            raise failed[0].error  # type: ignore[misc]
         for request in failed:
-            warnings.warn(f"request {request.id} failed: {request.error!r}; the others went on", stacklevel=3)
+            warnings.warn(f"request {request.request_id} failed: {request.error!r}; the others went on", stacklevel=3)
 
     def _pieces(self, output: RequestOutput, params: SamplingParams) -> Iterator[str]:
         [[request]] = self._add([(output, params)])
         given = 0
         try:
             while not request.finished or len(request.text) > given:
-                if len(request.text) == given:  # else another stream's step brought it
+                if len(request.text) == given:  # else another's step brought it
                     self.engine.step()
                 output.update([request])
                 piece, given = request.text[given:], len(request.text)
                 if piece:
                     yield piece
         finally:
-            self.engine.abort(request.id)
+            self.engine.abort(request)
             output.update([request])
         if request.error is not None:
             raise request.error
+
+
+def _engine_config(options: dict[str, Any]) -> EngineConfig:
+    known = [f.name for f in dataclasses.fields(EngineConfig)]
+    if unknown := sorted(options.keys() - set(known)):
+        raise TypeError(f"{unknown[0]}: no such argument; expected some of {', '.join(known)}")
+    return EngineConfig(**options)
 
 
 def _random(config: ModelConfig, device: str, dtype: str) -> Transformer:

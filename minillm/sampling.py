@@ -12,7 +12,8 @@ then a request's tokens do not depend on its neighbors in the batch, nor on how 
 """
 
 import math
-from collections.abc import Sequence
+import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .kernels import GREEDY_BELOW
+
 __all__ = [
     "SamplingParams",
     "apply_count_penalties",
+    "apply_logit_bias",
     "apply_repetition_penalty",
     "apply_temperature",
     "distribution",
@@ -35,8 +39,14 @@ __all__ = [
     "sample",
 ]
 
-GREEDY_BELOW = 1e-5  # a temperature below this is greedy, as in vLLM: dividing by it would overflow
 REFUSED = float("-inf")
+
+
+class _Biases(dict[int, float]):
+    """A copy of the caller's, so that it stays as it is; parameters can be keys of a cache, so this can too."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,9 @@ class SamplingParams:
     - n: how many completions of the prompt; the i-th of a seeded request has seed + i.
     - stop: strings that end the text and are not part of it. stop_token_ids: tokens that end it.
     - max_tokens, min_tokens: limits of the output's length. ignore_eos: go on after the end token.
-    - logprobs: how many candidates to report with each token; None reports nothing.
+    - logprobs: how many candidates to report with each token; None reports nothing. prompt_logprobs: the same for the
+      tokens of the prompt.
+    - logit_bias: {token id: what to add to its logit}, before everything else.
 
     Raises ValueError for a value out of range and TypeError for a wrong type; the message names the argument and what
     was expected.
@@ -74,6 +86,8 @@ class SamplingParams:
     min_tokens: int = 0
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: Mapping[int, float] | None = None
 
     def __post_init__(self) -> None:
         self._number("temperature", lambda t: 0 <= t < math.inf, "a number, 0 (greedy) or more")
@@ -88,20 +102,36 @@ class SamplingParams:
         self._number("min_tokens", lambda n: 0 <= n <= self.max_tokens, "an integer from 0 to max_tokens", int)
         if self.seed is not None:
             self._number("seed", lambda s: -(2**63) <= s < 2**63, "an integer of 64 bits, or None", int)
-        if self.logprobs is not None:
-            self._number("logprobs", lambda n: n >= 0, "an integer, 0 or more, or None", int)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                self._number(name, lambda n: n >= 0, "an integer, 0 or more, or None", int)
         if not isinstance(self.ignore_eos, bool):
             raise TypeError(f"ignore_eos: expected True or False, got {self.ignore_eos!r}")
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         self._sequence("stop", stop, lambda s: isinstance(s, str) and s, "strings, none empty")
         self._sequence("stop_token_ids", self.stop_token_ids, lambda i: type(i) is int and i >= 0, "token ids")
+        self._biases()
 
     def _number(self, name: str, in_range: Any, expected: str, kind: type = float) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
             raise TypeError(f"{name}: expected {expected}, got {value!r}")
-        if not in_range(value):  # false for NaN too: it compares with nothing
+        # False for NaN too: it compares with nothing. And the device computes in fp32, where 1e39 is inf and 1e-50 is 0.
+        if not in_range(value) or (kind is float and not in_range(_fp32(value))):
             raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+    def _biases(self) -> None:
+        bias = self.logit_bias
+        if bias is None:
+            return
+        if not isinstance(bias, Mapping):
+            raise TypeError(f"logit_bias: expected {{token id: number}} or None, got {bias!r}")
+        for token, value in bias.items():
+            if type(token) is not int or token < 0:
+                raise ValueError(f"logit_bias: expected token ids as keys, got {token!r}")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not _fp32(value) < math.inf:
+                raise ValueError(f"logit_bias: expected numbers (-inf forbids a token), got {value!r} for {token}")
+        object.__setattr__(self, "logit_bias", _Biases({t: float(v) for t, v in bias.items()}) if bias else None)
 
     def _sequence(self, name: str, values: Any, holds: Any, expected: str) -> None:
         """Store a tuple: the list that a caller passed may change later, and frozen objects must not."""
@@ -113,6 +143,16 @@ class SamplingParams:
 
 
 # ---- one step each -------------------------------------------------------------------------------------------------
+
+
+def apply_logit_bias(logits: Tensor, bias: Mapping[int, float] | None) -> Tensor:
+    """Add `bias[token]` to the logit of each token that it names.  [V] -> [V], fp32 if there is any"""
+    if not bias:
+        return logits
+    logits = logits.float().clone()
+    index = torch.tensor(list(bias), device=logits.device)
+    logits[index] += torch.tensor(list(bias.values()), device=logits.device)
+    return logits
 
 
 def greedy(logits: Tensor) -> Tensor:
@@ -278,6 +318,14 @@ def sample(
 def new_seed() -> int:
     """A seed for a request that has none, from torch's global generator: `torch.manual_seed` makes it repeatable."""
     return int(torch.randint(-(2**63), 2**63 - 1, ()).item())
+
+
+def _fp32(value: float) -> float:
+    return (
+        struct.unpack("f", struct.pack("f", value))[0]
+        if abs(value) < 3.4028235677973366e38
+        else math.copysign(math.inf, value)
+    )
 
 
 def _each(params: SamplingParams | Sequence[SamplingParams]) -> Sequence[SamplingParams]:

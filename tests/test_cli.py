@@ -1,13 +1,16 @@
 """The command line: what it prints, its exit status, and errors without a traceback."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 from typer.testing import CliRunner
 
+import minillm
 from minillm.cli import app
 from minillm.learn import progress
 from minillm.learn.paths import root
@@ -41,6 +44,13 @@ def test_generate_streams_an_answer_and_its_speed():
         (["generate", "x", "--temperature", "-1"], "temperature"),
         (["generate", "x", "--max-tokens", "0"], "max_tokens"),
         (["generate", "word " * 9000], "shorten it"),
+        (["generate", "x", "--max-model-len", "100000"], "max_model_len: expected 2 to 8192"),
+        (["generate", "x", "--max-num-seqs", "0"], "max_num_seqs"),
+        (["generate", "x", "--max-num-batched-tokens", "0"], "max_num_batched_tokens"),
+        (["generate", "x", "--block-size", "0"], "block_size"),
+        (["generate", "x", "--gpu-memory-utilization", "2"], "gpu_memory_utilization"),
+        (["generate", "x", "--dtype", "float8"], "dtype"),
+        (["generate", "x", "--device", "tpu"], "device"),
         (["fetch", "unknown"], "expected one of smollm2-135m-instruct"),
         (["check", "99"], "chapter: expected one of"),
         (["check", "1", "--file", "missing.ipynb"], "no such file"),
@@ -53,6 +63,71 @@ def test_errors_are_one_line(arguments, says):
     assert result.exit_code == 1
     assert says in result.output
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("error", "says", "status"),
+    [
+        (MemoryError("no room for the cache"), "no room for the cache", 1),
+        (MemoryError(), "MemoryError", 1),
+        (RuntimeError("CUDA error"), "CUDA error", 1),
+        (ImportError("no module named torch"), "no module named torch", 1),
+        (PermissionError(13, "Permission denied", "/cache"), "Permission denied: '/cache'", 1),
+        (KeyboardInterrupt(), "interrupted", 130),
+    ],
+)
+@pytest.mark.parametrize("arguments", [["fetch"], ["exercises", "build"], ["progress"], ["check", "1"]])
+def test_what_the_library_raises_is_one_line_in_every_command(monkeypatch, arguments, error, says, status):
+    def fail(*_, **__):
+        raise error
+
+    for name in ("fetch.fetch", "learn.exercises.build", "learn.progress.summary", "learn.checker.check_chapter"):
+        monkeypatch.setattr(f"minillm.{name}", fail)
+    result = run(app, arguments)
+    assert result.exit_code == status
+    assert says in result.output
+    assert "Traceback" not in result.output
+    assert isinstance(result.exception, SystemExit)
+
+
+def test_a_defect_shows_its_traceback(monkeypatch):
+    monkeypatch.setattr("minillm.fetch.fetch", lambda *_, **__: {}["missing"])
+    assert isinstance(run(app, ["fetch"]).exception, KeyError)
+
+
+def test_version_stands_in_one_place():
+    assert run(app, ["--version"]).output == f"minillm {minillm.__version__}\n"
+    with (root() / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)
+    assert "version" in project["project"]["dynamic"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "minillm.__version__"}
+
+
+def test_fetch_again_reaches_the_library(monkeypatch):
+    calls = []
+    monkeypatch.setattr("minillm.fetch.fetch", lambda name, again: calls.append((name, again)) or "there")
+    assert run(app, ["fetch", "--again"]).output == run(app, ["fetch", "x"]).output == "there\n"
+    assert calls == [("smollm2-135m-instruct", True), ("x", False)]
+
+
+def test_a_terminal_without_the_character(tmp_path):
+    """The bars and ticks of `progress` on an ASCII terminal."""
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    code = "import minillm.cli as c; c.app(['progress'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "of" in done.stdout
+
+
+def test_a_reader_that_leaves():
+    """`minillm exercises build --check | head -c 1`"""
+    code = "import minillm.cli as c, minillm.learn.exercises as e; e.stale = lambda: ['x' * 99] * 10_000"
+    command = [sys.executable, "-c", f"{code}; c.app(['exercises', 'build', '--check'])"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert (errors, process.returncode) == ("", 1)
 
 
 def test_tuning_needs_a_gpu(monkeypatch):

@@ -2,8 +2,12 @@
 
 import json
 import re
+import shutil
+import subprocess
 import tomllib
+from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -63,3 +67,55 @@ def test_markdown_opens_as_preview():
 
 def test_ci_calls_make_test():
     assert re.search(r"^make test$", (root() / ".ci" / "run").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def _make(folder: Path, *words: str) -> subprocess.CompletedProcess:
+    shutil.copy(root() / "Makefile", folder)
+    for name in ("pyproject.toml", "constraints.txt", "jupyter/overrides.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("")
+    (folder / "postBuild").write_text("")
+    # A false Python and pip: the recipes run, and nothing is installed.
+    (folder / "bin").mkdir()
+    (folder / "bin" / "pip").symlink_to(shutil.which("true"))
+    return subprocess.run(["make", "PYTHON=true", "BIN=bin", *words], cwd=folder, capture_output=True, text=True)
+
+
+class TestEnvironmentFolder:
+    """`make` removes a .venv only where it made one itself, and never before a recipe runs."""
+
+    @pytest.mark.parametrize("words", [["-n", "help"], ["help"], ["-n", "setup"], ["setup"], ["clean"], ["-n", "lab"]])
+    def test_a_foreign_one_is_left_alone(self, tmp_path, words):
+        (tmp_path / ".venv").mkdir()
+        (tmp_path / ".venv" / "pyvenv.cfg").write_text("mine")
+        done = _make(tmp_path, *words)
+        assert [path.name for path in (tmp_path / ".venv").iterdir()] == ["pyvenv.cfg"], done.stdout
+        if words == ["setup"]:
+            assert done.returncode != 0
+            assert "not made by make" in done.stdout
+
+    @pytest.mark.parametrize("words", [["-n", "help"], ["help"], ["-n", "setup"]])
+    def test_a_moved_one_is_left_alone_until_setup_runs(self, tmp_path, words):
+        (tmp_path / ".venv").mkdir()
+        (tmp_path / ".venv" / "home").write_text("/elsewhere")
+        (tmp_path / ".venv" / "old").write_text("")
+        assert _make(tmp_path, *words).returncode == 0
+        assert (tmp_path / ".venv" / "old").exists()
+
+    def test_a_moved_one_is_built_anew(self, tmp_path):
+        (tmp_path / ".venv").mkdir()
+        for name, text in (("home", "/elsewhere"), ("old", ""), ("ready", "")):
+            (tmp_path / ".venv" / name).write_text(text)
+        done = _make(tmp_path, "setup")
+        assert done.returncode == 0, done.stderr
+        assert "building it anew" in done.stdout
+        assert (tmp_path / ".venv" / "home").read_text() == str(tmp_path)
+        assert not (tmp_path / ".venv" / "old").exists()
+        again = subprocess.run(["make", "PYTHON=true", "setup"], cwd=tmp_path, capture_output=True, text=True)
+        assert "1/4" not in again.stdout, "one that is ready is not built again"
+
+    def test_clean_removes_its_own(self, tmp_path):
+        (tmp_path / ".venv").mkdir()
+        (tmp_path / ".venv" / "home").write_text(str(tmp_path))
+        assert _make(tmp_path, "clean").returncode == 0
+        assert not (tmp_path / ".venv").exists()

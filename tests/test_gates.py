@@ -14,8 +14,10 @@ from minillm.learn.paths import root
 ORDER = [
     "autograd",
     "config",
+    "files",
     "data",
     "kernels",
+    "fetch",
     "model",
     "sampling",
     "evaluate",
@@ -24,6 +26,7 @@ ORDER = [
     "quant",
     "adapters",
     "engine",
+    "progress",
     "llm",
     "prompting",
     "speculative",

@@ -6,8 +6,10 @@ memory:
 
 - **Reference counts.** A block may stand in several tables. It is free when none names it any more.
 - **Prefix cache.** A full block is published under a hash of its tokens and of all tokens before it (the hash of the
-  block before is part of it: a chain). A new request whose prompt starts alike takes the block instead of computing it.
-  A free block keeps its content and its hash until it is handed out anew, the least recently used first.
+  block before is part of it: a chain, whose first link, the root, stands for all else that decides the content: the
+  weights, the adapter, the cache's dtype, whose tenant it is). A new request whose prompt starts alike takes the block
+  instead of computing it. A free block keeps its content and its hash until it is handed out anew, the least recently
+  used first.
 - **Copy on write.** Who wants to write into a block that others read gets a copy of it first.
 
 Everything is O(1) a block. Sources: Kwon et al., 2023 (blocks, tables, copy on write); the hash chain is vLLM's.
@@ -105,6 +107,7 @@ class BlockPool:
 class BlockTable:
     """The blocks of one request, in the order of its tokens. `hashes` names those that are full and published.
 
+    `root` is what the first block's name is chained to: tables of different roots never share a block.
     `synced` is for whoever keeps a copy of the table: so many entries have not changed since it was last set.
     """
 
@@ -112,6 +115,7 @@ class BlockTable:
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
     synced: int = 0
+    root: bytes = b""
 
     def match_prefix(self, token_ids: Sequence[int]) -> int:
         """Fill an empty table with published blocks that hold the start of `token_ids` -> how many tokens they hold.
@@ -120,7 +124,7 @@ class BlockTable:
         """
         if self.blocks:
             raise ValueError("match_prefix: expected an empty table")
-        size, parent = self.pool.block_size, b""
+        size, parent = self.pool.block_size, self.root
         if not self.pool.enable_prefix_caching:
             return 0
         for start in range(0, (len(token_ids) - 1) // size * size, size):
@@ -166,21 +170,33 @@ class BlockTable:
         return copies
 
     def publish(self, token_ids: Sequence[int], num_computed: int) -> None:
-        """Name the blocks that have become full, of the first `num_computed` tokens, which are computed and known."""
+        """Name the blocks that have become full, of the first `num_computed` tokens, which are known.
+
+        They are computed, or will be by the step that is being scheduled: a layer stores all keys and values of a step
+        before anybody reads them there, so even a request of the same step may read them.
+        """
         if not self.pool.enable_prefix_caching:
             return
         size = self.pool.block_size
         for index in range(len(self.hashes), min(num_computed, len(token_ids)) // size):
-            parent = self.hashes[-1] if self.hashes else b""
+            parent = self.hashes[-1] if self.hashes else self.root
             self.hashes.append(chain_hash(parent, token_ids[index * size : (index + 1) * size]))
             self.pool.publish(self.blocks[index], self.hashes[-1])
+
+    def unpublish(self, first: int) -> None:
+        """Take back the names of the blocks from index `first` on: what they hold is not what was promised."""
+        for block, name in zip(self.blocks[first:], self.hashes[first:], strict=False):
+            if self.pool.find(name) == block:
+                self.pool.forget(block)
+        del self.hashes[first:]
 
     def fork(self, num_tokens: int) -> "BlockTable":
         """A table that shares the blocks of the first `num_tokens` tokens; who writes first gets copies."""
         count = -(-num_tokens // self.pool.block_size)
         for block in self.blocks[:count]:
             self.pool.share(block)
-        return BlockTable(self.pool, self.blocks[:count], self.hashes[: num_tokens // self.pool.block_size])
+        hashes = self.hashes[: num_tokens // self.pool.block_size]
+        return BlockTable(self.pool, self.blocks[:count], hashes, root=self.root)
 
     def free(self) -> None:
         """Give all blocks back, the last first: ends of prompts are found again less often than their beginnings."""

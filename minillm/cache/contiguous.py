@@ -1,7 +1,8 @@
 """The cache in a row: one stretch of slots a sequence, as long as the longest needs.
 
-Without a window, position p of a sequence lies in slot p. With `window=W` the stretch is a ring of W slots, and
-position p lies in slot p mod W: what it overwrites, position p - W, is seen by no token any more.
+Without a window, position p of a sequence lies in slot p. With a window of W tokens in all layers the stretch is a ring
+of W slots, and position p lies in slot p mod W: what it overwrites, position p - W, is seen by no token any more.
+(Where only some layers have a window, all keep everything, and a mask hides what a layer must not see.)
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..config import ModelConfig
 from ..model.layers import attention
 
-__all__ = ["ContiguousBatch", "ContiguousCache"]
+__all__ = ["ContiguousBatch", "ContiguousCache", "ContiguousLayer"]
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class ContiguousBatch:
 
     positions [B, T] int64, each token's place in its sequence (padding repeats the last one); cached [B] and new [B]
     int64, tokens before this step and in it; last [B] int64, the column of each sequence's last new token. Token
-    [rows[n], columns[n]] goes to slot slots[n] of its row, each [N] int64. mask [B, 1, T, S] bool, True where a token
-    may attend, or None: causal, to this step's tokens alone.
+    [rows[n], columns[n]] goes to slot slots[n] of its row, each [N] int64. masks: for each window that some layer has
+    (0: none) [B, 1, T, S] bool, True where a token may attend, or None: causal, to this step's tokens alone.
     """
 
     positions: Tensor
@@ -33,7 +34,7 @@ class ContiguousBatch:
     rows: Tensor
     columns: Tensor
     slots: Tensor
-    mask: Tensor | None
+    masks: dict[int, Tensor | None]
 
 
 class ContiguousCache:
@@ -42,9 +43,10 @@ class ContiguousCache:
         batch = cache.extend([len(ids) for ids in new])           # makes room, counts the tokens as cached
         hidden_states = model(rectangle_of(new), batch, cache)    # [B, T, hidden]
 
-    `lengths` counts each sequence's tokens so far. A step that does not fit doubles `capacity`, once or more. With
-    `window=W` a token attends to the last W tokens, itself included, and capacity stops at W slots. Raises ValueError
-    for sizes and counts that make no sense.
+    `lengths` counts each sequence's tokens so far. A step that does not fit doubles `capacity`, once or more. A token
+    of a layer with a window attends to the last `config.window(layer)` tokens, itself included; with `window=W` that is
+    W in all layers. Where all have the same, capacity stops at it. Raises ValueError for sizes and counts that make no
+    sense.
     """
 
     def __init__(
@@ -59,12 +61,23 @@ class ContiguousCache:
         for name, value, least in (("batch_size", batch_size, 1), ("capacity", capacity, 1), ("window", window, 0)):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}: expected an integer, {least} or more, got {value!r}")
-        self.window = window
+        windows = [window or config.window(layer) for layer in range(config.num_hidden_layers)]
+        self.window = windows[0] if len(set(windows)) == 1 else 0  # of the ring; 0: all tokens are kept
         self.lengths = [0] * batch_size
-        slots = min(capacity, window) if window else capacity
+        slots = min(capacity, self.window) if self.window else capacity
         shape = (config.num_hidden_layers, batch_size, slots, config.num_key_value_heads, config.head_dim)
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self.layers = [ContiguousLayer(self, i) for i in range(config.num_hidden_layers)]
+        self._stored = _Stored(*(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)), self.window)
+        self.layers = [ContiguousLayer(self._stored, layer, w) for layer, w in enumerate(windows)]
+
+    @property
+    def k(self) -> Tensor:
+        """All keys."""
+        return self._stored.k
+
+    @property
+    def v(self) -> Tensor:
+        """All values."""
+        return self._stored.v
 
     @property
     def capacity(self) -> int:
@@ -103,7 +116,7 @@ class ContiguousCache:
         if not rows or len(set(rows)) != len(rows) or not all(0 <= row < len(self.lengths) for row in rows):
             raise ValueError(f"rows: expected different rows in 0..{len(self.lengths) - 1}, got {list(rows)}")
         index = torch.tensor(rows, device=self.k.device)
-        self.k, self.v = (x.index_select(1, index) for x in (self.k, self.v))
+        self._stored.k, self._stored.v = (x.index_select(1, index) for x in (self.k, self.v))
         self.lengths = [self.lengths[row] for row in rows]
 
     def _reserve(self, tokens: int) -> None:
@@ -114,32 +127,35 @@ class ContiguousCache:
         if capacity == self.capacity:
             return
         for name in ("k", "v"):  # one after the other: only one of them is there twice
-            old = getattr(self, name)
+            old = getattr(self._stored, name)
             grown = old.new_zeros(*old.shape[:2], capacity, *old.shape[3:])
             grown[:, :, : old.shape[2]] = old
-            setattr(self, name, grown)
+            setattr(self._stored, name, grown)
 
     def _batch(self, cached: Tensor, new: Tensor) -> ContiguousBatch:
         offsets = torch.arange(int(new.max()))  # [T]
         is_new = offsets < new[:, None]  # [B, T], False: padding
         last = (new - 1).clamp(min=0)
         positions = cached[:, None] + torch.minimum(offsets, new[:, None] - 1)  # [B, T]
-        # Of a prompt that is longer than the window only the end is kept.
+        # Of a prompt that is longer than the ring only the end is kept.
         kept = is_new & (offsets >= new[:, None] - self.window) if self.window else is_new
         rows, columns = kept.nonzero(as_tuple=True)  # [N] each
         slots = positions[rows, columns]
         if self.window:
             slots = slots % self.window
-        mask = self._mask(positions, is_new, cached, new)
-        tensors = (positions, cached, new, last, rows, columns, slots, mask)
-        return ContiguousBatch(*(None if x is None else x.to(self.k.device) for x in tensors))
+        device = self.k.device
+        found = {window: self._mask(positions, is_new, cached, new, window) for window in self._windows()}
+        masks = {window: None if mask is None else mask.to(device) for window, mask in found.items()}
+        tensors = (x.to(device) for x in (positions, cached, new, last, rows, columns, slots))
+        return ContiguousBatch(*tensors, masks)
 
-    # ---- within a step -----------------------------------------------------------------------------------------------
+    def _windows(self) -> set[int]:
+        return {layer.window for layer in self.layers}
 
-    def _mask(self, positions: Tensor, is_new: Tensor, cached: Tensor, new: Tensor) -> Tensor | None:
+    def _mask(self, positions: Tensor, is_new: Tensor, cached: Tensor, new: Tensor, window: int) -> Tensor | None:
         """Which token may attend to which key, in the order of the keys in `attend`.  [B, 1, T, S]"""
         tokens = positions.shape[1]
-        if not cached.any() and (not self.window or tokens <= self.window):
+        if not cached.any() and (not window or tokens <= window):
             return None
         if self.window and tokens > 1:  # the ring as it was before, then the new tokens
             keys = torch.cat((self._positions_in_ring(cached), positions.masked_fill(~is_new, -1)), dim=1)  # [B, S]
@@ -149,61 +165,70 @@ class ContiguousCache:
             keys = torch.arange(max(self.lengths)).expand(len(cached), -1)  # slot p holds position p
         query, key = positions[:, None, :, None], keys[:, None, None, :]
         seen = (key >= 0) & (key <= query)
-        return seen & (key > query - self.window) if self.window else seen
+        return seen & (key > query - window) if window else seen
 
     def _positions_in_ring(self, lengths: Tensor) -> Tensor:
         """The position that each slot holds after `lengths` tokens, negative where none.  [B] -> [B, capacity]"""
         newest = lengths[:, None] - 1
         return newest - (newest - torch.arange(self.capacity)) % self.window
 
-    def write(self, layer: int, k: Tensor, v: Tensor, batch: ContiguousBatch) -> None:
-        """Store turned keys, and values; a ring stores them after it has attended.
 
-        k and v [B, T, H_kv, D]. Raises ValueError when they do not fit the cache or the batch.
-        """
-        if v.shape[:2] != batch.positions.shape or v.shape[0] != self.k.shape[1] or k.dtype != self.k.dtype:
-            raise ValueError(
-                f"k: expected {self.k.dtype} of shape {[self.k.shape[1], *batch.positions.shape[1:]]} + [H_kv, D] (this"
-                f" cache's sequences and this batch's tokens), got {k.dtype} of shape {list(v.shape)}"
-            )
-        if not self._attends_first(k):
-            self._store(layer, k, v, batch)
+@dataclass
+class _Stored:
+    """What a cache and its layers share: keys and values of all layers, and the window of the ring (0: none)."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: ContiguousBatch) -> Tensor:
-        """Attention of the new tokens to all that they may see.  [B, T, H, D] -> [B, T, H, D]"""
-        if not self._attends_first(k):
-            if batch.mask is not None:
-                k, v = (x[layer, :, : batch.mask.shape[-1]] for x in (self.k, self.v))  # [B, S, H_kv, D]
-            return attention(q, k, v, batch.mask)
-        keys, values = k, v
-        if batch.mask is not None:
-            keys, values = torch.cat((self.k[layer], k), dim=1), torch.cat((self.v[layer], v), dim=1)
-        out = attention(q, keys, values, batch.mask)
-        self._store(layer, k, v, batch)
-        return out
-
-    def _attends_first(self, k: Tensor) -> bool:
-        """In a ring, a new token may overwrite a key that an earlier token of the same step still sees."""
-        return self.window > 0 and k.shape[1] > 1
-
-    def _store(self, layer: int, k: Tensor, v: Tensor, batch: ContiguousBatch) -> None:
-        self.k[layer, batch.rows, batch.slots] = k[batch.rows, batch.columns]
-        self.v[layer, batch.rows, batch.slots] = v[batch.rows, batch.columns]
+    k: Tensor
+    v: Tensor
+    window: int
 
 
 class ContiguousLayer:
-    """One layer of a `ContiguousCache`, as the model sees it."""
+    """One layer of a `ContiguousCache`: keys are stored as they come, normed and turned; a ring stores a step of several
+    tokens after it has attended, since a new token may overwrite a key that an earlier token of the step still sees.
+    """
 
-    def __init__(self, cache: ContiguousCache, layer: int) -> None:
-        self.cache, self.layer = cache, layer
+    def __init__(self, stored: _Stored, layer: int, window: int) -> None:
+        self._stored, self._layer, self.window = stored, layer, window
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that a token keeps here."""
+        return 2 * self._stored.k[0, 0, 0].nbytes
 
     def slots(self, batch: ContiguousBatch) -> None:
-        """Nowhere: by `write`."""
+        """No kernel writes here by itself."""
 
     def write(self, k: Tensor, v: Tensor, batch: ContiguousBatch) -> None:
-        """See `ContiguousCache.write`."""
-        self.cache.write(self.layer, k, v, batch)
+        """Store the step's keys and values.  k and v [B, T, H_kv, D]
+
+        Raises ValueError when they do not fit the cache or the batch.
+        """
+        cache = self._stored
+        if k.shape[:2] != batch.positions.shape or k.shape[0] != cache.k.shape[1] or k.dtype != cache.k.dtype:
+            raise ValueError(
+                f"k: expected {cache.k.dtype} of shape {[cache.k.shape[1], *batch.positions.shape[1:]]} + [H_kv, D]"
+                f" (this cache's sequences and this batch's tokens), got {k.dtype} of shape {list(k.shape)}"
+            )
+        if not self._attends_first(k):
+            self._keep(k, v, batch)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, batch: ContiguousBatch) -> Tensor:
-        """See `ContiguousCache.attend`."""
-        return self.cache.attend(self.layer, q, k, v, batch)
+        """Attention of the new tokens to all that they may see.  [B, T, H, D] -> [B, T, H, D]"""
+        mask, cache, layer = batch.masks[self.window], self._stored, self._layer
+        if not self._attends_first(k):
+            if mask is not None:
+                k, v = (x[layer, :, : mask.shape[-1]] for x in (cache.k, cache.v))  # [B, S, H_kv, D]
+            return attention(q, k, v, mask)
+        keys, values = k, v
+        if mask is not None:
+            keys, values = torch.cat((cache.k[layer], k), dim=1), torch.cat((cache.v[layer], v), dim=1)
+        out = attention(q, keys, values, mask)
+        self._keep(k, v, batch)
+        return out
+
+    def _attends_first(self, k: Tensor) -> bool:
+        return self._stored.window > 0 and k.shape[1] > 1
+
+    def _keep(self, k: Tensor, v: Tensor, batch: ContiguousBatch) -> None:
+        self._stored.k[self._layer, batch.rows, batch.slots] = k[batch.rows, batch.columns]
+        self._stored.v[self._layer, batch.rows, batch.slots] = v[batch.rows, batch.columns]

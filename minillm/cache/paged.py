@@ -4,22 +4,68 @@
 (b + 1) · block_size - 1.
 """
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..config import ModelConfig
-from ..kernels import paged_attention
+from ..kernels import AttentionPlan, paged_attention
 
-__all__ = ["PagedCache"]
+__all__ = ["PagedBatch", "PagedCache", "PagedLayer"]
+
+
+class PagedBatch(Protocol):
+    """What a step says of its sequences: see `engine/batch.py`. plan: for the torch path, what all layers share."""
+
+    positions: Tensor
+    slots: Tensor
+    cu_seqlens_q: Tensor
+    context_lens: Tensor
+    block_tables: Tensor
+    max_seqlen_q: int
+    plan: AttentionPlan | None
+
+
+class PagedLayer:
+    """One layer's keys and values, each [slots, H_kv, D]. `window`: of how many tokens a token sees the last; 0: all."""
+
+    def __init__(self, k: Tensor, v: Tensor, block_size: int, window: int) -> None:
+        self.k, self.v, self.block_size, self.window = k, v, block_size, window
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that a token keeps here."""
+        return 2 * self.k[0].nbytes
+
+    def slots(self, batch: PagedBatch) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Where a kernel may write this step's keys and values itself: k, v, and each token's slot (-1: nowhere)."""
+        return self.k, self.v, batch.slots
+
+    def write(self, k: Tensor, v: Tensor, batch: PagedBatch) -> None:
+        """Store each token's key and value in its slot.  k and v [N, H_kv, D]"""
+        if batch.plan is not None:
+            batch.plan.write(k, v, self.k, self.v)
+            return
+        used = batch.slots >= 0
+        self.k[batch.slots[used]] = k[used].to(self.k.dtype)
+        self.v[batch.slots[used]] = v[used].to(self.v.dtype)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, batch: PagedBatch) -> Tensor:
+        """Attention of the batch's queries to all that their sequences have stored.  [N, H, D] -> [N, H, D]"""
+        if batch.plan is not None:
+            return batch.plan.attend(q, self.k, self.v, window=self.window)
+        return paged_attention(
+            q, self.k, self.v, batch.block_tables, batch.context_lens, batch.cu_seqlens_q, batch.max_seqlen_q,
+            self.block_size, window=self.window,
+        )  # fmt: skip
 
 
 class PagedCache:
-    """Keys and values of `num_blocks` blocks in every layer, each [layers, slots, H_kv, D].
+    """Keys and values of `num_blocks` blocks in every layer, in a dtype of their own.
 
     A step's batch says which token goes to which slot (`slots`) and which blocks each sequence reads (`block_tables`,
-    `context_lens`, `cu_seqlens_q`, `max_seqlen_q`): see `engine/batch.py`.
+    `context_lens`, `cu_seqlens_q`, `max_seqlen_q`).
     """
 
     def __init__(
@@ -29,21 +75,23 @@ class PagedCache:
             raise ValueError(
                 f"block_size, num_blocks: expected a power of 2 and 1 or more, got {block_size} and {num_blocks}"
             )
-        self.block_size = block_size
+        self.block_size, self.num_blocks = block_size, num_blocks
         shape = (config.num_hidden_layers, num_blocks * block_size, config.num_key_value_heads, config.head_dim)
         # Not cleared: nothing reads a slot before it is written, and a CPU takes memory only where it is touched.
         self.k, self.v = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
-        self.layers = [PagedLayer(self, i) for i in range(config.num_hidden_layers)]
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks in all."""
-        return self.k.shape[1] // self.block_size
+        self.layers = [
+            PagedLayer(self.k[i], self.v[i], block_size, config.window(i)) for i in range(config.num_hidden_layers)
+        ]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all blocks: num_blocks · block_size · config.kv_bytes_per_token."""
+        """Bytes of all blocks: num_blocks · block_size · bytes_per_token."""
         return self.k.nbytes + self.v.nbytes
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that a token keeps, in all layers."""
+        return sum(layer.bytes_per_token for layer in self.layers)
 
     def copy(self, pairs: list[tuple[int, int]]) -> None:
         """Copy whole blocks, (from, to) each, in every layer, before a step writes: copy on write."""
@@ -53,27 +101,3 @@ class PagedCache:
         for cache in (self.k, self.v):
             by_block = cache.unflatten(1, (-1, self.block_size))  # [layers, blocks, block_size, H_kv, D]
             by_block[:, blocks[:, 1]] = by_block[:, blocks[:, 0]]
-
-
-class PagedLayer:
-    """One layer of a `PagedCache`, as the model sees it."""
-
-    def __init__(self, cache: PagedCache, layer: int) -> None:
-        self.k, self.v, self.block_size = cache.k[layer], cache.v[layer], cache.block_size
-
-    def slots(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """The layer's slots, and those of the batch's tokens."""
-        return self.k, self.v, batch.slots
-
-    def write(self, k: Tensor, v: Tensor, batch: Any) -> None:
-        """Store turned keys, and values, in the slots of the batch.  k and v [N, H_kv, D]"""
-        used = batch.slots >= 0
-        self.k[batch.slots[used]] = k[used].to(self.k.dtype)
-        self.v[batch.slots[used]] = v[used].to(self.v.dtype)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, batch: Any) -> Tensor:
-        """Attention of the batch's queries to all that their sequences have stored.  [N, H, D] -> [N, H, D]"""
-        return paged_attention(
-            q, self.k, self.v, batch.block_tables, batch.context_lens, batch.cu_seqlens_q, batch.max_seqlen_q,
-            self.block_size,
-        )  # fmt: skip

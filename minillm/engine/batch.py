@@ -1,22 +1,59 @@
 """What one step needs, as tensors: an argument of the model, never a global. And what the device remembers in between.
 
 The tokens of all sequences lie one after another, N in all. A sequence that decodes brings one token, a prompt many, a
-chunk of a prompt some. The host says only which rows take part, from which token on, and how many (`steps`); everything
-else is computed from that on the device, where the rows are. So a step can be launched before the tokens of the step
-before it are known to the host, and a CUDA graph can replay it.
+chunk of a prompt some. The host says only which rows take part, from which token on, and how many (a `Plan`, see
+`table.py`); everything else is computed from that on the device, where the rows are. So a step can be launched before
+the tokens of the step before it are known to the host, and a CUDA graph can replay it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels import append_tokens, step_inputs
-from .request import Request
+from ..kernels import KERNELS, AttentionPlan, append_tokens, step_inputs
 
-__all__ = ["Batch", "Rows", "to_device"]
+__all__ = ["OPTIONS", "Batch", "DeviceTable", "RowLayout", "to_device"]
+
+# What a request's row says beside its tokens: the one place. The host writes these from `SamplingParams` (and from
+# `Request.options`, which goes first), `Batch.options` has them on the device, and who needs one there reads it.
+OPTIONS: dict[str, torch.dtype] = {
+    "seed": torch.int64,
+    "temperature": torch.float32,
+    "top_k": torch.int32,
+    "top_p": torch.float32,
+    "min_p": torch.float32,
+    "repetition_penalty": torch.float32,
+    "presence_penalty": torch.float32,
+    "frequency_penalty": torch.float32,
+}
+NUMPY: dict[torch.dtype, Any] = {torch.int64: np.int64, torch.float32: np.float32, torch.int32: np.int32}
+
+
+class RowLayout:
+    """Where what stands in a row of int32: length | options (64 bits first, in two columns) | tokens | block table.
+
+    max_tokens: of one request, those included that a step may give beyond the longest sequence.
+    """
+
+    def __init__(self, max_tokens: int, num_blocks: int, options: Mapping[str, torch.dtype] | None = None) -> None:
+        options = OPTIONS if options is None else options
+        if unknown := [f"{name} {dtype}" for name, dtype in options.items() if dtype not in NUMPY]:
+            raise ValueError(f"options: expected {', '.join(map(str, NUMPY))}, got {unknown[0]}")
+        self.wide = sum(dtype == torch.int64 for dtype in options.values())  # options of 64 bits
+        self.options = dict(sorted(options.items(), key=lambda item: item[1] != torch.int64))
+        self.num_columns = len(options) + self.wide  # of options
+        self.first_token = 1 + self.num_columns
+        self.first_block = self.first_token + max_tokens
+        self.width = self.first_block + num_blocks
+
+    def encode(self, values: Mapping[str, float]) -> list[int]:
+        """The options' bits, as a row holds them."""
+        parts = [np.array([values[name]], NUMPY[dtype]).view(np.int32) for name, dtype in self.options.items()]
+        return np.concatenate(parts).tolist() if parts else []
 
 
 @dataclass(frozen=True)
@@ -25,9 +62,9 @@ class Batch:
 
     token_ids and positions [N] int64, each token and its place in its sequence; slots [N] int64, where its key and
     value go; cu_seqlens_q [S + 1] int32, where each sequence's tokens begin; context_lens [S] int32, its tokens in the
-    cache after this step; block_tables [S, W] int32; max_seqlen_q, at least the most new tokens of one sequence; last
-    [S] int64, the row of each sequence's last new token, whose logits give the next one; sampling, what `gumbel_argmax`
-    wants to draw that: temperatures fp32, seeds int64 and the token's place int32, [S] each.
+    cache after this step; block_tables [S, W] int32; max_seqlen_q, at least the most new tokens of one sequence;
+    logit_rows [S] int64, the row whose hidden state gives each sequence's next token; lengths [S] int32, the place of
+    that token; options, what `OPTIONS` declares, [S] each; plan, on the torch path, what all layers' attention shares.
     """
 
     token_ids: Tensor
@@ -37,8 +74,10 @@ class Batch:
     context_lens: Tensor
     block_tables: Tensor
     max_seqlen_q: int
-    last: Tensor
-    sampling: tuple[Tensor, Tensor, Tensor]
+    logit_rows: Tensor
+    lengths: Tensor
+    options: dict[str, Tensor]
+    plan: AttentionPlan | None = None
 
 
 def to_device(values: np.ndarray, device: torch.device) -> Tensor:
@@ -47,77 +86,71 @@ def to_device(values: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-class Rows:
-    """A row of one int32 matrix for each running request: its tokens, its block table, its sampling options.
+class DeviceTable:
+    """The rows on the device: one matrix, a row for each running request and one more for padding.
 
-    One more row stands for padding. `max_num_seqs` requests of at most `max_model_len` tokens.
+    `steps` says what the next step computes; `options` and `lengths` are those of the sequences of the last `batch`.
     """
 
-    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device) -> None:
-        self.device, self.block_size, self.padding = device, block_size, max_num_seqs
-        table, options = max_model_len, max_model_len - (-max_model_len // block_size)  # first column of each
-        self.columns, self.width = {"table": table, "options": options}, options + 3
-        self.matrix = torch.zeros(max_num_seqs + 1, self.width, dtype=torch.int32, device=device)
-        self.tokens, self.tables = self.matrix[:, :table], self.matrix[:, table:options]
-        self.steps = torch.zeros(4, max_num_seqs + 1, dtype=torch.int32, device=device)
+    def __init__(self, layout: RowLayout, max_num_seqs: int, block_size: int, device: torch.device) -> None:
+        self.layout, self.block_size, self.padding = layout, block_size, max_num_seqs
+        self.device = device
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        self.matrix = zeros(max_num_seqs + 1, layout.width)
+        self.steps = zeros(4, max_num_seqs + 1)
+        self.lengths = zeros(max_num_seqs)
+        self._options = zeros(layout.num_columns, max_num_seqs)
+        self.given = torch.ones(max_num_seqs, dtype=torch.int32, device=device)  # tokens that a plain step gives
+        self.options: dict[str, Tensor] = {}
+        column = 0
+        for name, dtype in layout.options.items():
+            columns = 2 if dtype == torch.int64 else 1
+            self.options[name] = self._options[column : column + columns].view(-1).view(dtype)  # [max_num_seqs]
+            column += columns
 
     # ---- from the host -----------------------------------------------------------------------------------------------
 
-    def update(self, requests: Sequence[Request]) -> None:
-        """Bring the rows up to date: everything of a request that is new here, new blocks of one that is not."""
-        places: list[int] = []
-        values: list[int] = []
-        changed = [r for r in requests if not r.on_device or r.table.synced < len(r.table.blocks)]
-        for request in changed:
-            table, start = request.table, request.row * self.width
-            if not request.on_device:
-                for column, new in ((0, request.tokens()), (self.columns["options"], _options(request))):
-                    places += range(start + column, start + column + len(new))
-                    values += new
-            first = start + self.columns["table"]
-            places += range(first + table.synced, first + len(table.blocks))
-            values += table.blocks[table.synced :]
-        if changed:
-            where, what = to_device(np.array((places, values), np.int64), self.device)
-            self.matrix.view(-1).index_put_((where,), what.int())
-        for request in changed:  # only now: should the above raise, all of it is due again
-            request.on_device, request.table.synced = True, len(request.table.blocks)
+    def update(self, places: np.ndarray, values: np.ndarray) -> None:
+        """Write numbers into the matrix.  places [n] int64, counted from its first number; values [n] int32"""
+        if len(places):
+            index = to_device(places, self.device)
+            self.matrix.view(-1).index_put_((index,), to_device(values, self.device))
 
-    def set_steps(self, scheduled: Sequence[tuple[Request, int]]) -> None:
-        """Say what the next step computes: (request, number of its next tokens) pairs.
-
-        Four rows of numbers, a column a sequence: its row, its first token, the place of the token that it will sample,
-        and where its tokens begin in the batch. A chunk that leaves tokens of the prompt samples too: nobody reads that
-        token, and the right one comes to the same place.
-        """
-        steps = np.zeros((4, self.padding + 1), np.int32)
-        steps[0], n = self.padding, len(scheduled)
-        steps[:3, :n] = [[r.row for r, _ in scheduled], [r.num_computed for r, _ in scheduled],
-                         [r.num_tokens for r, _ in scheduled]]  # fmt: skip
-        counts = [count for _, count in scheduled]
-        steps[3, 1 : n + 1] = np.cumsum(counts)
-        steps[3, n + 1 :] = steps[3, n]
+    def set_steps(self, steps: np.ndarray) -> None:
+        """Say what the next step computes: as `Plan.steps`, [4, max_num_seqs + 1] int32."""
         self.steps.copy_(to_device(steps, self.device), non_blocking=True)
+
+    def nobody(self) -> np.ndarray:
+        """Steps without a request: all padding."""
+        steps = np.zeros(tuple(self.steps.shape), np.int32)
+        steps[0] = self.padding
+        return steps
 
     # ---- on the device -----------------------------------------------------------------------------------------------
 
     def batch(self, tokens: int, sequences: int, decode: bool) -> Batch:
         """The batch that `set_steps` described, padded to so many tokens and sequences; decode: one token each."""
-        token_ids, positions, slots, context_lens, block_tables, last, temperatures, seeds = step_inputs(
-            self.steps, self.matrix, *self.columns.values(), self.block_size, tokens, sequences
-        )
+        token_ids, positions, slots, context_lens, block_tables, logit_rows = step_inputs(
+            self.steps, self.matrix, self._options, self.lengths, self.layout.first_token, self.layout.first_block,
+            self.layout.wide, self.block_size, tokens, sequences,
+        )  # fmt: skip
+        bounds, plan = self.steps[3, : sequences + 1], None
+        if KERNELS["paged_attention"].path(self.matrix) == "torch":
+            plan = AttentionPlan(block_tables, context_lens, bounds, self.block_size)
         return Batch(
-            token_ids, positions, slots, self.steps[3, : sequences + 1], context_lens, block_tables,
-            1 if decode else tokens, last, (temperatures, seeds, self.steps[2, :sequences]),
+            token_ids, positions, slots, bounds, context_lens, block_tables, 1 if decode else tokens, logit_rows,
+            self.lengths[:sequences], self.options_of(sequences), plan,
         )  # fmt: skip
 
-    def append(self, sampled: Tensor) -> None:
-        """Write each sequence's new token behind its others.  [S] int64"""
-        append_tokens(self.steps, self.matrix, sampled)
+    def options_of(self, sequences: int) -> dict[str, Tensor]:
+        """The options of the first sequences of the last batch, [S] each."""
+        return {name: values[:sequences] for name, values in self.options.items()}
 
-
-def _options(request: Request) -> list[int]:
-    """Temperature and seed as the bits of three int32."""
-    bits = np.array([request.params.temperature], np.float32).view(np.int32)
-    halves = np.array([request.seed], np.int64).view(np.int32)  # low, high
-    return [*bits.tolist(), *halves.tolist()]
+    def append(self, sampled: Tensor, given: Tensor | None = None) -> None:
+        """Write each sequence's new tokens behind its others.  [S] int64, or [S, K] and how many are meant [S] int32"""
+        sampled = sampled[:, None] if sampled.dim() == 1 else sampled
+        given = self.given[: len(sampled)] if given is None else given
+        append_tokens(self.steps, self.matrix, sampled, given, self.layout.first_token)

@@ -1,22 +1,80 @@
-"""The loop: schedule, launch, take in the tokens of the step before."""
+"""The loop: schedule, launch, take in the tokens of the step before.
 
+What fails concerns as few as possible. Scheduling, launching, reading, turning a token into text and counting are each
+watched request by request: who fails ends with its error, and its neighbors keep every token. Blocks that a failed step
+should have filled lose their names, and who has read them computes anew.
+"""
+
+import hashlib
 import itertools
+import logging
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from operator import index as as_index
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from ..cache.blocks import BlockPool, BlockTable
+from ..config import EngineConfig
 from ..model import Transformer
-from ..model.tokenizer import StreamDecoder, Tokenizer
+from ..model.tokenizer import Tokenizer
+from ..model.tokenizer_hf import HuggingFaceTokenizer
 from ..sampling import SamplingParams, new_seed
-from .metrics import EngineMetrics
+from .batch import RowLayout
+from .metrics import EngineMetrics, LogLine
 from .request import Request
-from .runner import Runner, Step
+from .runner import Masks, Results, Runner
 from .scheduler import Copies, Scheduled, Scheduler
+from .table import RequestTable, prompt_part
 from .text import StopText
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "InFlight", "Part", "token_ids_of"]
 
 CPU_CACHE_BYTES = 2 << 30
+LOG = logging.getLogger("minillm.engine")
+
+Got = dict[Request, None]  # who got a token or ended in this step, in order
+
+
+@dataclass(slots=True)
+class Part:
+    """One request's part of a step: its tokens start ... start + count - 1, written into `blocks`, and up to `most` new
+    ones. `epoch` and `preemptions` are those of the launch.
+    """
+
+    index: int
+    request: Request
+    start: int
+    count: int
+    blocks: list[int]
+    most: int
+    epoch: int
+    preemptions: int
+
+    def is_valid(self) -> bool:
+        """Whether what it was computed from still counts."""
+        return self.request.epoch == self.epoch
+
+
+@dataclass
+class InFlight:
+    """A step on its way: what is computed for whom, which parts get tokens, its results, and whose row is where in the
+    log probabilities (of prompts: the first row).
+    """
+
+    parts: list[Part]
+    ready: list[int]
+    results: Results
+    logprob_rows: dict[int, int]
+    prompt_rows: dict[int, int]
+
+    def read(self) -> list[tuple[Request, list[int]]]:
+        """Wait for the device -> each request that gets tokens, and these."""
+        return [(self.parts[i].request, tokens) for i, tokens in zip(self.ready, self.results.read(), strict=True)]
 
 
 class Engine:
@@ -27,228 +85,459 @@ class Engine:
         while engine.has_unfinished():
             for request in engine.step(): ...     # those that got a token, or ended
 
-    - num_blocks, block_size: the cache; by default what `gpu_memory_utilization` leaves room for, on a CPU 2 GiB.
-    - max_num_seqs: requests that run at once. max_num_batched_tokens: new tokens a step, prompts and decoding together
-      (8192; on a CPU 512). max_model_len: the longest sequence, at most the model's context and what the cache holds.
+    - config: an `EngineConfig`; its fields may also be given one by one: `Engine(model, max_num_seqs=8)`. num_blocks is
+      by default what `gpu_memory_utilization` leaves room for, on a CPU 2 GiB. With `async_scheduling` a step is launched
+      before the tokens of the last one are known, so that the device never waits for the host (on a GPU); `step` then
+      returns the tokens of the step before.
     - tokenizer: gives requests their `text`, and is needed for stop strings.
-    - enforce_eager: no CUDA graphs. async_scheduling: launch a step before the tokens of the last one are known, so
-      that the device never waits for the host (on a GPU); `step` then returns the tokens of the step before.
+
+    Every public method takes one lock, so threads may share an engine: whoever calls `step` works for all, and a request
+    that another thread's step has finished is `finished`. An exception that leaves `step` (Ctrl-C) has ended all
+    requests. When the model's weights change, earlier entries of the prefix cache are not found any more.
+
+    A subclass may give up to `tokens_per_step` tokens a step, by a runner of its own (`runner_class`).
 
     Raises ValueError for arguments out of range and MemoryError when the device has no room, saying what to lower.
     """
 
-    def __init__(
-        self, model: Transformer, num_blocks: int | None = None, block_size: int = 16, max_num_seqs: int = 256,
-        max_num_batched_tokens: int | None = None, max_model_len: int | None = None,
-        enable_prefix_caching: bool = True, tokenizer: Tokenizer | None = None, enforce_eager: bool = False,
-        async_scheduling: bool | None = None, gpu_memory_utilization: float = 0.9,
-    ) -> None:  # fmt: skip
-        on_gpu = model.embed_tokens.weight.device.type == "cuda"
-        budget = (8192 if on_gpu else 512) if max_num_batched_tokens is None else max_num_batched_tokens
-        context = model.config.max_position_embeddings
-        _check(block_size, max_num_seqs, budget, max_model_len, context, gpu_memory_utilization)
-        self.config, self.tokenizer = model.config, tokenizer
-        self.async_scheduling = on_gpu if async_scheduling is None else async_scheduling
-        self.max_model_len = max_model_len or context
-        self.runner = Runner(model, block_size, max_num_seqs, budget, self.max_model_len)
-        num_blocks = self._num_blocks(num_blocks, max_model_len, gpu_memory_utilization)
-        self.max_model_len = min(self.max_model_len, num_blocks * block_size)
-        self.runner.allocate(num_blocks)
-        if on_gpu and not enforce_eager:
-            self.runner.capture()
-        self._prefix_caching = enable_prefix_caching
-        self.metrics = EngineMetrics()
-        self.reset()
+    tokens_per_step = 1
+    runner_class = Runner
 
-    def _num_blocks(self, num_blocks: int | None, max_model_len: int | None, utilization: float) -> int:
-        size, seqs = self.runner.block_size, self.runner.max_num_seqs
-        if num_blocks is None:
-            most = seqs * -(-self.max_model_len // size)
-            if self.runner.device.type == "cuda":
-                room = self.runner.blocks_that_fit(utilization)
-            else:
-                room = CPU_CACHE_BYTES // self.runner.block_bytes
-            num_blocks = min(room, most)
-            if num_blocks < -(-(max_model_len or 1) // size):
-                raise MemoryError(
-                    f"no room for the cache: a sequence of max_model_len ({max_model_len or size}) tokens takes"
-                    f" {-(-(max_model_len or 1) // size)} blocks of {size}, and {max(0, room)} fit; lower"
-                    " max_model_len, max_num_batched_tokens or max_num_seqs, or raise gpu_memory_utilization"
-                )
-        if not isinstance(num_blocks, int) or num_blocks < 1:
-            raise ValueError(f"num_blocks: expected an integer, 1 or more, got {num_blocks!r}")
+    def __init__(
+        self, model: Transformer, config: EngineConfig | None = None, tokenizer: Tokenizer | HuggingFaceTokenizer | None = None,
+        **options: Any
+    ) -> None:
+        on_gpu = model.device.type == "cuda"
+        asked = replace(config or EngineConfig(), **options)
+        self.model, self.tokenizer, self.model_config = model, tokenizer, model.config
+        self.config = asked.resolved(model.config, on_gpu)
+        ends = {*model.config.eos_token_ids, *([] if tokenizer is None else [tokenizer.eos_token_id])} - {None}
+        self.end_token_ids: frozenset[int] = frozenset(
+            ends
+        )  # the model's files and its tokenizer may name different ones
+        self.max_model_len = _known(self.config.max_model_len)
+        blocks = -(-self.max_model_len // self.config.block_size)
+        self.layout = RowLayout(self.max_model_len + self.tokens_per_step - 1, blocks)
+        self.runner = self.runner_class(model, self.config, self.layout)
+        num_blocks = self._num_blocks(asked)
+        self.max_model_len = min(self.max_model_len, num_blocks * self.config.block_size)
+        self.runner.allocate(num_blocks)
+        if on_gpu and not self.config.enforce_eager:
+            self.runner.capture()
+        self.metrics = EngineMetrics()
+        self.requests: dict[str, Request] = {}
+        self._lock, self._order, self._log = threading.RLock(), itertools.count(), LogLine(self.metrics)
+        self._fresh()
+
+    def _num_blocks(self, asked: EngineConfig) -> int:
+        size, seqs = self.config.block_size, self.config.max_num_seqs
+        if asked.num_blocks is not None:
+            return asked.num_blocks
+        if self.model.device.type == "cuda":
+            room = self.runner.blocks_that_fit(self.config.gpu_memory_utilization)
+        else:
+            room = CPU_CACHE_BYTES // self.runner.block_bytes
+        num_blocks = min(room, seqs * -(-self.max_model_len // size))
+        if num_blocks < (needed := -(-(asked.max_model_len or 1) // size)):
+            raise MemoryError(
+                f"no room for the cache: a sequence of max_model_len ({asked.max_model_len or size}) tokens takes"
+                f" {needed} blocks of {size}, and {max(0, room)} fit; lower"
+                " max_model_len, max_num_batched_tokens or max_num_seqs, or raise gpu_memory_utilization"
+            )
         return num_blocks
 
     def reset(self) -> None:
-        """Drop everything: requests, steps on their way, and what the prefix cache holds."""
-        for request in list(getattr(self, "requests", {}).values()):
-            request.finish_reason = "abort"
-        self.pool = BlockPool(self.runner.cache.num_blocks, self.runner.block_size, self._prefix_caching)
-        self.scheduler = Scheduler(
-            self.pool, self.runner.max_num_seqs, self.runner.max_num_batched_tokens, self.metrics
-        )
-        self.requests: dict[str, Request] = {}
-        self._in_flight: list[Step] = []
-        self._order = itertools.count()
+        """Drop everything: requests (as aborted), steps on their way, and what the prefix cache holds."""
+        with self._lock:
+            dropped = list(self.requests.values())
+            for request in dropped:
+                request.finish_reason = "abort"
+            self.metrics.num_aborted += len(dropped)
+            self._fresh()
+
+    def _fresh(self) -> None:
+        self.pool = BlockPool(self.runner.cache.num_blocks, self.config.block_size, self.config.enable_prefix_caching)
+        budget = _known(self.config.max_num_batched_tokens)
+        self.scheduler = Scheduler(self.pool, self.config.max_num_seqs, budget, self.metrics)
+        self.table = RequestTable(self.layout, self.config.max_num_seqs, self.model_config.vocab_size)
+        self.requests.clear()
+        self._in_flight: list[InFlight] = []
 
     # ---- requests ----------------------------------------------------------------------------------------------------
 
     def add_request(
         self, prompt_token_ids: Sequence[int], params: SamplingParams | None = None, request_id: str | None = None,
-        priority: int = 0,
+        priority: int = 0, cache_salt: str = "", allowed: Callable[[Sequence[int]], Tensor | None] | None = None,
     ) -> str:  # fmt: skip
         """Queue a prompt -> the id of the request. A smaller `priority` goes first.
 
         With `params.n` above 1 there are as many requests: "id", "id/1", "id/2", ..., which share the prompt's blocks.
-        Raises ValueError for an empty prompt, one that can never fit, ids outside the vocabulary, stop strings without
-        a tokenizer, and an id that is in use.
+        Requests of different `cache_salt` share nothing in the prefix cache. allowed: see `Request`. Raises ValueError
+        or TypeError for an empty prompt, one that can never fit, what is no token id of this model (in the prompt, as
+        stop token, in logit_bias), more log probabilities than there are tokens, stop strings without a tokenizer, and
+        an id that is in use.
         """
-        params, order = params or SamplingParams(), next(self._order)
-        request_id = str(order) if request_id is None else request_id
-        names = [request_id, *(f"{request_id}/{index}" for index in range(1, params.n))]
-        if used := [name for name in names if name in self.requests]:
-            raise ValueError(f"request_id: {used[0]!r} is in use; expected a new one")
-        if not 1 <= len(prompt_token_ids) < self.max_model_len:
+        return self.add(prompt_token_ids, params, request_id, priority, cache_salt, allowed)[0].request_id
+
+    def add(
+        self, prompt_token_ids: Sequence[int], params: SamplingParams | None = None, request_id: str | None = None,
+        priority: int = 0, cache_salt: str = "", allowed: Callable[[Sequence[int]], Tensor | None] | None = None,
+    ) -> list[Request]:  # fmt: skip
+        """`add_request` -> the requests themselves, `params.n` of them."""
+        with self._lock:
+            params, order = params or SamplingParams(), next(self._order)
+            prompt = self._checked(prompt_token_ids, params, priority)
+            request_id = str(order) if request_id is None else request_id
+            names = [request_id, *(f"{request_id}/{index}" for index in range(1, params.n))]
+            if used := [name for name in names if name in self.requests]:
+                raise ValueError(f"request_id: {used[0]!r} is in use; expected a new one")
+            root, made = self._root(cache_salt), []
+            for index, name in enumerate(names):
+                request = self._request(name, prompt, params, index, root)
+                request.order, request.priority, request.allowed = order, priority, allowed
+                request.parent = made[0] if made else None
+                made.append(request)
+            for request in made:
+                self.requests[request.request_id] = request
+                self.scheduler.add(request)
+            self.metrics.num_requests += params.n
+            return made
+
+    def _checked(self, prompt_token_ids: Sequence[int], params: SamplingParams, priority: int) -> list[int]:
+        """The prompt as a list of ints. What depends on the model is looked at here, before anything runs."""
+        vocab = self.model_config.vocab_size
+        if isinstance(priority, bool) or not isinstance(priority, int):
+            raise TypeError(f"priority: expected an integer, got {priority!r}")
+        prompt = token_ids_of(prompt_token_ids, "prompt_token_ids")
+        if not 1 <= len(prompt) < self.max_model_len:
             raise ValueError(
                 f"prompt_token_ids: expected 1 to {self.max_model_len - 1} tokens (max_model_len, or what the cache"
-                f" holds, less one to generate), got {len(prompt_token_ids)}; shorten it, or give the cache more blocks"
+                f" holds, less one to generate), got {len(prompt)}; shorten it, or give the cache more blocks"
             )
-        if min(prompt_token_ids) < 0 or max(prompt_token_ids) >= self.config.vocab_size:
-            raise ValueError(f"prompt_token_ids: expected ids in 0..{self.config.vocab_size - 1}")
+        for name, ids in (
+            ("prompt_token_ids", prompt), ("stop_token_ids", params.stop_token_ids),
+            ("logit_bias", params.logit_bias or ()),
+        ):  # fmt: skip
+            if bad := [i for i in ids if not 0 <= i < vocab]:
+                raise ValueError(f"{name}: expected ids in 0..{vocab - 1} (the model's vocabulary), got {bad[0]}")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(params, name) or 0) > vocab:
+                raise ValueError(
+                    f"{name}: expected at most {vocab} (the model's vocabulary), got {getattr(params, name)}"
+                )
         if params.stop and self.tokenizer is None:
             raise ValueError("stop: expected none, as this engine has no tokenizer; use stop_token_ids")
-        first = None
-        for index, name in enumerate(names):
-            request = self._request(name, list(prompt_token_ids), params, index)
-            request.order, request.priority, request.parent = order, priority, first
-            self.requests[name] = request
-            self.scheduler.add(request)
-            first = first or request
-        self.metrics.num_requests += params.n
-        return request_id
+        return prompt
 
-    def _request(self, name: str, prompt: list[int], params: SamplingParams, index: int) -> Request:
-        ends = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self.config.eos_token_ids)
+    def _root(self, cache_salt: str) -> bytes:
+        """What decides a block's content beside its tokens."""
+        if not isinstance(cache_salt, str):
+            raise TypeError(f"cache_salt: expected text, got {cache_salt!r}")
+        facts = repr((self.model.fingerprint(), self.runner.cache_dtype, cache_salt))
+        return hashlib.blake2b(facts.encode(), digest_size=16).digest()
+
+    def _request(
+        self, name: str, prompt: list[int], params: SamplingParams, index: int = 0, root: bytes = b""
+    ) -> Request:
+        vocab = self.model_config.vocab_size
+        natural = () if params.ignore_eos else (end for end in self.end_token_ids if end < vocab)
         seed = new_seed() if params.seed is None else (params.seed + index + 2**63) % 2**64 - 2**63
-        decoder = StreamDecoder(self.tokenizer, skip_special_tokens=True) if self.tokenizer else None
+        decoder = self.tokenizer.stream_decoder(skip_special_tokens=True) if self.tokenizer else None
         return Request(
-            name, prompt, params, BlockTable(self.pool), min(params.max_tokens, self.max_model_len - len(prompt)),
-            ends=ends, seed=seed, text_stream=StopText(params.stop, decoder) if decoder else None,
-            logprobs=None if params.logprobs is None else [], arrival_time=time.perf_counter(),
+            name, list(prompt), params, BlockTable(self.pool, root=root),
+            min(params.max_tokens, self.max_model_len - len(prompt)),
+            ends=frozenset((*params.stop_token_ids, *natural)), options={"seed": seed},
+            text_stream=StopText(params.stop, decoder) if decoder else None,
+            logprobs=None if params.logprobs is None else [],
+            prompt_logprobs=None if params.prompt_logprobs is None else [None] * len(prompt),
+            tokens_per_step=self.tokens_per_step, arrival_time=time.perf_counter(),
         )  # fmt: skip
 
     def has_unfinished(self) -> bool:
         """Whether a step has anything to do."""
         return bool(self.requests)
 
-    def abort(self, request_id: str) -> bool:
-        """Drop a request and its siblings, whatever they are doing -> whether there was one."""
-        found = [r for r in self.requests.values() if request_id in (r.id, r.parent.id if r.parent else None)]
-        for request in found:
-            self._finish(request, "abort")
-        return bool(found)
+    def abort(self, request: str | Request) -> bool:
+        """Drop a request and its siblings, whatever they are doing -> whether there was one.
+
+        By its id, or better by itself: an id may meanwhile be somebody else's.
+        """
+        with self._lock:
+            if isinstance(request, Request):
+                found = [r for r in self.requests.values() if request in (r, r.parent)]
+            else:
+                found = [
+                    r for r in self.requests.values()
+                    if request in (r.request_id, r.parent.request_id if r.parent else None)
+                ]  # fmt: skip
+            for one in found:
+                self._finish(one, "abort")
+            return bool(found)
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
     def step(self) -> list[Request]:
         """One step -> the requests that got a token or ended in an error; some of them are finished."""
-        scheduled, copies = self.scheduler.schedule()
-        failed: list[Request] = []
-        launched = self._launch(scheduled, copies, failed) if scheduled else []
-        if self.async_scheduling:
-            launched, self._in_flight = self._in_flight, launched
-        got = self._take(launched, failed)
-        m, scheduler = self.metrics, self.scheduler
-        m.running, m.waiting = len(scheduler.running), len(scheduler.waiting)
-        m.cache_usage = self.pool.num_used / self.pool.num_blocks
-        return got + failed
+        with self._lock:
+            try:
+                got = self._step()
+            except BaseException:  # what is half done, is not known
+                self.reset()
+                raise
+            if (line := self._log.due()) is not None:
+                LOG.info(line)
+            return got
 
-    def _launch(self, scheduled: Scheduled, copies: Copies, failed: list[Request]) -> list[Step]:
+    def _step(self) -> list[Request]:
+        scheduled, copies = self.scheduler.schedule()
+        got: Got = {}
+        while self.scheduler.failed:
+            self._fail(*self.scheduler.failed.pop(), got)
+        launched = self._launch(scheduled, copies, got) if scheduled else []
+        if self.config.async_scheduling:
+            launched, self._in_flight = self._in_flight, launched
+        self._take(launched, got)
+        return list(got)
+
+    def _launch(self, scheduled: Scheduled, copies: Copies, got: Got) -> list[InFlight]:
         """Start a step. If it raises, each of its requests is tried alone: who raises again fails, the others go on."""
-        self.metrics.num_steps += 1
-        self.metrics.num_scheduled_tokens += sum(count for _, count in scheduled)
+        scheduled = self._copy(scheduled, copies, got)
+        if not scheduled:
+            return []
+        self.metrics.launched(sum(count for _, count in scheduled))
+        try:
+            return [self._run(scheduled, got)]
+        except Exception:
+            self._take(self._in_flight, got)  # what is on its way is right, and has tokens that only the device knows
+            self._in_flight = []
+            self.table.forget([request for request, _ in scheduled])
+            flights = []
+            for request, count in scheduled:
+                if request.row >= 0:  # else it ended, or must begin anew
+                    try:
+                        flights.append(self._run([(request, count)], got))
+                    except Exception as error:
+                        self._spoiled(request, count, error, got)
+            return flights
+
+    def _spoiled(self, request: Request, count: int, error: Exception, got: Got) -> None:
+        """A request fails before its part of a step is done; others may have been promised its blocks."""
+        self._distrust(set(self._written(request, request.num_computed, count)), spared=[request])
+        self._fail(request, error, got)
+
+    def _copy(self, scheduled: Scheduled, copies: Copies, got: Got) -> Scheduled:
+        """Make the copies on write -> who can go on: whose block could not be copied fails."""
         try:
             self.runner.cache.copy(copies)
-        except Exception as error:  # their blocks do not hold what their tables say
-            for request, _ in scheduled:
-                self._fail(request, error, failed)
-            return []
-        try:
-            step = self.runner.launch(scheduled)
-            self.scheduler.advance(scheduled)
-            return [step]
         except Exception:
-            steps = []
-            for request, count in scheduled:
+            for pair in copies:
                 try:
-                    steps.append(self.runner.launch([(request, count)]))
-                    self.scheduler.advance([(request, count)])
-                except Exception as error:
-                    self._fail(request, error, failed)
-            return steps
+                    self.runner.cache.copy([pair])
+                except Exception as error:  # that block does not hold what its table says
+                    for request, count in [(r, n) for r, n in scheduled if pair[1] in r.table.blocks]:
+                        self._spoiled(request, count, error, got)
+        return [(request, count) for request, count in scheduled if request.row >= 0]
 
-    def _take(self, steps: list[Step], failed: list[Request]) -> list[Request]:
-        """Wait for steps, give their tokens to their requests."""
-        got = []
-        for step in steps:
+    def _run(self, scheduled: Scheduled, got: Got) -> InFlight:
+        """Launch one step: its layers first, then the draw, which may need to know the tokens of the step before."""
+        # The longest first: programs of attention start in this order, and one that starts last should be short.
+        scheduled = sorted(scheduled, key=lambda s: -s[0].num_computed)
+        plan = self.table.plan(scheduled)
+        self.runner.forward(plan)
+        ready = plan.ready.tolist()
+        results = self.runner.draw(plan, self._masks([(i, scheduled[i][0]) for i in ready], got))
+        parts, size = [], self.config.block_size
+        for i, (r, count) in enumerate(scheduled):
+            start, most = r.num_computed, r.tokens_per_step
+            written = r.table.blocks[start // size : (start + count + most - 2) // size + 1]
+            parts.append(Part(i, r, start, count, written, most, r.epoch, r.num_preemptions))
+        logprob_rows = {} if plan.logprobs is None else {i: row for row, i in enumerate(plan.logprobs[0].tolist())}
+        flight = InFlight(parts, ready, results, logprob_rows, self._prompt_rows(parts) if plan.prompt_logprobs else {})
+        self.scheduler.advance(scheduled)
+        return flight
+
+    @staticmethod
+    def _prompt_rows(parts: list[Part]) -> dict[int, int]:
+        """Where each request's rows begin in the log probabilities of prompts."""
+        rows, begin = {}, 0
+        for part in parts:
+            if part.request.prompt_logprobs is not None:
+                first, last = prompt_part(part.request, part.start, part.count)
+                rows[part.index], begin = begin, begin + last - first
+        return rows
+
+    def _masks(self, drawing: list[tuple[int, Request]], got: Got) -> Masks | None:
+        """Which tokens constrained requests may get, by all their tokens: so what is on its way is read first."""
+        constrained = [(i, request) for i, request in drawing if request.allowed is not None]
+        if not constrained:
+            return None
+        self._take(self._in_flight, got)
+        self._in_flight = []
+        sequences, masks = [], []
+        for i, request in constrained:
             try:
-                results = step.read()
+                mask = request.allowed(request.tokens()) if request.allowed and not request.finished else None
             except Exception as error:
-                for request in step.requests:
-                    self._fail(request, error, failed)
+                self._fail(request, error, got)
                 continue
-            results = [result for result in results if not result[0].finished]  # some ended while this was on its way
+            if mask is not None:
+                sequences.append(i)
+                masks.append(mask)
+        return (torch.tensor(sequences), torch.stack(masks)) if masks else None
+
+    # ---- taking in ---------------------------------------------------------------------------------------------------
+
+    def _take(self, flights: list[InFlight], got: Got) -> None:
+        """Wait for steps, give their tokens to their requests."""
+        for flight in flights:
+            try:
+                read = flight.read()
+            except Exception as error:
+                self._lost(flight, error, got)
+                continue
             now = time.perf_counter()
-            self.metrics.got_tokens([request for request, _, _ in results], now)
-            for request, token, logprobs in results:
-                request.num_pending -= 1
-                request.output_token_ids.append(token)
-                if request.logprobs is not None:
-                    request.logprobs.append(logprobs)
-                if reason := self._reads(request, token):
-                    self._finish(request, reason)
-                got.append(request)
-        return got
+            for part in flight.parts if flight.prompt_rows else ():
+                try:
+                    self._take_prompt(flight, part)
+                except Exception as error:
+                    self._fail(part.request, error, got)
+            for i, (request, tokens) in zip(flight.ready, read, strict=True):
+                part = flight.parts[i]
+                if request.finish_reason is not None or request.epoch != part.epoch:
+                    continue  # it ended, or what it was computed from was void, while this was on its way
+                if request not in got:
+                    got[request], request.new_token_ids, request.new_text = None, [], ""
+                try:
+                    self._take_tokens(flight, part, tokens, now)
+                except Exception as error:
+                    self._fail(request, error, got)
+
+    def _take_tokens(self, flight: InFlight, part: "Part", tokens: list[int], now: float) -> None:
+        """What was a bound becomes a count; the tokens are read one by one, and one may end the request."""
+        request = part.request
+        request.num_pending -= part.most
+        if part.most > 1 and request.num_preemptions == part.preemptions:
+            request.num_computed -= part.most - len(tokens)
+        count = 0
+        for token in tokens:
+            count += 1
+            request.output_token_ids.append(token)
+            request.new_token_ids.append(token)
+            if request.logprobs is not None and flight.results.logprobs is not None:
+                wanted = request.params.logprobs or 0
+                request.logprobs.append(flight.results.logprobs.of(flight.logprob_rows[part.index], wanted, token))
+            if (reason := self._reads(request, token)) is not None:
+                self.metrics.got_tokens(request, count, now)
+                self._finish(request, reason)
+                return
+        self.metrics.got_tokens(request, count, now)
+
+    def _take_prompt(self, flight: InFlight, part: "Part") -> None:
+        """Log probabilities of those tokens of a prompt that this step computed the predecessors of."""
+        request, found = part.request, flight.results.prompt_logprobs
+        row = flight.prompt_rows.get(part.index)
+        if found is None or row is None or request.prompt_logprobs is None or not part.is_valid():
+            return
+        for position in range(*prompt_part(request, part.start, part.count)):
+            token = request.prompt_token_ids[position + 1]
+            request.prompt_logprobs[position + 1] = found.of(row, request.params.prompt_logprobs or 0, token)
+            row += 1
 
     def _reads(self, request: Request, token: int) -> str | None:
         """Turn a token into text -> why the request ends here, if it does."""
-        request.new_text = ""
         if token in request.ends:
             return "stop"
+        known = len(request.output_token_ids)
         if request.text_stream is not None:
-            request.new_text = request.text_stream.push(token)
-            request.text += request.new_text
+            piece = request.text_stream.push(token, known >= request.params.min_tokens)
+            request.text += piece
+            request.new_text += piece
             if request.text_stream.stopped:
                 return "stop"
-        return "length" if len(request.output_token_ids) >= request.max_tokens else None
+        return "length" if known >= request.max_tokens else None
 
-    def _fail(self, request: Request, error: BaseException, failed: list[Request]) -> None:
+    # ---- ends and faults ---------------------------------------------------------------------------------------------
+
+    def _lost(self, flight: InFlight, error: Exception, got: Got) -> None:
+        """A step's results cannot be read: who was in it fails, and nothing that it should have written is trusted."""
+        live = [part.request for part in flight.parts if not part.request.finished and part.is_valid()]
+        self._distrust({block for part in flight.parts for block in part.blocks}, spared=live)
+        for request in live:
+            self._fail(request, error, got)
+
+    def _distrust(self, blocks: set[int], spared: Sequence[Request] = ()) -> None:
+        """These blocks do not hold what their names say: the names go, and who has read them computes anew."""
+        victims: list[Request] = []
+        spread = True
+        for block in blocks:
+            self.pool.forget(block)
+        while spread:
+            spread = False
+            for request in self.scheduler.running:
+                first = next((i for i, block in enumerate(request.table.blocks) if block in blocks), None)
+                if first is None or request in victims:
+                    continue
+                victims.append(request)
+                blocks = blocks | set(request.table.blocks[first:])  # made from what lies before them
+                request.table.unpublish(first)
+                spread = True
+        for request in victims:
+            if request not in spared:
+                request.num_pending, request.epoch = 0, request.epoch + 1
+                self.scheduler.preempt(request)
+
+    def _written(self, request: Request, start: int, count: int) -> list[int]:
+        """The blocks that a step of these tokens writes."""
+        size, last = self.config.block_size, start + count + request.tokens_per_step - 2
+        return request.table.blocks[start // size : last // size + 1]
+
+    def _fail(self, request: Request, error: Exception, got: Got) -> None:
         if not request.finished:
-            request.error, request.new_text = error, ""
+            request.error = error
             self._finish(request, "error")
-            failed.append(request)
+            if request not in got:
+                got[request], request.new_token_ids, request.new_text = None, [], ""
 
     def _finish(self, request: Request, reason: str) -> None:
+        """The request ends; whatever goes wrong on the way is its error, and all it held comes home."""
         request.finish_reason = reason
-        if request.text_stream is not None:
-            rest = request.text_stream.flush()
-            request.text, request.new_text = request.text + rest, request.new_text + rest
-        if reason in ("stop", "length"):  # the next turn of a conversation begins with all of this
-            request.table.publish(request.tokens(), request.num_computed)
+        if self.requests.get(request.request_id) is request:
+            del self.requests[request.request_id]
+        try:
+            if request.text_stream is not None:
+                rest = request.text_stream.flush()
+                request.text, request.new_text = request.text + rest, request.new_text + rest
+            if reason in ("stop", "length"):  # the next turn of a conversation begins with all of this
+                request.table.publish(request.tokens(), request.num_computed)
+        except Exception as error:
+            request.error = request.error or error
+            request.finish_reason = "error"
         self.scheduler.remove(request)
-        del self.requests[request.id]
-        self.metrics.finished(request, time.perf_counter())
+        ended = self.metrics.num_ended
+        try:
+            self.metrics.finished(request, time.perf_counter())
+        except Exception as error:
+            request.error = request.error or error
+            request.finish_reason = "error"
+            self.metrics.num_failed += self.metrics.num_ended == ended
 
 
-def _check(
-    block_size: int, max_num_seqs: int, budget: int, max_model_len: int | None, context: int, utilization: float
-) -> None:
-    for name, value in (
-        ("block_size", block_size), ("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", budget)
-    ):  # fmt: skip
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}: expected an integer, 1 or more, got {value!r}")
-    if max_model_len is not None and (not isinstance(max_model_len, int) or not 1 < max_model_len <= context):
-        raise ValueError(f"max_model_len: expected 2 to {context} (the model's context), got {max_model_len!r}")
-    if not 0 < utilization <= 1:
-        raise ValueError(f"gpu_memory_utilization: expected a share above 0 and up to 1, got {utilization!r}")
+def token_ids_of(values: Any, name: str) -> list[int]:
+    """`values` as a list of ints (NumPy's and torch's too). Raises TypeError that names the argument."""
+    try:
+        ids = list(values)
+        if all(type(i) is int for i in ids):
+            return ids
+        if any(isinstance(i, bool | str) for i in ids):
+            raise TypeError
+        return [as_index(i) for i in ids]
+    except TypeError:
+        got = f"{values!r:.60}"
+        raise TypeError(f"{name}: expected a list of token ids (integers), got {got}") from None
+
+
+def _known(value: int | None) -> int:
+    """A field that `EngineConfig.resolved` has filled."""
+    if value is None:
+        raise ValueError("config: expected a resolved EngineConfig")
+    return value

@@ -1,6 +1,7 @@
 """What an engine counts: requests, tokens, the cache, and how long its users wait. Rendered as Prometheus text.
 
-- Time to first token (TTFT): from a request's arrival to its first token; waiting in the queue, then its prompt.
+- Time to first token (TTFT): from a request's arrival to its first token. Two parts: the queue (until it runs), then
+  its prompt (until the first token); which of them is long says what to do about it.
 - Inter-token latency (ITL): between two tokens of one request; what a reader sees as speed.
 - Throughput: generated tokens of all requests a second.
 
@@ -11,13 +12,18 @@ Text format: Prometheus' documentation, "Exposition formats".
 import bisect
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from .request import Request
 
-__all__ = ["EngineMetrics", "Histogram"]
+if TYPE_CHECKING:
+    from .scheduler import Scheduler
+
+__all__ = ["EngineMetrics", "Histogram", "LogLine"]
 
 # Seconds, from 0.1 ms to 1,000 s: 1, 1.6, 2.5, 4, 6.3, 10, ..., five to a decade.
 BOUNDS = tuple(float(f"{10 ** (e / 5):.2g}") for e in range(-20, 16))
+TOKENS = tuple(float(2**e) for e in range(17))  # of a step
 
 
 @dataclass
@@ -28,13 +34,16 @@ class Histogram:
     counts: list[int] = field(default_factory=list)
     sum: float = 0.0
     count: int = 0
+    _last: tuple[float, int] = field(default=(-1.0, 0), repr=False, compare=False)  # a step's values are mostly alike
 
     def __post_init__(self) -> None:
         self.counts = [0] * (len(self.bounds) + 1)
 
     def observe(self, value: float, times: int = 1) -> None:
         """Count a value, or the same value several times."""
-        self.counts[bisect.bisect_left(self.bounds, value)] += times
+        if value != self._last[0]:
+            self._last = value, bisect.bisect_left(self.bounds, value)
+        self.counts[self._last[1]] += times
         self.sum += value * times
         self.count += times
 
@@ -73,6 +82,15 @@ COUNTERS = {
 }
 
 
+HISTOGRAMS = {
+    "time_to_first_token": "From a request's arrival to its first token: queue_time and prefill_time together.",
+    "queue_time": "From a request's arrival until it first runs.",
+    "prefill_time": "From there to its first token.",
+    "inter_token_latency": "Between two tokens of one request.",
+    "request_latency": "From a request's arrival to its last token, of those that got all.",
+}
+
+
 @dataclass
 class EngineMetrics:
     """Counters since the last `reset`, and the state of the moment (`running`, `waiting`, `cache_usage`)."""
@@ -87,13 +105,40 @@ class EngineMetrics:
     num_cached_tokens: int = 0
     num_generated_tokens: int = 0
     num_preemptions: int = 0
-    running: int = 0
-    waiting: int = 0
-    cache_usage: float = 0.0
     time_to_first_token: Histogram = field(default_factory=Histogram)
+    queue_time: Histogram = field(default_factory=Histogram)
+    prefill_time: Histogram = field(default_factory=Histogram)
     inter_token_latency: Histogram = field(default_factory=Histogram)
     request_latency: Histogram = field(default_factory=Histogram)
+    tokens_per_step: Histogram = field(default_factory=lambda: Histogram(TOKENS))
     started: float = field(default_factory=time.perf_counter)
+    _watched: "Scheduler | None" = field(default=None, repr=False, compare=False)
+
+    # ---- the moment --------------------------------------------------------------------------------------------------
+
+    def watch(self, scheduler: "Scheduler") -> None:
+        """Whose state `running`, `waiting` and `cache_usage` tell: looked at when asked, so that they are never old."""
+        self._watched = scheduler
+
+    @property
+    def running(self) -> int:
+        """Requests that run."""
+        return len(self._watched.running) if self._watched else 0
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait."""
+        return len(self._watched.waiting) if self._watched else 0
+
+    @property
+    def cache_usage(self) -> float:
+        """The share of the cache's blocks that some request holds."""
+        return self._watched.pool.num_used / self._watched.pool.num_blocks if self._watched else 0.0
+
+    @property
+    def num_ended(self) -> int:
+        """Requests that are over, one way or another."""
+        return self.num_finished + self.num_aborted + self.num_failed
 
     @property
     def hit_rate(self) -> float:
@@ -105,24 +150,37 @@ class EngineMetrics:
         """Generated tokens a second since the last reset."""
         return self.num_generated_tokens / (time.perf_counter() - self.started)
 
+    # ---- counting ----------------------------------------------------------------------------------------------------
+
     def reset(self) -> None:
         """Start counting anew."""
-        self.__init__()
+        self.__init__(_watched=self._watched)  # type: ignore[misc]
 
-    def got_tokens(self, requests: list[Request], now: float) -> None:
-        """A step gave each of these requests a token at time `now`."""
-        gaps: dict[float, int] = {}  # most share one gap: the time of a step
-        for request in requests:
-            if request.first_token_time:
-                gap = now - request.last_token_time
-                gaps[gap] = gaps.get(gap, 0) + 1
-            else:
-                request.first_token_time = now
-                self.time_to_first_token.observe(now - request.arrival_time)
-            request.last_token_time = now
-        for gap, times in gaps.items():
-            self.inter_token_latency.observe(gap, times)
-        self.num_generated_tokens += len(requests)
+    def launched(self, num_tokens: int) -> None:
+        """A step began, of so many tokens."""
+        self.num_steps += 1
+        self.num_scheduled_tokens += num_tokens
+        self.tokens_per_step.observe(num_tokens)
+
+    def admitted(self, request: Request) -> None:
+        """A request runs for the first time."""
+        self.num_prompt_tokens += len(request.prompt_token_ids)
+        self.num_cached_tokens += request.num_cached
+        if request.arrival_time:
+            self.queue_time.observe(request.admission_time - request.arrival_time)
+
+    def got_tokens(self, request: Request, count: int, now: float) -> None:
+        """A step gave the request `count` tokens at time `now`; of several the later ones come with the first."""
+        if request.first_token_time:
+            self.inter_token_latency.observe(now - request.last_token_time)
+        else:
+            self.time_to_first_token.observe(now - request.arrival_time)
+            self.prefill_time.observe(now - request.admission_time)
+            request.first_token_time = now
+        if count > 1:
+            self.inter_token_latency.observe(0.0, count - 1)
+        request.last_token_time = now
+        self.num_generated_tokens += count
 
     def finished(self, request: Request, now: float) -> None:
         """A request ended, one way or another."""
@@ -134,6 +192,8 @@ class EngineMetrics:
             self.num_finished += 1
             self.request_latency.observe(now - request.arrival_time)
 
+    # ---- telling -----------------------------------------------------------------------------------------------------
+
     def prometheus(self) -> str:
         """Everything in Prometheus' text format."""
         lines = []
@@ -141,10 +201,40 @@ class EngineMetrics:
             full = f"minillm_{name.removeprefix('num_')}_total"
             lines += [f"# HELP {full} {told}", f"# TYPE {full} counter", f"{full} {getattr(self, name)}"]
         for name, value in (
-            ("requests_running", self.running), ("requests_waiting", self.waiting), ("cache_usage", self.cache_usage)
+            ("requests_running", self.running), ("requests_waiting", self.waiting), ("cache_usage", self.cache_usage),
+            ("prefix_cache_hit_rate", self.hit_rate),
         ):  # fmt: skip
             lines += [f"# TYPE minillm_{name} gauge", f"minillm_{name} {value:.9g}"]
-        for name in ("time_to_first_token", "inter_token_latency", "request_latency"):
+        for name, told in HISTOGRAMS.items():
             full = f"minillm_{name}_seconds"
-            lines += [f"# TYPE {full} histogram", *getattr(self, name).lines(full)]
-        return "\n".join(lines) + "\n"
+            lines += [f"# HELP {full} {told}", f"# TYPE {full} histogram", *getattr(self, name).lines(full)]
+        full = "minillm_tokens_per_step"
+        lines += [f"# HELP {full} Tokens computed in a step.", f"# TYPE {full} histogram"]
+        return "\n".join([*lines, *self.tokens_per_step.lines(full)]) + "\n"
+
+
+class LogLine:
+    """One line every few seconds on what an engine does: what happened since the last one, and the moment."""
+
+    def __init__(self, metrics: EngineMetrics, seconds: float = 5.0) -> None:
+        self.metrics, self.seconds = metrics, seconds
+        self.last = time.perf_counter()
+        self.before = self._counts()
+
+    def _counts(self) -> tuple[int, int, int]:
+        m = self.metrics
+        return m.num_scheduled_tokens, m.num_generated_tokens, m.num_preemptions
+
+    def due(self) -> str | None:
+        """The line, if it is time for one."""
+        now = time.perf_counter()
+        if now - self.last < self.seconds:
+            return None
+        seconds, m, counts = now - self.last, self.metrics, self._counts()
+        computed, generated, preempted = (max(0, new - old) for new, old in zip(counts, self.before, strict=True))
+        self.last, self.before = now, counts
+        return (
+            f"running {m.running}, waiting {m.waiting}, {generated / seconds:.0f} tokens/s generated,"
+            f" {computed / seconds:.0f} computed, cache {m.cache_usage:.0%} full, prefix hits {m.hit_rate:.0%},"
+            f" {preempted} preempted"
+        )

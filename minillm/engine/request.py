@@ -1,6 +1,9 @@
 """One request on its way through the engine."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from ..cache.blocks import BlockTable
 from ..sampling import SamplingParams
@@ -11,32 +14,39 @@ __all__ = ["Request"]
 
 @dataclass(eq=False)
 class Request:
-    """A prompt, what has been generated, and how far the cache is.
+    """A prompt, what has been generated, and how far the cache is. Known by itself: names may come again.
 
     `num_computed` tokens have their keys and values in the cache (or will have, once the steps that were launched are
     done); it chases `num_tokens`, the tokens there are. Where it catches up, the next token is sampled: first it is
     pending (`num_pending`: it exists on the device, and the host has not read it yet), then it is in
-    `output_token_ids`. Preemption sets `num_computed` back to 0. A running request has a `row`, where the device keeps
-    its tokens and its block table.
+    `output_token_ids`. A step may give up to `tokens_per_step` tokens: then both counts are bounds until it is read.
+    Preemption sets `num_computed` back to 0. A running request has a `row`, where the device keeps its tokens and its
+    block table; `on_device` says whether it is filled. `epoch` counts how often what was on its way was declared void.
 
     At most `max_tokens` are generated; one of `ends` is the last. `order` is the time of arrival, as a count; a smaller
     `priority` goes first. `parent`: the request whose prompt is the same, and whose blocks this one shares once they
-    are computed (n > 1). Times are in seconds, as `time.perf_counter` counts.
+    are computed (n > 1). `options`: values of the row that do not stand in `params` (the seed that was drawn).
+    `allowed`: asked before each draw, with the tokens so far, for the tokens that may come: bool [vocabulary], or None
+    for all. Times are in seconds, as `time.perf_counter` counts.
     """
 
-    id: str
+    request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
     table: BlockTable
     max_tokens: int
     ends: frozenset[int] = frozenset()
-    seed: int = 0
+    options: dict[str, float] = field(default_factory=dict)
     order: int = 0
     priority: int = 0
+    tokens_per_step: int = 1
     parent: "Request | None" = None
+    allowed: Callable[[Sequence[int]], Tensor | None] | None = None
     text_stream: StopText | None = None
     output_token_ids: list[int] = field(default_factory=list)
+    new_token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, float]] | None = None
+    prompt_logprobs: list[dict[int, float] | None] | None = None
     text: str = ""
     new_text: str = ""
     num_computed: int = 0
@@ -45,21 +55,21 @@ class Request:
     num_cached: int = 0
     row: int = -1
     on_device: bool = False
+    epoch: int = 0
     finish_reason: str | None = None
     error: BaseException | None = None
     arrival_time: float = 0.0
+    admission_time: float = 0.0
     first_token_time: float = 0.0
     last_token_time: float = 0.0
 
-    @property
-    def request_id(self) -> str:
-        """The name under which it was added."""
-        return self.id
-
-    @property
-    def new_token_ids(self) -> list[int]:
-        """What the last step gave: one token."""
-        return self.output_token_ids[-1:]
+    def __post_init__(self) -> None:
+        p = self.params
+        self.num_prompt_tokens = len(self.prompt_token_ids)
+        self.has_penalties = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
+        filters = p.temperature > 0 and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0)
+        self.is_filtered = self.has_penalties or filters  # more than a temperature decides the token
+        self.is_edited = bool(p.logit_bias) or p.min_tokens > 0  # logits may change before that
 
     @property
     def finished(self) -> bool:
@@ -68,12 +78,12 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of prompt and output, the pending one included."""
-        return len(self.prompt_token_ids) + len(self.output_token_ids) + self.num_pending
+        """Tokens of prompt and output, the pending ones included."""
+        return self.num_prompt_tokens + len(self.output_token_ids) + self.num_pending
 
     @property
     def num_output(self) -> int:
-        """Tokens generated, the pending one included."""
+        """Tokens generated, the pending ones included."""
         return len(self.output_token_ids) + self.num_pending
 
     @property
@@ -82,10 +92,14 @@ class Request:
         return len(self.output_token_ids) + self.num_pending >= self.max_tokens
 
     @property
-    def rank(self) -> tuple[int, int]:
+    def precedence(self) -> tuple[int, int]:
         """Who goes first: the smaller."""
         return self.priority, self.order
 
     def tokens(self) -> list[int]:
         """Prompt and output, as far as the host knows them."""
         return self.prompt_token_ids + self.output_token_ids
+
+    def is_ready(self, count: int) -> bool:
+        """Whether computing `count` more tokens catches up, so that a token is sampled."""
+        return self.num_computed + count == self.num_tokens

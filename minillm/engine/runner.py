@@ -1,102 +1,111 @@
-"""From scheduled requests to their next tokens: the model, its cache, sampling, CUDA graphs.
+"""From a plan to its tokens: the model, its cache, drawing, CUDA graphs.
 
-A step is launched and read at two different times (`launch`, `Step.read`), so that the GPU works on one step while the
-host reads the last one and schedules the next. Nothing in between waits for the GPU: a token that was sampled stays on
-the device, where the next step finds it (`Rows`).
+A step has three moments, so that the GPU works on one step while the host reads the last one and schedules the next.
+`forward` starts the layers, `draw` the head and the choice of tokens, `Results.read` waits for them. Nothing before
+`read` waits for the GPU: a token that was drawn stays on the device, where the next step finds it (`DeviceTable`). And
+what decides which tokens may come (the masks of constrained requests) is needed at `draw` only, when the layers are at
+work already.
 
-A CUDA graph holds a whole step, from `Rows.batch` to the sampled tokens: launching some 300 kernels from Python takes
-longer than running them. A graph has fixed shapes, so there is one for each of several sizes, and a step takes the next
-larger one: for decoding, by sequences; for steps with prompts in them, by tokens. Within a step our kernels start
-before the one in front of them is done (`dependent_launch`).
+A CUDA graph holds a whole `forward`, another one a whole `draw`: launching some 300 kernels from Python takes longer
+than running them. A graph has fixed shapes, so there is one for each of several sizes, and a step takes the next larger
+one. Draws that are rare (log probabilities, biases, masks) are launched from Python instead, on the same logits. Within
+a step our kernels start before the one in front of them is done (`dependent_launch`).
 """
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..cache.paged import PagedCache
-from ..kernels import dependent_launch, gumbel_argmax, gumbel_noise
+from ..config import EngineConfig
+from ..kernels import count_tokens, dependent_launch, draw_tokens, gumbel_argmax, set_counts, trusted
 from ..model import Transformer
-from ..sampling import sample
-from .batch import Rows, to_device
-from .request import Request
+from .batch import DeviceTable, RowLayout, to_device
+from .table import Edits, Plan
 
-__all__ = ["Runner", "Step"]
+__all__ = ["Logprobs", "Masks", "Results", "Runner"]
+
+Masks = tuple[Tensor, Tensor]  # sequences [M] int64, and which tokens they may get [M, vocabulary] bool; on the host
 
 
 @dataclass
 class Logprobs:
-    """For some of a step's sequences, on the host once the step is done: the best candidates, and the token itself."""
+    """Log probabilities on their way to the host: the best candidates, and the token itself."""
 
     best_ids: Tensor  # [P, K], likeliest first
     best: Tensor  # [P, K]
     chosen: Tensor  # [P]
-    row_of: dict[Request, int]
 
-    def of(self, request: Request, token: int) -> dict[int, float] | None:
-        """{token id: log probability} of as many candidates as the request wants, and of its token."""
-        if request not in self.row_of:
-            return None
-        row, count = self.row_of[request], request.params.logprobs
+    def of(self, row: int, count: int, token: int) -> dict[int, float]:
+        """{token id: log probability} of `count` candidates, and of the token."""
         best = zip(self.best_ids[row, :count].tolist(), self.best[row, :count].tolist(), strict=True)
         return {**dict(best), token: float(self.chosen[row])}
 
 
 @dataclass
-class Step:
-    """A step on its way: who gets a token; the tokens, on the host once `done` has happened."""
+class Results:
+    """What a step gives, on the host once `done` has happened: tokens [R, K] of the plan's ready sequences, of which
+    the first given[r] are meant (None: all); log probabilities, as the plan asked for them.
+    """
 
-    requests: list[Request]
     tokens: Tensor
+    given: Tensor | None = None
     logprobs: Logprobs | None = None
+    prompt_logprobs: Logprobs | None = None
     done: torch.cuda.Event | None = None
 
-    def read(self) -> list[tuple[Request, int, dict[int, float] | None]]:
-        """Wait for the device -> (request, token, log probabilities if it asked for them)."""
+    def read(self) -> list[list[int]]:
+        """Wait for the device -> the tokens of each sequence that gets any."""
         if self.done is not None:
             self.done.synchronize()
-        found = self.logprobs
-        return [
-            (request, token, found.of(request, token) if found else None)
-            for request, token in zip(self.requests, self.tokens.tolist(), strict=True)
-        ]
+        rows: list[list[int]] = self.tokens.tolist()
+        return rows if self.given is None else [r[:n] for r, n in zip(rows, self.given.tolist(), strict=True)]
 
 
 class Runner:
-    """Runs steps of one model on its device, over `num_blocks` blocks of cache.
+    """Runs the steps of one model on its device, over `allocate`d blocks of cache.
 
     `capture()` records CUDA graphs; without it (`enforce_eager`, or on a CPU) every kernel is launched from Python.
+    config: resolved. layout: of a request's row.
     """
 
-    def __init__(
-        self, model: Transformer, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int
-    ) -> None:
-        self.model, self.block_size = model, block_size
-        self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
-        self.device, self.dtype = model.embed_tokens.weight.device, model.embed_tokens.weight.dtype
-        self.rows = Rows(max_num_seqs, max_model_len, block_size, self.device)
-        self.graphs: dict[tuple[int, int, bool], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+    def __init__(self, model: Transformer, config: EngineConfig, layout: RowLayout) -> None:
+        self.model, self.config = model, config
+        self.device, self.dtype = model.device, model.dtype
+        self.max_num_seqs, self.max_num_batched_tokens = config.max_num_seqs, config.max_num_batched_tokens
+        self.cache_dtype = self.dtype if config.kv_cache_dtype == "auto" else getattr(torch, config.kv_cache_dtype)
+        self.table = DeviceTable(layout, config.max_num_seqs, config.block_size, self.device)
+        vocab = model.config.vocab_size  # how often which token stands in which row; written where penalties ask for it
+        self.counts = torch.zeros(config.max_num_seqs + 1, vocab, dtype=torch.int16, device=self.device)
+        self._last = torch.zeros(config.max_num_seqs, model.config.hidden_size, dtype=self.dtype, device=self.device)
+        self._hidden_states = self._last  # of all tokens of the step; graphs leave them in `_all`
+        self._all: Tensor | None = None
+        self.forward_graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}
+        self.draw_graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.num_replays = 0
         self.decode_sizes: list[int] = []
         self.mixed_sizes: list[int] = []
         self.allocate(1)
 
     def allocate(self, num_blocks: int) -> None:
         """Make the cache."""
-        self.cache = PagedCache(self.model.config, num_blocks, self.block_size, self.device, self.dtype)
+        self.cache = PagedCache(
+            self.model.config, num_blocks, self.config.block_size, device=self.device, dtype=self.cache_dtype
+        )
 
     @torch.inference_mode()
     def blocks_that_fit(self, gpu_memory_utilization: float) -> int:
         """How many blocks the GPU has room for, beside the weights and the largest step, which is run to see."""
-        self.rows.set_steps([])  # all padding
+        self.table.set_steps(self.table.nobody())
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         self._forward(self.max_num_batched_tokens, min(self.max_num_seqs, self.max_num_batched_tokens), False)
+        self._draw(self.max_num_seqs, True)
         torch.cuda.synchronize()
         step = torch.cuda.max_memory_allocated() - before
         torch.cuda.empty_cache()
@@ -107,92 +116,137 @@ class Runner:
     @property
     def block_bytes(self) -> int:
         """Bytes of one block of the cache, all layers."""
-        return self.block_size * self.model.config.kv_bytes_per_token(str(self.dtype).removeprefix("torch."))
+        return self.config.block_size * self.cache.bytes_per_token
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
+    def launch(self, plan: Plan, masks: Masks | None = None) -> Results:
+        """Start a step: `forward`, then `draw`."""
+        self.forward(plan)
+        return self.draw(plan, masks)
+
     @torch.inference_mode()
-    def launch(self, scheduled: Sequence[tuple[Request, int]]) -> Step:
-        """Start computing (request, number of its next tokens) pairs. If it raises, it may be tried again."""
-        # The longest first: programs of attention start in this order, and one that starts last should be short.
-        scheduled = sorted(scheduled, key=lambda s: -s[0].num_computed)
-        self.rows.update([request for request, _ in scheduled])
-        self.rows.set_steps(scheduled)
-        hidden_states, sampled = self._run(scheduled)  # [S, hidden], [S], and padding
-        ready = [i for i, (r, count) in enumerate(scheduled) if r.num_computed + count == r.num_tokens]
-        requests = [scheduled[i][0] for i in ready]
-        logprobs = self._sample_specially(hidden_states, sampled, ready, requests)
-        tokens = sampled[: len(scheduled)]
-        if len(ready) < len(scheduled):
-            tokens = tokens[torch.tensor(ready, dtype=torch.int64, device=self.device)]
-        step = Step(requests, self._to_host(tokens), logprobs)
+    def forward(self, plan: Plan) -> None:
+        """Start computing the hidden states of the plan's tokens. If it raises, nothing of the plan counts as sent."""
+        self.table.update(plan.places, plan.values)
+        self.table.set_steps(plan.steps)
+        for row, prompt, output in plan.penalized:
+            set_counts(self.counts, row, to_device(prompt, self.device), to_device(output, self.device))
+        sizes = self.decode_sizes if plan.is_decode else self.mixed_sizes
+        at = bisect.bisect_left(sizes, plan.num_tokens)
+        if at == len(sizes):
+            self._forward(plan.num_tokens, plan.num_sequences, plan.is_decode)
+            return
+        shape = (sizes[at], sizes[at] if plan.is_decode else self.max_num_seqs, plan.is_decode)
+        self.forward_graphs[shape].replay()
+        self.num_replays += 1
+        self._hidden_states = self._last if plan.is_decode or self._all is None else self._all
+
+    @torch.inference_mode()
+    def draw(self, plan: Plan, masks: Masks | None = None) -> Results:
+        """Start drawing the tokens of the step that `forward` started."""
+        prompt_logprobs = self._prompt_logprobs(plan)
+        at = bisect.bisect_left(self.decode_sizes, plan.num_sequences)
+        logprobs = None
+        if plan.edits is not None or plan.logprobs is not None or masks is not None:
+            sampled, logprobs = self._draw_edited(plan, masks)
+        elif at == len(self.decode_sizes):
+            sampled = self._draw(plan.num_sequences, plan.filtered)
+        else:
+            graph, sampled = self.draw_graphs[self.decode_sizes[at], plan.filtered]
+            graph.replay()
+            self.num_replays += 1
+        tokens = sampled[: plan.num_sequences]
+        if len(plan.ready) < plan.num_sequences:
+            tokens = tokens[to_device(plan.ready, self.device)]
+        results = Results(self._to_host(tokens)[:, None], None, logprobs, prompt_logprobs)
         if self.device.type == "cuda":
-            step.done = torch.cuda.Event()
-            step.done.record()
-        return step
+            results.done = torch.cuda.Event()
+            results.done.record()
+        return results
 
     def _to_host(self, x: Tensor) -> Tensor:
         if x.device.type != "cuda":
             return x.clone()
         return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
-    def _run(self, scheduled: Sequence[tuple[Request, int]]) -> tuple[Tensor, Tensor]:
-        """The step itself, by a graph if one fits -> each sequence's last hidden states [S, hidden], next token [S]."""
-        sequences, tokens = len(scheduled), sum(count for _, count in scheduled)
-        decode = tokens == sequences
-        sizes = self.decode_sizes if decode else self.mixed_sizes
-        at = bisect.bisect_left(sizes, tokens)
-        if at == len(sizes):
-            return self._forward(tokens, sequences, decode)
-        shape = (sizes[at], sizes[at] if decode else self.max_num_seqs, decode)
-        graph, *results = self.graphs[shape]
-        graph.replay()
-        return tuple(results)
-
-    def _forward(self, tokens: int, sequences: int, decode: bool) -> tuple[Tensor, Tensor]:
-        """Everything that a graph holds, from rows to rows, one token longer -> hidden states and tokens as `_run`."""
-        with dependent_launch():
-            batch = self.rows.batch(tokens, sequences, decode)
+    def _forward(self, tokens: int, sequences: int, decode: bool) -> None:
+        """Everything that a graph of `forward` holds: from rows to hidden states, those that give tokens in `_last`."""
+        with dependent_launch(), trusted():
+            batch = self.table.batch(tokens, sequences, decode)
             hidden_states = self.model(batch.token_ids, batch, self.cache)  # [N, hidden]
-            hidden_states = hidden_states if decode else hidden_states[batch.last]  # [S, hidden]
-            sampled = gumbel_argmax(self.model.lm_head(hidden_states), *batch.sampling)  # [S]
-            self.rows.append(sampled)
-        return hidden_states, sampled
+            self._last[:sequences] = hidden_states if decode else hidden_states[batch.logit_rows]  # [S, hidden]
+        if self._all is not None and not decode:
+            self._all[:tokens] = hidden_states
+        self._hidden_states = hidden_states
 
-    def _sample_specially(
-        self, hidden_states: Tensor, sampled: Tensor, ready: list[int], requests: list[Request]
-    ) -> Logprobs | None:
-        """Sample again, in place, for those who want more than a temperature; log probabilities for who wants them."""
-        wanting = [
-            (i, r) for i, r in zip(ready, requests, strict=True) if _is_special(r) or r.params.logprobs is not None
-        ]
-        if not wanting:
-            return None
-        index = torch.tensor([i for i, _ in wanting], device=self.device)
-        logits = self.model.logits(hidden_states[index])  # [P, vocab]
-        again = [n for n, (_, r) in enumerate(wanting) if _is_special(r)]
-        if again:
-            sampled[index[again]] = self._sample(logits[again], [wanting[n][1] for n in again])
-            self.rows.append(sampled)
-        reported = [n for n, (_, r) in enumerate(wanting) if r.params.logprobs is not None]
-        if not reported:
-            return None
-        logprobs = logits[reported].log_softmax(-1)  # those of the model, before any filter
-        best = logprobs.topk(max(wanting[n][1].params.logprobs for n in reported))
-        chosen = logprobs.gather(1, sampled[index[reported], None])[:, 0]
-        row_of = {wanting[n][1]: row for row, n in enumerate(reported)}
-        return Logprobs(*(self._to_host(x) for x in (best.indices, best.values, chosen)), row_of)
+    def _draw(self, sequences: int, filtered: bool) -> Tensor:
+        """Everything that a graph of `draw` holds: from hidden states to tokens [S], in the rows too."""
+        with dependent_launch(), trusted():
+            sampled = self._choose(self.model.lm_head(self._last[:sequences]), filtered)
+            self.table.append(sampled)
+        return sampled
 
-    def _sample(self, logits: Tensor, requests: list[Request]) -> Tensor:
-        """By all of SamplingParams; the penalties read the tokens where they are, on the device.  -> [P] int64"""
-        for row, request in zip(logits, requests, strict=True):
-            if request.num_output < request.params.min_tokens and request.ends:
-                row[sorted(request.ends)] = float("-inf")  # too early to end
-        drawn = np.array([[r.seed for r in requests], [r.num_tokens for r in requests]], np.int64)
-        noise = gumbel_noise(*to_device(drawn, self.device), logits.shape[1])
-        known = [self.rows.tokens[r.row, : r.num_tokens] for r in requests]
-        output = [ids[len(r.prompt_token_ids) :] for r, ids in zip(requests, known, strict=True)]
-        return sample(logits, [r.params for r in requests], known, output_token_ids=output, noise=noise)
+    def _choose(self, logits: Tensor, filtered: bool) -> Tensor:
+        """A token of each row.  [S, vocab] -> [S]"""
+        sequences = len(logits)
+        o, lengths = self.table.options_of(sequences), self.table.lengths[:sequences]
+        if not filtered:
+            return gumbel_argmax(logits, o["temperature"], o["seed"], lengths)
+        rows = self.table.steps[0, :sequences]
+        penalties = o["repetition_penalty"], o["presence_penalty"], o["frequency_penalty"]
+        sampled = draw_tokens(
+            logits, o["temperature"], o["seed"], lengths, o["top_k"], o["top_p"], o["min_p"], *penalties, rows,
+            self.counts,
+        )  # fmt: skip
+        count_tokens(self.counts, rows, sampled, self.table.steps[2, :sequences] > 0)
+        return sampled
+
+    def _draw_edited(self, plan: Plan, masks: Masks | None) -> tuple[Tensor, Logprobs | None]:
+        """`_draw` with what is rare: log probabilities of the model's own logits, then biases and masks, then a token."""
+        logits = self.model.lm_head(self._last[: plan.num_sequences])  # [S, vocab]
+        raw, rows = None, None
+        if plan.logprobs is not None:
+            rows = to_device(plan.logprobs[0], self.device)
+            raw = logits[rows].log_softmax(-1, dtype=torch.float32)  # [P, vocab]: before any filter
+        logits = self._edited(logits, plan.edits, masks)
+        sampled = self._choose(logits, plan.filtered)
+        self.table.append(sampled)
+        if raw is None or rows is None or plan.logprobs is None:
+            return sampled, None
+        return sampled, self._sent(self._logprobs(raw, sampled[rows], plan.logprobs[1]))
+
+    def _edited(self, logits: Tensor, edits: Edits | None, masks: Masks | None) -> Tensor:
+        if edits is not None:
+            logits = logits.float()
+            index = to_device(edits.sequences * logits.shape[1] + edits.token_ids, self.device)
+            logits.view(-1)[index] += to_device(edits.values, self.device)
+        if masks is not None:
+            sequences, allowed = (to_device(x.numpy(), self.device) for x in masks)
+            logits[sequences] = logits[sequences].masked_fill(~allowed, float("-inf"))
+        return logits
+
+    def _logprobs(self, logprobs: Tensor, tokens: Tensor, count: int) -> Logprobs:
+        """[P, vocab] fp32 and the token of each row -> the `count` best of each, and the token's."""
+        best = logprobs.topk(count)
+        chosen = logprobs.gather(1, tokens[:, None])[:, 0]
+        return Logprobs(best.indices, best.values, chosen)
+
+    def _prompt_logprobs(self, plan: Plan) -> Logprobs | None:
+        """Of the tokens of prompts, each after all before it; some rows at a time, as the vocabulary is large."""
+        if plan.prompt_logprobs is None:
+            return None
+        rows, targets, count = plan.prompt_logprobs
+        index, tokens = to_device(rows, self.device), to_device(targets, self.device)
+        parts = []
+        for chunk, target in zip(index.split(256), tokens.split(256), strict=True):
+            logits = self.model.lm_head(self._hidden_states[chunk])
+            part = self._logprobs(logits.log_softmax(-1, dtype=torch.float32), target, count)
+            parts.append((part.best_ids, part.best, part.chosen))
+        return self._sent(Logprobs(*(torch.cat(x) for x in zip(*parts, strict=True))))
+
+    def _sent(self, found: Logprobs) -> Logprobs:
+        return Logprobs(*(self._to_host(x) for x in (found.best_ids, found.best, found.chosen)))
 
     # ---- CUDA graphs -------------------------------------------------------------------------------------------------
 
@@ -203,22 +257,22 @@ class Runner:
         self.decode_sizes = [*(n for n in decode if n < self.max_num_seqs), self.max_num_seqs]
         most = self.max_num_batched_tokens
         self.mixed_sizes = sorted({*range(most, 0, -max(256, most // 8)), *(n for n in (256, 512) if n < most)})
-        shapes = [(n, self.max_num_seqs, False) for n in self.mixed_sizes] + [(n, n, True) for n in self.decode_sizes]
-        shapes.sort(reverse=True)
-        self.rows.set_steps([])  # all padding
+        self.table.set_steps(self.table.nobody())
         pool = torch.cuda.graph_pool_handle()
-        for shape in shapes:
-            self._forward(*shape)  # compiles kernels, which a graph could not record
+
+        def record(run: Callable[[], Tensor | None]) -> tuple[torch.cuda.CUDAGraph, Tensor | None]:
+            run()  # compiles kernels, which a graph could not record
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                results = self._forward(*shape)
-            self.graphs[shape] = graph, *results
+                result = run()
+            return graph, result
 
-
-def _is_special(request: Request) -> bool:
-    """Whether sampling is more than a temperature."""
-    p = request.params
-    filtered = p.top_k > 0 or p.top_p < 1 or p.min_p > 0
-    penalized = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
-    return (filtered and p.temperature > 0) or penalized or request.num_output < p.min_tokens
+        forwards = [(n, self.max_num_seqs, False) for n in self.mixed_sizes] + [(n, n, True) for n in self.decode_sizes]
+        self._all = torch.empty(most, self._last.shape[1], dtype=self.dtype, device=self.device)
+        for shape in sorted(forwards, reverse=True):
+            self.forward_graphs[shape], _ = record(lambda shape=shape: self._forward(*shape))
+        for sequences in reversed(self.decode_sizes):
+            for filtered in (True, False):
+                graph, sampled = record(lambda n=sequences, f=filtered: self._draw(n, f))
+                self.draw_graphs[sequences, filtered] = graph, sampled

@@ -5,18 +5,22 @@ some of the step's token budget to close the gap. A decoding request has a gap o
 length, less what the prefix cache holds; a preempted request has a gap of all it has. The budget cuts long gaps into
 chunks. Running requests come first, so that a long prompt never stops those that decode.
 
-When the blocks do not suffice, the running request that ranks last gives all of its own back, and starts over later
-from its tokens (preemption by recomputing). The request that ranks first is never preempted for another, so something
+When the blocks do not suffice, the running request that goes last gives all of its own back, and starts over later
+from its tokens (preemption by recomputing). The request that goes first is never preempted for another, so something
 always gets done. Source: the scheduler of vLLM's V1 engine, 2025.
+
+A block that the step will fill is published while it is scheduled: a request that comes with the same beginning in the
+same step shares it. Should the step fail, whoever launched it takes the name back (`BlockTable.unpublish`).
 """
 
 import bisect
+import time
 
 from ..cache.blocks import BlockPool, OutOfBlocks
 from .metrics import EngineMetrics
 from .request import Request
 
-__all__ = ["Scheduler"]
+__all__ = ["Copies", "Scheduled", "Scheduler"]
 
 Scheduled = list[tuple[Request, int]]
 Copies = list[tuple[int, int]]
@@ -35,14 +39,16 @@ class Scheduler:
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected an integer, 1 or more, got {value!r}")
         self.pool, self.max_num_seqs, self.max_num_batched_tokens = pool, max_num_seqs, max_num_batched_tokens
-        self.waiting: list[Request] = []  # both in order of rank
+        self.waiting: list[Request] = []  # both in order of precedence
         self.running: list[Request] = []
+        self.failed: list[tuple[Request, Exception]] = []  # who could not be scheduled, and why: for the engine
         self.free_rows = list(range(max_num_seqs))[::-1]
         self.metrics = metrics or EngineMetrics()
+        self.metrics.watch(self)
 
     def add(self, request: Request) -> None:
         """Let a request wait for its turn."""
-        bisect.insort(self.waiting, request, key=lambda r: r.rank)
+        bisect.insort(self.waiting, request, key=lambda r: r.precedence)
 
     def schedule(self) -> tuple[Scheduled, Copies]:
         """The next step: (request, number of its tokens) pairs, and the blocks to copy first, as (from, to).
@@ -54,10 +60,15 @@ class Scheduler:
         budget, index, preempted = self.max_num_batched_tokens, 0, self.metrics.num_preemptions
         while index < len(self.running) and budget:  # whoever is preempted on the way stands behind `index`
             request = self.running[index]
-            if not request.is_full:  # else only its last token is still on the way
-                count = min(request.num_tokens - request.num_computed, budget)
-                if not self._make_room(request, count, copies):
-                    break
+            known = len(request.output_token_ids) + request.num_pending
+            if known < request.max_tokens:  # else only its last token is still on the way
+                count = min(request.num_prompt_tokens + known - request.num_computed, budget)
+                try:
+                    if not self._make_room(request, count, copies):
+                        break
+                except Exception as error:
+                    self._fail(request, error)
+                    continue
                 scheduled[request] = count
                 budget -= count
             index += 1
@@ -69,28 +80,37 @@ class Scheduler:
 
     def _admit(self, scheduled: dict[Request, int], budget: int, copies: dict[int, int]) -> None:
         """Let waiting requests run, while there are rows, tokens of the budget, and blocks."""
-        before = len(self.running)
-        for request in self.waiting:
+        for request in list(self.waiting):
             if not budget or not self.free_rows:
                 break
             if self._waits_for_parent(request):
                 continue
-            self._take_prefix(request)
-            count = min(request.num_tokens - request.num_computed, budget)
             try:
+                self._take_prefix(request)
+                count = min(request.num_tokens - request.num_computed, budget)
                 self._extend(request, count, copies)
             except OutOfBlocks:
                 self._give_back(request)
                 break
+            except Exception as error:
+                self._fail(request, error)
+                continue
             request.row = self.free_rows.pop()
-            bisect.insort(self.running, request, key=lambda r: r.rank)
+            bisect.insort(self.running, request, key=lambda r: r.precedence)
+            try:
+                if not request.admission_time:
+                    self._admitted_first(request)
+            except Exception as error:
+                self._fail(request, error)
+                continue
             scheduled[request] = count
             budget -= count
-            if not request.num_preemptions:
-                self.metrics.num_prompt_tokens += len(request.prompt_token_ids)
-                self.metrics.num_cached_tokens += request.num_cached
-        if len(self.running) > before:
-            self.waiting = [r for r in self.waiting if r.row < 0]
+        self.waiting = [r for r in self.waiting if r.row < 0]
+
+    def _admitted_first(self, request: Request) -> None:
+        """Count what its prompt found in the cache: once, as what it finds after a preemption is its own."""
+        request.num_cached, request.admission_time = request.num_computed, time.perf_counter()
+        self.metrics.admitted(request)
 
     def _waits_for_parent(self, request: Request) -> bool:
         """One of several completions of a prompt waits until the first has computed it."""
@@ -101,15 +121,16 @@ class Scheduler:
     def _take_prefix(self, request: Request) -> None:
         """Start from blocks that hold the beginning of the request already: its parent's, or published ones."""
         parent = request.parent
-        if parent is not None and parent.row >= 0 and not request.output_token_ids:
+        if request.params.prompt_logprobs is not None:
+            request.num_computed = 0  # what is not computed has no logits
+        elif parent is not None and parent.row >= 0 and not request.output_token_ids:
             request.table = parent.table.fork(len(request.prompt_token_ids))
             request.num_computed = len(request.prompt_token_ids) - 1  # the last one's output is the next token
         else:
             request.num_computed = request.table.match_prefix(request.tokens())
-        request.num_cached = request.num_computed
 
     def _make_room(self, request: Request, count: int, copies: dict[int, int]) -> bool:
-        """Blocks for `count` more tokens, if need be those of requests that rank behind; False: it went itself."""
+        """Blocks for `count` more tokens, if need be those of requests that go behind; False: it went itself."""
         while True:
             try:
                 self._extend(request, count, copies)
@@ -121,8 +142,14 @@ class Scheduler:
                     return False
 
     def _extend(self, request: Request, count: int, copies: dict[int, int]) -> None:
-        start = request.num_computed
-        copies.update((new, old) for old, new in request.table.extend(start, start + count))
+        """Blocks for the tokens, and for what the step gives beyond the first; full ones of known tokens get a name."""
+        table, start = request.table, request.num_computed
+        stop = start + count
+        more = request.tokens_per_step - 1
+        for old, new in table.extend(start, stop + more if more and request.is_ready(count) else stop):
+            copies[new] = old
+        if stop // self.pool.block_size > len(table.hashes) and self.pool.enable_prefix_caching:
+            table.publish(request.tokens(), stop)
 
     def preempt(self, request: Request) -> None:
         """Take a running request's blocks; it waits again, and will be computed anew from its tokens."""
@@ -139,17 +166,25 @@ class Scheduler:
             self.free_rows.append(request.row)
             request.row = -1
 
+    def _fail(self, request: Request, error: Exception) -> None:
+        """What went wrong concerns this request alone."""
+        request.table.unpublish(request.num_computed // self.pool.block_size)
+        self.remove(request)
+        self.failed.append((request, error))
+
     def advance(self, scheduled: Scheduled) -> None:
-        """The step was launched: count its tokens, publish the blocks that it fills, note who gets a token."""
-        size = self.pool.block_size
+        """The step was launched: count its tokens, and the most that it gives whom."""
         for request, count in scheduled:
+            if request.row < 0:
+                continue  # ended while it was launched
             request.num_computed += count
-            if self.pool.enable_prefix_caching and request.num_computed // size > len(request.table.hashes):
-                request.table.publish(request.tokens(), request.num_computed)
             if request.num_computed == request.num_tokens:
-                request.num_pending += 1
+                request.num_pending += request.tokens_per_step
+                request.num_computed += request.tokens_per_step - 1
 
     def remove(self, request: Request) -> None:
         """A request is finished, or not wanted any more; its blocks come home."""
-        (self.running if request.row >= 0 else self.waiting).remove(request)
+        queue = self.running if request.row >= 0 else self.waiting
+        if request in queue:
+            queue.remove(request)
         self._give_back(request)

@@ -29,9 +29,9 @@ class StopText:
     def __init__(self, stop: Sequence[str], decoder: Decoder) -> None:
         self.stop, self.decoder, self.held, self.stopped = stop, decoder, "", False
 
-    def push(self, token: int) -> str:
-        """One more token -> text that is final."""
-        return self._release(self.decoder.push(token))
+    def push(self, token: int, may_stop: bool = True) -> str:
+        """One more token -> text that is final. A stop string that ends before `may_stop` does not count."""
+        return self._release(self.decoder.push(token), may_stop)
 
     def flush(self) -> str:
         """The end -> what was held back."""
@@ -41,9 +41,9 @@ class StopText:
         rest, self.held = ("", "") if self.stopped else (self.held, "")
         return piece + rest
 
-    def _release(self, piece: str) -> str:
+    def _release(self, piece: str, may_stop: bool = True) -> str:
         self.held += piece
-        found = [at for stop in self.stop if (at := self.held.find(stop)) >= 0]
+        found = [at for stop in self.stop if may_stop and (at := self.held.find(stop)) >= 0]
         if found:
             self.stopped = True
             return self.held[: min(found)]

@@ -3,26 +3,32 @@
 Forward only: where a gradient is wanted, the torch path runs. Importing this never fails for want of Triton or a GPU.
 """
 
-from .common import HAS_TRITON, INTERPRETED, KERNELS, Operation, dependent_launch, use
+from .common import HAS_TRITON, INTERPRETED, KERNELS, Operation, dependent_launch, trusted, use
+from .draw_tokens import count_tokens, draw_tokens, set_counts
 from .flash_attention import flash_attention
 from .fused_linear import linear, norm_linear
-from .gumbel_argmax import gumbel_argmax, gumbel_noise
+from .gumbel_argmax import GREEDY_BELOW, gumbel_argmax, gumbel_noise
 from .matmul import interleave, matmul, matmul_swiglu
-from .paged_attention import paged_attention
+from .paged_attention import AttentionPlan, paged_attention
 from .rms_norm import add_rms_norm, rms_norm
-from .rope import rope, rope_and_cache
+from .rope import apply_rope, rope, rope_and_cache, rope_factors
 from .softmax import softmax
 from .step_inputs import append_tokens, step_inputs
 from .swiglu import swiglu
 
 __all__ = [
+    "GREEDY_BELOW",
     "HAS_TRITON",
     "INTERPRETED",
     "KERNELS",
+    "AttentionPlan",
     "Operation",
     "add_rms_norm",
     "append_tokens",
+    "apply_rope",
+    "count_tokens",
     "dependent_launch",
+    "draw_tokens",
     "flash_attention",
     "gumbel_argmax",
     "gumbel_noise",
@@ -35,8 +41,11 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_and_cache",
+    "rope_factors",
+    "set_counts",
     "softmax",
     "step_inputs",
     "swiglu",
+    "trusted",
     "use",
 ]

@@ -12,6 +12,7 @@ the dispatcher's hands, for all operations or for one: `with use("reference", "s
 
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..files import cache_dir
 
 try:
     import triton
@@ -59,6 +62,7 @@ __all__ = [
     "sm_count",
     "tl",
     "triton",
+    "trusted",
     "tuned",
     "use",
 ]
@@ -69,6 +73,16 @@ PATHS = ("auto", "torch", "triton", "reference")
 KERNELS: dict[str, "Operation"] = {}
 _forced: dict[str, str] = {}  # operation name, or "" for all -> path
 _dependent = False
+
+
+class _Here(threading.local):
+    """What `trusted` says, thread by thread."""
+
+    trusted = False
+    quick = False  # on a CPU every operation takes its torch path
+
+
+_here = _Here()
 
 
 @dataclass(frozen=True)
@@ -94,26 +108,34 @@ class Operation:
         object.__setattr__(self, "opaque", op)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        compiling = torch.compiler.is_compiling()
-        if not compiling:
+        if torch.compiler.is_compiling():
+            path = self.path(*args, **kwargs)
+            return (self.opaque if path == "triton" else getattr(self, path))(*args, **kwargs)
+        if not _here.trusted:
             self.check(*args, **kwargs)
-        path = self.path(*args, **kwargs)
-        if path == "triton" and compiling:
-            return self.opaque(*args, **kwargs)
-        return getattr(self, path)(*args, **kwargs)
+        elif _here.quick and not _forced and args and not args[0].is_cuda:  # as in `path`, one call less
+            return self.torch(*args, **kwargs)
+        return getattr(self, self.path(*args, **kwargs))(*args, **kwargs)
 
     def path(self, *args: Any, **kwargs: Any) -> str:
         """Which path a call with these arguments takes: "triton" on a GPU, "torch" elsewhere and under autograd."""
-        forced = _forced.get(self.name) or _forced.get("") or os.environ.get("MINILLM_KERNELS", "auto")
-        if forced not in PATHS:
-            raise ValueError(f"MINILLM_KERNELS: expected one of {', '.join(PATHS)}, got {forced!r}")
+        if _here.quick and not _forced and args and not args[0].is_cuda:
+            return "torch"
+        forced = (_forced.get(self.name) or _forced.get("") if _forced else None) or _environment()
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        if forced == "auto" and not (HAS_TRITON and tensors and tensors[0].is_cuda):  # all are where the first is
+            return "torch"
         wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         if wants_gradient or any(t.dtype == torch.float64 for t in tensors):
             return "torch" if forced in ("auto", "triton") else forced  # kernels: no backward, and sums in fp32
-        if forced != "auto":
-            return forced
-        return "triton" if HAS_TRITON and all(t.is_cuda for t in tensors) else "torch"
+        return "triton" if forced == "auto" else forced
+
+
+def _environment() -> str:
+    path = os.environ.get("MINILLM_KERNELS", "auto")
+    if path not in PATHS:
+        raise ValueError(f"MINILLM_KERNELS: expected one of {', '.join(PATHS)}, got {path!r}")
+    return path
 
 
 def operation(
@@ -144,6 +166,21 @@ def use(path: str, name: str = "") -> Iterator[None]:
     finally:
         _forced.clear()
         _forced.update(before)
+
+
+@contextmanager
+def trusted() -> Iterator[None]:
+    """Within the block, in this thread, arguments are not checked: for an engine, which makes them itself.
+
+    On a CPU the check of a small operation, and the choice of its path, take longer than the operation. The environment
+    is read once, when the block begins; `use` still works.
+    """
+    before = _here.trusted, _here.quick
+    _here.trusted, _here.quick = True, _environment() in ("auto", "torch")
+    try:
+        yield
+    finally:
+        _here.trusted, _here.quick = before
 
 
 @contextmanager
@@ -211,11 +248,7 @@ def slug(device_name: str) -> str:
 
 def tuned_folder() -> Path:
     """Where `minillm bench tune` keeps what it found on this machine."""
-    if folder := os.environ.get("MINILLM_CACHE"):
-        return Path(folder) / "tuned"
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("minillm")) / "tuned"
+    return cache_dir() / "tuned"
 
 
 def tuned(device: torch.device, key: str, **default: Any) -> dict[str, Any]:

@@ -26,9 +26,10 @@ from .common import (
     triton,
 )
 
-__all__ = ["gumbel_argmax", "gumbel_noise"]
+__all__ = ["GREEDY_BELOW", "gumbel_argmax", "gumbel_noise"]
 
-GREEDY_BELOW = 1e-5
+GREEDY_BELOW = 1e-5  # a temperature below this is greedy, as in vLLM: dividing by it would overflow
+COLDEST = tl.constexpr(GREEDY_BELOW)  # as kernels see it
 
 
 def gumbel_noise(seeds: Tensor, positions: Tensor, size: int) -> Tensor:
@@ -95,6 +96,22 @@ def mix(x):
 
 
 @triton.jit
+def noise_key(seed_ptr, position_ptr, row):
+    """What seed and position of a row contribute to its noise."""
+    seed = tl.load(seed_ptr + row)
+    low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    return mix(mix(mix((tl.load(position_ptr + row) + 1).to(tl.uint32)) ^ low) ^ high)
+
+
+@triton.jit
+def noise(key, tokens):
+    """`gumbel_noise` of these tokens."""
+    bits = mix(mix((tokens + 1).to(tl.uint32)) ^ key)
+    uniform = ((bits & 0x7FFFFF).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+    return -tl.log(-tl.log(uniform))
+
+
+@triton.jit
 def gumbel_argmax_kernel(
     logits_ptr, temperature_ptr, seed_ptr, position_ptr, best_ptr, token_ptr, size, stride, part,
     PDL: tl.constexpr, BLOCK: tl.constexpr,
@@ -103,10 +120,8 @@ def gumbel_argmax_kernel(
     previous_done(PDL)
     row, index = tl.program_id(0).to(tl.int64), tl.program_id(1)
     temperature = tl.load(temperature_ptr + row)
-    is_greedy = temperature < 1e-5
-    seed = tl.load(seed_ptr + row)
-    low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-    key = mix(mix(mix((tl.load(position_ptr + row) + 1).to(tl.uint32)) ^ low) ^ high)
+    is_greedy = temperature < COLDEST
+    key = noise_key(seed_ptr, position_ptr, row)
     scale = 1.0 / tl.where(is_greedy, 1.0, temperature)
     start, stop = index * part, tl.minimum(index * part + part, size)
     best = tl.full([BLOCK], -float("inf"), tl.float32)
@@ -115,9 +130,7 @@ def gumbel_argmax_kernel(
         offs = at + tl.arange(0, BLOCK)
         score = tl.load(logits_ptr + row * stride + offs, mask=offs < stop, other=-float("inf")).to(tl.float32)
         if not is_greedy:
-            bits = mix(mix((offs + 1).to(tl.uint32)) ^ key)
-            uniform = ((bits & 0x7FFFFF).to(tl.float32) + 0.5) * 1.1920928955078125e-07
-            score = score * scale - tl.log(-tl.log(uniform))
+            score = score * scale + noise(key, offs)
         better = score > best
         best, token = tl.where(better, score, best), tl.where(better, offs, token)
     top = tl.max(best, 0)

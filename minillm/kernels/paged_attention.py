@@ -18,8 +18,8 @@ Sources: Kwon et al., 2023, "Efficient Memory Management for Large Language Mode
 al., 2023, "Flash-Decoding" (the split); the search for a program's sequence is vLLM's.
 """
 
-import itertools
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -38,20 +38,24 @@ from .common import (
     tuned,
 )
 
-__all__ = ["paged_attention"]
+__all__ = ["AttentionPlan", "paged_attention"]
 
 MAX_HEAD_SIZE = 256
 
 
-def gathered(cache: Tensor, table: Tensor, length: int, block_size: int) -> Tensor:
-    """The first `length` tokens of one sequence.  cache [slots, H_kv, D], table [W] -> [length, H_kv, D]"""
-    token = torch.arange(length, device=cache.device)
+ALONE = 256  # tokens from which on a sequence that lies in a row is attended to by itself: less copied, one call more
+CACHE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def gathered(cache: Tensor, table: Tensor, first: int, last: int, block_size: int) -> Tensor:
+    """The tokens first ... last - 1 of one sequence.  cache [slots, H_kv, D], table [W] -> [last - first, H_kv, D]"""
+    token = torch.arange(first, last, device=cache.device)
     return cache[table[token // block_size].long() * block_size + token % block_size]
 
 
 def reference(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, cu_seqlens_q: Tensor,
-    max_seqlen_q: int, block_size: int, scale: float | None = None,
+    max_seqlen_q: int, block_size: int, scale: float | None = None, window: int = 0,
 ) -> Tensor:  # fmt: skip
     """In fp64, sequence by sequence, keys and values gathered, the scores written out."""
     scale, out, bounds = q.shape[-1] ** -0.5 if scale is None else scale, torch.zeros_like(q), cu_seqlens_q.tolist()
@@ -59,71 +63,193 @@ def reference(
         first, last = bounds[i], bounds[i + 1]
         if length == 0 or first == last:
             continue
+        position = torch.arange(length - (last - first), length, device=q.device)[:, None]
+        oldest = max(0, length - (last - first) - window + 1) if window else 0  # the first key that a query sees
+        key = torch.arange(oldest, length, device=q.device)
         groups = q.shape[1] // k_cache.shape[1]
         k, v = (
-            gathered(c, block_tables[i], length, block_size).double().repeat_interleave(groups, dim=1)
+            gathered(c, block_tables[i], oldest, length, block_size).double().repeat_interleave(groups, dim=1)
             for c in (k_cache, v_cache)
-        )  # [length, H, D]
+        )  # [keys, H, D]
         scores = torch.einsum("thd,shd->hts", q[first:last].double(), k) * scale
-        position = torch.arange(length - (last - first), length, device=q.device)[:, None]
-        scores = scores.masked_fill(torch.arange(length, device=q.device) > position, -torch.inf)
-        out[first:last] = torch.einsum("hts,shd->thd", scores.softmax(-1), v).to(q.dtype)
+        hidden = (key > position) | (key <= position - window) if window else key > position
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        out[first:last] = torch.einsum("hts,shd->thd", weights, v).to(q.dtype)
     return out
 
 
-def _gathered_blocks(cache: Tensor, table: Tensor, lengths: list[int], block_size: int) -> Tensor:
-    """Whole blocks side by side, and 0 past each sequence's end, where another's NaN may lie.
+@dataclass(frozen=True)
+class Call:
+    """One call of torch's attention: B sequences of T queries and S keys each, shorter ones padded.
 
-    cache [slots, H_kv, D], table [B, W], of which nothing past the end is looked at -> [B, W · block_size, H_kv, D]
+    rows, of q, and slots, of the cache, are slices where they lie side by side in memory: then nothing is copied.
     """
-    starts = torch.arange(0, table.shape[1] * block_size, block_size, device=cache.device)
-    table = table.where(starts < torch.tensor(lengths, device=cache.device)[:, None], 0)
-    blocks = cache.unflatten(0, (-1, block_size)).index_select(0, table.flatten())  # [B · W, block_size, H_kv, D]
-    out = blocks.view(len(table), -1, *cache.shape[1:])
-    for row, length in zip(out, lengths, strict=True):
-        row[length:] = 0
-    return out
+
+    rows: slice | Tensor  # [B · T]
+    slots: slice | Tensor  # [B · S]
+    sequences: int
+    mask: Tensor | None  # [B, 1, T, S], 0 or -inf
+    causal: bool
+
+    def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float | None) -> Tensor:
+        """q [B · T, H, D], the rows already taken -> [B · T, H, D]"""
+        k, v = self._taken(k_cache, q.dtype), self._taken(v_cache, q.dtype)  # [B, H_kv, S, D]
+        one = len(q) == self.sequences  # T is 1, and its axis stands between heads and features by itself
+        q = q.unsqueeze(2) if one else q.unflatten(0, (self.sequences, -1)).transpose(1, 2)  # [B, H, T, D]
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=self.mask, is_causal=self.causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return out.squeeze(2) if one else out.transpose(1, 2).flatten(0, 1)
+
+    def _taken(self, cache: Tensor, dtype: torch.dtype) -> Tensor:
+        if isinstance(self.slots, slice):
+            taken = cache[self.slots].transpose(0, 1).unsqueeze(0)
+        else:  # index_select: six times as fast as cache[slots] on a CPU
+            taken = cache.index_select(0, self.slots).unflatten(0, (self.sequences, -1)).transpose(1, 2)
+        return taken if taken.dtype == dtype else taken.to(dtype)
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """What one step has of a sequence: its row of the table, its queries' rows of q, and its length with them."""
+
+    table: int
+    first: int
+    last: int
+    length: int
+
+    @property
+    def count(self) -> int:
+        """How many queries."""
+        return self.last - self.first
+
+    def oldest(self, window: int) -> int:
+        """The first token that one of the queries sees."""
+        return max(0, self.length - self.count - window + 1) if window else 0
+
+
+class AttentionPlan:
+    """Where a step's sequences have their queries, keys and values: found out once a step, used by every layer.
+
+        plan = AttentionPlan(block_tables, context_lens, cu_seqlens_q, block_size)      # as for `paged_attention`
+        plan.write(k, v, k_cache, v_cache)              # a layer's new keys and values into their slots
+        out = plan.attend(q, k_cache, v_cache)          # what paged_attention gives, by torch
+
+    For the torch path alone, and for one step: it reads tables and lengths when it is made. A sequence whose blocks
+    follow one another is read in place; others, if they have one query each, share a call of torch's attention.
+    """
+
+    def __init__(self, block_tables: Tensor, context_lens: Tensor, cu_seqlens_q: Tensor, block_size: int) -> None:
+        self.block_tables, self.block_size = block_tables, block_size
+        bounds = cu_seqlens_q.tolist()
+        found = enumerate(zip(bounds, bounds[1:], context_lens.tolist(), strict=False))
+        sequences = (Sequence(i, first, last, length) for i, (first, last, length) in found)
+        self.sequences = [s for s in sequences if s.count and s.length]
+        self.queries = sum(s.count for s in self.sequences)
+        self.calls: dict[tuple[int, torch.dtype], list[Call]] = {}
+        self.writes: list[tuple[slice | Tensor, slice | Tensor]] | None = None
+
+    def write(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+        """Put keys and values of the queries' tokens into their slots.  k, v [N, H_kv, D], caches [slots, H_kv, D]"""
+        if self.writes is None:
+            self.writes = self._writes()
+        for slots, rows in self.writes:
+            if len(self.writes) > 1 or self.queries != len(k):  # for one sequence alone two slices less
+                k, v = k[rows], v[rows]
+            k_cache[slots], v_cache[slots] = k.to(k_cache.dtype), v.to(v_cache.dtype)
+
+    def attend(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float | None = None, window: int = 0
+    ) -> Tensor:
+        """What `paged_attention` gives.  q [N, H, D], caches [slots, H_kv, D] -> [N, H, D]"""
+        calls = self.calls.get((window, q.dtype))
+        if calls is None:
+            calls = self.calls[window, q.dtype] = self._calls(window, q.dtype)
+        if len(calls) == 1 and self.queries == len(q):
+            return calls[0](q, k_cache, v_cache, scale)
+        out = q.new_zeros(q.shape)
+        for call in calls:
+            out[call.rows] = call(q[call.rows], k_cache, v_cache, scale)
+        return out
+
+    def _writes(self) -> list[tuple[slice | Tensor, slice | Tensor]]:
+        """(slots, rows of k) of all new tokens: two slices for one sequence, else all by index."""
+        device = self.block_tables.device
+        slots = [self._slots(s, s.length - s.count) for s in self.sequences]
+        rows = [slice(s.first, s.last) for s in self.sequences]
+        if len(self.sequences) < 2:
+            return list(zip(slots, rows, strict=True))
+        return [(torch.cat([_indices(x, device) for x in slots]), torch.cat([_indices(x, device) for x in rows]))]
+
+    def _calls(self, window: int, dtype: torch.dtype) -> list[Call]:
+        """Sequences with one query together; longer ones, and long contexts that are read in place, each alone."""
+        found = [(s, self._slots(s, s.oldest(window))) for s in self.sequences]
+        alone = [s.count > 1 or (isinstance(slots, slice) and s.length >= ALONE) for s, slots in found]
+        together = [x for x, apart in zip(found, alone, strict=True) if not apart]
+        groups = ([together] if together else []) + [[x] for x, apart in zip(found, alone, strict=True) if apart]
+        return [self._call(group, window, dtype) for group in groups]
+
+    def _call(self, group: list[tuple[Sequence, slice | Tensor]], window: int, dtype: torch.dtype) -> Call:
+        device, members, slots = self.block_tables.device, [s for s, _ in group], [x for _, x in group]
+        count, first, last = members[0].count, members[0].first, members[-1].last
+        rows: slice | Tensor = slice(first, last)
+        if last - first != count * len(group):
+            rows = torch.tensor([s.first for s in members], device=device)
+        keys = [s.length - s.oldest(window) for s in members]
+        causal = count == keys[0] and (not window or count <= window)  # torch's own mask fits
+        if len(group) == 1 and (count == 1 or causal):
+            return Call(rows, slots[0], 1, None, count > 1)
+        key = torch.arange(max(keys), device=device)
+        position = torch.tensor(keys, device=device)[:, None] - count + torch.arange(count, device=device)  # [B, T]
+        hidden = key > position[..., None]  # [B, T, S]
+        if window:
+            hidden |= key <= position[..., None] - window
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)[:, None]
+        if len(group) == 1:
+            return Call(rows, slots[0], 1, mask, False)
+        # Past a sequence's end its own last key stands in: weight 0 would not help against another's NaN.
+        padded = torch.stack([_indices(x, device)[key.clamp(max=n - 1)] for x, n in zip(slots, keys, strict=True)])
+        return Call(rows, padded.flatten(), len(group), mask, False)
+
+    def _slots(self, sequence: Sequence, first: int) -> slice | Tensor:
+        """The slots of a sequence's tokens from `first` on; a slice if their blocks follow one another."""
+        size, begin, last = self.block_size, first // self.block_size, sequence.length
+        table = self.block_tables[sequence.table, begin : ceil_div(last, size)]
+        blocks = table.tolist()
+        if blocks == list(range(blocks[0], blocks[0] + len(blocks))):
+            offset = (blocks[0] - begin) * size
+            return slice(offset + first, offset + last)
+        slots = table.long()[:, None] * size + torch.arange(size, device=table.device)  # [blocks, block_size]
+        return slots.flatten()[first - begin * size : last - begin * size]
+
+
+def _indices(slots: slice | Tensor, device: torch.device) -> Tensor:
+    return torch.arange(slots.start, slots.stop, device=device) if isinstance(slots, slice) else slots
 
 
 def torch_path(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, cu_seqlens_q: Tensor,
-    max_seqlen_q: int, block_size: int, scale: float | None = None,
+    max_seqlen_q: int, block_size: int, scale: float | None = None, window: int = 0,
 ) -> Tensor:  # fmt: skip
-    """All sequences with one query in one padded call of torch's fused attention, longer ones in a call each."""
-    out, bounds, lengths = torch.zeros_like(q), cu_seqlens_q.tolist(), context_lens.tolist()
-    counts = [b - a for a, b in itertools.pairwise(bounds)]
-    single = [i for i, (count, length) in enumerate(zip(counts, lengths, strict=True)) if count == 1 and length]
-    several = [i for i, (count, length) in enumerate(zip(counts, lengths, strict=True)) if count > 1 and length]
-    for group in ([single] if single else []) + [[i] for i in several]:
-        count, ends = counts[group[0]], [lengths[i] for i in group]
-        rows = torch.tensor([bounds[i] for i in group], device=q.device)[:, None] + torch.arange(count, device=q.device)
-        table = block_tables[group][:, : ceil_div(max(ends), block_size)]  # [B, W]
-        k, v = (_gathered_blocks(cache, table, ends, block_size) for cache in (k_cache, v_cache))  # [B, S, H_kv, D]
-        first = torch.tensor(ends, device=q.device)[:, None] - count
-        position = first + torch.arange(count, device=q.device)  # [B, T]
-        mask = torch.arange(k.shape[1], device=q.device) <= position[..., None]  # [B, T, S]
-        out[rows] = F.scaled_dot_product_attention(
-            q[rows].transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-            attn_mask=mask[:, None], scale=scale, enable_gqa=q.shape[1] != k.shape[2],
-        ).transpose(1, 2)  # fmt: skip
-    return out
+    """By a plan for this call alone."""
+    plan = AttentionPlan(block_tables, context_lens, cu_seqlens_q, block_size)
+    return plan.attend(q, k_cache, v_cache, scale, window)
 
 
 def check(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, cu_seqlens_q: Tensor,
-    max_seqlen_q: int, block_size: int, scale: float | None = None,
+    max_seqlen_q: int, block_size: int, scale: float | None = None, window: int = 0,
 ) -> None:  # fmt: skip
     """Raise for shapes, dtypes and devices that do not fit; tables and lengths are not read (a GPU would wait)."""
     arguments(q=q, k_cache=k_cache, v_cache=v_cache)
     if q.dim() != 3 or not 1 <= q.shape[2] <= MAX_HEAD_SIZE or q.stride(-1) != 1:
         raise ValueError(f"q: expected [tokens, heads, D], D contiguous and up to {MAX_HEAD_SIZE}, got {list(q.shape)}")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if cache.dim() != 3 or cache.shape[2] != q.shape[2] or cache.dtype != q.dtype or not cache.is_contiguous():
-            raise ValueError(
-                f"{name}: expected [slots, H_kv, {q.shape[2]}] of {q.dtype}, contiguous, got {list(cache.shape)}"
-                f" of {cache.dtype}"
-            )
-    if v_cache.shape != k_cache.shape or q.shape[1] % k_cache.shape[1]:
+        if cache.dim() != 3 or cache.shape[2] != q.shape[2] or not cache.is_contiguous():
+            raise ValueError(f"{name}: expected [slots, H_kv, {q.shape[2]}], contiguous, got {list(cache.shape)}")
+        if cache.dtype not in CACHE_DTYPES or cache.dtype != k_cache.dtype:
+            raise TypeError(f"{name}: expected float16, bfloat16 or float32, both caches alike, got {cache.dtype}")
+    if v_cache.shape != k_cache.shape or not k_cache.shape[1] or q.shape[1] % k_cache.shape[1]:
         raise ValueError(
             f"k_cache: expected v_cache's shape and heads that divide q's {q.shape[1]}, got {list(k_cache.shape)}"
         )
@@ -131,6 +257,8 @@ def check(
         raise ValueError(f"block_size: expected a power of 2, got {block_size}")
     if k_cache.shape[0] % block_size:
         raise ValueError(f"k_cache: expected whole blocks of {block_size} slots, got {k_cache.shape[0]} slots")
+    if window < 0:
+        raise ValueError(f"window: expected a number of keys, or 0 for all, got {window}")
     sequences = len(context_lens)
     expected = {"block_tables": (block_tables, 2, sequences), "context_lens": (context_lens, 1, sequences)}
     for name, (x, dims, length) in (expected | {"cu_seqlens_q": (cu_seqlens_q, 1, sequences + 1)}).items():
@@ -155,19 +283,38 @@ def sequence_of(block, cu_ptr, sequences, BLOCK_Q: tl.constexpr):
 
 
 @triton.jit
+def work_of(
+    block, context_ptr, cu_ptr, tokens, sequences, DECODE: tl.constexpr, BLOCK_Q: tl.constexpr
+):  # fmt: skip
+    """A program's sequence, that one's first row, queries and tokens in all, and which query is the program's first.
+
+    Rows of q that belong to no sequence go to the programs that find none: a context of 0 gives 0.
+    """
+    sequence = block if DECODE else sequence_of(block, cu_ptr, sequences + 1, BLOCK_Q)
+    first = tl.load(cu_ptr + tl.minimum(sequence, sequences))
+    count = tl.load(cu_ptr + tl.minimum(sequence + 1, sequences)) - first
+    context = tl.load(context_ptr + sequence, mask=sequence < sequences, other=0)
+    first_q = 0 if DECODE else (block - first // BLOCK_Q - sequence) * BLOCK_Q
+    idle = count == 0 if DECODE else sequence == sequences
+    if idle:
+        if DECODE:  # the idle ones before this have a row each: as many as there are sequences without a query
+            first = tl.load(cu_ptr + sequences) + sequence - first
+        count = tl.minimum(tokens - first, 1) if DECODE else tokens - first
+        context = 0
+    return sequence, first, count, context, first_q
+
+
+@triton.jit(do_not_specialize=["tokens"])
 def paged_attention_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, table_ptr, context_ptr, cu_ptr, sequences, stride_q, stride_table, scale,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, table_ptr, context_ptr, cu_ptr, tokens, sequences,
+    stride_q, stride_table, scale,
     H_KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLITS: tl.constexpr,
-    DECODE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    WINDOW: tl.constexpr, DECODE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_Q queries of one sequence, the GROUP heads of one key/value head, one split of the context a program."""
     block, head_kv, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    sequence = block if DECODE else sequence_of(block, cu_ptr, sequences, BLOCK_Q)
-    first = tl.load(cu_ptr + sequence)
-    count = tl.load(cu_ptr + sequence + 1) - first  # queries of the sequence
-    first_q = 0 if DECODE else (block - first // BLOCK_Q - sequence) * BLOCK_Q
-    context = tl.load(context_ptr + sequence)
+    sequence, first, count, context, first_q = work_of(block, context_ptr, cu_ptr, tokens, sequences, DECODE, BLOCK_Q)
     previous_done(PDL)
     if first_q >= count:
         return
@@ -180,8 +327,9 @@ def paged_attention_kernel(
     q = tl.load(q_ptr + token[:, None] * stride_q + head[:, None] * D + offs_d[None, :], mask=used, other=0.0)
 
     seen = tl.minimum(context, context - count + first_q + BLOCK_Q)  # keys that some query of the block may see
-    a_split = tl.cdiv(tl.cdiv(seen, BLOCK_N), SPLITS) * BLOCK_N
-    begin, end = split * a_split, tl.minimum(seen, (split + 1) * a_split)
+    oldest = tl.maximum(0, context - count + first_q - WINDOW + 1) if WINDOW else 0
+    a_split = tl.cdiv(tl.cdiv(seen - oldest, BLOCK_N), SPLITS) * BLOCK_N
+    begin, end = oldest + split * a_split, tl.minimum(seen, oldest + (split + 1) * a_split)
     acc = tl.zeros((BLOCK_Q * BLOCK_G, BLOCK_D), tl.float32)
     row_max = tl.full((BLOCK_Q * BLOCK_G,), -1.0e30, tl.float32)  # finite: rows that see nothing
     row_sum = tl.zeros((BLOCK_Q * BLOCK_G,), tl.float32)
@@ -193,8 +341,12 @@ def paged_attention_kernel(
         at = slot * (H_KV * D) + head_kv * D  # [BLOCK_N]
         k = tl.load(k_ptr + at[None, :] + offs_d[:, None], mask=known[None, :] & (offs_d < D)[:, None], other=0.0)
         v = tl.load(v_ptr + at[:, None] + offs_d[None, :], mask=known[:, None] & (offs_d < D)[None, :], other=0.0)
+        k, v = k.to(q.dtype), v.to(q.dtype)  # a cache may have a dtype of its own
         s = tl.dot(q, k, input_precision=PRECISION) * scale  # [BLOCK_M, BLOCK_N]
-        s = tl.where(known[None, :] & (offs_n[None, :] <= position[:, None]), s, -float("inf"))
+        visible = known[None, :] & (offs_n[None, :] <= position[:, None])
+        if WINDOW:
+            visible = visible & (offs_n[None, :] > position[:, None] - WINDOW)
+        s = tl.where(visible, s, -float("inf"))
         new_max = tl.maximum(row_max, tl.max(s, 1))
         p, shrink = tl.exp2(s - new_max[:, None]), tl.exp2(row_max - new_max)
         row_sum = row_sum * shrink + tl.sum(p, 1)
@@ -240,8 +392,8 @@ _SIZES = {
 }
 
 
-def _sizes(q: Tensor, kind: str, block_d: int) -> dict[str, int]:
-    if q.dtype == torch.float32 or block_d > 128:  # larger elements or heads: tiles that fit into shared memory
+def _sizes(q: Tensor, k_cache: Tensor, kind: str, block_d: int) -> dict[str, int]:
+    if torch.float32 in (q.dtype, k_cache.dtype) or block_d > 128:  # large elements, heads: shared memory is small
         return {**_SIZES[kind], "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
     return tuned(q.device, f"paged_attention {kind} {block_d}", **_SIZES[kind])
 
@@ -255,34 +407,38 @@ def _sizes(q: Tensor, kind: str, block_d: int) -> dict[str, int]:
 )
 def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, cu_seqlens_q: Tensor,
-    max_seqlen_q: int, block_size: int, scale: float | None = None,
+    max_seqlen_q: int, block_size: int, scale: float | None = None, window: int = 0,
 ) -> Tensor:  # fmt: skip
     """Causal attention of each sequence's newest tokens to all of its tokens, in blocks.
 
-    q [N, H, D], all sequences' queries one after another; k_cache and v_cache [slots, H_kv, D]; block_tables [S, W]
-    int32, the blocks of each sequence in order; context_lens [S] int32, tokens of each, the queries included;
-    cu_seqlens_q [S + 1] int32. No sequence has more than `max_seqlen_q` queries. -> [N, H, D] in q's dtype. A sequence
-    of context 0 gets 0 (that is how a batch is padded). Raises TypeError and ValueError with the argument's name.
+    q [N, H, D], all sequences' queries one after another; k_cache and v_cache [slots, H_kv, D], fp16, bf16 or fp32
+    whatever q is; block_tables [S, W] int32, the blocks of each sequence in order; context_lens [S] int32, tokens of
+    each, the queries included; cu_seqlens_q [S + 1] int32. No sequence has more than `max_seqlen_q` queries. `window`
+    > 0: a query sees its own key and those of the window - 1 tokens before it, and no block before that is looked at.
+    -> [N, H, D] in q's dtype. Rows behind the last sequence's, and those of a sequence of context 0, get 0 (that is how
+    a batch is padded). Raises TypeError and ValueError with the argument's name.
     """
     tokens, heads, size = q.shape
-    out = torch.empty((tokens, heads, size), dtype=q.dtype, device=q.device)
     sequences, kv_heads, decode = len(context_lens), k_cache.shape[1], max_seqlen_q == 1
     if tokens == 0 or sequences == 0:
-        return out
+        return torch.zeros((tokens, heads, size), dtype=q.dtype, device=q.device)
+    out = torch.empty((tokens, heads, size), dtype=q.dtype, device=q.device)
     block_d, block_g = max(16, next_power_of_2(size)), next_power_of_2(heads // kv_heads)
     parts = splits(sequences, kv_heads, q.device) if decode else 1
-    sizes = _sizes(q, "prefill" if not decode else "split" if parts > 1 else "decode", block_d)
+    if window:  # no more parts than it has tiles
+        parts = min(parts, next_power_of_2(ceil_div(window, 128)))
+    sizes = _sizes(q, k_cache, "prefill" if not decode else "split" if parts > 1 else "decode", block_d)
     block_q = max(1, max(16, sizes.pop("BLOCK_M")) // block_g)
     target = out if parts == 1 else torch.empty((tokens, heads, parts, size), dtype=torch.float32, device=q.device)
     lse = target if parts == 1 else torch.empty((tokens, heads, parts), dtype=torch.float32, device=q.device)
-    blocks = sequences if decode else tokens // block_q + sequences
+    blocks = max(tokens, sequences) if decode else tokens // block_q + sequences + 1  # the last: padding
     q = q if q.stride(1) == size else q.contiguous()
     scale = (size**-0.5 if scale is None else scale) * math.log2(math.e)
     paged_attention_kernel[(blocks, kv_heads, parts)](
-        q, k_cache, v_cache, target, lse, block_tables, context_lens, cu_seqlens_q, sequences,
+        q, k_cache, v_cache, target, lse, block_tables, context_lens, cu_seqlens_q, tokens, sequences,
         q.stride(0), block_tables.stride(0), scale,
-        H_KV=kv_heads, GROUP=heads // kv_heads, D=size, BLOCK_SIZE=block_size, SPLITS=parts, DECODE=decode,
-        PRECISION="ieee", BLOCK_Q=block_q, BLOCK_G=block_g, BLOCK_D=block_d, **pdl(q.device), **sizes,
+        H_KV=kv_heads, GROUP=heads // kv_heads, D=size, BLOCK_SIZE=block_size, SPLITS=parts, WINDOW=window,
+        DECODE=decode, PRECISION="ieee", BLOCK_Q=block_q, BLOCK_G=block_g, BLOCK_D=block_d, **pdl(q.device), **sizes,
     )  # fmt: skip
     if parts > 1:
         join_kernel[(tokens * heads,)](

@@ -8,6 +8,7 @@ Sources: Zhang and Sennrich, 2019, "Root Mean Square Layer Normalization"; the f
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .common import arguments, ceil_div, next_power_of_2, operation, pdl, previous_done, tl, triton, tuned
@@ -22,7 +23,9 @@ def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def torch_path(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Statistics in fp32, as Hugging Face's Llama rounds them."""
+    """Statistics in fp32, as Hugging Face's Llama rounds them: torch's own operation does so only in fp32."""
+    if x.dtype == weight.dtype == torch.float32:
+        return F.rms_norm(x, weight.shape, weight, eps)
     x32 = x.float()  # fp16 squares overflow, and a bf16 mean is rounded
     x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
     return weight * x32.to(x.dtype)

@@ -14,8 +14,6 @@ Sources: Su et al., 2021, "RoFormer", with Hugging Face's layout of pairs (the h
 (Kwon et al., 2023).
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -23,26 +21,52 @@ from .common import arguments, ceil_div, next_power_of_2, operation, pdl, previo
 from .rms_norm import reference as norm_reference
 from .rms_norm import torch_path as norm_torch_path
 
-__all__ = ["rope", "rope_and_cache"]
+__all__ = ["apply_rope", "rope", "rope_and_cache", "rope_factors"]
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """A rotated copy.  x [N, heads, D], cos and sin [N, D/2] -> [N, heads, D]"""
-    cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)  # [N, 1, D/2]
-    first, second = x.chunk(2, dim=-1)  # [N, heads, D/2] each
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)  # [N, heads, D]
+def rope_factors(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What both halves of a head are multiplied by, and what each half's partner is.
+
+    cos, sin [..., D/2] -> [..., 1, D] each, the same for all heads: (cos, cos) and (-sin, sin). Computed once, they
+    serve all layers of a step.
+    """
+    cos, sin = cos.to(dtype), sin.to(dtype)
+    return torch.cat((cos, cos), -1).unsqueeze(-2), torch.cat((-sin, sin), -1).unsqueeze(-2)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each pair (x[i], x[i + D/2]) by its angle.  x [..., heads, D] -> [..., heads, D]
+
+    cos and sin are [..., D/2], or what `rope_factors` makes of them for x's dtype. Pairs are the two halves of a head,
+    as in Hugging Face checkpoints (the paper pairs neighbors; the two differ by a fixed permutation).
+    """
+    if cos.shape[-1] != x.shape[-1]:
+        cos, sin = rope_factors(cos, sin, x.dtype)
+    return (x * cos).add_(_partners(x).mul_(sin))
+
+
+def _partners(x: Tensor) -> Tensor:
+    """A copy with the halves of each head swapped."""
+    return x.roll(x.shape[-1] // 2, -1)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """`apply_rope` in place."""
+    partners = _partners(x)
+    x.mul_(cos).add_(partners.mul_(sin))
 
 
 def reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     """In fp64, then written back."""
     for x in (q, k):
-        x.copy_(rotated(x.double(), cos.double(), sin.double()))
+        x.copy_(apply_rope(x.double(), cos.double(), sin.double()))
 
 
 def torch_path(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """By torch, written back."""
+    """By torch, in place."""
+    cos, sin = rope_factors(cos, sin, q.dtype)
     for x in (q, k):
-        x.copy_(rotated(x, cos, sin))
+        _turn(x, cos, sin)
 
 
 def cache_reference(
@@ -50,7 +74,10 @@ def cache_reference(
     q_weight: Tensor | None = None, k_weight: Tensor | None = None, eps: float = 1e-6,
 ) -> None:  # fmt: skip
     """`reference` on q and a copy of k, normed if there are weights; then rows copied to their slots."""
-    k = _normed(q, k, q_weight, k_weight, eps, norm_reference)
+    k = k.clone()
+    if q_weight is not None and k_weight is not None:
+        q.copy_(norm_reference(q, q_weight, eps))
+        k.copy_(norm_reference(k, k_weight, eps))
     reference(q, k, cos, sin)
     _store(k, v, k_cache, v_cache, slots)
 
@@ -59,26 +86,20 @@ def cache_torch_path(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor,
     q_weight: Tensor | None = None, k_weight: Tensor | None = None, eps: float = 1e-6,
 ) -> None:  # fmt: skip
-    """`torch_path` on q and a copy of k, normed if there are weights; then rows copied to their slots."""
-    k = _normed(q, k, q_weight, k_weight, eps, norm_torch_path)
-    torch_path(q, k, cos, sin)
-    _store(k, v, k_cache, v_cache, slots)
-
-
-def _normed(
-    q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, norm: Callable
-) -> Tensor:
-    """Norm the heads of q in place, those of k in a copy."""
-    if q_weight is None:
-        return k.clone()
-    q.copy_(norm(q, q_weight, eps))
-    return norm(k, k_weight, eps)
+    """As `torch_path`, q and k normed if there are weights; then rows copied to their slots."""
+    factors = rope_factors(cos, sin, q.dtype)
+    if q_weight is not None and k_weight is not None:
+        q.copy_(norm_torch_path(q, q_weight, eps))
+        k = norm_torch_path(k, k_weight, eps)
+    _turn(q, *factors)
+    _store(apply_rope(k, *factors), v, k_cache, v_cache, slots)
 
 
 def _store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    used = slots >= 0
-    k_cache[slots[used]] = k[used].to(k_cache.dtype)
-    v_cache[slots[used]] = v[used].to(v_cache.dtype)
+    if len(slots) and slots.min() < 0:
+        used = slots >= 0
+        slots, k, v = slots[used], k[used], v[used]
+    k_cache[slots], v_cache[slots] = k.to(k_cache.dtype), v.to(v_cache.dtype)
 
 
 def check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -114,9 +135,9 @@ def cache_check(
         raise ValueError(f"slots: expected [{q.shape[0]}] of int32 or int64, got {list(slots.shape)}, {slots.dtype}")
     if (q_weight is None) != (k_weight is None):
         raise ValueError("k_weight: expected weights for both q and k, or for none")
-    for name, x in (("q_weight", q_weight), ("k_weight", k_weight)):
-        if x is not None and (x.shape != q.shape[2:] or not x.is_contiguous()):
-            raise ValueError(f"{name}: expected [{q.shape[2]}], contiguous, got {list(x.shape)}")
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight is not None and (weight.shape != q.shape[2:] or not weight.is_contiguous()):
+            raise ValueError(f"{name}: expected [{q.shape[2]}], contiguous, got {list(weight.shape)}")
 
 
 @triton.jit
@@ -231,5 +252,5 @@ def rope_and_cache(
     each token, no two alike; -1 writes nowhere. With q_weight and k_weight [D] every head of q and k goes through
     RMSNorm first (Qwen3).
     """
-    weights = None if q_weight is None else (q_weight, k_weight)
+    weights = None if q_weight is None or k_weight is None else (q_weight, k_weight)
     _launch(q, k, cos, sin, (v, k_cache, v_cache, slots), weights, eps)

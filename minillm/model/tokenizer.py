@@ -11,9 +11,10 @@ A text becomes ids in five steps:
 The merge table is learned: `Tokenizer.train` joins the most frequent pair of a text, again and again.
 
 The constructor takes what Hugging Face's `tokenizer.json` holds, `save` writes it back: one form, no conversion. The
-byte-level family is read (GPT-2, SmolLM2, Llama 3, Qwen3), anything else is refused. Files are JSON; nothing is
-unpickled. Unicode grows, and the tables behind `regex` and behind Hugging Face's library may be a version apart: the
-two agree on every code point that Python 3.11 knows (the tests try them all), and may split a newer one differently.
+byte-level family is read (GPT-2, SmolLM2, Llama 3, Qwen3), anything else is refused; `load_tokenizer` of
+`tokenizer_hf.py` then lets Hugging Face's library serve it. Files are JSON; nothing is unpickled. Unicode grows, and
+the tables behind `regex` and behind Hugging Face's library may be a version apart: the two agree on every code point
+that Python 3.11 knows (the tests try them all), and may split a newer one differently.
 
 Sources: Sennrich, Haddow and Birch, 2016, "Neural Machine Translation of Rare Words with Subword Units"; Radford et
 al., 2019, "Language Models are Unsupervised Multitask Learners" (bytes instead of characters).
@@ -21,13 +22,11 @@ al., 2019, "Language Models are Unsupervised Multitask Learners" (bytes instead 
 
 import codecs
 import heapq
-import json
 import os
-import time
+import sys
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from itertools import pairwise
 from operator import index
 from pathlib import Path
@@ -35,11 +34,15 @@ from typing import Any
 
 import regex
 
-__all__ = ["BYTE_TO_CHAR", "GPT2_PATTERN", "StreamDecoder", "Tokenizer", "merge_pair"]
+from ..files import byte_level_bpe, write_json
+from .chat import ChatFormat
+from .tokenizer_files import TokenizerFiles, read_tokenizer_files
+
+__all__ = ["BYTE_TO_CHAR", "GPT2_PATTERN", "NotByteLevel", "StreamDecoder", "Tokenizer", "merge_pair"]
 
 # GPT-2's word: a contraction; a run of letters, of digits or of signs, with the space before it; a run of white space.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-CACHED_WORDS = 50_000  # words whose ids are remembered, since a text repeats its words
+CACHE_BYTES = 16_000_000  # of words whose ids are remembered, since a text repeats its words
 
 
 def _byte_characters() -> list[str]:
@@ -55,9 +58,6 @@ def _byte_characters() -> list[str]:
 
 BYTE_TO_CHAR = _byte_characters()
 CHAR_TO_BYTE = {character: byte for byte, character in enumerate(BYTE_TO_CHAR)}
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-DIGITS = {"type": "Digits", "individual_digits": True}
-DIGITS_THEN_GPT2 = {"type": "Sequence", "pretokenizers": [DIGITS, BYTE_LEVEL]}  # as SmolLM2
 
 
 def merge_pair(ids: Sequence[int], pair: tuple[int, int], new_id: int) -> list[int]:
@@ -71,12 +71,17 @@ def merge_pair(ids: Sequence[int], pair: tuple[int, int], new_id: int) -> list[i
     return merged
 
 
-class Tokenizer:
+class NotByteLevel(ValueError):
+    """A `tokenizer.json` that is not byte-level BPE, or has a part that this file does not read."""
+
+
+class Tokenizer(ChatFormat):
     """A byte-level BPE tokenizer; `Tokenizer.from_pretrained` and `Tokenizer.train` make one.
 
     spec: the content of a `tokenizer.json`. bos_token, eos_token: the special tokens that begin and end a sequence, if
-    there are any. chat_template: Jinja source that turns messages into a prompt.
-    Raises ValueError when `spec` is not byte-level BPE, with what was expected and what it asks for.
+    there are any. chat_template: Jinja source that turns messages into a prompt. named_tokens: other special tokens
+    that the template may name, {"pad_token": "<|pad|>"}.
+    Raises NotByteLevel, a ValueError, when `spec` is not byte-level BPE, with what was expected and what it asks for.
     """
 
     def __init__(
@@ -84,22 +89,40 @@ class Tokenizer:
         spec: dict[str, Any],
         bos_token: str | None = None,
         eos_token: str | None = None,
-        chat_template: str | None = None,
+        chat_template: str | dict[str, str] | None = None,
+        named_tokens: dict[str, str] | None = None,
     ) -> None:
         self._spec, self.chat_template = spec, chat_template
-        model = _model(spec.get("model"))
-        self.special_tokens: dict[str, int] = _added_tokens(spec)
+        try:
+            self._read(spec)
+        except NotByteLevel:
+            raise
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError, regex.error) as e:
+            raise NotByteLevel(f"tokenizer.json: not the expected form ({type(e).__name__}: {e})") from e
+        self.bos_token, self.bos_token_id = bos_token, self._special_id("bos_token", bos_token)
+        self.eos_token, self.eos_token_id = eos_token, self._special_id("eos_token", eos_token)
+        own = {"bos_token": bos_token, "eos_token": eos_token}
+        self.named_tokens = {**(named_tokens or {}), **{name: token for name, token in own.items() if token}}
+        self._cache: dict[str, list[int]] = {}
+        self._cache_bytes = 0
+
+    def _read(self, spec: dict[str, Any]) -> None:
+        model, added = _model(spec.get("model")), _added_tokens(spec)
+        self.special_tokens: dict[str, int] = {token["content"]: token["id"] for token in added}
         vocab: dict[str, int] = {**model["vocab"], **self.special_tokens}
-        if sorted(vocab.values()) != list(range(len(vocab))):
-            raise ValueError("tokenizer.json: expected the ids 0, 1, 2, ... once each, got gaps or repeats")
+        _expect(sorted(vocab.values()) == list(range(len(vocab))), "the ids 0, 1, 2, ... once each", "gaps or repeats")
         self._token_bytes = [b""] * len(vocab)
         for token, i in vocab.items():
             self._token_bytes[i] = token.encode() if token in self.special_tokens else _bytes(token)
-        self._hidden = {token["id"] for token in spec.get("added_tokens") or [] if token.get("special")}
-        longest_first = sorted(self.special_tokens, key=len, reverse=True)
-        self._special = regex.compile("(" + "|".join(map(regex.escape, longest_first)) + ")") if longest_first else None
+        self._hidden = {token["id"] for token in added if token.get("special")}
         self._nfc = _is_nfc(spec.get("normalizer"))
+        # Most added tokens are looked for in the text as it comes, some (of code models) in the normalized one.
+        self._special = _any_of(token["content"] for token in added if not token.get("normalized"))
+        late = {self._normalize(token["content"]): token["id"] for token in added if token.get("normalized")}
+        self._late, self._late_special = late, _any_of(late)
         self._patterns = [regex.compile(pattern) for pattern in _split_patterns(spec.get("pre_tokenizer"))]
+        decoder = _steps(spec.get("decoder", {"type": "ByteLevel"}), "decoders")
+        _expect([step.get("type") for step in decoder] == ["ByteLevel"], "the decoder ByteLevel", decoder)
         # A byte that has no token becomes `unk_token`, or is dropped when there is none: Hugging Face's rule. SmolLM2
         # lacks 8 of the 243 bytes that occur in UTF-8: six control characters and the lead bytes F1 and F2 of code
         # points that hardly anyone uses.
@@ -108,10 +131,7 @@ class Tokenizer:
         self._merges = _merge_table(model["merges"], vocab)
         # Llama 3: a word that is a token is taken as it is, whether merges lead there or not.
         self._whole_words = model["vocab"] if model.get("ignore_merges") else {}
-        self._before, self._after = _template_ids(spec.get("post_processor"), vocab)
-        self.bos_token, self.bos_token_id = bos_token, self._special_id("bos_token", bos_token)
-        self.eos_token, self.eos_token_id = eos_token, self._special_id("eos_token", eos_token)
-        self._cache: dict[str, list[int]] = {}
+        self._before, self._after = _template_ids(spec.get("post_processor"))
 
     def _special_id(self, name: str, token: str | None) -> int | None:
         if token is not None and token not in self.special_tokens:
@@ -138,20 +158,22 @@ class Tokenizer:
         Words are split as SmolLM2 does. The ids are: special tokens, the 256 bytes in the order of their printable
         characters, merges in the order learned. Of equally frequent pairs the one with the smallest ids wins. Both are
         the rules of Hugging Face's `BpeTrainer`, so that both learn the same. Fewer merges come back when every word
-        has become one token.
+        has become one token. `eos_token` is the padding token too, as is usual where there is no other.
         """
         if not isinstance(num_merges, int) or isinstance(num_merges, bool) or num_merges < 0:
             raise ValueError(f"num_merges: expected an integer, 0 or more, got {num_merges!r}")
         if isinstance(special_tokens, str) or len(set(special_tokens)) < len(special_tokens) or "" in special_tokens:
             raise ValueError(f"special_tokens: expected different strings, none empty, got {special_tokens!r}")
         tokens = [*special_tokens, *sorted(BYTE_TO_CHAR)]
-        bare = cls(_trained(tokens, [], special_tokens), eos_token=eos_token)
+        special = range(len(special_tokens))
+        bare = cls(byte_level_bpe(tokens, [], special), eos_token=eos_token)
         counts: Counter[str] = Counter()
         for document in [text] if isinstance(text, str) else text:
             counts.update(bare._words(_text(document)))
         words = [[bare._byte_ids[byte] for byte in word.encode()] for word in counts]
         merges = _learn(words, list(counts.values()), tokens, num_merges)
-        return cls(_trained(tokens, merges, special_tokens), eos_token=eos_token)
+        named = {"pad_token": eos_token} if eos_token else {}
+        return cls(byte_level_bpe(tokens, merges, special), eos_token=eos_token, named_tokens=named)
 
     # ---- text to ids -----------------------------------------------------------------------------------------------
 
@@ -171,24 +193,38 @@ class Tokenizer:
                     ids.extend(self._encode_word(word))
         return [*self._before, *ids, *self._after] if add_special_tokens else ids
 
+    def _normalize(self, text: str) -> str:
+        return unicodedata.normalize("NFC", text) if self._nfc else text
+
     def _words(self, text: str) -> list[str]:
         """Split `text`: each pattern divides what the one before it left. Joined, the words are the normalized text."""
-        words = [unicodedata.normalize("NFC", text) if self._nfc else text]
-        for pattern in self._patterns:
-            words = [piece for word in words for piece in _isolate(pattern, word)]
+        text, words = self._normalize(text), []
+        for i, part in enumerate(self._late_special.split(text) if self._late_special else [text]):
+            pieces = [part]
+            for pattern in self._patterns if i % 2 == 0 else []:  # the others are tokens as they are
+                pieces = [piece for word in pieces for piece in _isolate(pattern, word)]
+            words += pieces
         return words
 
     def _encode_word(self, word: str) -> list[int]:
+        if word in self._late:
+            return [self._late[word]]
         ids = self._cache.get(word)
         if ids is None:
             data = word.encode()
             whole = self._whole_words.get("".join(BYTE_TO_CHAR[byte] for byte in data)) if self._whole_words else None
             spelled = [i for byte in data if (i := self._byte_ids[byte]) is not None]
             ids = self._join(spelled) if whole is None else [whole]
-            if len(self._cache) >= CACHED_WORDS:
-                self._cache.clear()
-            self._cache[word] = ids
+            self._remember(word, ids)
         return ids
+
+    def _remember(self, word: str, ids: list[int]) -> None:
+        size = sys.getsizeof(word) + sys.getsizeof(ids) + 100  # and its place in the dictionary
+        if self._cache_bytes + size > CACHE_BYTES:
+            self._cache, self._cache_bytes = {}, 0
+        if size <= CACHE_BYTES // 100:  # a word as long as that will hardly come again
+            self._cache[word] = ids
+            self._cache_bytes += size
 
     def _join(self, ids: list[int]) -> list[int]:
         """Join neighbors, best rank first and leftmost of equals, until no pair is in the merge table.
@@ -225,65 +261,52 @@ class Tokenizer:
         return self._token_bytes[token_id]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """The text of `ids`. Bytes that are not UTF-8 become U+FFFD, the replacement character."""
-        hidden = self._hidden if skip_special_tokens else ()
-        return b"".join(self.token_bytes(i) for i in map(index, ids) if i not in hidden).decode(errors="replace")
+        """The text of `ids`. Bytes that are not UTF-8 become U+FFFD, the replacement character.
 
-    # ---- chat ------------------------------------------------------------------------------------------------------
-
-    def apply_chat_template(
-        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any
-    ) -> str:
-        """The prompt for [{"role": ..., "content": ...}, ...], in the form that the model was trained on.
-
-        `variables` reach the template (Qwen3: `enable_thinking=False`). A template is a program that came with the
-        model, from a stranger: it runs in Jinja's sandbox, with the settings that transformers uses.
+        An id of `vocab_size` or more has no text: a model's vocabulary is often padded, and such an id can be sampled.
         """
-        if self.chat_template is None:
-            raise ValueError("chat_template: this tokenizer has none; give it one, or encode a plain prompt")
-        if isinstance(messages, str | dict) or not all(isinstance(message, dict) for message in messages):
-            raise ValueError(f'messages: expected a list of {{"role": ..., "content": ...}}, got {messages!r}')
-        known = {"tools": None, "documents": None, "bos_token": self.bos_token or "", "eos_token": self.eos_token or ""}
-        known |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
-        return _template(self.chat_template).render(known | variables)
+        decoder = self.stream_decoder(skip_special_tokens)
+        return "".join(decoder.push(i) for i in ids) + decoder.flush()
+
+    def stream_decoder(self, skip_special_tokens: bool = False) -> "StreamDecoder":
+        """What turns tokens that arrive one by one into text."""
+        return StreamDecoder(self, skip_special_tokens)
 
     # ---- files -----------------------------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike) -> "Tokenizer":
-        """Read a Hugging Face directory: `tokenizer.json`; `tokenizer_config.json` and `chat_template.jinja` if there.
+        """Read a Hugging Face directory: `tokenizer.json`, and what `tokenizer_files.py` says if it is there.
 
-        Raises FileNotFoundError without a tokenizer.json, ValueError for a damaged file or a tokenizer that is not
-        byte-level BPE.
+        Raises FileNotFoundError without a tokenizer.json, ValueError for a damaged file, NotByteLevel for a tokenizer
+        of another family; `load_tokenizer` reads those too.
         """
-        folder = Path(directory)
-        if not (folder / "tokenizer.json").is_file():
-            raise FileNotFoundError(f"{folder / 'tokenizer.json'}: not found; expected a Hugging Face model directory")
-        config = _read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-        template = config.get("chat_template")
-        if isinstance(template, list):  # several, each with a name
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        if (folder / "chat_template.jinja").is_file():
-            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        named = [config.get("bos_token"), config.get("eos_token")]
-        bos, eos = (token["content"] if isinstance(token, dict) else token for token in named)
-        return cls(_read_json(folder / "tokenizer.json"), bos, eos, template)
+        return cls.from_files(read_tokenizer_files(directory))
+
+    @classmethod
+    def from_files(cls, files: TokenizerFiles) -> "Tokenizer":
+        """The tokenizer of files that are read already."""
+        named = files.named_tokens
+        _expect(not files.config.get("split_special_tokens"), "split_special_tokens to be off", True)
+        return cls(files.spec, named.get("bos_token"), named.get("eos_token"), files.chat_template, named)
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write the files that `from_pretrained`, transformers and tokenizers read. Each appears whole or not."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        config |= {"bos_token": self.bos_token, "eos_token": self.eos_token, "chat_template": self.chat_template}
-        _write(folder / "tokenizer.json", self._spec)
-        _write(folder / "tokenizer_config.json", config)
+        template, named = self.chat_template, {"bos_token": None, "eos_token": None, **self.named_tokens}
+        if isinstance(template, dict):
+            template = [{"name": name, "template": source} for name, source in template.items()]
+        write_json(folder / "tokenizer.json", self._spec)
+        write_json(folder / "tokenizer_config.json", {**config, **named, "chat_template": template})
 
 
 class StreamDecoder:
     """Text for tokens that arrive one by one, never half a character.
 
     A character of UTF-8 is one to four bytes, spread over as many tokens or fewer. What is not whole yet waits here.
-    All pieces joined, `flush()` included, are `tokenizer.decode` of all ids.
+    All pieces joined, `flush()` included, are `tokenizer.decode` of all ids. An id beyond the vocabulary adds nothing.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = False) -> None:
@@ -293,8 +316,9 @@ class StreamDecoder:
 
     def push(self, token_id: int) -> str:
         """The characters that this token completes; "" while one is still open."""
-        data = self._tokenizer.token_bytes(token_id)
-        return "" if index(token_id) in self._hidden else self._utf8.decode(data)
+        i = index(token_id)
+        beyond = i >= self._tokenizer.vocab_size
+        return "" if beyond or i in self._hidden else self._utf8.decode(self._tokenizer.token_bytes(i))
 
     def flush(self) -> str:
         """What is left at the end: "", or U+FFFD for a character that never became whole."""
@@ -345,30 +369,12 @@ def _learn(words: list[list[int]], counts: list[int], tokens: list[str], num_mer
     return merges
 
 
-def _trained(tokens: list[str], merges: list[list[str]], special_tokens: Sequence[str]) -> dict[str, Any]:
-    """The `tokenizer.json` for tokens whose ids are their places in the list, special ones first."""
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    options = dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"))
-    options |= dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False)
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": i, "content": token, **flags} for i, token in enumerate(special_tokens)],
-        "normalizer": None,
-        "pre_tokenizer": DIGITS_THEN_GPT2,
-        "post_processor": None,
-        "decoder": BYTE_LEVEL,
-        "model": {"type": "BPE", **options, "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges},
-    }
-
-
 # ---- reading tokenizer.json: what is understood, and an error for everything else ----------------------------------
 
 
 def _expect(holds: bool, expected: str, got: Any) -> None:
     if not holds:
-        raise ValueError(f"tokenizer.json: expected {expected}, as in byte-level BPE, got {got!r}")
+        raise NotByteLevel(f"tokenizer.json: expected {expected}, as in byte-level BPE, got {got!r}")
 
 
 def _model(model: Any) -> dict[str, Any]:
@@ -381,14 +387,28 @@ def _model(model: Any) -> dict[str, Any]:
     return model
 
 
-def _added_tokens(spec: dict[str, Any]) -> dict[str, int]:
-    """Added tokens and their ids. All of them are cut out of a text before anything else happens to it."""
-    tokens = spec.get("added_tokens") or []
+def _steps(spec: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
+    """One part of a tokenizer as a flat list of steps, however its sequences are nested."""
+    if spec is None:
+        return []
+    if spec.get("type") != "Sequence":
+        return [spec]
+    return [step for part in spec[name] for step in _steps(part, name)]
+
+
+def _added_tokens(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    """Added tokens. They are cut out of a text before it is split into words; one without a letter is nowhere in it."""
+    tokens = [token for token in spec.get("added_tokens") or [] if token["content"]]
     for token in tokens:
         on = [flag for flag in ("single_word", "lstrip", "rstrip") if token.get(flag)]
-        on += ["normalized"] if token.get("normalized") and spec.get("normalizer") else []
-        _expect(not on, f"the added token {token.get('content')!r} to be matched literally", on)
-    return {token["content"]: token["id"] for token in tokens}
+        _expect(not on, f"the added token {token['content']!r} to be matched literally", on)
+    return tokens
+
+
+def _any_of(tokens: Iterable[str]) -> regex.Pattern | None:
+    """What finds any of the tokens, the longest where several begin."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return regex.compile("(" + "|".join(map(regex.escape, longest_first)) + ")") if longest_first else None
 
 
 def _bytes(token: str) -> bytes:
@@ -397,15 +417,14 @@ def _bytes(token: str) -> bytes:
 
 
 def _is_nfc(normalizer: dict[str, Any] | None) -> bool:
-    kind = normalizer and normalizer.get("type")
-    _expect(kind in (None, "NFC"), "normalizer null or NFC", kind)
-    return kind == "NFC"
+    kinds = [step.get("type") for step in _steps(normalizer, "normalizers")]
+    _expect(set(kinds) <= {"NFC"}, "normalizer null or NFC", kinds)
+    return bool(kinds)
 
 
 def _split_patterns(pre_tokenizer: dict[str, Any] | None) -> list[str]:
     """The regular expressions that split a text into words, in order."""
-    spec = pre_tokenizer or {}
-    steps = spec.get("pretokenizers", []) if spec.get("type") == "Sequence" else [spec]
+    steps = _steps(pre_tokenizer, "pretokenizers")
     kinds = [step.get("type") for step in steps]
     known = kinds[-1:] == ["ByteLevel"] and set(kinds[:-1]) <= {"Digits", "Split"}
     _expect(known, "pre_tokenizer steps Digits and Split, then ByteLevel", kinds)
@@ -445,11 +464,10 @@ def _merge_table(merges: list, vocab: dict[str, int]) -> dict[tuple[int, int], t
     return table
 
 
-def _template_ids(post_processor: dict[str, Any] | None, vocab: dict[str, int]) -> tuple[list[int], list[int]]:
+def _template_ids(post_processor: dict[str, Any] | None) -> tuple[list[int], list[int]]:
     """The ids that the post-processor puts before and behind a text."""
-    spec = post_processor or {"type": "ByteLevel"}
     before, after = [], []
-    for step in spec["processors"] if spec.get("type") == "Sequence" else [spec]:
+    for step in _steps(post_processor, "processors"):
         kind = step.get("type")
         _expect(kind in ("ByteLevel", "TemplateProcessing"), "post_processor ByteLevel or TemplateProcessing", kind)
         side = before  # ByteLevel has no `single`: it only moves character offsets, which nobody asks us for
@@ -457,7 +475,7 @@ def _template_ids(post_processor: dict[str, Any] | None, vocab: dict[str, int]) 
             if "Sequence" in item:
                 side = after
             else:
-                side.append(vocab[item["SpecialToken"]["id"]])
+                side += step["special_tokens"][item["SpecialToken"]["id"]]["ids"]
     return before, after
 
 
@@ -472,39 +490,3 @@ def _text(text: Any) -> str:
     except UnicodeEncodeError as e:
         raise ValueError(f"text: expected Unicode, got a lone surrogate at position {e.start}") from None
     return text
-
-
-@lru_cache(maxsize=16)
-def _template(source: str) -> Any:
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    jinja.filters["tojson"] = lambda value, ensure_ascii=False, **options: json.dumps(
-        value, ensure_ascii=ensure_ascii, **options
-    )
-    jinja.globals |= {"raise_exception": _refuse_messages, "strftime_now": time.strftime}
-    return jinja.from_string(source)
-
-
-def _refuse_messages(message: str) -> None:
-    raise ValueError(f"messages: the chat template refuses them: {message}")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise ValueError(f"{path}: not valid JSON ({e}); the download may be cut off: fetch the model again") from e
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    """Write beside the target and rename over it: a reader sees the old file or the new one."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..kernels import KERNELS
+from ..kernels import KERNELS, rope_factors
 from .layers import MLP, Attention, Batch, Cache, LayerCache, NoCache, RMSNorm, Rope, rope_tables
 from .linear import LinearFactory, dense
 
@@ -107,6 +107,8 @@ class Transformer(nn.Module):
             for i, layer in enumerate(self.layers):
                 branch, stream = layer.fused(branch, stream, rope, caches[i], batch)
             return self.norm.add(branch, stream)[0]
+        if KERNELS["rope"].path(x) == "torch":
+            rope = rope_factors(*rope, x.dtype)  # once for all layers
         for i, layer in enumerate(self.layers):
             x = layer(x, rope, caches[i], batch)
         return self.norm(x)

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .. import fetch
 from ..config import ModelConfig
-from . import fetch
+from ..files import atomic_directory, write_model
 from .checkpoint import PICKLED, Checkpoint, weight_files
 from .linear import Linear, LinearFactory, dense, floating
 from .tokenizer import Tokenizer
@@ -270,6 +271,6 @@ def save(model: Transformer, directory: str | os.PathLike) -> Path:
     for prefix, module in _modules(model):
         own = module.tensors() if isinstance(module, Linear) else dict(module.named_parameters(recurse=False))
         tensors.update({prefix + name: tensor.detach().contiguous() for name, tensor in own.items()})
-    with fetch.atomic_directory(Path(directory)) as folder:
-        fetch.write_model(folder, model.config, tensors)
+    with atomic_directory(Path(directory)) as folder:
+        write_model(folder, model.config, tensors)
     return Path(directory)

@@ -38,15 +38,15 @@ def oracle(prompt: tuple[int, ...], params: SamplingParams, limit: int, device: 
 
 @pytest.fixture
 def broken_sampling(monkeypatch) -> None:
-    """Sampling raises for whoever asks for top_k=3."""
-    sample = Runner._sample
+    """Drawing raises for whoever asks for a filter."""
+    choose = Runner._choose
 
-    def broken(self, logits, requests):
-        if any(r.params.top_k == 3 for r in requests):
+    def broken(self, logits, filtered):
+        if filtered:
             raise ValueError("top-k")
-        return sample(self, logits, requests)
+        return choose(self, logits, filtered)
 
-    monkeypatch.setattr(Runner, "_sample", broken)
+    monkeypatch.setattr(Runner, "_choose", broken)
 
 
 def run(engine: Engine, steps: int = 2000) -> None:

@@ -8,6 +8,7 @@ import torch
 from minillm.engine import batch
 from minillm.engine.engine import Engine
 from minillm.engine.metrics import EngineMetrics, Histogram
+from minillm.engine.runner import Results
 from minillm.generate import naive
 from minillm.sampling import SamplingParams
 
@@ -34,12 +35,12 @@ class Breaks:
 
     def __init__(self, engine: Engine, token: int, error: BaseException) -> None:
         self.forward, self.token, self.error, self.calls = engine.runner._forward, token, error, 0
-        self.rows = engine.runner.rows
+        self.table = engine.runner.table
         engine.runner._forward = self
 
     def __call__(self, tokens: int, sequences: int, decode: bool) -> torch.Tensor:
         self.calls += 1
-        if self.token in self.rows.batch(tokens, sequences, decode).token_ids.tolist():
+        if self.token in self.table.batch(tokens, sequences, decode).token_ids.tolist():
             raise self.error
         return self.forward(tokens, sequences, decode)
 
@@ -63,13 +64,11 @@ class TestFaults:
         engine = engine_of(async_scheduling=async_scheduling)
         first = engine.requests[engine.add_request([1, 2], GREEDY)]
         engine.step()
-        from minillm.engine import runner
-
-        read = runner.Step.read
-        monkeypatch.setattr(runner.Step, "read", lambda self: (_ for _ in ()).throw(RuntimeError("device")))
+        read = Results.read
+        monkeypatch.setattr(Results, "read", lambda self: (_ for _ in ()).throw(RuntimeError("device")))
         while not first.finished:
             engine.step()
-        monkeypatch.setattr(runner.Step, "read", read)
+        monkeypatch.setattr(Results, "read", read)
         assert first.finish_reason == "error"
         [after] = outputs(engine, [(3, 4)], [GREEDY])
         assert after.output_token_ids == oracle((3, 4), GREEDY, 64)
@@ -102,7 +101,7 @@ class TestFaults:
             assert request.output_token_ids == oracle(prompt, GREEDY, 64)
 
     def test_blocks_that_could_not_be_copied_are_not_used(self, monkeypatch):
-        """The second completion's step needs a copy that fails: who was in it fails, the next request is right."""
+        """The second completion's step needs a copy that fails: it fails, its neighbor and the next request are right."""
         engine = engine_of()
         key = engine.add_request([1, 2, 3, 4, 5], SamplingParams(temperature=0, n=2, max_tokens=6, ignore_eos=True))
         requests = [engine.requests[key], engine.requests[f"{key}/1"]]
@@ -114,7 +113,10 @@ class TestFaults:
         monkeypatch.setattr(engine.runner.cache, "copy", failing)
         run(engine)
         assert_home(engine)
-        assert [request.finish_reason for request in requests] == ["error", "error"]
+        assert [request.finish_reason for request in requests] == ["length", "error"]
+        assert requests[0].output_token_ids == oracle(
+            (1, 2, 3, 4, 5), SamplingParams(temperature=0, max_tokens=6, ignore_eos=True), 64
+        )
         [after] = outputs(engine, [(3, 4)], [GREEDY])
         assert after.output_token_ids == oracle((3, 4), GREEDY, 64)
 

@@ -100,8 +100,9 @@ def schedules(device: str):
     )  # fmt: skip
     def check(arrivals, num_blocks, block_size, max_num_seqs, budget, prefix_caching, async_scheduling):
         engine = Engine(
-            tiny_model(device), num_blocks, block_size, max_num_seqs, budget, enable_prefix_caching=prefix_caching,
-            async_scheduling=async_scheduling, enforce_eager=True,
+            tiny_model(device), num_blocks=num_blocks, block_size=block_size, max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=budget, enable_prefix_caching=prefix_caching, async_scheduling=async_scheduling,
+            enforce_eager=True,
         )  # fmt: skip
         started = play(engine, arrivals)
         for request, prompt, params in started:

@@ -32,16 +32,24 @@ def check_step(scheduler: Scheduler, scheduled: list, copies: list) -> None:
     rows = [request.row for request in scheduler.running]
     assert len(set(rows)) == len(rows) <= scheduler.max_num_seqs
     assert all(0 <= row < scheduler.max_num_seqs for row in rows)
-    assert scheduler.running == sorted(scheduler.running, key=lambda r: r.rank)
-    assert scheduler.waiting == sorted(scheduler.waiting, key=lambda r: r.rank)
+    assert scheduler.running == sorted(scheduler.running, key=lambda r: r.precedence)
+    assert scheduler.waiting == sorted(scheduler.waiting, key=lambda r: r.precedence)
     assert all(not r.table.blocks and r.row < 0 for r in scheduler.waiting)  # who waits holds nothing
+    written: dict[int, Request] = {}
     for request, count in scheduled:
         assert request in scheduler.running
         assert count >= 1
         first, last = request.num_computed // size, (request.num_computed + count - 1) // size
         assert request.num_computed + count <= request.num_tokens
         assert len(request.table.blocks) > last
-        assert all(pool.references[b] == 1 for b in request.table.blocks[first : last + 1])  # nobody else reads there
+        for index in range(first, last + 1):
+            block = request.table.blocks[index]
+            assert written.setdefault(block, request) is request, "two write one block"
+            if pool.references[block] > 1:  # who reads it came in this very step, and takes it as full
+                readers = [r for r in scheduler.running if r is not request and block in r.table.blocks]
+                assert len(readers) == pool.references[block] - 1
+                assert all(r.num_computed >= (index + 1) * size for r in readers)
+                assert request.num_computed + count >= (index + 1) * size
     assert len({new for _, new in copies}) == len(copies)
     # Who ranks first among those that run is never left out.
     first = next((r for r in scheduler.running if not r.is_full), None)
@@ -126,7 +134,7 @@ def test_the_last_in_rank_is_preempted_and_comes_back_with_what_it_said():
         scheduler.add(request)
     for _ in range(12):
         scheduled, _ = scheduler.schedule()
-        seen.append({request.id: count for request, count in scheduled})
+        seen.append({request.request_id: count for request, count in scheduled})
         scheduler.advance(scheduled)
         deliver(scheduler, [request for request, _ in scheduled])
         if not (scheduler.running or scheduler.waiting):

@@ -7,7 +7,15 @@ from contextlib import nullcontext
 import torch
 
 from minillm.learn.footprint import footprint
-from minillm.learn.testing import exercise, expect, expect_close, expect_equal, expect_parts
+from minillm.learn.testing import (
+    exercise,
+    expect,
+    expect_close,
+    expect_equal,
+    expect_launches_compile,
+    expect_parts,
+    last,
+)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -129,6 +137,11 @@ class TestMaskedSoftmax:
         expect_equal("bytes of x read", seen.bytes_moved("x"), 4 * sum(lengths))
         expect_equal("bytes of y written", seen.bytes_moved("y"), 4 * y.numel())
 
+    @last
+    def test_compiles(self, impl):
+        """it compiles for a GPU, in fp16"""
+        expect_launches_compile(lambda: run_softmax(impl, randn(1, 100, dtype=torch.float16), [70]))
+
 
 # ---- 4.2
 
@@ -211,6 +224,13 @@ class TestAddRMSNorm:
         read = seen.bytes_moved("residual", of="loads")
         expect(read <= 8 * x.numel(), f"residual: expected at most {8 * x.numel()} bytes read\n  got {read}")
 
+    @last
+    def test_compiles(self, impl):
+        """it compiles for a GPU, in fp16"""
+        x, residual = (randn(1, 100, seed=s, dtype=torch.float16) for s in (0, 1))
+        args = (x, residual, randn(100, dtype=torch.float16), 100, 100, 100, 1e-5)
+        expect_launches_compile(lambda: launch(impl, (1,), *args, BLOCK=64))
+
 
 # ---- 4.3
 
@@ -283,6 +303,12 @@ class TestMatmulBias:
         expect_equal("bytes of x read", seen.bytes_moved("x"), 2 * 4 * x.numel())
         expect_equal("bytes of w read", seen.bytes_moved("w"), 3 * 4 * w.numel())
         expect_equal("bytes of y written", seen.bytes_moved("y"), 4 * y.numel())
+
+    @last
+    def test_compiles(self, impl):
+        """it compiles for a GPU, in fp16"""
+        x, w, bias = (randn(*shape, dtype=torch.float16) for shape in ((64, 64), (64, 64), (64,)))
+        expect_launches_compile(lambda: self._same(impl, x, w, bias, blocks=(64, 64, 32), atol=0.05, rtol=0.01))
 
 
 # ---- 4.4

@@ -6,7 +6,15 @@ import math
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minillm.learn.testing import exercise, expect, expect_close, expect_equal, expect_parts
+from minillm.learn.testing import (
+    exercise,
+    expect,
+    expect_close,
+    expect_equal,
+    expect_launches_compile,
+    expect_parts,
+    last,
+)
 
 INF = float("inf")
 
@@ -516,3 +524,9 @@ class TestFlashAlibi:
             largest.elements < 96 * 96,
             f"expected tensors of fewer than 9,216 elements\n  got one of {largest.elements:,}",
         )
+
+    @last
+    def test_compiles(self, impl):
+        """it compiles for a GPU, in fp16"""
+        q, k, v = on_device(*(randn(100, 64, seed=s).half() for s in range(3)))
+        expect_launches_compile(lambda: impl(q, k, v, 0.25, 64, 64))

@@ -8,7 +8,15 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from minillm.cache.blocks import OutOfBlocks
-from minillm.learn.testing import exercise, expect, expect_close, expect_equal, expect_raises
+from minillm.learn.testing import (
+    exercise,
+    expect,
+    expect_close,
+    expect_equal,
+    expect_launches_compile,
+    expect_raises,
+    last,
+)
 
 # ---- 7.1
 
@@ -683,3 +691,9 @@ class TestWindowDecode:
         with Arithmetic() as seen:
             run_window(impl, args, "64 tokens")
         expect(not seen.found, f"expected no arithmetic in torch\n  got {', '.join(sorted(seen.found))}")
+
+    @last
+    def test_compiles(self, impl):
+        """it compiles for a GPU, in fp16"""
+        args, _ = window_case([40], 9, 3, 64, 30, 16, torch.float16)
+        expect_launches_compile(lambda: impl(*args))

@@ -111,6 +111,20 @@ def masked_softmax_kernel(x_ptr, length_ptr, y_ptr, n, stride_x, BLOCK: tl.const
     tl.store(y_ptr + row * n + offs, y.to(y_ptr.dtype.element_ty), mask=offs < n)
 
 
+@wrong("4.1", "does not compile: the sum of a Python list of pieces")
+@triton.jit
+def masked_softmax_kernel(x_ptr, length_ptr, y_ptr, n, stride_x, BLOCK: tl.constexpr):
+    row, offs = tl.program_id(0), tl.arange(0, BLOCK)
+    length = tl.load(length_ptr + row)
+    x = tl.load(x_ptr + row * stride_x + offs, mask=offs < length, other=-float("inf")).to(tl.float32)
+    e = tl.exp(x - tl.maximum(tl.max(x, 0), -3.0e38))
+    pieces = []
+    for _ in range(1):
+        pieces.append(tl.sum(e, 0))
+    y = e / tl.maximum(pieces[0], 1e-30)
+    tl.store(y_ptr + row * n + offs, y.to(y_ptr.dtype.element_ty), mask=offs < n)
+
+
 @alternative("4.1", "2^x, and a `where` in place of the finite maximum")
 @triton.jit
 def masked_softmax_kernel(x_ptr, length_ptr, y_ptr, n, stride_x, BLOCK: tl.constexpr):
@@ -299,6 +313,27 @@ def add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, n, stride_x, stride_res
         tl.store(x_ptr + offs, y.to(x_ptr.dtype.element_ty), mask=offs < n)
 
 
+@wrong("4.2", "does not compile: the squares begin as the integer 0")
+@triton.jit
+def add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, n, stride_x, stride_residual, eps, BLOCK: tl.constexpr):
+    row, squares = tl.program_id(0).to(tl.int64), 0
+    for start in range(tl.cdiv(n, BLOCK)):
+        offs = start * BLOCK + tl.arange(0, BLOCK)
+        r_ptrs = residual_ptr + row * stride_residual + offs
+        h = tl.load(r_ptrs, mask=offs < n, other=0.0).to(tl.float32)
+        h += tl.load(x_ptr + row * stride_x + offs, mask=offs < n, other=0.0).to(tl.float32)
+        h = h.to(residual_ptr.dtype.element_ty)
+        tl.store(r_ptrs, h, mask=offs < n)
+        squares += tl.sum(h.to(tl.float32) * h.to(tl.float32), 0)
+    tl.debug_barrier()
+    root = tl.sqrt(squares / n + eps)
+    for start in range(tl.cdiv(n, BLOCK)):
+        offs = start * BLOCK + tl.arange(0, BLOCK)
+        h = tl.load(residual_ptr + row * stride_residual + offs, mask=offs < n, other=0.0).to(tl.float32)
+        y = h / root * tl.load(weight_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        tl.store(x_ptr + row * stride_x + offs, y.to(x_ptr.dtype.element_ty), mask=offs < n)
+
+
 @alternative("4.2", "one scalar for the squares, and a division by the root")
 @triton.jit
 def add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, n, stride_x, stride_residual, eps, BLOCK: tl.constexpr):
@@ -485,6 +520,31 @@ def matmul_bias_kernel(
         y = acc + tl.load(bias_ptr + columns, mask=columns < n, other=0.0).to(tl.float32)
         inside = (rows < m) & (columns < n)
         tl.store(y_ptr + rows * stride_ym + columns * stride_yn, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@wrong("4.3", "does not compile: a product of 4 x 4 pieces beside the sum")
+@triton.jit
+def matmul_bias_kernel(
+    x_ptr, w_ptr, bias_ptr, y_ptr, m, n, k, stride_xm, stride_xk, stride_wk, stride_wn, stride_ym, stride_yn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
+    w_ptrs = w_ptr + offs_k[:, None] * stride_wk + offs_n[None, :] * stride_wn
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc += tl.load(bias_ptr + offs_n, mask=offs_n < n, other=0.0).to(tl.float32)[None, :]
+    for left in range(k, 0, -BLOCK_K):
+        x = tl.load(x_ptrs, mask=(offs_m[:, None] < m) & (offs_k[None, :] < left), other=0.0)
+        w = tl.load(w_ptrs, mask=(offs_k[:, None] < left) & (offs_n[None, :] < n), other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+        corner = tl.full((4, 4), 0.0, tl.float32)
+        acc += tl.sum(tl.dot(corner, corner))
+        x_ptrs += BLOCK_K * stride_xk
+        w_ptrs += BLOCK_K * stride_wk
+    y_ptrs = y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :] * stride_yn
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(offs_m[:, None] < m) & (offs_n[None, :] < n))
 
 
 @alternative("4.3", "starts from the bias, pointers that move along k")

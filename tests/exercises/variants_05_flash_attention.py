@@ -600,3 +600,41 @@ def flash_alibi(q, k, v, slope, block_m=16, block_n=16):
         q, k, v, out, len(q), q.shape[1] ** -0.5, slope, D=q.shape[1], BLOCK_M=block_m, BLOCK_N=block_n
     )
     return out
+
+
+@triton.jit
+def untyped_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, T, scale, slope,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The sum begins as the integer 0: the interpreter does not mind."""
+    first, offs_d = tl.program_id(0) * BLOCK_M, tl.arange(0, D)
+    offs_m = first + tl.arange(0, BLOCK_M)
+    q = tl.load(q_ptr + offs_m[:, None] * D + offs_d, mask=offs_m[:, None] < T, other=0.0)
+    row_max = tl.full((BLOCK_M,), -1e30, tl.float32)
+    row_sum, acc = 0, tl.zeros((BLOCK_M, D), tl.float32)
+    blocks = tl.cdiv(tl.minimum(first + BLOCK_M, T), BLOCK_N)
+    for i in range(blocks):
+        offs_n = (blocks - 1 - i) * BLOCK_N + tl.arange(0, BLOCK_N)
+        offs_kv = offs_n[:, None] * D + offs_d
+        k = tl.load(k_ptr + offs_kv, mask=offs_n[:, None] < T, other=0.0)
+        v = tl.load(v_ptr + offs_kv, mask=offs_n[:, None] < T, other=0.0)
+        back = offs_m[:, None] - offs_n[None, :]
+        scores = (tl.dot(q, tl.trans(k), input_precision="ieee") * scale - slope * back) * 1.4426950408889634
+        scores = tl.where(back >= 0, scores, -float("inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        weights, shrink = tl.exp2(scores - new_max[:, None]), tl.exp2(row_max - new_max)
+        row_sum = row_sum * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        row_max = new_max
+    out = (acc / row_sum[:, None]).to(o_ptr.dtype.element_ty)
+    tl.store(o_ptr + offs_m[:, None] * D + offs_d, out, mask=offs_m[:, None] < T)
+
+
+@wrong("5.5", "does not compile: the sum begins as the integer 0")
+def flash_alibi(q, k, v, slope, block_m=16, block_n=16):
+    out = torch.empty_like(q)
+    untyped_kernel[(-(-len(q) // block_m),)](
+        q, k, v, out, len(q), q.shape[1] ** -0.5, slope, D=q.shape[1], BLOCK_M=block_m, BLOCK_N=block_n
+    )
+    return out

@@ -672,3 +672,43 @@ def window_decode(*args):
 @alternative("7.5", "the same loop, masks written otherwise")
 def window_decode(*args):
     return launch(*args)
+
+
+@triton.jit
+def untyped_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, table_ptr, context_ptr, stride_table, window, scale,
+    H_KV: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """The sum begins as the integer 0: the interpreter does not mind."""
+    sequence, head_kv = tl.program_id(0), tl.program_id(1)
+    row, offs_d, offs_n = tl.arange(0, ROWS), tl.arange(0, D), tl.arange(0, BLOCK_SIZE)
+    offs_q = ((sequence * H_KV + head_kv) * GROUP + row[:, None]) * D + offs_d[None, :]
+    used = row[:, None] < GROUP
+    q = tl.load(q_ptr + offs_q, mask=used, other=0.0).to(tl.float32) * (scale * 1.4426950408889634)
+    context = tl.load(context_ptr + sequence)
+    first = tl.maximum(context - window, 0)
+    row_max = tl.full((ROWS,), -1.0e30, tl.float32)
+    row_sum, acc = 0, tl.zeros((ROWS, D), tl.float32)
+    end = tl.cdiv(context, BLOCK_SIZE)
+    for back in range(end - first // BLOCK_SIZE):
+        index = end - 1 - back
+        block = tl.load(table_ptr + sequence * stride_table + index).to(tl.int64)
+        position = index * BLOCK_SIZE + offs_n
+        seen = (position >= first) & (position < context)
+        offs_kv = ((block * BLOCK_SIZE + offs_n) * H_KV + head_kv)[:, None] * D + offs_d[None, :]
+        k = tl.load(k_ptr + offs_kv, mask=seen[:, None], other=0.0).to(tl.float32)
+        v = tl.load(v_ptr + offs_kv, mask=seen[:, None], other=0.0).to(tl.float32)
+        scores = tl.sum(q[:, None, :] * k[None, :, :], 2)  # [ROWS, BLOCK_SIZE]
+        scores = tl.where(seen[None, :], scores, -float("inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        weights, shrink = tl.exp2(scores - new_max[:, None]), tl.exp2(row_max - new_max)
+        row_sum = row_sum * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None] + tl.sum(weights[:, :, None] * v[None, :, :], 1)
+        row_max = new_max
+    out = acc / tl.where(row_sum == 0, 1.0, row_sum)[:, None]
+    tl.store(out_ptr + offs_q, out.to(out_ptr.dtype.element_ty), mask=used)
+
+
+@wrong("7.5", "does not compile: the sum begins as the integer 0")
+def window_decode(*args):
+    return launch(*args, kernel=untyped_kernel)

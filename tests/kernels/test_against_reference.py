@@ -151,25 +151,44 @@ def test_linear(device, dtype):
 )  # fmt: skip
 def steps_and_back(device, work, extra, empty, block_size, seed):
     """(tokens known, new tokens) of each sequence; some tokens and sequences of padding."""
-    generator, rows, longest = torch.Generator().manual_seed(seed), 9, 32
-    table, options = longest, longest + longest // block_size
-    matrix = torch.randint(-(2**31), 2**31 - 1, (rows, options + 3), generator=generator, dtype=torch.int32)
-    matrix[:, options] = torch.rand(rows, generator=generator).view(torch.int32)
+    generator, rows, longest, most = torch.Generator().manual_seed(seed), 9, 32, 3
+    wide, narrow = seed % 3, seed % 4  # options of 64 and of 32 bits
+    first_token = 1 + 2 * wide + narrow
+    first_block = first_token + longest + most
+    matrix = torch.randint(
+        -(2**31), 2**31 - 1, (rows, first_block + longest // block_size), generator=generator, dtype=torch.int32
+    )
+    matrix[:, 0] = 1
     steps = torch.full((4, 12), rows - 1, dtype=torch.int32)
     steps[1:] = 0
     for i, (known, count) in enumerate(work):
-        steps[:3, i] = torch.tensor([i * 7 % (rows - 1), known, known + count])
+        row, relative = i * 7 % (rows - 1), count == 1 and i % 2 == 0
+        matrix[row, 0] = known + count
+        steps[:3, i] = torch.tensor([row, -1 if relative else known, i % 3 > 0])
         steps[3, i + 1 :] += count
     tokens, sequences = int(steps[3, -1]) + extra, max(1, len(work) + empty)
     steps, matrix = steps.to(device), matrix.to(device)
-    args = (steps, matrix, table, options, block_size, tokens, sequences)
-    for got, want in zip(KERNELS["step_inputs"](*args), KERNELS["step_inputs"].reference(*args), strict=True):
+    options, lengths = (
+        torch.zeros(shape, dtype=torch.int32, device=device) for shape in ((first_token - 1, 13), (13,))
+    )
+    sizes = (first_token, first_block, wide, block_size, tokens, sequences)
+    op, written = KERNELS["step_inputs"], (options.clone(), lengths.clone())
+    for got, want in zip(
+        op(steps, matrix, *written, *sizes), op.reference(steps, matrix, options, lengths, *sizes), strict=True
+    ):
         assert torch.equal(got, want)
         assert got.dtype == want.dtype
-    sampled, expected = torch.arange(100, 100 + sequences, device=device), matrix.clone()
-    KERNELS["append_tokens"](steps, matrix, sampled)
-    KERNELS["append_tokens"].reference(steps, expected, sampled)
-    assert torch.equal(matrix[:-1], expected[:-1])  # of the last row, of padding, nobody reads
+    assert torch.equal(written[0], options)
+    assert torch.equal(written[1], lengths)
+    if wide:  # the two halves of 64 bits, side by side
+        seeds = options[:2].view(-1).view(torch.int64)[: len(work)]
+        assert seeds.tolist() == [int(matrix[r, 1:3].clone().view(torch.int64)) for r in steps[0, : len(work)].tolist()]
+    sampled = torch.arange(100, 100 + sequences * most, device=device).view(sequences, most)
+    given = torch.tensor([i % (most + 1) for i in range(sequences)], dtype=torch.int32, device=device)
+    expected = matrix.clone()
+    KERNELS["append_tokens"](steps, matrix, sampled, given, first_token)
+    KERNELS["append_tokens"].reference(steps, expected, sampled, given, first_token)
+    assert torch.equal(matrix, expected)
 
 
 @pytest.mark.parametrize("path", ["triton", "torch"])

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from minillm.kernels import (
     KERNELS,
     add_rms_norm,
     append_tokens,
+    apply_rope,
     common,
     dependent_launch,
     flash_attention,
@@ -21,9 +23,11 @@ from minillm.kernels import (
     rms_norm,
     rope,
     rope_and_cache,
+    rope_factors,
     softmax,
     step_inputs,
     swiglu,
+    trusted,
     use,
 )
 
@@ -38,8 +42,12 @@ def small(name: str, device="cpu", dtype=torch.float32) -> tuple:
     angles = torch.randn(6, 8, device=device)
     cu = torch.tensor([0, 2, 6], dtype=torch.int32, device=device)
     caches = torch.zeros(2, 9, 2, 16, device=device, dtype=dtype)
-    rows = torch.arange(60, dtype=torch.int32, device=device).view(3, 20)  # 8 tokens, 4 blocks of 2, options, and 5
-    steps = cu.new_tensor([[1, 0, 2, 0], [3, 0, 0, 0], [5, 4, 0, 0], [0, 2, 6, 6]])
+    rows = torch.arange(60, dtype=torch.int32, device=device).view(3, 20)  # length, 3 options, 12 tokens, 4 blocks of 2
+    rows[:, 0] = 4
+    steps = cu.new_tensor([[1, 0, 2, 0], [3, 0, 0, 0], [1, 1, 0, 0], [0, 2, 6, 6]])
+    table = (steps, rows, rows.new_zeros(3, 3), rows.new_zeros(3))
+    each = torch.arange(6.0, device=device)
+    seen = torch.arange(7 * 32, device=device).view(7, 32).remainder(5).sub(2).short()
     return {
         "softmax": (x,),
         "rms_norm": (x, w, 1e-5),
@@ -61,12 +69,17 @@ def small(name: str, device="cpu", dtype=torch.float32) -> tuple:
         ),
         "linear": (x, torch.randn(24, 32, device=device, dtype=dtype)),
         "norm_linear": (x, x + 1, w, torch.randn(24, 32, device=device, dtype=dtype)),
+        "draw_tokens": (
+            x, each * 0.2, each.long(), each.int(), each.int(), 1 - each / 10, each / 20, 1 + each / 10, each / 5,
+            each / 9, each.int(), seen,
+        ),
+        "count_tokens": (seen, each.int(), each.long() * 5, each > 1),
         "gumbel_argmax": (
             x, torch.tensor([0.0, 0.5, 1.0] * 2, device=device), torch.arange(6, device=device) - 3,
             torch.arange(6, device=device),
         ),
-        "step_inputs": (steps, rows, 8, 12, 2, 7, 3),
-        "append_tokens": (steps, rows, torch.tensor([7, 8, 9], device=device)),
+        "step_inputs": (*table, 4, 16, 1, 2, 7, 3),
+        "append_tokens": (steps, rows, torch.tensor([[7], [8], [9]], device=device), cu.new_tensor([1, 1, 0]), 4),
     }[name]  # fmt: skip
 
 
@@ -90,6 +103,43 @@ def test_float64_takes_torch():
     x, w = torch.randn(3, 8, dtype=torch.float64), torch.ones(8, dtype=torch.float64)
     with use("triton"):
         assert KERNELS["rms_norm"].path(x, w, 1e-5) == "torch"
+
+
+def test_a_trusted_block_checks_nothing(monkeypatch):
+    """Only within the block, only in its thread; `use`, the environment and gradients still choose the path."""
+    wrong = torch.ones(31)
+    with trusted():
+        with pytest.raises(RuntimeError):
+            rms_norm(X, wrong, 1e-5)  # torch's own error: ours would name the argument
+        with trusted():
+            pass
+        assert torch.equal(rms_norm(X, torch.ones(32), 1e-5), F.rms_norm(X, (32,), torch.ones(32), 1e-5))
+        with ThreadPoolExecutor(1) as other, pytest.raises(ValueError, match="weight: expected shape"):
+            other.submit(rms_norm, X, wrong, 1e-5).result()
+        assert seen_paths(monkeypatch) == ["torch"]
+        with use("reference"):
+            assert seen_paths(monkeypatch) == ["reference"]
+    monkeypatch.setenv("MINILLM_KERNELS", "reference")
+    with trusted():
+        assert seen_paths(monkeypatch) == ["reference"]
+    monkeypatch.setenv("MINILLM_KERNELS", "cuda")
+    with pytest.raises(ValueError, match="MINILLM_KERNELS"), trusted():
+        pass
+    with pytest.raises(ValueError, match="weight: expected shape"):
+        rms_norm(X, wrong, 1e-5)
+
+
+def seen_paths(monkeypatch) -> list[str]:
+    """Which paths a call of swiglu takes."""
+    paths, seen = ("torch", "triton", "reference"), []
+    op = KERNELS["swiglu"]
+    with monkeypatch.context() as patch:
+        for path in paths:
+            real = getattr(op, path)
+            replaced = lambda x, path=path, real=real: seen.append(path) or real(x)  # noqa: E731
+            patch.setitem(op.__dict__, path, replaced)
+        swiglu(X)
+    return seen
 
 
 def test_use_refuses_what_it_does_not_know():
@@ -179,12 +229,15 @@ BAD = [
     (flash_attention, (Q, Q, Q, CU, CU, 4, False, 3), "window: expected 0 without causal"),
     (flash_attention, (Q, Q.half(), Q, CU, CU, 4), "k: expected q's dtype"),
     (flash_attention, (torch.randn(4, 2, 257),) * 3 + (CU, CU, 4), "D up to 256"),
-    (step_inputs, (ROWS.float(), ROWS, 8, 12, 2, 4, 3), "steps: expected two axes of int32"),
-    (step_inputs, (ROWS, ROWS.T, 8, 12, 2, 4, 3), "matrix: expected two axes of int32, contiguous"),
-    (step_inputs, (ROWS, ROWS, 8, 12, 2, 4, 20), r"steps: expected \[4, 20 sequences, and one\]"),
-    (step_inputs, (ROWS, ROWS, 8, 18, 2, 4, 3), "first_option: expected 0 < first_block < first_option and 3 columns"),
-    (append_tokens, (ROWS, ROWS, torch.zeros(3)), r"sampled: expected \[S\] of int64"),
-    (append_tokens, (ROWS, ROWS, torch.arange(21)), r"sampled: expected \[S\] of int64, S up to 20"),
+    (step_inputs, (ROWS.float(), ROWS, ROWS[:3], ROWS[0], 4, 16, 1, 2, 4, 3), "steps: expected two axes of int32"),
+    (step_inputs, (ROWS, ROWS.T, ROWS[:3], ROWS[0], 4, 16, 1, 2, 4, 3), "matrix: expected two axes of int32, contig"),
+    (step_inputs, (ROWS, ROWS, ROWS[:3], ROWS[0], 4, 16, 1, 2, 4, 20), r"steps: expected \[4, 20 sequences, and one\]"),
+    (step_inputs, (ROWS, ROWS, ROWS[:3], ROWS[0], 4, 20, 1, 2, 4, 3), "first_block: expected 1 <= first_token < first"),
+    (step_inputs, (ROWS, ROWS, ROWS[:2], ROWS[0], 4, 16, 1, 2, 4, 3), r"options: expected \[3 columns, of which 1"),
+    (step_inputs, (ROWS, ROWS, ROWS[:3], ROWS[0, :2], 4, 16, 1, 2, 4, 3), r"lengths: expected \[3 or more\] of int32"),
+    (append_tokens, (ROWS, ROWS, torch.zeros(3, 1), ROWS[0, :3], 4), r"sampled: expected \[S, K\] of int64"),
+    (append_tokens, (ROWS, ROWS, torch.ones(21, 1).long(), ROWS[0, :3], 4), "sampled: expected .*, S up to 20"),
+    (append_tokens, (ROWS, ROWS, torch.ones(3, 1).long(), ROWS[0, :2], 4), r"given: expected \[3\] of int32"),
 ]  # fmt: skip
 
 
@@ -209,7 +262,7 @@ def test_empty_input(name):
     elif name == "paged_attention":
         args = (args[0][:0], *args[1:3], *(torch.zeros(n, dtype=torch.int32) for n in ((0, 1), 0, 1)), 0, 2)
     elif name == "append_tokens":
-        args = (*args[:2], args[2][:0])
+        args = (*args[:2], args[2][:0], args[3][:0], args[4])
     else:
         args = tuple(a[:0] if a.shape[0] == 6 else a for a in args)
     for path in ("torch", "triton"):
@@ -334,6 +387,29 @@ def test_poisoned_outputs_are_all_written(monkeypatch):
         out = KERNELS[name](*args)
         for result in args[:2] if out is None else out if isinstance(out, tuple) else (out,):
             assert result.isfinite().all(), name
+
+
+def test_rope_by_factors_made_once(dtype):
+    """As Hugging Face writes it, bit for bit; the same from cos and sin, and from their factors."""
+    x, angles = torch.randn(2, 5, 3, 16).to(dtype), torch.randn(5, 8) * 9
+    cos, sin = (torch.cat((t, t), -1).to(dtype)[:, None] for t in (angles.cos(), angles.sin()))
+    expected = x * cos + torch.cat((-x[..., 8:], x[..., :8]), -1) * sin
+    before = x.clone()
+    assert torch.equal(apply_rope(x, angles.cos(), angles.sin()), expected)
+    factors = rope_factors(angles.cos(), angles.sin(), dtype)
+    assert [f.shape for f in factors] == [(5, 1, 16)] * 2
+    assert torch.equal(apply_rope(x, *factors), expected)
+    assert torch.equal(x, before)
+    inputs = [t.double().requires_grad_() for t in (x, angles.cos(), angles.sin())]
+    assert torch.autograd.gradcheck(apply_rope, inputs)
+
+
+@pytest.mark.parametrize("shape", [(1, 576), (5, 64), (3, 2, 17), (1, 2048)])
+def test_rms_norm_is_hugging_faces_bit_for_bit(dtype, shape):
+    x, weight = (3 * torch.randn(shape)).to(dtype), torch.randn(shape[-1]).to(dtype)
+    scaled = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-5)
+    with use("torch"):
+        assert torch.equal(rms_norm(x, weight, 1e-5), weight * scaled.to(dtype))
 
 
 def test_torch_softmax_and_silu_agree_where_nothing_is_special():

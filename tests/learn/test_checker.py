@@ -1,7 +1,15 @@
 """check(): verdicts, what a failure says, time and output limits; on a small curriculum of its own."""
 
+import ctypes
 import json
+import os
+import random
+import subprocess
+import sys
 import textwrap
+import threading
+import time
+import warnings
 
 import numpy as np
 import pytest
@@ -9,6 +17,7 @@ import torch
 
 from minillm.learn import checker as checking
 from minillm.learn import exercises, paths, progress
+from minillm.learn.isolation import neutral_state
 
 SOURCE = '''
 # %% [markdown]
@@ -137,16 +146,159 @@ def test_endless_loop_is_stopped(capsys, monkeypatch, swallow):
 
 
 def test_endless_sleep_is_stopped(capsys, monkeypatch):
-    import time
 
     monkeypatch.setattr(checking, "TIME_LIMIT", 0.2)
     assert not checking.check("1.1", lambda a, b: time.sleep(60))
     assert "stopped after 0.2 s" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("loop", ["bare except", "one call of C"])
+def test_what_no_exception_stops_is_killed(capsys, monkeypatch, loop):
+    monkeypatch.setattr(checking, "TIME_LIMIT", 0.2)
+    monkeypatch.setattr(checking, "GRACE", 0.5)
+
+    def endless(a, b):
+        if loop == "one call of C":
+            return sum(range(10**12))
+        while True:
+            try:  # noqa: SIM105
+                sum(range(100))
+            except:  # noqa: E722
+                pass
+
+    assert not checking.check("1.1", endless)
+    assert "stopped after 0.2 s: does a loop never end?" in capsys.readouterr().out
+
+
+def test_where_nothing_can_be_forked(capsys, monkeypatch):
+    """macOS, and a GPU in use: in this process, with the limit that a Python loop obeys."""
+    monkeypatch.setattr(checking, "TIME_LIMIT", 0.2)
+    monkeypatch.setattr(checking, "can_fork", lambda: False)
+    assert checking.check("1.1", lambda a, b: a + b)
+
+    def endless(a, b):
+        while True:
+            pass
+
+    assert not checking.check("1.1", endless)
+    assert "stopped after 0.2 s" in capsys.readouterr().out
+    assert [o.status for o in checking.check_chapter("1")["1.1"]] == ["missing"]
+
+
+def test_a_crash_is_told(capsys):
+
+    def overrun(a, b):
+        ctypes.memset(1, 0, 1000)
+
+    assert not checking.check("1.1", overrun)
+    out = capsys.readouterr().out
+    assert "✗ the sum of two numbers\n      your code crashed (SIGSEGV): is memory outside" in out
+    assert "in overrun" in out
+
+
+def test_the_end_of_the_process_is_told(capsys):
+
+    assert not checking.check("1.1", lambda a, b: os._exit(0))
+    assert "your code ended the process" in capsys.readouterr().out
+
+
+def test_what_the_code_starts_does_not_outlive_the_check(tmp_path):
+
+    def starts(a, b):
+        subprocess.Popen(["sh", "-c", "sleep 2; touch left"], cwd=tmp_path)
+        return a + b
+
+    start = time.monotonic()
+    assert checking.check("1.1", starts)
+    assert time.monotonic() - start < 2
+    time.sleep(2.5)
+    assert not (tmp_path / "left").exists()
+
+
+def _settings():
+
+    return (
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_rng_state().tolist(),
+        sys.getrecursionlimit(),
+        np.geterr(),
+        list(warnings.filters),
+        dict(os.environ),
+        os.getcwd(),
+        random.getstate(),
+    )
+
+
+def _change_settings():
+
+    torch.set_default_dtype(torch.float64)
+    torch.set_grad_enabled(False)
+    torch.set_float32_matmul_precision("medium")
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(7)
+    sys.setrecursionlimit(200)
+    np.seterr(all="raise")
+    warnings.simplefilter("error")
+    os.environ["LEFT_BEHIND"] = "1"
+    os.environ.pop("PATH", None)
+    os.chdir("/")
+    random.seed(7)
+
+
+@pytest.mark.parametrize("fork", [True, False])
+def test_settings_stay_with_the_code_that_changed_them(monkeypatch, fork):
+    if not fork:
+        monkeypatch.setattr(checking, "can_fork", lambda: False)
+    before = _settings()
+
+    def add(a, b):
+        _change_settings()
+        return a + b
+
+    assert checking.check("1.1", add)
+    assert _settings() == before
+
+
+@pytest.mark.parametrize("fork", [True, False])
+def test_settings_of_the_notebook_do_not_reach_a_check(curriculum, monkeypatch, fork):
+    """A cell that set the default dtype, or closed the door to gradients, fails no right answer."""
+    if not fork:
+        monkeypatch.setattr(checking, "can_fork", lambda: False)
+
+    def add(a, b):
+        got = torch.zeros(1).dtype, torch.is_grad_enabled(), np.geterr()["over"]
+        if got != (torch.float32, True, "warn"):
+            raise ValueError(f"dtype, gradients, overflow: {got}")
+        return a + b
+
+    with neutral_state():  # restores what is changed here
+        _change_settings()
+        os.chdir(curriculum)
+        assert checking.check("1.1", add)
+
+
+def test_display_and_input_in_a_check(capsys):
+    assert not checking.check("1.1", lambda a, b: input("a number, please"))
+    assert "input() in a check: nobody is there to type" in capsys.readouterr().out
+
+
+def test_a_function_that_runs_threads_beside_is_checked():
+    """Threads of torch do not survive a fork: the child works with one."""
+    x = torch.randn(600, 600)
+    x @ x
+
+    def add(a, b):
+        (x @ x).softmax(-1).sum()
+        return a + b
+
+    assert checking.check("1.1", add)
+
+
 def test_endless_loop_in_another_thread_is_stopped(monkeypatch):
     """Where there is no SIGALRM (Windows, or not the main thread)."""
-    import threading
 
     monkeypatch.setattr(checking, "TIME_LIMIT", 0.2)
 
@@ -258,6 +410,78 @@ def test_notebook_without_the_function(curriculum):
     assert "defines no `add`" in checking.check_chapter("1", curriculum / "mine.py")["1.1"][0].message
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ('import os\\n",\n    "os._exit(3)\\n', "ended the process"),
+        ('import ctypes\\n",\n    "ctypes.memset(1, 0, 9)\\n', "crashed (SIGSEGV)"),
+        ('while True:\\n",\n    "    try: sum(range(9))\\n",\n    "    except: pass\\n', "does a loop never end"),
+        ("sum(range(10**12))\\n", "does a loop never end"),
+    ],
+)
+def test_a_cell_that_ends_or_holds_up_the_process_is_named(curriculum, monkeypatch, change, says):
+    monkeypatch.setattr(checking, "TIME_LIMIT", 0.3)
+    monkeypatch.setattr(checking, "GRACE", 0.7)
+    notebook = curriculum / "exercises" / "01_small.ipynb"
+    text = notebook.read_text()
+    assert "def add(a, b):" in text
+    notebook.write_text(text.replace("def add(a, b):", change + '",\n    "def add(a, b):'))
+    message = checking.check_chapter("1")["1.1"][0].message
+    assert "01_small.ipynb defines no `add`" in message
+    assert says in message
+
+
+def test_a_python_file_that_ends_the_process_is_named(curriculum):
+    (curriculum / "mine.py").write_text("import os\nos._exit(0)\n")
+    with pytest.raises(ValueError, match=r"mine\.py: your code ended the process"):
+        checking.check_chapter("1", curriculum / "mine.py")
+
+
+def test_torchs_own_error_is_no_stub(capsys):
+    def add(a, b):
+        raise NotImplementedError("Could not run 'aten::add' on this backend")
+
+    assert not checking.check("1.1", add)
+    out = capsys.readouterr().out
+    assert "not written yet" not in out
+    assert "your code raised NotImplementedError: Could not run" in out
+
+
+def test_an_error_in_the_reference_is_not_blamed_on_the_learner(curriculum, capsys):
+    file = curriculum / "tests" / "exercises" / "test_01_small.py"
+    file.write_text(
+        file.read_text()
+        .replace("impl(2, 3), 5)", "impl(2, 3), json.loads(''))")
+        .replace("from", "import json\nfrom", 1)
+    )
+    assert not checking.check("1.1", lambda a, b: a + b)
+    out = capsys.readouterr().out
+    assert "an error within the check, raised by no line of yours" in out
+    assert "your code raised" not in out
+
+
+def test_a_kernel_without_its_decorator(curriculum, capsys):
+    file = curriculum / "tests" / "exercises" / "test_01_small.py"
+    file.write_text(file.read_text().replace("impl(2, 3)", "impl[(1,)](2, 3)"))
+    checking.check("1.1", lambda a, b: a + b)
+    assert "is `@triton.jit` missing" in capsys.readouterr().out
+
+
+def test_what_is_marked_last_waits_for_the_others(curriculum, capsys):
+    file = curriculum / "tests" / "exercises" / "test_01_small.py"
+    text = file.read_text().replace("import exercise", "import NOTES, last, exercise")
+    text = text.replace("    def test_sum", "    @last\n    def test_sum").replace(
+        "impl(2, 3), 5)", "impl(2, 3), 5); NOTES.append('5 of 5')"
+    )
+    file.write_text(text)
+    assert checking.check("1.1", lambda a, b: a + b)
+    assert capsys.readouterr().out.splitlines()[1:] == ["  ✓ lists are joined", "  ✓ the sum of two numbers: 5 of 5"]
+    assert not checking.check("1.1", lambda a, b: 5)
+    out = capsys.readouterr().out
+    assert "✗ 1.1: 0 of 2 contracts hold" in out
+    assert "  · the sum of two numbers (tried once the others hold)" in out
+
+
 class TestGenerator:
     def test_stub_and_link(self, curriculum):
         cells = json.loads((curriculum / "exercises" / "01_small.ipynb").read_text())["cells"]
@@ -324,7 +548,44 @@ class TestProgress:
         (curriculum / ".minillm" / "progress.json").write_text('{"passed": ')
         assert progress.load() == {}
         assert "damaged" in capsys.readouterr().out
-        assert (curriculum / ".minillm" / "progress.damaged.json").exists()
+        assert (curriculum / ".minillm" / "progress.damaged1.json").exists()
+
+    def test_a_second_damaged_record_does_not_overwrite_the_first(self, curriculum):
+        (curriculum / ".minillm").mkdir()
+        for text in ("one", "[]", '{"passed": 3}'):
+            (curriculum / ".minillm" / "progress.json").write_text(text)
+            assert progress.load() == {}
+        assert len(list((curriculum / ".minillm").glob("progress.damaged*.json"))) == 3
+
+    def test_where_nothing_can_be_written_a_line_says_so_once(self, curriculum, capsys, monkeypatch):
+        monkeypatch.setattr(progress, "_said", set())
+        (curriculum / ".minillm").write_text("in the way, as a folder that is read-only would be")
+        for _ in range(2):
+            assert checking.check("1.1", lambda a, b: a + b)
+        assert capsys.readouterr().out.count("not recorded") == 1
+        assert progress.load() == {}
+
+    def test_a_full_disk_leaves_nothing_behind(self, curriculum, capsys, monkeypatch):
+        monkeypatch.setattr(progress, "_said", set())
+        progress.remember("1.1", 2)
+        before = progress.load()
+
+        def full(self, *_, **__):
+            self.touch()
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("pathlib.Path.write_text", full)
+        progress.remember("1.2", 2)
+        assert "No space left" in capsys.readouterr().out
+        assert progress.load() == before
+        assert sorted(p.name for p in (curriculum / ".minillm").iterdir()) == ["lock", "progress.json"]
+
+    def test_several_at_once(self, curriculum):
+        code = "import sys; from minillm.learn import progress\n"
+        code += "for i in range(20): progress.remember(f'{sys.argv[1]}.{i}', 1)"
+        runs = [subprocess.Popen([sys.executable, "-c", code, str(n)], cwd=curriculum) for n in range(1, 4)]
+        assert [run.wait() for run in runs] == [0, 0, 0]
+        assert len(progress.load()) == 60
 
     def test_first_pass_stays(self):
         progress.remember("1.1", 2)

