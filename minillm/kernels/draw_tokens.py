@@ -26,8 +26,6 @@ Sources: Maddison et al., 2014, "A* Sampling" (the Gumbel-max trick). Testing a 
 border is the rejection sampling of FlashInfer (Ye et al., 2025), with numbers that stay the same for each round.
 """
 
-import os
-
 import torch
 from torch import Tensor
 
@@ -38,7 +36,8 @@ from .gumbel_argmax import torch_path as draw_plainly
 __all__ = ["count_tokens", "draw_tokens", "set_counts"]
 
 PASSES = 3
-BLOCK = 2048  # elements that a program has in registers at a time: scan, collect, settle
+BLOCK = 2048  # elements that a program has in registers at a time: scan, settle
+COLLECTED = 2048  # the same: collect
 CHUNK = 4096  # elements whose weights are added up in one go: narrow
 CAPACITY = 4096  # of the list
 LARGEST = tl.constexpr(3.4e38)
@@ -383,21 +382,27 @@ def collect_kernel(
     low, high, _, _, _, maximum, done = bracket
     certain = tl.where(k > 0, -1.0, low)
     last = tl.where(done > 0.0, high, -1.0)  # no list if it would be too long
+    some_certain, listing = certain >= 0.0, last > certain
     source = source_of(logits_ptr, stride, counts_ptr, counts_stride, option_ptrs, row)
     key, scale = noise_key(option_ptrs[1], option_ptrs[2], row), 1.0 / temperature
     start, stop = index * part, tl.minimum(index * part + part, size)
     best = tl.full([BLOCK], -float("inf"), tl.float32)
     token = tl.full([BLOCK], 0, tl.int32) + start
+    # Atomics want each thread's elements apart. Loads of neighbors would put them together, and each block would be
+    # exchanged between threads, with four barriers; the compiler does not know that `nothing` is 0.
+    nothing = (temperature < 0.0).to(tl.int32)
+    lane = tl.arange(0, BLOCK) ^ nothing
     for at in range(start, stop, BLOCK):
-        offs = at + tl.arange(0, BLOCK)
+        offs = at + lane
         far = distance(source, maximum, offs, offs < stop)
-        if certain >= 0.0:
+        if some_certain:
             score = tl.where(far <= certain, noise(key, offs) - far * scale, -float("inf"))
             better = score > best
             best, token = tl.where(better, score, best), tl.where(better, offs, token)
         near = (far > certain) & (far <= last)
-        place = tl.atomic_add(length_ptr + row + tl.zeros([BLOCK], tl.int32), 1, mask=near, sem="relaxed")
-        tl.store(list_ptr + row * CAPACITY + place, order_of(far, offs), mask=near & (place < CAPACITY))
+        if listing:
+            place = tl.atomic_add(length_ptr + row + 0 * lane, 1, mask=near, sem="relaxed")
+            tl.store(list_ptr + row * CAPACITY + place, order_of(far, offs), mask=near & (place < CAPACITY))
     top, out = tl.max(best, 0), row * tl.num_programs(1) + index
     tl.store(best_ptr + out, top)
     tl.store(token_ptr + out, tl.min(tl.where(best == top, token, LAST), 0))
@@ -442,7 +447,7 @@ def border(pool, k, low, high, CAPACITY: tl.constexpr, BLOCK: tl.constexpr):
     """The order behind the k nearest and all that are as near as the k-th, by bisecting the bits of distances."""
     short, list_ptr, _, length, _, _, _, _, _ = pool
     offs = tl.arange(0, CAPACITY)
-    listed = tl.load(list_ptr + offs, mask=short & (offs < length), other=NEVER) >> 32
+    listed = tl.load(list_ptr + offs, mask=offs < tl.where(short, length, 0), other=NEVER) >> 32
     under = tl.where(low < 0.0, -1, low.to(tl.int32, bitcast=True))
     over = high.to(tl.int32, bitcast=True)
     while under + 1 < over:
@@ -533,17 +538,16 @@ def draw_tokens(
         return torch.empty(shape, dtype=dtype, device=device)
 
     sms, chunks = sm_count(device.index), ceil_div(size, CHUNK)
-    part = ceil_div(size, max(1, min(ceil_div(int(os.environ.get('PF', 2)) * sms, n), ceil_div(size, BLOCK))))
-    part = ceil_div(part, BLOCK) * BLOCK
-    parts = ceil_div(size, part)
-    each = ceil_div(chunks, max(1, min(ceil_div(int(os.environ.get('NF', 24)) * sms, n), chunks)))
+    part = ceil_div(ceil_div(size, max(1, min(4 * sms // n, ceil_div(size, BLOCK)))), BLOCK) * BLOCK
+    parts, each = ceil_div(size, part), ceil_div(chunks, max(1, min(4 * sms // n, chunks)))
     sizes = {"CHUNKS": next_power_of_2(chunks), "CAPACITY": CAPACITY}
     options = (temperatures, seeds, positions, top_k, top_p, min_p, repetition, presence, frequency, rows)
     row, strides = (logits, counts, options), (size, logits.stride(0), counts.stride(0))
     best, best_token, least = empty(n, parts), empty(n, parts, dtype=torch.int32), empty(n, parts)
     brackets, sums = empty(PASSES + 1, n, 16), empty(PASSES, n, 8, chunks)
     length, listed = empty(n, dtype=torch.int32), empty(n, CAPACITY, dtype=torch.int64)
-    shape, early = {"num_warps": 8, "maxnreg": 64}, pdl(device)  # 64: four programs to a multiprocessor, and no spill
+    early = pdl(device)
+    shape = {"num_warps": 8, "maxnreg": 64}  # registers: four programs to a multiprocessor
 
     scan_kernel[(n, parts)](
         *row, best, best_token, least, length, *strides, part, BLOCK=BLOCK, **shape, **early
@@ -555,7 +559,7 @@ def draw_tokens(
         )  # fmt: skip
     collect_kernel[(n, parts)](
         *row, brackets[-2], sums[-1], brackets[-1], best, best_token, length, listed, *strides, part,
-        chunks, BLOCK=BLOCK, **sizes, **shape, **early,
+        chunks, BLOCK=COLLECTED, **sizes, **shape, **early,
     )  # fmt: skip
     settle_kernel[(n,)](
         *row, brackets[-1], best, best_token, length, listed, tokens, *strides, parts,
