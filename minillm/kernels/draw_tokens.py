@@ -37,7 +37,7 @@ __all__ = ["count_tokens", "draw_tokens", "set_counts"]
 
 PASSES = 3
 BLOCK = 2048  # elements that a program has in registers at a time: scan, settle
-COLLECTED = 2048  # the same: collect
+COLLECTED = 1024  # the same: collect, which needs more registers for each
 CHUNK = 4096  # elements whose weights are added up in one go: narrow
 CAPACITY = 4096  # of the list
 LARGEST = tl.constexpr(3.4e38)
@@ -538,8 +538,9 @@ def draw_tokens(
         return torch.empty(shape, dtype=dtype, device=device)
 
     sms, chunks = sm_count(device.index), ceil_div(size, CHUNK)
-    part = ceil_div(ceil_div(size, max(1, min(4 * sms // n, ceil_div(size, BLOCK)))), BLOCK) * BLOCK
-    parts, each = ceil_div(size, part), ceil_div(chunks, max(1, min(4 * sms // n, chunks)))
+    programs = max(1, 8 * sms // n)  # a row; so many that a few rows with filters among plain ones keep the GPU busy
+    part = ceil_div(ceil_div(size, min(programs, ceil_div(size, BLOCK))), BLOCK) * BLOCK
+    parts, each = ceil_div(size, part), ceil_div(chunks, min(programs, chunks))
     sizes = {"CHUNKS": next_power_of_2(chunks), "CAPACITY": CAPACITY}
     options = (temperatures, seeds, positions, top_k, top_p, min_p, repetition, presence, frequency, rows)
     row, strides = (logits, counts, options), (size, logits.stride(0), counts.stride(0))

@@ -65,6 +65,16 @@ def small(name: str, device="cpu", dtype=torch.float32) -> tuple:
             x, torch.tensor([0.0, 0.5, 1.0] * 2, device=device), torch.arange(6, device=device) - 3,
             torch.arange(6, device=device),
         ),
+        "draw_tokens": (
+            x, torch.tensor([0.0, 0.5, 1.0] * 2, device=device), torch.arange(6, device=device) - 3,
+            torch.arange(6, device=device), cu.new_tensor([0, 3, 0, 3, 0, 0]),
+            *(torch.full((6,), value, device=device) for value in (0.8, 0.01, 1.2, 0.1, 0.2)),
+            cu.new_tensor([1, 0, 2, 3, 4, 5]), torch.arange(192, device=device).view(6, 32).to(torch.int16) % 3,
+        ),
+        "count_tokens": (
+            torch.arange(32, device=device).view(4, 8).to(torch.int16), cu.new_tensor([2, 0, 3]),
+            torch.tensor([1, 7, 0], device=device), torch.tensor([True, False, True], device=device),
+        ),
         "step_inputs": (steps, rows, 8, 12, 2, 7, 3),
         "append_tokens": (steps, rows, torch.tensor([7, 8, 9], device=device)),
     }[name]  # fmt: skip
@@ -210,6 +220,8 @@ def test_empty_input(name):
         args = (args[0][:0], *args[1:3], *(torch.zeros(n, dtype=torch.int32) for n in ((0, 1), 0, 1)), 0, 2)
     elif name == "append_tokens":
         args = (*args[:2], args[2][:0])
+    elif name == "count_tokens":
+        args = (args[0], *(a[:0] for a in args[1:]))
     else:
         args = tuple(a[:0] if a.shape[0] == 6 else a for a in args)
     for path in ("torch", "triton"):
