@@ -1,27 +1,27 @@
 """Draw a token from each row of logits with every option of a request: penalties, temperature, min-p, top-k, top-p.
 
 `sampling.py` sorts the vocabulary. Nothing is sorted here, and nothing comes back to the host, so a CUDA graph can hold
-it: five kinds of kernel in a row, of which a program leaves at once where its row does not need it.
+it: a row of kernels, of which a program leaves at once where its row does not need it.
 
 What a filter keeps is always a beginning of the row in the order (distance, token), where distance is how far a logit
 lies below the row's largest. So one number, the border, says what is kept; it need not be known exactly, either:
 
     scan      a row without filters: argmax(logits / temperature + noise), as `gumbel_argmax` does, and done.
               A row with filters: its largest and its smallest logit.
-    narrow    three times. The border lies between `low` and `high`: eight distances between them, and how much lies
-              within each. Top-k counts tokens, top-p adds up weights exp(-distance / temperature). Min-p says its
-              border at once.
-    collect   the noise of tokens nearer than `low`, which are kept for certain: their best. And a list of those between
-              `low` and `high` (for top-k of all up to `high`, once they are few).
-    settle    Does the best of all come from the certain ones, it is the token. Else add up what comes before it in the
-              list: too much, and it is refused, then the best of those before it is next, and so on. Mostly the first
-              or second is right. This needs no border at all, and works with all of the row for a list where the list
-              became too long (many equal logits; a top-k of thousands): slower, and right.
+    narrow    up to three times, until few tokens are left between. The border lies between `low` and `high`: eight
+              distances between them, and how much lies within each. Top-k counts tokens, top-p adds up weights
+              exp(-distance / temperature). Min-p says its border at once.
+    collect   of tokens nearer than `low`, which are kept for certain, the best after noise. And a list of those between
+              `low` and `high`; for top-k of all up to `high`, since top-p wants their sum.
+    settle    If the best of all is a certain one, it is the token. Else add up what comes before it: too much, and it
+              is refused, then the best of those before it is next, and so on. Mostly the first or second is right.
+              Only top-k looks for its border, by bisection. Where the list would be too long (many equal logits;
+              a top-k of thousands) all of the row stands for it: slower, and right.
 
 The result does not depend on how rows are cut among programs: sums of weights are made of chunks of fixed size, or of
 integers, and the list's order does not matter.
 
-Bytes: the logits five times. FLOPs: about 100 an element, mostly comparisons with the eight distances.
+Bytes: the logits three to five times. FLOPs: about 40 an element and pass: comparisons with eight distances, or noise.
 Sources: Maddison et al., 2014, "A* Sampling" (the Gumbel-max trick). Testing a drawn token instead of finding the
 border is the rejection sampling of FlashInfer (Ye et al., 2025), with numbers that stay the same for each round.
 """
