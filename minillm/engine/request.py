@@ -70,6 +70,8 @@ class Request:
         filters = p.temperature > 0 and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0)
         self.is_filtered = self.has_penalties or filters  # more than a temperature decides the token
         self.is_edited = bool(p.logit_bias) or p.min_tokens > 0  # logits may change before that
+        reported = p.logprobs is not None or p.prompt_logprobs is not None
+        self.is_plain = not (self.is_filtered or self.is_edited or reported or self.tokens_per_step > 1)
 
     @property
     def finished(self) -> bool:
