@@ -15,6 +15,8 @@ a step our kernels start before the one in front of them is done (`dependent_lau
 import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +26,7 @@ from ..config import EngineConfig
 from ..kernels import count_tokens, dependent_launch, draw_tokens, gumbel_argmax, set_counts, trusted
 from ..model import Transformer
 from .batch import DeviceTable, RowLayout, to_device
+from .request import known
 from .table import Edits, Plan
 
 __all__ = ["Logprobs", "Masks", "Results", "Runner"]
@@ -75,7 +78,7 @@ class Runner:
     def __init__(self, model: Transformer, config: EngineConfig, layout: RowLayout) -> None:
         self.model, self.config = model, config
         self.device, self.dtype = model.device, model.dtype
-        self.max_num_seqs, self.max_num_batched_tokens = config.max_num_seqs, config.max_num_batched_tokens
+        self.max_num_seqs, self.max_num_batched_tokens = config.max_num_seqs, known(config.max_num_batched_tokens)
         self.cache_dtype = self.dtype if config.kv_cache_dtype == "auto" else getattr(torch, config.kv_cache_dtype)
         self.table = DeviceTable(layout, config.max_num_seqs, config.block_size, self.device)
         vocab = model.config.vocab_size  # how often which token stands in which row; written where penalties ask for it
@@ -203,7 +206,7 @@ class Runner:
         return sampled
 
     def _draw_edited(self, plan: Plan, masks: Masks | None) -> tuple[Tensor, Logprobs | None]:
-        """`_draw` with what is rare: log probabilities of the model's own logits, then biases and masks, then a token."""
+        """`_draw` with what is rare: log probabilities of the model's own logits; then biases, masks, a token."""
         logits = self.model.lm_head(self._last[: plan.num_sequences])  # [S, vocab]
         raw, rows = None, None
         if plan.logprobs is not None:
@@ -260,7 +263,7 @@ class Runner:
         self.table.set_steps(self.table.nobody())
         pool = torch.cuda.graph_pool_handle()
 
-        def record(run: Callable[[], Tensor | None]) -> tuple[torch.cuda.CUDAGraph, Tensor | None]:
+        def record(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
             run()  # compiles kernels, which a graph could not record
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
@@ -271,8 +274,8 @@ class Runner:
         forwards = [(n, self.max_num_seqs, False) for n in self.mixed_sizes] + [(n, n, True) for n in self.decode_sizes]
         self._all = torch.empty(most, self._last.shape[1], dtype=self.dtype, device=self.device)
         for shape in sorted(forwards, reverse=True):
-            self.forward_graphs[shape], _ = record(lambda shape=shape: self._forward(*shape))
+            self.forward_graphs[shape], _ = record(partial(self._forward, *shape))
         for sequences in reversed(self.decode_sizes):
             for filtered in (True, False):
-                graph, sampled = record(lambda n=sequences, f=filtered: self._draw(n, f))
+                graph, sampled = record(partial(self._draw, sequences, filtered))
                 self.draw_graphs[sequences, filtered] = graph, sampled

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minillm.kernels import KERNELS, count_tokens, draw_tokens, gumbel_argmax, gumbel_noise, set_counts, use
+from minillm.kernels import draw_tokens, gumbel_noise, set_counts, use
 from minillm.kernels import draw_tokens as function
 from minillm.sampling import SamplingParams, sample
 

@@ -398,5 +398,3 @@ class TestIndex:
         save_file({**two, name: one[name] + 1}, second)
         with pytest.raises(ValueError, match=f"{name} stands in {first.name} and, with other values, in {second.name}"):
             load(sharded, device="cpu")
-
-
