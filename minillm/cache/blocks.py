@@ -143,7 +143,7 @@ class BlockTable:
         return max(0, -(-stop // size) - len(self.blocks)) + shared
 
     def has_room(self, position: int) -> bool:
-        """Whether the token at `position` goes into a block of this table alone that it does not fill: nothing to do."""
+        """Whether the token at `position` goes into a block of this table alone and does not fill it: nothing to do."""
         index, pool = position // self.pool.block_size, self.pool
         if not len(self.hashes) <= index < len(self.blocks) or (position + 1) % pool.block_size == 0:
             return False

@@ -27,7 +27,7 @@ from ..model.tokenizer_hf import HuggingFaceTokenizer
 from ..sampling import SamplingParams, new_seed
 from .batch import RowLayout
 from .metrics import EngineMetrics, LogLine
-from .request import Request
+from .request import Request, known
 from .runner import Masks, Results, Runner
 from .scheduler import Copies, Scheduled, Scheduler
 from .table import Plan, RequestTable, prompt_part
@@ -78,14 +78,14 @@ class Engine:
             for request in engine.step(): ...     # those that got a token, or ended
 
     - config: an `EngineConfig`; its fields may also be given one by one: `Engine(model, max_num_seqs=8)`. num_blocks is
-      by default what `gpu_memory_utilization` leaves room for, on a CPU 2 GiB. With `async_scheduling` a step is launched
-      before the tokens of the last one are known, so that the device never waits for the host (on a GPU); `step` then
-      returns the tokens of the step before.
+      by default what `gpu_memory_utilization` leaves room for, on a CPU 2 GiB. With `async_scheduling` a step is
+      launched before the tokens of the last one are known, so that the device never waits for the host (on a GPU);
+      `step` then returns the tokens of the step before.
     - tokenizer: gives requests their `text`, and is needed for stop strings.
 
-    Every public method takes one lock, so threads may share an engine: whoever calls `step` works for all, and a request
-    that another thread's step has finished is `finished`. An exception that leaves `step` (Ctrl-C) has ended all
-    requests. When the model's weights change, earlier entries of the prefix cache are not found any more.
+    Every public method takes one lock, so threads may share an engine: whoever calls `step` works for all, and a
+    request that another thread's step has finished is `finished`. An exception that leaves `step` (Ctrl-C) has ended
+    all requests. When the model's weights change, earlier entries of the prefix cache are not found any more.
 
     A subclass may give up to `tokens_per_step` tokens a step, by a runner of its own (`runner_class`).
 
@@ -96,18 +96,19 @@ class Engine:
     runner_class = Runner
 
     def __init__(
-        self, model: Transformer, config: EngineConfig | None = None, tokenizer: Tokenizer | HuggingFaceTokenizer | None = None,
-        **options: Any
+        self,
+        model: Transformer,
+        config: EngineConfig | None = None,
+        tokenizer: Tokenizer | HuggingFaceTokenizer | None = None,
+        **options: Any,
     ) -> None:
         on_gpu = model.device.type == "cuda"
         asked = replace(config or EngineConfig(), **options)
         self.model, self.tokenizer, self.model_config = model, tokenizer, model.config
         self.config = asked.resolved(model.config, on_gpu)
-        ends = {*model.config.eos_token_ids, *([] if tokenizer is None else [tokenizer.eos_token_id])} - {None}
-        self.end_token_ids: frozenset[int] = frozenset(
-            ends
-        )  # the model's files and its tokenizer may name different ones
-        self.max_model_len = _known(self.config.max_model_len)
+        own = None if tokenizer is None else tokenizer.eos_token_id  # the model's files may name others
+        self.end_token_ids = frozenset(model.config.eos_token_ids) | ({own} if own is not None else set())
+        self.max_model_len = known(self.config.max_model_len)
         blocks = -(-self.max_model_len // self.config.block_size)
         self.layout = RowLayout(self.max_model_len + self.tokens_per_step - 1, blocks)
         self.runner = self.runner_class(model, self.config, self.layout)
@@ -151,7 +152,7 @@ class Engine:
 
     def _fresh(self) -> None:
         self.pool = BlockPool(self.runner.cache.num_blocks, self.config.block_size, self.config.enable_prefix_caching)
-        budget = _known(self.config.max_num_batched_tokens)
+        budget = known(self.config.max_num_batched_tokens)
         self.scheduler = Scheduler(self.pool, self.config.max_num_seqs, budget, self.metrics)
         self.table = RequestTable(self.layout, self.config.max_num_seqs, self.model_config.vocab_size)
         self.requests.clear()
@@ -185,7 +186,8 @@ class Engine:
             names = [request_id, *(f"{request_id}/{index}" for index in range(1, params.n))]
             if used := [name for name in names if name in self.requests]:
                 raise ValueError(f"request_id: {used[0]!r} is in use; expected a new one")
-            root, made = self._root(cache_salt), []
+            root = self._root(cache_salt)
+            made: list[Request] = []
             for index, name in enumerate(names):
                 request = self._request(name, prompt, params, index, root)
                 request.order, request.priority, request.allowed = order, priority, allowed
@@ -530,10 +532,3 @@ def token_ids_of(values: Any, name: str) -> list[int]:
     except TypeError:
         got = f"{values!r:.60}"
         raise TypeError(f"{name}: expected a list of token ids (integers), got {got}") from None
-
-
-def _known(value: int | None) -> int:
-    """A field that `EngineConfig.resolved` has filled."""
-    if value is None:
-        raise ValueError("config: expected a resolved EngineConfig")
-    return value

@@ -9,7 +9,7 @@ from ..cache.blocks import BlockTable
 from ..sampling import SamplingParams
 from .text import StopText
 
-__all__ = ["Request"]
+__all__ = ["Request", "known"]
 
 
 @dataclass(eq=False)
@@ -105,3 +105,10 @@ class Request:
     def is_ready(self, count: int) -> bool:
         """Whether computing `count` more tokens catches up, so that a token is sampled."""
         return self.num_computed + count == self.num_tokens
+
+
+def known(value: int | None) -> int:
+    """A field of `EngineConfig` that `resolved` has filled. Raises ValueError where it has not."""
+    if value is None:
+        raise ValueError("config: expected a resolved EngineConfig")
+    return value

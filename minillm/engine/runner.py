@@ -15,6 +15,7 @@ a step our kernels start before the one in front of them is done (`dependent_lau
 import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from ..kernels import (
 )
 from ..model import Transformer
 from .batch import DeviceTable, RowLayout, to_device
+from .request import known
 from .table import Edits, Plan
 
 __all__ = ["Logprobs", "Masks", "Results", "Runner"]
@@ -103,7 +105,7 @@ class Runner:
     def __init__(self, model: Transformer, config: EngineConfig, layout: RowLayout) -> None:
         self.model, self.config = model, config
         self.device, self.dtype = model.device, model.dtype
-        self.max_num_seqs, self.max_num_batched_tokens = config.max_num_seqs, config.max_num_batched_tokens
+        self.max_num_seqs, self.max_num_batched_tokens = config.max_num_seqs, known(config.max_num_batched_tokens)
         self.cache_dtype = self.dtype if config.kv_cache_dtype == "auto" else getattr(torch, config.kv_cache_dtype)
         self.table = DeviceTable(layout, config.max_num_seqs, config.block_size, self.device)
         vocab = model.config.vocab_size  # how often which token stands in which row; written where penalties ask for it
@@ -276,10 +278,10 @@ class Runner:
         self._all = torch.empty(most, self._last.shape[1], dtype=self.dtype, device=self.device)
         forwards = [(n, self.max_num_seqs, False) for n in self.mixed_sizes] + [(n, n, True) for n in self.decode_sizes]
         for shape in sorted(forwards, reverse=True):
-            self.forward_graphs[shape], _ = self._record(lambda shape=shape: self._forward(*shape))
+            self.forward_graphs[shape], _ = self._record(partial(self._forward, *shape))
         for sequences in reversed(self.decode_sizes):
             for kind in (Kind(filtered=True), Kind()):
-                self.draw_graphs[sequences, kind] = self._record(lambda n=sequences, kind=kind: self._draw(n, kind))
+                self.draw_graphs[sequences, kind] = self._record(partial(self._draw, sequences, kind))
 
     def _draw_graph(self, sequences: int, kind: Kind) -> Drawn:
         """Replay a draw; one that is rare is recorded when somebody first asks for it, for a few sizes."""
@@ -290,7 +292,7 @@ class Runner:
         if key not in self.draw_graphs:
             steps = self.table.steps.clone()
             self.table.steps[2] = 0  # a draw that is tried out gives nobody a token
-            self.draw_graphs[key] = self._record(lambda: self._draw(*key))
+            self.draw_graphs[key] = self._record(partial(self._draw, *key))
             self.table.steps.copy_(steps)
         graph, drawn = self.draw_graphs[key]
         graph.replay()

@@ -116,8 +116,9 @@ class Scheduler:
     def _waits_for_parent(self, request: Request) -> bool:
         """One of several completions of a prompt waits until the first has computed it."""
         parent = request.parent
-        unfinished = parent is not None and not parent.finished
-        return unfinished and parent.num_computed < len(parent.prompt_token_ids)
+        if parent is None or parent.finished:
+            return False
+        return parent.num_computed < len(parent.prompt_token_ids)
 
     def _take_prefix(self, request: Request) -> None:
         """Start from blocks that hold the beginning of the request already: its parent's, or published ones."""

@@ -140,7 +140,7 @@ class RequestTable:
 
 def _edits(drawing: list[tuple[int, Request]]) -> Edits | None:
     """Logit biases, and the ends that come too early."""
-    sequences, token_ids, values = [], [], []
+    sequences, token_ids, values = [], [], []  # type: list[int], list[int], list[float]
     for index, request in drawing:
         changes = dict(request.params.logit_bias or {})
         if request.num_output < request.params.min_tokens:
@@ -161,7 +161,7 @@ def _logprobs(drawing: list[tuple[int, Request]]) -> tuple[np.ndarray, int] | No
 
 def _prompt_logprobs(scheduled: Scheduled) -> tuple[np.ndarray, np.ndarray, int] | None:
     """Rows of the batch whose next token stands in the prompt, and that token."""
-    rows, targets, most, begin = [], [], -1, 0
+    rows, targets, most, begin = [], [], -1, 0  # type: list[int], list[int], int, int
     for request, count in scheduled:
         if request.params.prompt_logprobs is not None:
             first, last = prompt_part(request, request.num_computed, count)

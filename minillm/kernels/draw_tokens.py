@@ -94,8 +94,8 @@ def torch_path(
         if len(j := penalized[i].nonzero()[:, 0]):
             options = (x[i[j], None] for x in (repetition, presence, frequency))
             logits[j] = _penalize(logits[j], counts[rows[i[j]].long()].int(), *options)
-        filters = (x[i, None] for x in (temperatures, top_k, top_p, min_p))
-        tokens[i] = _draw(logits, *filters, lambda: gumbel_noise(seeds[i], positions[i], logits.shape[1]))
+        filters = [x[i, None] for x in (temperatures, top_k, top_p, min_p)]
+        tokens[i] = _draw(logits, seeds[i], positions[i], *filters)
     return tokens
 
 
@@ -105,7 +105,9 @@ def _penalize(logits: Tensor, seen: Tensor, repetition: Tensor, presence: Tensor
     return logits - presence * (times > 0) - frequency * times
 
 
-def _draw(logits: Tensor, temperatures: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, noise_of) -> Tensor:
+def _draw(
+    logits: Tensor, seeds: Tensor, positions: Tensor, temperatures: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+) -> Tensor:
     """As `settle_kernel`: draw, and draw again among the likelier ones where top-p refuses the token."""
     tokens, is_greedy = logits.argmax(-1, keepdim=True), temperatures < GREEDY_BELOW
     if bool(is_greedy.all()):
@@ -117,7 +119,8 @@ def _draw(logits: Tensor, temperatures: Tensor, top_k: Tensor, top_p: Tensor, mi
         smallest = smallest.maximum(kth.masked_fill(top_k <= 0, float("-inf")))
     logits.masked_fill_(logits < smallest, float("-inf"))
     shares = logits.softmax(-1) if bool((top_p < 1).any()) else None
-    noisy, ids = logits + noise_of(), torch.arange(logits.shape[1], device=logits.device)
+    noisy = logits + gumbel_noise(seeds, positions, logits.shape[1])
+    ids = torch.arange(logits.shape[1], device=logits.device)
     drawn = noisy.argmax(-1, keepdim=True)
     while shares is not None:
         own = logits.gather(1, drawn)
@@ -550,9 +553,7 @@ def draw_tokens(
     early = pdl(device)
     shape = {"num_warps": 8, "maxnreg": 64}  # registers: four programs to a multiprocessor
 
-    scan_kernel[(n, parts)](
-        *row, best, best_token, least, length, *strides, part, BLOCK=BLOCK, **shape, **early
-    )  # fmt: skip
+    scan_kernel[(n, parts)](*row, best, best_token, least, length, *strides, part, BLOCK=BLOCK, **shape, **early)
     for i in range(PASSES):
         narrow_kernel[(n, ceil_div(chunks, each))](
             *row, best, least, brackets[i - 1], sums[i - 1], brackets[i], sums[i], *strides, parts, chunks, each,

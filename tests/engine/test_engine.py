@@ -101,7 +101,7 @@ class TestFaults:
             assert request.output_token_ids == oracle(prompt, GREEDY, 64)
 
     def test_blocks_that_could_not_be_copied_are_not_used(self, monkeypatch):
-        """The second completion's step needs a copy that fails: it fails, its neighbor and the next request are right."""
+        """The second completion's step needs a copy that fails: it fails, the others are right."""
         engine = engine_of()
         key = engine.add_request([1, 2, 3, 4, 5], SamplingParams(temperature=0, n=2, max_tokens=6, ignore_eos=True))
         requests = [engine.requests[key], engine.requests[f"{key}/1"]]
