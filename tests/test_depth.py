@@ -1,4 +1,4 @@
-"""Profiles of drawn tests: what a test asks for is what `make test` draws; `quick` takes a third, `deep` seven times."""
+"""Profiles of drawn tests: what a test asks for is what `make test` draws; `quick` takes a third, `deep` sevenfold."""
 
 import os
 

@@ -37,11 +37,16 @@ def model() -> Transformer:
 
 
 @functools.cache
-def oracle(
+def oracle_tokens(
     prompt: tuple[int, ...], params: SamplingParams, limit: int, device: str = "cpu", kind: str = "plain"
 ) -> list[Token]:
     """What one request gives alone, with everything recomputed for every token."""
     return list(naive(tiny_model(device, kind), list(prompt), params, limit))
+
+
+def oracle(prompt: tuple[int, ...], params: SamplingParams, limit: int, device: str = "cpu") -> list[int]:
+    """Those tokens as plain numbers."""
+    return [int(token) for token in oracle_tokens(prompt, params, limit, device)]
 
 
 @functools.cache
@@ -51,8 +56,8 @@ def prompt_oracle(prompt: tuple[int, ...], count: int, device: str = "cpu", kind
 
 
 class Letters:
-    """A tokenizer for the tiny model. Tokens are one to three letters, so that few ones make a stop string; 40 to 45 are
-    single bytes of "é", "€" and an emoji, in any order; 46 and 47 are hidden; 48 and 49 are beyond the vocabulary.
+    """A tokenizer for the tiny model. Tokens are one to three letters, so that few ones make a stop string; 40 to 45
+    are single bytes of "é", "€" and an emoji, in any order; 46 and 47 are hidden; 48 and 49 are beyond the vocabulary.
     """
 
     eos_token_id = 13  # the model's own is 7: either ends a text

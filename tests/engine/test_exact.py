@@ -1,5 +1,5 @@
-"""Whatever the schedule, a request gives what the oracle gives alone: tokens, text, log probabilities. Every block comes
-home, and the counters add up.
+"""Whatever the schedule, a request gives what the oracle gives alone: tokens, text, log probabilities. Every block
+comes home, and the counters add up.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from minillm.engine.engine import Engine
 from minillm.engine.request import Request
 from minillm.sampling import SamplingParams
 
-from .conftest import VOCAB, Letters, assert_home, oracle, prompt_oracle, text_oracle, tiny_model
+from .conftest import VOCAB, Letters, assert_home, oracle_tokens, prompt_oracle, text_oracle, tiny_model
 
 # ---- what is drawn -------------------------------------------------------------------------------------------------
 
@@ -170,7 +170,7 @@ class Player:
 
     def free(self, prompt: tuple[int, ...], params: SamplingParams) -> list:
         """What the oracle gives, stop strings aside."""
-        return oracle(prompt, params, self.engine.max_model_len, self.device, self.kind)
+        return oracle_tokens(prompt, params, self.engine.max_model_len, self.device, self.kind)
 
     def check(self, s: Started) -> None:
         """A request is over: it has given what the oracle gives, or, aborted, a beginning of it."""
