@@ -98,3 +98,42 @@ def hf_tokenizer(smollm_path: Path):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(smollm_path)
+
+
+def tiny_directory(folder: Path, tokenizer=None, **changes) -> Path:
+    """A model directory of a few kilobytes: random weights, always the same; with `tokenizer`, or ours of 287 tokens.
+
+    The model has 64 more rows than the tokenizer has tokens, as Qwen3's has. changes: of its `ModelConfig`.
+    """
+    import torch
+
+    from minillm.config import ModelConfig
+    from minillm.model import Transformer
+    from minillm.model.tokenizer import Tokenizer
+    from minillm.model.weights import save
+
+    if tokenizer is None:
+        text = "hello world, the quick brown fox. " * 20
+        tokenizer = Tokenizer.train(text, 30, ["<|end|>"], eos_token="<|end|>")
+        tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    sizes |= {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 128, "eos_token_ids": (0,)}
+    torch.manual_seed(0)
+    save(Transformer(ModelConfig(**{"vocab_size": tokenizer.vocab_size + 64, **sizes, **changes})), folder)
+    if isinstance(tokenizer, Tokenizer):
+        tokenizer.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_path(tmp_path_factory) -> Path:
+    """Such a directory; who changes it makes a copy."""
+    return tiny_directory(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_llm(tiny_path: Path):
+    """An LLM of it. Whoever breaks it mends it."""
+    from minillm import LLM
+
+    return LLM(tiny_path, device="cpu")

@@ -354,7 +354,9 @@ def test_the_longest_context_goes_first(monkeypatch):
     engine, seen = engine_of(), []
     plan = engine.table.plan
     monkeypatch.setattr(
-        engine.table, "plan", lambda scheduled: (seen.append([r.num_computed for r, _ in scheduled]), plan(scheduled))[1]
+        engine.table,
+        "plan",
+        lambda scheduled: (seen.append([r.num_computed for r, _ in scheduled]), plan(scheduled))[1],
     )
     outputs(engine, [(1,), (2,) * 9, (3,) * 4, (4,) * 20], [GREEDY] * 4)
     assert max(map(len, seen)) == 4
