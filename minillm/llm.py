@@ -256,7 +256,8 @@ class LLM:
             several: list[Any] = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         except TypeError:
             raise ValueError(f"prompts: expected text, token ids or a list of them, got {prompts!r:.60}") from None
-        if several and hasattr(several[0], "__index__"):
+        # An id alone can be an index; an array of ids says that it can be one, too, and is a prompt.
+        if several and hasattr(several[0], "__index__") and not getattr(several[0], "ndim", 0):
             several = [several]
         params = self.default_params() if sampling_params is None else sampling_params
         each = [params] * len(several) if isinstance(params, SamplingParams) else list(params)

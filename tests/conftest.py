@@ -10,10 +10,15 @@ from hypothesis import HealthCheck, settings
 if not Path("/proc/driver/nvidia").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# No deadlines: a slow machine is not a defect, and timing lives in benchmarks/.
+# How much is drawn: `make quick`, `make test`, `make deep`. A test that says how many examples it takes means those of
+# `make test`; `scaled` makes it more or fewer. No deadlines: a slow machine is not a defect; timing lives in benchmarks/.
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "full")
+SCALES = {"quick": 1 / 3, "full": 1, "deep": 7}
+LEAST = 15  # not even `quick` draws fewer, unless a test says so
 settings.register_profile("full", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("quick", parent=settings.get_profile("full"), max_examples=15)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "full"))
+settings.register_profile("quick", parent=settings.get_profile("full"), max_examples=LEAST)
+settings.register_profile("deep", parent=settings.get_profile("full"), max_examples=700)
+settings.load_profile(PROFILE)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,9 +31,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def scaled(chosen: settings) -> settings:
+    """A test's own settings, with as many examples as the profile wants."""
+    if chosen.max_examples == settings.default.max_examples:  # it said nothing, and has the profile's already
+        return chosen
+    return settings(
+        chosen, max_examples=max(round(chosen.max_examples * SCALES[PROFILE]), min(chosen.max_examples, LEAST))
+    )
+
+
+def scale_examples(items: list[pytest.Item]) -> None:
+    """Every drawn test takes the profile's share of the examples that it asks for."""
+    owners = {(item.function, "_hypothesis_internal_use_settings") for item in items if hasattr(item, "function")}
+    owners |= {(item.cls, "settings") for item in items if getattr(item, "cls", None)}  # state machines
+    for owner, name in owners:
+        if isinstance(chosen := getattr(owner, name, None), settings):
+            setattr(owner, name, scaled(chosen))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     import torch
 
+    scale_examples(items)
     skip_gpu = pytest.mark.skip(reason="needs a CUDA GPU")
     skip_browser = pytest.mark.skip(reason="run by `make test-browser`")
     for item in items:
@@ -74,3 +98,42 @@ def hf_tokenizer(smollm_path: Path):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(smollm_path)
+
+
+def tiny_directory(folder: Path, tokenizer=None, **changes) -> Path:
+    """A model directory of a few kilobytes: random weights, always the same; with `tokenizer`, or ours of 287 tokens.
+
+    The model has 64 more rows than the tokenizer has tokens, as Qwen3's has. changes: of its `ModelConfig`.
+    """
+    import torch
+
+    from minillm.config import ModelConfig
+    from minillm.model import Transformer
+    from minillm.model.tokenizer import Tokenizer
+    from minillm.model.weights import save
+
+    if tokenizer is None:
+        text = "hello world, the quick brown fox. " * 20
+        tokenizer = Tokenizer.train(text, 30, ["<|end|>"], eos_token="<|end|>")
+        tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    sizes |= {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 128, "eos_token_ids": (0,)}
+    torch.manual_seed(0)
+    save(Transformer(ModelConfig(**{"vocab_size": tokenizer.vocab_size + 64, **sizes, **changes})), folder)
+    if isinstance(tokenizer, Tokenizer):
+        tokenizer.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_path(tmp_path_factory) -> Path:
+    """Such a directory; who changes it makes a copy."""
+    return tiny_directory(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_llm(tiny_path: Path):
+    """An LLM of it. Whoever breaks it mends it."""
+    from minillm import LLM
+
+    return LLM(tiny_path, device="cpu")

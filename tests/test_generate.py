@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillm.config import ModelConfig
-from minillm.generate import Step, cached, cached_batch, naive, occupancy
+from minillm.generate import Token, cached, cached_batch, naive, occupancy
 from minillm.model import Transformer
 from minillm.sampling import SamplingParams
 
@@ -94,7 +94,7 @@ def test_drawn_tokens_agree_too(seed):
 def test_logprobs():
     model, params = tiny("qwen3"), SamplingParams(temperature=0, max_tokens=6, logprobs=2)
     for a, b in zip(naive(model, [1, 2], params), cached(model, [1, 2], params), strict=True):
-        assert isinstance(b, Step)
+        assert isinstance(b, Token)
         assert a.logprobs.keys() == b.logprobs.keys()
         assert list(a.logprobs.values()) == pytest.approx(list(b.logprobs.values()), abs=1e-4)
 

@@ -134,6 +134,25 @@ def test_stop_strings_across_tokens(stop, text, expected):
     assert given + stream.flush() == expected
 
 
+@pytest.mark.parametrize(
+    ("stop", "first", "expected"),
+    [
+        (["b"], 3, "abx"),  # came too early, alone
+        (["b", "abc"], 3, "abx"),  # ... and still held back for the sake of the other
+        (["bx"], 3, "a"),  # begins before, ends after
+        (["x", "bx"], 3, "a"),
+        (["ab"], 2, ""),
+    ],
+)
+def test_a_stop_string_that_came_too_early_never_counts(stop, first, expected):
+    stream, text = StopText(stop, Letters()), ""
+    for count, character in enumerate("abx", 1):
+        text += stream.push(ord(character), may_stop=count >= first)
+        if stream.stopped:
+            break
+    assert text + stream.flush() == expected
+
+
 class TestSampling:
     def test_seed(self, dummy):
         params = [SamplingParams(seed=s, max_tokens=10, ignore_eos=True) for s in (1, 1, 2)]

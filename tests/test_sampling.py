@@ -1,7 +1,6 @@
 """Sampling against transformers' logits processors, brute force, and what the definitions say (hypothesis)."""
 
 import math
-import os
 
 import numpy as np
 import pytest
@@ -29,7 +28,7 @@ from minillm.sampling import (
     sample,
 )
 
-EXAMPLES = 15 if os.environ.get("HYPOTHESIS_PROFILE") == "quick" else 300
+EXAMPLES = 300
 INFINITY = float("inf")
 rows = st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=40).map(torch.tensor)
 # Few values, so that ties are the rule.

@@ -28,6 +28,7 @@ class StopText:
 
     def __init__(self, stop: Sequence[str], decoder: Decoder) -> None:
         self.stop, self.decoder, self.held, self.stopped = stop, decoder, "", False
+        self.exempt = 0  # so many characters of `held` came when it might not stop: no string that ends in them counts
 
     def push(self, token: int, may_stop: bool = True) -> str:
         """One more token -> text that is final. A stop string that ends before `may_stop` does not count."""
@@ -43,10 +44,13 @@ class StopText:
 
     def _release(self, piece: str, may_stop: bool = True) -> str:
         self.held += piece
-        found = [at for stop in self.stop if may_stop and (at := self.held.find(stop)) >= 0]
+        if not may_stop:
+            self.exempt = len(self.held)
+        found = [at for stop in self.stop if (at := self.held.find(stop, max(0, self.exempt - len(stop) + 1))) >= 0]
         if found:
             self.stopped = True
             return self.held[: min(found)]
         keep = max((n for stop in self.stop for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0)
         ready, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        self.exempt = max(0, self.exempt - len(ready))
         return ready

@@ -141,6 +141,35 @@ def test_free_blocks_keep_their_prefix_until_they_are_the_least_recently_used():
     assert pool.find(chain_hash(b"", [1, 2])) is not None
 
 
+def test_the_end_of_a_prompt_is_reused_before_its_beginning():
+    pool = BlockPool(3, 2)
+    filled(pool, [1, 2, 3, 4, 5, 6]).free()
+    taken = BlockTable(pool)
+    for start, left in ((0, 4), (2, 2), (4, 0)):
+        taken.extend(start, start + 2)
+        assert [chain in pool._block_of for chain in chains([1, 2, 3, 4, 5, 6])] == [n < left for n in (0, 2, 4)]
+
+
+def chains(tokens):
+    """The names of the full blocks of two tokens."""
+    names, parent = [], b""
+    for start in range(0, len(tokens), 2):
+        names.append(parent := chain_hash(parent, tokens[start : start + 2]))
+    return names
+
+
+def test_a_block_without_a_name_is_reused_first():
+    """Even if it was in use until a moment ago, and the named one for long no more."""
+    pool = BlockPool(2, 2)
+    named, unnamed = filled(pool, [1, 2]), BlockTable(pool)
+    unnamed.extend(0, 1)
+    [block] = unnamed.blocks
+    named.free()
+    unnamed.free()
+    assert pool.allocate() == block
+    assert BlockTable(pool).match_prefix([1, 2, 0]) == 2
+
+
 @pytest.mark.parametrize(("length", "hit"), [(1, 0), (4, 0), (5, 4), (8, 4), (9, 8), (20, 8)])
 def test_a_full_hit_leaves_a_token_to_compute(length, hit):
     pool = BlockPool(8, 4)

@@ -1,6 +1,8 @@
 """A tiny model, its oracle, and a driver that plays a schedule and checks what must hold whatever happened."""
 
+import codecs
 import functools
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -8,18 +10,22 @@ import torch
 from minillm.config import ModelConfig
 from minillm.engine.engine import Engine
 from minillm.engine.runner import Runner
-from minillm.generate import naive
+from minillm.generate import Token, naive
+from minillm.generate import prompt_logprobs as prompt_logprobs_of
 from minillm.model import Transformer
+from minillm.model.tokenizer import StreamDecoder
 from minillm.sampling import SamplingParams
 
 VOCAB, CONTEXT = 50, 64
+# "windows": the first layer sees the last five tokens, the second all.
+KINDS = {"plain": {}, "windows": {"sliding_window": 5, "layer_types": ("sliding_attention", "full_attention")}}
 
 
 @functools.cache
-def tiny_model(device: str = "cpu") -> Transformer:
+def tiny_model(device: str = "cpu", kind: str = "plain") -> Transformer:
     """Weights so large that no two logits come near each other; the end token comes up now and then."""
     torch.manual_seed(0)
-    config = ModelConfig(VOCAB, 16, 24, 2, 4, 2, 8, max_position_embeddings=CONTEXT, eos_token_ids=(7,))
+    config = ModelConfig(VOCAB, 16, 24, 2, 4, 2, 8, max_position_embeddings=CONTEXT, eos_token_ids=(7,), **KINDS[kind])
     model = Transformer(config).eval().requires_grad_(False)
     model.reset_parameters(std=0.4)
     return model.to(device)
@@ -31,9 +37,65 @@ def model() -> Transformer:
 
 
 @functools.cache
-def oracle(prompt: tuple[int, ...], params: SamplingParams, limit: int, device: str = "cpu") -> list[int]:
+def oracle_tokens(
+    prompt: tuple[int, ...], params: SamplingParams, limit: int, device: str = "cpu", kind: str = "plain"
+) -> list[Token]:
     """What one request gives alone, with everything recomputed for every token."""
-    return [int(t) for t in naive(tiny_model(device), list(prompt), params, limit)]
+    return list(naive(tiny_model(device, kind), list(prompt), params, limit))
+
+
+def oracle(prompt: tuple[int, ...], params: SamplingParams, limit: int, device: str = "cpu") -> list[int]:
+    """Those tokens as plain numbers."""
+    return [int(token) for token in oracle_tokens(prompt, params, limit, device)]
+
+
+@functools.cache
+def prompt_oracle(prompt: tuple[int, ...], count: int, device: str = "cpu", kind: str = "plain") -> list:
+    """Log probabilities of a prompt's tokens, all computed at once."""
+    return prompt_logprobs_of(tiny_model(device, kind), list(prompt), count)
+
+
+class Letters:
+    """A tokenizer for the tiny model. Tokens are one to three letters, so that few ones make a stop string; 40 to 45
+    are single bytes of "é", "€" and an emoji, in any order; 46 and 47 are hidden; 48 and 49 are beyond the vocabulary.
+    """
+
+    eos_token_id = 13  # the model's own is 7: either ends a text
+    vocab_size = 48
+    _hidden = frozenset({46, 47})
+
+    def token_bytes(self, token: int) -> bytes:
+        if token >= 40:
+            return [b"\xc3", b"\xa9", b"\xe2", b"\x82", b"\xac", b"\xf0", b"<46>", b"<47>"][token - 40]
+        return "ab"[token % 2].encode() + b"cde"[: token % 3]
+
+    def stream_decoder(self, skip_special_tokens: bool = False) -> StreamDecoder:
+        return StreamDecoder(self, skip_special_tokens)
+
+
+def text_oracle(tokens: Sequence[Token], stop: Sequence[str], min_tokens: int) -> tuple[int, str, bool]:
+    """How many of the oracle's tokens a request with stop strings gets, its text, and whether a string ended it.
+
+    Looks for every string in the whole text after every token; one that was whole before `min_tokens` does not count.
+    """
+    decoder, text, seen = codecs.getincrementaldecoder("utf-8")("replace"), "", 0
+
+    def cut() -> int | None:
+        found = [text.find(s, max(0, seen - len(s) + 1)) for s in stop]
+        return min((at for at in found if at >= 0), default=None)
+
+    for count, token in enumerate(tokens, 1):
+        if token.is_end:
+            tokens = tokens[:count]
+            break
+        seen = len(text)
+        if token < Letters.vocab_size and token not in Letters._hidden:
+            text += decoder.decode(Letters().token_bytes(int(token)))
+        if count >= min_tokens and (at := cut()) is not None:
+            return count, text[:at], True
+    seen = len(text)
+    text += decoder.decode(b"", final=True)
+    return len(tokens), text[: cut()], False
 
 
 @pytest.fixture

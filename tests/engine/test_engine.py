@@ -1,5 +1,6 @@
 """Faults, ends, several completions, log probabilities, seeds, and what the counters show."""
 
+import itertools
 import math
 
 import pytest
@@ -101,7 +102,7 @@ class TestFaults:
             assert request.output_token_ids == oracle(prompt, GREEDY, 64)
 
     def test_blocks_that_could_not_be_copied_are_not_used(self, monkeypatch):
-        """The second completion's step needs a copy that fails: it fails, the others are right."""
+        """The second completion's step needs a copy that fails: it fails, its neighbor and the next one are right."""
         engine = engine_of()
         key = engine.add_request([1, 2, 3, 4, 5], SamplingParams(temperature=0, n=2, max_tokens=6, ignore_eos=True))
         requests = [engine.requests[key], engine.requests[f"{key}/1"]]
@@ -348,6 +349,21 @@ def test_an_end_by_length_wastes_no_step(async_scheduling):
     assert engine.metrics.num_scheduled_tokens == len(request.output_token_ids) + async_scheduling
 
 
+def test_the_longest_context_goes_first(monkeypatch):
+    """In every step, whatever the order of arrival: what of attention starts last should be short."""
+    engine, seen = engine_of(), []
+    plan = engine.table.plan
+    monkeypatch.setattr(
+        engine.table,
+        "plan",
+        lambda scheduled: (seen.append([r.num_computed for r, _ in scheduled]), plan(scheduled))[1],
+    )
+    outputs(engine, [(1,), (2,) * 9, (3,) * 4, (4,) * 20], [GREEDY] * 4)
+    assert max(map(len, seen)) == 4
+    assert seen[1] == [20, 9, 4, 1]
+    assert all(lengths == sorted(lengths, reverse=True) for lengths in seen)
+
+
 def test_priority_goes_first():
     engine = engine_of(max_num_seqs=1)
     params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
@@ -379,6 +395,29 @@ class TestMetrics:
             h.observe(value)
         for q in (0.5, 0.9, 0.99):
             assert h.quantile(q) == pytest.approx(float(values.quantile(q)), rel=0.25)
+
+    @BOTH
+    def test_times_are_those_of_the_clock(self, async_scheduling, monkeypatch):
+        """A clock that goes on by a second whenever somebody looks: sums are differences of what requests remember."""
+        clock = itertools.count(1000.0)
+        monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+        engine = engine_of(max_num_seqs=2, async_scheduling=async_scheduling)
+        requests = outputs(engine, [(1, 2, 3), (4,), (5, 6)], [GREEDY] * 3)
+        m = engine.metrics
+        first = [r.first_token_time - r.arrival_time for r in requests]
+        queue = [r.admission_time - r.arrival_time for r in requests]
+        assert min(queue) > 0
+        assert all(q < f for q, f in zip(queue, first, strict=True))
+        between = [r.last_token_time - r.first_token_time for r in requests]
+        assert min(between) >= GREEDY.max_tokens - 1
+        for histogram, expected, count in (
+            (m.time_to_first_token, first, 3), (m.queue_time, queue, 3), (m.inter_token_latency, between, 3 * 7),
+            (m.prefill_time, [f - q for f, q in zip(first, queue, strict=True)], 3),
+        ):  # fmt: skip
+            assert (histogram.sum, histogram.count) == (sum(expected), count)
+        assert m.request_latency.count == 3
+        assert m.request_latency.sum > sum(first) + sum(between)  # until its end was noted: a look or more later
+        assert m.request_latency.sum < sum(first) + sum(between) + 3 * 20
 
     def test_prometheus_text_is_read_back(self):
         engine = engine_of()

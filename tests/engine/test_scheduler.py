@@ -69,7 +69,7 @@ def deliver(scheduler: Scheduler, pending: list[Request]) -> int:
     return finished
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(REQUESTS, st.integers(0, 20), st.sampled_from([1, 2, 4, 8]), st.integers(1, 5), st.integers(1, 40),
        st.booleans(), st.booleans())  # fmt: skip
 def test_every_step(drawn, more_blocks, block_size, seats, budget, prefix_caching, overlap):
@@ -145,6 +145,60 @@ def test_the_last_in_rank_is_preempted_and_comes_back_with_what_it_said():
     assert back == 3 + 2  # its prompt and the two tokens that it had
     assert scheduler.metrics.num_preemptions == second.num_preemptions == 1
     assert len(second.output_token_ids) == 4
+
+
+def test_nobody_overtakes_a_request_that_does_not_fit():
+    """Three of four blocks are taken. The next request needs two, the one behind it one, which is there: it waits too."""
+    pool = BlockPool(4, 4)
+    scheduler = Scheduler(pool, max_num_seqs=4, max_num_batched_tokens=100)
+    first, large, small = (
+        Request(str(i), [i] * length, PARAMS, BlockTable(pool), 2, order=i) for i, length in enumerate((9, 8, 2))
+    )
+    scheduler.add(first)
+    scheduler.advance(scheduler.schedule()[0])
+    scheduler.add(large)
+    scheduler.add(small)
+    for _ in range(2):  # the first request's tokens
+        deliver(scheduler, [first])
+        scheduled, _ = scheduler.schedule()
+        scheduler.advance(scheduled)
+        if first.finished:
+            break
+        assert [request for request, _ in scheduled] == [first]
+        assert scheduler.waiting == [large, small]
+    assert [request for request, _ in scheduled] == [large, small]
+
+
+def test_a_beginning_is_shared_while_it_is_computed():
+    """Ten tokens in blocks of 4: the second request, of the same step, takes two of them; so does the third, which
+    comes while the first still runs; and so does one that goes on where the first one has got to.
+    """
+    pool = BlockPool(40, 4)
+    scheduler = Scheduler(pool, max_num_seqs=8, max_num_batched_tokens=100)
+    first, second, third = (request_of(pool, str(i), 10, 6, order=i) for i in range(3))
+    scheduler.add(first)
+    scheduler.add(second)
+    scheduled, copies = scheduler.schedule()
+    assert (dict(scheduled), copies) == ({first: 10, second: 2}, [])
+    assert second.table.blocks[:2] == first.table.blocks[:2]
+    scheduler.advance(scheduled)
+    deliver(scheduler, [first, second])
+    scheduler.add(third)
+    scheduled, _ = scheduler.schedule()
+    assert dict(scheduled) == {first: 1, second: 1, third: 2}
+    assert [request.num_cached for request in (first, second, third)] == [0, 8, 8]
+    scheduler.advance(scheduled)
+    deliver(scheduler, [first, second, third])
+    for _ in range(2):
+        scheduled, _ = scheduler.schedule()
+        scheduler.advance(scheduled)
+        deliver(scheduler, [first, second, third])
+    assert first.num_computed == 13
+    assert not first.finished
+    longer = Request("longer", first.tokens(), PARAMS, BlockTable(pool), 1, order=9)
+    scheduler.add(longer)
+    scheduler.schedule()
+    assert longer.num_cached == 12  # of the first one's output, too
 
 
 @pytest.mark.parametrize(("name", "value"), [("max_num_seqs", 0), ("max_num_batched_tokens", 1.5)])
