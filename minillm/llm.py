@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .config import EngineConfig, ModelConfig, sampling_defaults
-from .engine.engine import Engine, token_ids_of
+from .engine.engine import Engine
 from .engine.request import Request
 from .model import Transformer
 from .model.tokenizer_hf import load_tokenizer
@@ -272,27 +272,17 @@ class LLM:
         where, salt = f"prompts[{index}]", ""
         if isinstance(prompt, Mapping):
             salt, prompt = prompt.get("cache_salt", ""), self._inner(where, prompt)
+        ids: Any = prompt
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError(f"{where}: expected token ids, got text: this model directory has no tokenizer.json")
             ids = self.tokenizer.encode(prompt)
-        else:
-            try:
-                ids = token_ids_of(prompt, where)
-            except TypeError:
-                raise ValueError(
-                    f"{where}: expected text or a list of token ids, got {type(prompt).__name__} {prompt!r:.40}"
-                ) from None
-        vocab = self.model.config.vocab_size
-        if not ids:
-            raise ValueError(f"{where}: expected at least one token, got an empty prompt")
-        if bad := [i for i in ids if not 0 <= i < vocab]:
-            raise ValueError(f"{where}: expected token ids in 0..{vocab - 1}, got {bad[0]}")
-        if len(ids) >= self.max_model_len:
+        try:
+            ids = self.engine.prompt_of(ids, where)
+        except TypeError:
             raise ValueError(
-                f"{where}: expected at most {self.max_model_len - 1} tokens (max_model_len less one to generate),"
-                f" got {len(ids)}; shorten it"
-            )
+                f"{where}: expected text or a list of token ids, got {type(prompt).__name__} {prompt!r:.40}"
+            ) from None
         return RequestOutput(prompt if isinstance(prompt, str) else None, ids, cache_salt=salt)
 
     @staticmethod

@@ -123,7 +123,8 @@ def test_kernels_files_are_typed_but_for_kernels(path):
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
             arguments += [a for a in (node.args.vararg, node.args.kwarg) if a]
             untyped = [a.arg for a in arguments if a.annotation is None and a.arg not in ("self", "cls")]
-            assert not untyped and node.returns is not None, f"{path.name}:{node.lineno}: {node.name}: {untyped or '->'}"
+            untyped += [] if node.returns else ["->"]
+            assert not untyped, f"{path.name}:{node.lineno}: {node.name}: {untyped}"
 
 
 def test_every_ignored_type_error_says_which_and_why():

@@ -190,8 +190,8 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("prompts", "says"),
         [
-            ([[]], r"prompts\[0\]: expected at least one token"),
-            ([[1], [999]], r"prompts\[1\]: expected token ids in 0\.\."),
+            ([[]], r"prompts\[0\]: expected 1 to \d+ tokens"),
+            ([[1], [999]], r"prompts\[1\]: expected ids in 0\.\."),
             ([[-1]], "got -1"),
             ([[1] * 1000], "shorten it"),
             (["text"], "no tokenizer.json"),

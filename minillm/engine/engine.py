@@ -11,7 +11,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from operator import index as as_index
 from typing import Any
@@ -33,7 +33,7 @@ from .scheduler import Copies, Scheduled, Scheduler
 from .table import Plan, RequestTable, prompt_part
 from .text import StopText
 
-__all__ = ["Engine", "InFlight", "token_ids_of"]
+__all__ = ["Engine", "InFlight"]
 
 CPU_CACHE_BYTES = 2 << 30
 LOG = logging.getLogger("minillm.engine")
@@ -83,7 +83,7 @@ class Engine:
       `step` then returns the tokens of the step before.
     - tokenizer: gives requests their `text`, and is needed for stop strings.
 
-    Every public method takes one lock, so threads may share an engine: whoever calls `step` works for all, and a
+    Whatever changes something takes one lock, so threads may share an engine: whoever calls `step` works for all, and a
     request that another thread's step has finished is `finished`. An exception that leaves `step` (Ctrl-C) has ended
     all requests. When the model's weights change, earlier entries of the prefix cache are not found any more.
 
@@ -204,18 +204,9 @@ class Engine:
         vocab = self.model_config.vocab_size
         if isinstance(priority, bool) or not isinstance(priority, int):
             raise TypeError(f"priority: expected an integer, got {priority!r}")
-        prompt = token_ids_of(prompt_token_ids, "prompt_token_ids")
-        if not 1 <= len(prompt) < self.max_model_len:
-            raise ValueError(
-                f"prompt_token_ids: expected 1 to {self.max_model_len - 1} tokens (max_model_len, or what the cache"
-                f" holds, less one to generate), got {len(prompt)}; shorten it, or give the cache more blocks"
-            )
-        for name, ids in (
-            ("prompt_token_ids", prompt), ("stop_token_ids", params.stop_token_ids),
-            ("logit_bias", params.logit_bias or ()),
-        ):  # fmt: skip
-            if bad := [i for i in ids if not 0 <= i < vocab]:
-                raise ValueError(f"{name}: expected ids in 0..{vocab - 1} (the model's vocabulary), got {bad[0]}")
+        prompt = self.prompt_of(prompt_token_ids)
+        self._in_vocabulary("stop_token_ids", params.stop_token_ids)
+        self._in_vocabulary("logit_bias", params.logit_bias or ())
         for name in ("logprobs", "prompt_logprobs"):
             if (getattr(params, name) or 0) > vocab:
                 raise ValueError(
@@ -224,6 +215,26 @@ class Engine:
         if params.stop and self.tokenizer is None:
             raise ValueError("stop: expected none, as this engine has no tokenizer; use stop_token_ids")
         return prompt
+
+    def prompt_of(self, token_ids: Any, name: str = "prompt_token_ids") -> list[int]:
+        """`token_ids` as a list of ints (NumPy's and torch's too), if they can be a prompt.
+
+        Raises TypeError for what are no integers; ValueError for none or too many, and for ids outside the vocabulary.
+        The message calls them `name`.
+        """
+        prompt = _token_ids_of(token_ids, name)
+        if not 1 <= len(prompt) < self.max_model_len:
+            raise ValueError(
+                f"{name}: expected 1 to {self.max_model_len - 1} tokens (max_model_len, or what the cache holds, less"
+                f" one to generate), got {len(prompt)}; shorten it, or give the cache more blocks"
+            )
+        self._in_vocabulary(name, prompt)
+        return prompt
+
+    def _in_vocabulary(self, name: str, ids: Iterable[int]) -> None:
+        vocab = self.model_config.vocab_size
+        if bad := [i for i in ids if not 0 <= i < vocab]:
+            raise ValueError(f"{name}: expected ids in 0..{vocab - 1} (the model's vocabulary), got {bad[0]}")
 
     def _root(self, cache_salt: str) -> bytes:
         """What decides a block's content beside its tokens."""
@@ -520,7 +531,7 @@ class Engine:
             self.metrics.num_failed += self.metrics.num_ended == ended
 
 
-def token_ids_of(values: Any, name: str) -> list[int]:
+def _token_ids_of(values: Any, name: str) -> list[int]:
     """`values` as a list of ints (NumPy's and torch's too). Raises TypeError that names the argument."""
     try:
         ids = list(values)

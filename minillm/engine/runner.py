@@ -14,7 +14,7 @@ a step our kernels start before the one in front of them is done (`dependent_lau
 
 import bisect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -52,7 +52,7 @@ class Logprobs:
     best_ids: Tensor  # [P, K], likeliest first
     best: Tensor  # [P, K]
     chosen: Tensor  # [P]
-    lists: tuple[list[list[int]], list[list[float]], list[float]] | None = None
+    lists: tuple[list[list[int]], list[list[float]], list[float]] | None = field(default=None, init=False)
 
     def of(self, row: int, count: int, token: int) -> dict[int, float]:
         """{token id: log probability} of `count` candidates, and of the token. Once they are on the host."""

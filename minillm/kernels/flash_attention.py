@@ -18,6 +18,7 @@ two loops are Triton's tutorial's idea (Tillet et al.).
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,10 @@ def visible(len_q: int, len_k: int, causal: bool, window: int, device: torch.dev
     return keep & (key > position - window) if window else keep
 
 
-def _one_by_one(compute, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, causal: bool, window: int):
+def _one_by_one(
+    compute: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor,
+    cu_k: Tensor, causal: bool, window: int,
+) -> Tensor:  # fmt: skip
     out = torch.empty_like(q)
     bounds_q, bounds_k = cu_q.tolist(), cu_k.tolist()
     for i in range(len(bounds_q) - 1):
