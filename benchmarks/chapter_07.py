@@ -33,7 +33,7 @@ from common import median_seconds, record
 from torch import Tensor
 
 from minillm.cache.blocks import BlockPool, BlockTable, OutOfBlocks, chain_hash
-from minillm.kernels import KERNELS, paged_attention, use
+from minillm.kernels import KERNELS, AttentionPlan, paged_attention, use
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 # Log-normal, with the means of prompts and answers of the ShareGPT conversations in Kwon et al., 2023, figure 11. The
@@ -353,32 +353,38 @@ def difference(got: Tensor, expected: Tensor) -> float:
 
 
 def cpu_decode() -> dict:
-    """torch's path: it gathers a sequence's keys and values into a row, then calls SDPA. One thread."""
+    """torch's path: a plan of the step says which slots to gather into a row, then SDPA is called. One thread.
+
+    "paged" is what each layer does, "plan" what all layers share: one call alone, less a layer's.
+    """
     torch.set_num_threads(1)
     result = {"heads": "9/3", "head size": 64, "sequences": 8, "context": 1024, "rows": []}
     for block_size in BLOCK_SIZES:
         row, blocks = decode_inputs(9, 3, 64, 8, 1024, block_size, "cpu", torch.float32)
         assert difference(paged_attention(*blocks), sdpa(*row)) < 1e-5
-        q, k_cache, v_cache, tables = blocks[:4]
-        token = torch.arange(1024)
-        slots = tables[:, token // block_size].long() * block_size + token % block_size  # [B, S]
-        seen = torch.ones(8, 1, 1, 1024, dtype=torch.bool)
-        copied = [c[slots].transpose(1, 2) for c in (k_cache, v_cache)]
+        q, *caches = blocks[:3]
+        plan = AttentionPlan(*blocks[3:6], block_size)
+        assert difference(plan.attend(q, *caches), sdpa(*row)) < 1e-5
+        calls = plan.calls[0, q.dtype]
+        copied = [[call._taken(c, q.dtype) for c in caches] for call in calls]
         runs = {
             "contiguous": lambda row=row: sdpa(*row),
-            "paged": lambda blocks=blocks: paged_attention(*blocks),
-            "gather": lambda k=k_cache, v=v_cache, tables=tables, size=block_size: [
-                KERNEL._gathered_blocks(c, tables, [1024] * 8, size) for c in (k, v)
+            "paged": lambda plan=plan, args=(q, *caches): plan.attend(*args),
+            "alone": lambda blocks=blocks: paged_attention(*blocks),
+            "gather": lambda calls=calls, caches=caches: [
+                call._taken(c, torch.float32) for call in calls for c in caches
             ],
-            "attention": lambda q=q, kv=copied, seen=seen: F.scaled_dot_product_attention(
-                q[:, :, None], *kv, attn_mask=seen, enable_gqa=True
-            ),
+            "attention": lambda calls=calls, copied=copied, q=q: [
+                F.scaled_dot_product_attention(q[call.rows][:, :, None], *kv, attn_mask=call.mask, enable_gqa=True)
+                for call, kv in zip(calls, copied, strict=True)
+            ],
         }  # fmt: skip
         times = {name: [] for name in runs}
         for _ in range(3):  # in turns
             for name, run in runs.items():
                 times[name].append(median_seconds(run, repeats=9))
         seconds = {name: statistics.median(t) for name, t in times.items()}
+        seconds["plan"] = max(0.0, seconds.pop("alone") - seconds["paged"])
         result["rows"].append({"block size": block_size, **seconds})
         print(" ", result["rows"][-1], flush=True)
     return result

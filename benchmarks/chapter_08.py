@@ -11,6 +11,7 @@ overlap and dependent launch, by batch, beside the byte floor; the long prompt; 
 """
 
 import contextlib
+import dataclasses
 import gc
 import itertools
 import statistics
@@ -120,7 +121,7 @@ def continuously(model: Transformer, jobs: Sequence[w.Job], rows: int) -> tuple[
         begin = clock.now()
         got = engine.step()
         for request in [*engine.scheduler.running, *got]:
-            began.setdefault(request.id, (request.row, begin))
+            began.setdefault(request.request_id, (request.row, begin))
         for request in got:
             request.__dict__.setdefault("times", []).append(clock.now())
     del model.logits
@@ -172,18 +173,19 @@ def decoding(engine: Engine, batch: int, context: int, outputs: int) -> None:
     """Make `batch` requests decode, all prompts done."""
     draw = np.random.default_rng(batch)
     for _ in range(batch):
-        engine.add_request(draw.integers(0, engine.config.vocab_size, context).tolist(), greedy(outputs))
+        engine.add_request(draw.integers(0, engine.model_config.vocab_size, context).tolist(), greedy(outputs))
     while any(not request.output_token_ids for request in engine.requests.values()):
         engine.step()
     for _ in range(3):
         engine.step()
 
 
+def overlap(engine: Engine, ahead: bool) -> None:
+    """Launch a step before the tokens of the last one are known, or not."""
+    engine.config = dataclasses.replace(engine.config, async_scheduling=ahead)
+
+
 def drop(engine: Engine) -> None:
-    for key in list(engine.requests):
-        engine.abort(key)
-    while engine.has_unfinished():
-        engine.step()
     engine.reset()
 
 
@@ -201,7 +203,7 @@ def step_seconds(engine: Engine, steps: int, repeats: int = 5) -> float:
 
 def sweep(engine: Engine, batches: Sequence[int], context: int, steps: int, copy_rate: float, dtype: str) -> list[dict]:
     """Seconds of a decode step by batch, beside what its bytes take at the copy rate."""
-    config, rows = engine.config, []
+    config, rows = engine.model_config, []
     for batch in batches:
         decoding(engine, batch, context, 12 * steps + 16)
         before = [request.num_tokens for request in engine.requests.values()]
@@ -234,7 +236,8 @@ def cpu_sweep(model: Transformer) -> dict:
 
 def interrupted(engine: Engine, running: int, context: int, prompt: int, prompts: int, after: int) -> dict:
     """Gaps between the tokens of `running` requests while `prompts` long prompts arrive, one after another."""
-    draw, vocab, budget = np.random.default_rng(5), engine.config.vocab_size, engine.scheduler.max_num_batched_tokens
+    draw, vocab = np.random.default_rng(5), engine.model_config.vocab_size
+    budget = engine.scheduler.max_num_batched_tokens
     decoding(engine, running, context, 10_000)
     steps, first, marks, long = [], [], [], None
     wait, now = after, time.perf_counter()
@@ -458,7 +461,7 @@ def without_dependent_launch(model: Transformer) -> dict[int, float]:
     """Seconds of a decode step with graphs and overlap, but every kernel launched when the one before it is done."""
     with unittest.mock.patch("minillm.engine.runner.dependent_launch", contextlib.nullcontext):
         engine = build(model, False)
-    engine.async_scheduling = True
+    overlap(engine, True)
     found = {}
     for batch in BATCHES:
         decoding(engine, batch, 128, 400)
@@ -475,7 +478,7 @@ def modes(engines: dict[bool, Engine]) -> list[dict]:
         row = {"batch": batch, "seconds": {}}
         for name, (eager, ahead) in MODES.items():
             engine = engines[eager]
-            engine.async_scheduling = ahead
+            overlap(engine, ahead)
             decoding(engine, batch, 128, 400)
             row["seconds"][name] = step_seconds(engine, 3 if TRY else 25)
             drop(engine)
@@ -492,7 +495,7 @@ def long_prompts(engine: Engine) -> dict:
         engine.scheduler.max_num_batched_tokens = budget
         row = interrupted(engine, running, 128, prompt, prompts, 16)
         rows.append({k: v for k, v in row.items() if k not in ("steps, s", "arrivals")})
-        assert engine.scheduler.max_num_batched_tokens == most  # drop made a new scheduler
+        assert engine.scheduler.max_num_batched_tokens == most  # a reset makes a new scheduler
         print(f"  budget {budget:5}: ITL p50 {1e3 * row['ITL, s']['p50']:.2f} p99 {1e3 * row['ITL, s']['p99']:.2f} max"
               f" {1e3 * row['ITL, s']['max']:.2f} ms, TTFT {1e3 * row['TTFT, s']:.0f} ms", flush=True)  # fmt: skip
     return {"running": running, "prompt": prompt, "prompts": prompts, "rows": rows}
@@ -508,14 +511,14 @@ def gpu_shape(name: str, copy_rate: float) -> dict:
     engine = engines[False]
     del engines
     gc.collect()
-    engine.async_scheduling = not TRY
+    overlap(engine, not TRY)
     batches, context = ((1, 4), 32) if TRY else ((1, 2, 4, 8, 16, 32, 64, 128, 256), 512)
     result["sweep"] = sweep(engine, batches, context, 2 if TRY else 20, copy_rate, DTYPE)
     result["long prompts"] = long_prompts(engine)
     if name != "smollm2":
         lengths = ((8, 32), (8, 16)) if TRY else ((64, 256), (64, 192))
         fractions = (0.5, 1.2) if TRY else (0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.2)
-        result["curve"] = curve(engine, fractions, lengths, 0.5 if TRY else 2.0, 24 if TRY else 512)
+        result["curve"] = curve(engine, fractions, lengths, 4.0 if TRY else 2.0, 24 if TRY else 512)
     return result
 
 

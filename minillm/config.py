@@ -393,7 +393,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
 
 
-def sampling_defaults(directory: str | Path) -> dict[str, float | int]:
+def sampling_defaults(directory: str | Path) -> dict[str, Any]:
     """What `generation_config.json` recommends, by SamplingParams' names; {} without the file or a recommendation.
 
     As in vLLM: the numbers that are given are taken, `do_sample` is not looked at, and `max_new_tokens` becomes

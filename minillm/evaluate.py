@@ -49,12 +49,8 @@ class Score:
         return self.nll / math.log(2) / self.num_bytes
 
     def __add__(self, other: "Score") -> "Score":
-        known = self.num_bytes is not None and other.num_bytes is not None
-        return Score(
-            self.nll + other.nll,
-            self.num_tokens + other.num_tokens,
-            self.num_bytes + other.num_bytes if known else None,
-        )
+        known = None if self.num_bytes is None or other.num_bytes is None else self.num_bytes + other.num_bytes
+        return Score(self.nll + other.nll, self.num_tokens + other.num_tokens, known)
 
 
 @torch.inference_mode()

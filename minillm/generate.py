@@ -86,8 +86,9 @@ def cached_batch(
         )
     running = [_Sequence(model, ids, p, max_model_len) for ids, p in zip(prompts, each, strict=True)]
     able = [sequence for sequence in running if not sequence.is_done]  # not already as long as the model can take
-    for _ in _steps(able, _with_cache(model, able, window) if able else None):
-        pass
+    if able:
+        for _ in _steps(able, _with_cache(model, able, window)):
+            pass
     return [sequence.token_ids[sequence.prompt_length :] for sequence in running]
 
 
@@ -139,11 +140,11 @@ class _Sequence:
 
 
 @torch.inference_mode()
-def _steps(running: list[_Sequence], last_logits: Callable[[list[_Sequence]], Tensor]) -> Iterator[list[Token | None]]:
-    """The loop: logits of every sequence's last token [B, vocab], then one token each; None where one is done."""
+def _steps(running: list[_Sequence], last_logits: Callable[[list[_Sequence]], Tensor]) -> Iterator[list[Token]]:
+    """The loop: logits of every sequence's last token [B, vocab], then a token for each that is not done."""
     while not all(sequence.is_done for sequence in running):
         logits = last_logits(running)
-        yield [None if s.is_done else s.take(logits[i : i + 1]) for i, s in enumerate(running)]
+        yield [s.take(logits[i : i + 1]) for i, s in enumerate(running) if not s.is_done]
 
 
 def _with_cache(model: Transformer, running: list[_Sequence], window: int) -> Callable[[list[_Sequence]], Tensor]:

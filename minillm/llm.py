@@ -10,7 +10,7 @@ Prompts become requests to an `Engine` (`llm.engine`), which runs them together.
 import dataclasses
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,7 +117,7 @@ class TextStream:
     ends. Leaving the loop early (`close`, or dropping the stream) ends the request.
     """
 
-    def __init__(self, output: RequestOutput, pieces: Iterator[str]) -> None:
+    def __init__(self, output: RequestOutput, pieces: Generator[str, None, None]) -> None:
         self.output, self._pieces = output, pieces
 
     def __iter__(self) -> "TextStream":
@@ -134,13 +134,13 @@ class TextStream:
 class LLM:
     """A model and its tokenizer, ready to generate.
 
-    model: a known name, a Hugging Face directory or id. device: "auto", "cpu", "cuda". dtype: "auto" (bf16 on a GPU that
-    has it, else fp16; fp32 on a CPU) or a name. load_format: "auto", or "dummy" for random weights from a `config.json`
-    alone. generation_config: "auto" takes sampling parameters that the caller does not give from the model's
-    `generation_config.json`, as vLLM does; "none" takes those of `SamplingParams`.
+    model: a known name, a Hugging Face directory or id. device: "auto", "cpu", "cuda". dtype: "auto" (bf16 on a GPU
+    that has it, else fp16; fp32 on a CPU) or a name. load_format: "auto", or "dummy" for random weights from a
+    `config.json` alone. generation_config: "auto" takes sampling parameters that the caller does not give from the
+    model's `generation_config.json`, as vLLM does; "none" takes those of `SamplingParams`.
     The other arguments are those of `EngineConfig`: max_model_len, max_num_seqs, max_num_batched_tokens, block_size,
-    enable_prefix_caching, gpu_memory_utilization, enforce_eager, async_scheduling, ... Raises ValueError for an argument
-    that does not fit, and MemoryError when the device has no room, with what was expected.
+    enable_prefix_caching, gpu_memory_utilization, enforce_eager, async_scheduling, ... Raises ValueError for an
+    argument that does not fit, and MemoryError when the device has no room, with what was expected.
 
     Threads may share an LLM: what several generate at once runs in one batch.
     """
@@ -218,17 +218,17 @@ class LLM:
 
     def chat(
         self,
-        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        messages: Sequence[dict[str, Any]] | Sequence[Sequence[dict[str, Any]]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Answer a conversation, or each of several: lists of {"role": ..., "content": ...}. Else as `generate`."""
         if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
             raise ValueError(f'messages: expected a list of {{"role": ..., "content": ...}}, got {messages!r:.60}')
-        several = messages if isinstance(messages[0], list | tuple) else [messages]
-        return self.generate([self.chat_prompt(m) for m in several], sampling_params, use_tqdm)  # type: ignore[arg-type]
+        several: Sequence[Any] = messages if isinstance(messages[0], list | tuple) else [messages]
+        return self.generate([self.chat_prompt(m) for m in several], sampling_params, use_tqdm)
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def chat_prompt(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """The token ids of a conversation in the model's own chat format, ready for the answer."""
         if self.tokenizer is None:
             raise ValueError(
@@ -252,10 +252,8 @@ class LLM:
     def _each(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[tuple[RequestOutput, SamplingParams]]:
-        if isinstance(prompts, str | Mapping):
-            prompts = [prompts]
         try:
-            several = list(prompts)
+            several: list[Any] = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         except TypeError:
             raise ValueError(f"prompts: expected text, token ids or a list of them, got {prompts!r:.60}") from None
         # An id alone can be an index; an array of ids says that it can be one, too, and is a prompt.
@@ -330,13 +328,13 @@ class LLM:
             self.engine.step()
 
     def _report(self, requests: list[Request]) -> None:
-        failed = [request for request in requests if request.error is not None]
+        failed = [(request, request.error) for request in requests if request.error is not None]
         if failed and len(failed) == len(requests):
-            raise failed[0].error  # type: ignore[misc]
-        for request in failed:
-            warnings.warn(f"request {request.request_id} failed: {request.error!r}; the others went on", stacklevel=3)
+            raise failed[0][1]
+        for request, error in failed:
+            warnings.warn(f"request {request.request_id} failed: {error!r}; the others went on", stacklevel=3)
 
-    def _pieces(self, output: RequestOutput, params: SamplingParams) -> Iterator[str]:
+    def _pieces(self, output: RequestOutput, params: SamplingParams) -> Generator[str, None, None]:
         [[request]] = self._add([(output, params)])
         given = 0
         try:

@@ -45,7 +45,7 @@ REFUSED = float("-inf")
 class _Biases(dict[int, float]):
     """A copy of the caller's, so that it stays as it is; parameters can be keys of a cache, so this can too."""
 
-    def __hash__(self) -> int:  # type: ignore[override]
+    def __hash__(self) -> int:  # type: ignore[override]  # dict says None
         return hash(frozenset(self.items()))
 
 
@@ -116,7 +116,7 @@ class SamplingParams:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
             raise TypeError(f"{name}: expected {expected}, got {value!r}")
-        # False for NaN too: it compares with nothing. And the device computes in fp32, where 1e39 is inf and 1e-50 is 0.
+        # False for NaN too: it compares with nothing. And the device computes in fp32: 1e39 is inf there, 1e-50 is 0.
         if not in_range(value) or (kind is float and not in_range(_fp32(value))):
             raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
@@ -269,7 +269,7 @@ def _filtered(logits: Tensor, each: Sequence[SamplingParams]) -> Tensor:
     """Logits after temperature and filters; of a greedy row only the likeliest token is left."""
     is_greedy = [p.temperature < GREEDY_BELOW for p in each]
     best = torch.full_like(logits, REFUSED).scatter_(-1, greedy(logits).unsqueeze(-1), 0.0) if any(is_greedy) else None
-    if all(is_greedy):
+    if best is not None and all(is_greedy):
         return best
     temperatures = [1.0 if row else p.temperature for row, p in zip(is_greedy, each, strict=True)]
     logits = apply_temperature(logits, _option(temperatures, logits))

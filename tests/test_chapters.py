@@ -31,6 +31,7 @@ DOCUMENTS = [
     root() / "chapters" / "glossary.md",
     root() / "README.md",
     root() / "CONTRIBUTING.md",
+    root() / "ARCHITECTURE.md",
     root() / "benchmarks" / "NOTES.md",
 ]
 by_stem = pytest.mark.parametrize("path", CHAPTERS, ids=[path.stem for path in ALL])

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import re
 import sys
 from pathlib import Path
 
@@ -112,6 +113,25 @@ def test_functions_are_short(path):
             assert length <= (LONGEST_KERNEL if kernel else LONGEST_FUNCTION), (
                 f"{path.name}: {node.name} has {length} lines"
             )
+
+
+@pytest.mark.parametrize("path", sorted((root() / "minillm" / "kernels").glob("*.py")), ids=lambda p: p.stem)
+def test_kernels_files_are_typed_but_for_kernels(path):
+    """mypy is told to accept untyped functions there, as kernels are; all others have types, here as elsewhere."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef) and not any("jit" in ast.unparse(d) for d in node.decorator_list):
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            arguments += [a for a in (node.args.vararg, node.args.kwarg) if a]
+            untyped = [a.arg for a in arguments if a.annotation is None and a.arg not in ("self", "cls")]
+            assert not untyped and node.returns is not None, f"{path.name}:{node.lineno}: {node.name}: {untyped or '->'}"
+
+
+def test_every_ignored_type_error_says_which_and_why():
+    """`# type: ignore[code]  # why`"""
+    for path in FILES:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if re.search(r"#\s*(type: ?ignore|mypy:)", line):
+                assert re.search(r"# type: ignore\[[a-z, -]+\]  # \w+", line), f"{path.name}:{number}: {line.strip()}"
 
 
 def test_nothing_unpickles():

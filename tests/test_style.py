@@ -1,4 +1,4 @@
-"""Lint, format and spelling."""
+"""Lint, format, types and spelling."""
 
 import json
 import subprocess
@@ -16,6 +16,14 @@ from minillm.learn.paths import root
 )
 def test_clean(command):
     done = subprocess.run([sys.executable, "-m", *command], cwd=root(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_types(tmp_path):
+    """mypy, as pyproject.toml configures it."""
+    command = [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path), "--no-error-summary"]
+    done = subprocess.run(command, cwd=root(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -146,7 +146,7 @@ def preemption(blocks: int = 14) -> None:
             again = count > 1 and request in seen
             color = RED if again else ORANGE if request not in seen else BLUE
             seen.add(request)
-            above.barh(int(request.id), 1, left=step, height=0.8, color=color)
+            above.barh(int(request.request_id), 1, left=step, height=0.8, color=color)
     above.set(ylabel="request", yticks=range(6))
     above.invert_yaxis()
     handles = [Patch(fc=color) for color in (ORANGE, BLUE, RED)]

@@ -18,6 +18,9 @@ class Module:
     """Finds parameters among its attributes: Tensors that require a gradient, other Modules, and
     lists or tuples of these. Subclasses define ``__call__``."""
 
+    def __call__(self, x: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} defines no __call__")
+
     def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
         """Yield (dotted name, parameter) in the order in which the attributes were set."""
         yield from _named_parameters(vars(self), prefix)

@@ -51,7 +51,7 @@ class SGD(Optimizer):
             raise ValueError(f"momentum: expected a number in [0, 1), got {momentum}")
         self.momentum = momentum
 
-    def _updated(self, data, grad, state):
+    def _updated(self, data: np.ndarray, grad: np.ndarray, state: dict) -> np.ndarray:
         if self.momentum:
             grad = state["v"] = self.momentum * state.get("v", 0.0) + grad
         return data - self.lr * grad
@@ -78,7 +78,7 @@ class AdamW(Optimizer):
             raise ValueError(f"betas: expected two numbers in [0, 1), got {betas}")
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
 
-    def _updated(self, data, grad, state):
+    def _updated(self, data: np.ndarray, grad: np.ndarray, state: dict) -> np.ndarray:
         beta1, beta2 = self.betas
         t = state["t"] = state.get("t", 0) + 1
         m = state["m"] = beta1 * state.get("m", 0.0) + (1 - beta1) * grad

@@ -22,11 +22,13 @@ mode among the kinds of automatic differentiation); Griewank and Walther 2008 (t
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 __all__ = ["RULES", "Rule", "rule", "unbroadcast"]
+
+Axis = int | tuple[int, ...] | None
 
 
 class Rule(NamedTuple):
@@ -71,14 +73,16 @@ def _matmul_grad_b(g: np.ndarray, a: np.ndarray, shape: tuple[int, ...]) -> np.n
     return a.mT @ g  # (..., K, N)
 
 
-def _unreduce(g: np.ndarray, shape: tuple[int, ...], axis, keepdims: bool) -> np.ndarray:
+def _unreduce(g: np.ndarray, shape: tuple[int, ...], axis: Axis, keepdims: bool) -> np.ndarray:
     """Undo a reduction's shape change: put the reduced axes back, then repeat along them."""
     if axis is not None and not keepdims:
         g = np.expand_dims(g, axis)  # size 1 where an axis was reduced away
     return np.broadcast_to(g, shape)  # (*shape), a view: nothing is copied
 
 
-def _max_grad(g, a, out, shape, axis, keepdims):
+def _max_grad(
+    g: np.ndarray, a: np.ndarray, out: np.ndarray, shape: tuple[int, ...], axis: Axis, keepdims: bool
+) -> np.ndarray:
     """The gradient goes to the maximum; equal maxima share it, which is what torch.amax does."""
     winners = a == _unreduce(out, shape, axis, keepdims)  # (*shape) bool
     share = winners.sum(axis=axis, keepdims=True, dtype=g.dtype)  # how many share one output
@@ -90,14 +94,14 @@ def _maximum_grad(g: np.ndarray, mine: np.ndarray, other: np.ndarray) -> np.ndar
     return g * (mine > other) + g / 2 * (mine == other)
 
 
-def _index_grad(g: np.ndarray, shape: tuple[int, ...], index) -> np.ndarray:
+def _index_grad(g: np.ndarray, shape: tuple[int, ...], index: Any) -> np.ndarray:
     """Scatter-add. ``grad[index] += g`` would drop all but one of several gradients for one row."""
     grad = np.zeros(shape, g.dtype)
     np.add.at(grad, index, g)
     return grad  # (*shape)
 
 
-def _concat_grad(g, shapes, i, axis):
+def _concat_grad(g: np.ndarray, shapes: list[tuple[int, ...]], i: int, axis: int) -> np.ndarray:
     """Cut out of ``g`` the piece that came from input i."""
     start = sum(shape[axis] for shape in shapes[:i])
     before = (slice(None),) * (axis % g.ndim)

@@ -7,8 +7,9 @@ cycles, and ``backward`` walks it from the result to the inputs.
 What this file knows: graphs, order, memory. What it does not: any derivative (those are in rules.py).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -36,11 +37,11 @@ class Node:
 
     __slots__ = ("inputs", "op", "saved", "shapes")
 
-    def __init__(self, op: str, inputs: list, shapes: list[tuple[int, ...]], saved: dict):
+    def __init__(self, op: str, inputs: list, shapes: list[tuple[int, ...]], saved: dict[str, Any]) -> None:
         self.op = op
         self.inputs = inputs  # for each input a Node, a leaf Tensor, or None (no gradient wanted)
         self.shapes = shapes  # for each input its shape
-        self.saved = saved  # name -> array or attribute; None once freed by backward
+        self.saved: dict[str, Any] | None = saved  # name -> array or attribute; None once freed by backward
 
     def input_gradients(self, g: np.ndarray) -> Iterator[tuple["Node | Tensor", np.ndarray]]:
         """Yield (input, its gradient) for each input that wants one. ``g``: as the output."""
@@ -49,7 +50,7 @@ class Node:
             if target is None:
                 continue
             k = min(i, len(rule.backward) - 1)
-            values = {**self.saved, "shape": self.shapes[i], "shapes": self.shapes, "i": i}
+            values = {**(self.saved or {}), "shape": self.shapes[i], "shapes": self.shapes, "i": i}
             grad = rule.backward[k](g, **{name: values[name] for name in rule.needs[k]})
             yield target, unbroadcast(grad, self.shapes[i])  # shapes[i]
 
@@ -72,7 +73,7 @@ def topological_order(root: "Node | Tensor") -> list["Node | Tensor"]:
     return order
 
 
-def apply(op: str, *inputs: "Tensor", **attributes) -> "Tensor":
+def apply(op: str, *inputs: "Tensor", **attributes: Any) -> "Tensor":
     """Run operation ``op`` of the rule table on ``inputs`` and record it if a gradient is wanted.
 
     Raises: KeyError for an operation that the table lacks; TypeError if the inputs mix float32 and
@@ -127,7 +128,7 @@ def saved_bytes(tensor: "Tensor") -> int:
     return sum(kept.values())
 
 
-def _elementwise(op: str, what: str):
+def _elementwise(op: str, what: str) -> Callable[["Tensor"], "Tensor"]:
     """A Tensor method that runs the one-input operation ``op``."""
 
     def method(self: "Tensor") -> "Tensor":
@@ -153,7 +154,7 @@ class Tensor:
     __slots__ = ("_data", "grad", "node", "requires_grad")
     __array_ufunc__ = None  # makes `array + tensor` call Tensor.__radd__, not NumPy's element loop
 
-    def __init__(self, data, requires_grad: bool = False):
+    def __init__(self, data: Any, requires_grad: bool = False) -> None:
         array = np.asarray(data)
         if array.dtype.kind not in "fiub":
             raise TypeError(f"data must be an array or list of real numbers, got {type(data).__name__}")
@@ -248,28 +249,28 @@ class Tensor:
         made_by = f", op={self.node.op!r}" if self.node else ""
         return f"Tensor({self._data}, requires_grad={self.requires_grad}{made_by})"
 
-    def __setitem__(self, index, value):
+    def __setitem__(self, index: Any, value: Any) -> NoReturn:
         raise TypeError("tensors cannot be changed in place; build a new one with where() or concat()")
 
-    def _constant(self, other) -> "Tensor":
+    def _constant(self, other: Any) -> "Tensor":
         """``other`` as a Tensor; a bare number or array takes this tensor's dtype."""
         return other if isinstance(other, Tensor) else Tensor(np.asarray(other, self.dtype))
 
     # fmt: off
     # `other` is a Tensor, a number or an array.
-    def __add__(self, other): return apply("add", self, self._constant(other))
-    def __sub__(self, other): return apply("sub", self, self._constant(other))
-    def __mul__(self, other): return apply("mul", self, self._constant(other))
-    def __truediv__(self, other): return apply("div", self, self._constant(other))
-    def __matmul__(self, other): return apply("matmul", self, self._constant(other))
-    def __radd__(self, other): return apply("add", self._constant(other), self)
-    def __rsub__(self, other): return apply("sub", self._constant(other), self)
-    def __rmul__(self, other): return apply("mul", self._constant(other), self)
-    def __rtruediv__(self, other): return apply("div", self._constant(other), self)
-    def __rmatmul__(self, other): return apply("matmul", self._constant(other), self)
-    def __pow__(self, exponent: float): return apply("pow", self, exponent=float(exponent))
-    def __neg__(self): return apply("neg", self)
-    def __getitem__(self, index): return apply("index", self, index=index)
+    def __add__(self, other: Any) -> "Tensor": return apply("add", self, self._constant(other))
+    def __sub__(self, other: Any) -> "Tensor": return apply("sub", self, self._constant(other))
+    def __mul__(self, other: Any) -> "Tensor": return apply("mul", self, self._constant(other))
+    def __truediv__(self, other: Any) -> "Tensor": return apply("div", self, self._constant(other))
+    def __matmul__(self, other: Any) -> "Tensor": return apply("matmul", self, self._constant(other))
+    def __radd__(self, other: Any) -> "Tensor": return apply("add", self._constant(other), self)
+    def __rsub__(self, other: Any) -> "Tensor": return apply("sub", self._constant(other), self)
+    def __rmul__(self, other: Any) -> "Tensor": return apply("mul", self._constant(other), self)
+    def __rtruediv__(self, other: Any) -> "Tensor": return apply("div", self._constant(other), self)
+    def __rmatmul__(self, other: Any) -> "Tensor": return apply("matmul", self._constant(other), self)
+    def __pow__(self, exponent: float) -> "Tensor": return apply("pow", self, exponent=float(exponent))
+    def __neg__(self) -> "Tensor": return apply("neg", self)
+    def __getitem__(self, index: Any) -> "Tensor": return apply("index", self, index=index)
     # fmt: on
 
     exp = _elementwise("exp", "eˣ")

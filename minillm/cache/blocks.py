@@ -142,6 +142,14 @@ class BlockTable:
         shared = sum(self.pool.references[b] > 1 for b in self.blocks[start // size : -(-stop // size)])
         return max(0, -(-stop // size) - len(self.blocks)) + shared
 
+    def has_room(self, position: int) -> bool:
+        """Whether the token at `position` goes into a block of this table alone and does not fill it: nothing to do."""
+        index, pool = position // self.pool.block_size, self.pool
+        if not len(self.hashes) <= index < len(self.blocks) or (position + 1) % pool.block_size == 0:
+            return False
+        block = self.blocks[index]
+        return pool.references[block] == 1 and block not in pool._hash_of
+
     def extend(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Make room for the tokens start ... stop - 1, to be written into blocks of this table alone.
 

@@ -66,7 +66,8 @@ class ContiguousCache:
         self.lengths = [0] * batch_size
         slots = min(capacity, self.window) if self.window else capacity
         shape = (config.num_hidden_layers, batch_size, slots, config.num_key_value_heads, config.head_dim)
-        self._stored = _Stored(*(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)), self.window)
+        keys, values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        self._stored = _Stored(keys, values, self.window)
         self.layers = [ContiguousLayer(self._stored, layer, w) for layer, w in enumerate(windows)]
 
     @property
@@ -146,8 +147,10 @@ class ContiguousCache:
         device = self.k.device
         found = {window: self._mask(positions, is_new, cached, new, window) for window in self._windows()}
         masks = {window: None if mask is None else mask.to(device) for window, mask in found.items()}
-        tensors = (x.to(device) for x in (positions, cached, new, last, rows, columns, slots))
-        return ContiguousBatch(*tensors, masks)
+        return ContiguousBatch(
+            positions.to(device), cached.to(device), new.to(device), last.to(device), rows.to(device),
+            columns.to(device), slots.to(device), masks,
+        )  # fmt: skip
 
     def _windows(self) -> set[int]:
         return {layer.window for layer in self.layers}
@@ -183,8 +186,8 @@ class _Stored:
 
 
 class ContiguousLayer:
-    """One layer of a `ContiguousCache`: keys are stored as they come, normed and turned; a ring stores a step of several
-    tokens after it has attended, since a new token may overwrite a key that an earlier token of the step still sees.
+    """One layer of a `ContiguousCache`: keys are stored as they come, normed and turned; a ring stores a step of
+    several tokens after it has attended, as a new token may overwrite a key that an earlier one of the step still sees.
     """
 
     def __init__(self, stored: _Stored, layer: int, window: int) -> None:

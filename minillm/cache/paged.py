@@ -28,7 +28,7 @@ class PagedBatch(Protocol):
 
 
 class PagedLayer:
-    """One layer's keys and values, each [slots, H_kv, D]. `window`: of how many tokens a token sees the last; 0: all."""
+    """One layer's keys and values, each [slots, H_kv, D]. `window`: how many tokens a token sees; 0: all."""
 
     def __init__(self, k: Tensor, v: Tensor, block_size: int, window: int) -> None:
         self.k, self.v, self.block_size, self.window = k, v, block_size, window

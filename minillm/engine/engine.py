@@ -5,6 +5,7 @@ watched request by request: who fails ends with its error, and its neighbors kee
 should have filled lose their names, and who has read them computes anew.
 """
 
+import gc
 import hashlib
 import itertools
 import logging
@@ -26,13 +27,13 @@ from ..model.tokenizer_hf import HuggingFaceTokenizer
 from ..sampling import SamplingParams, new_seed
 from .batch import RowLayout
 from .metrics import EngineMetrics, LogLine
-from .request import Request
+from .request import Request, known
 from .runner import Masks, Results, Runner
 from .scheduler import Copies, Scheduled, Scheduler
-from .table import RequestTable, prompt_part
+from .table import Plan, RequestTable, prompt_part
 from .text import StopText
 
-__all__ = ["Engine", "InFlight", "Part", "token_ids_of"]
+__all__ = ["Engine", "InFlight", "token_ids_of"]
 
 CPU_CACHE_BYTES = 2 << 30
 LOG = logging.getLogger("minillm.engine")
@@ -40,33 +41,20 @@ LOG = logging.getLogger("minillm.engine")
 Got = dict[Request, None]  # who got a token or ended in this step, in order
 
 
-@dataclass(slots=True)
-class Part:
-    """One request's part of a step: its tokens start ... start + count - 1, written into `blocks`, and up to `most` new
-    ones. `epoch` and `preemptions` are those of the launch.
-    """
-
-    index: int
-    request: Request
-    start: int
-    count: int
-    blocks: list[int]
-    most: int
-    epoch: int
-    preemptions: int
-
-    def is_valid(self) -> bool:
-        """Whether what it was computed from still counts."""
-        return self.request.epoch == self.epoch
-
-
 @dataclass
 class InFlight:
-    """A step on its way: what is computed for whom, which parts get tokens, its results, and whose row is where in the
-    log probabilities (of prompts: the first row).
+    """A step on its way. What it computes for whom: of each request its first token in this step, the number of its
+    tokens, the blocks that these are written into, and its epoch and preemptions at the launch, which tell whether it
+    was declared void or preempted since. Then which of them get tokens; the results; and whose row is where in the log
+    probabilities (of prompts: the first row).
     """
 
-    parts: list[Part]
+    requests: list[Request]
+    starts: list[int]
+    counts: list[int]
+    blocks: list[list[int]]
+    epochs: list[int]
+    preemptions: list[int]
     ready: list[int]
     results: Results
     logprob_rows: dict[int, int]
@@ -74,7 +62,11 @@ class InFlight:
 
     def read(self) -> list[tuple[Request, list[int]]]:
         """Wait for the device -> each request that gets tokens, and these."""
-        return [(self.parts[i].request, tokens) for i, tokens in zip(self.ready, self.results.read(), strict=True)]
+        return [(self.requests[i], tokens) for i, tokens in zip(self.ready, self.results.read(), strict=True)]
+
+    def is_valid(self, index: int) -> bool:
+        """Whether what the request was computed from still counts."""
+        return self.requests[index].epoch == self.epochs[index]
 
 
 class Engine:
@@ -86,14 +78,14 @@ class Engine:
             for request in engine.step(): ...     # those that got a token, or ended
 
     - config: an `EngineConfig`; its fields may also be given one by one: `Engine(model, max_num_seqs=8)`. num_blocks is
-      by default what `gpu_memory_utilization` leaves room for, on a CPU 2 GiB. With `async_scheduling` a step is launched
-      before the tokens of the last one are known, so that the device never waits for the host (on a GPU); `step` then
-      returns the tokens of the step before.
+      by default what `gpu_memory_utilization` leaves room for, on a CPU 2 GiB. With `async_scheduling` a step is
+      launched before the tokens of the last one are known, so that the device never waits for the host (on a GPU);
+      `step` then returns the tokens of the step before.
     - tokenizer: gives requests their `text`, and is needed for stop strings.
 
-    Every public method takes one lock, so threads may share an engine: whoever calls `step` works for all, and a request
-    that another thread's step has finished is `finished`. An exception that leaves `step` (Ctrl-C) has ended all
-    requests. When the model's weights change, earlier entries of the prefix cache are not found any more.
+    Every public method takes one lock, so threads may share an engine: whoever calls `step` works for all, and a
+    request that another thread's step has finished is `finished`. An exception that leaves `step` (Ctrl-C) has ended
+    all requests. When the model's weights change, earlier entries of the prefix cache are not found any more.
 
     A subclass may give up to `tokens_per_step` tokens a step, by a runner of its own (`runner_class`).
 
@@ -104,18 +96,19 @@ class Engine:
     runner_class = Runner
 
     def __init__(
-        self, model: Transformer, config: EngineConfig | None = None, tokenizer: Tokenizer | HuggingFaceTokenizer | None = None,
-        **options: Any
+        self,
+        model: Transformer,
+        config: EngineConfig | None = None,
+        tokenizer: Tokenizer | HuggingFaceTokenizer | None = None,
+        **options: Any,
     ) -> None:
         on_gpu = model.device.type == "cuda"
         asked = replace(config or EngineConfig(), **options)
         self.model, self.tokenizer, self.model_config = model, tokenizer, model.config
         self.config = asked.resolved(model.config, on_gpu)
-        ends = {*model.config.eos_token_ids, *([] if tokenizer is None else [tokenizer.eos_token_id])} - {None}
-        self.end_token_ids: frozenset[int] = frozenset(
-            ends
-        )  # the model's files and its tokenizer may name different ones
-        self.max_model_len = _known(self.config.max_model_len)
+        own = None if tokenizer is None else tokenizer.eos_token_id  # the model's files may name others
+        self.end_token_ids = frozenset(model.config.eos_token_ids) | ({own} if own is not None else set())
+        self.max_model_len = known(self.config.max_model_len)
         blocks = -(-self.max_model_len // self.config.block_size)
         self.layout = RowLayout(self.max_model_len + self.tokens_per_step - 1, blocks)
         self.runner = self.runner_class(model, self.config, self.layout)
@@ -124,6 +117,8 @@ class Engine:
         self.runner.allocate(num_blocks)
         if on_gpu and not self.config.enforce_eager:
             self.runner.capture()
+            gc.collect()
+            gc.freeze()  # model and graphs stay: a collection that walks through them stops a step for 30 ms
         self.metrics = EngineMetrics()
         self.requests: dict[str, Request] = {}
         self._lock, self._order, self._log = threading.RLock(), itertools.count(), LogLine(self.metrics)
@@ -157,7 +152,7 @@ class Engine:
 
     def _fresh(self) -> None:
         self.pool = BlockPool(self.runner.cache.num_blocks, self.config.block_size, self.config.enable_prefix_caching)
-        budget = _known(self.config.max_num_batched_tokens)
+        budget = known(self.config.max_num_batched_tokens)
         self.scheduler = Scheduler(self.pool, self.config.max_num_seqs, budget, self.metrics)
         self.table = RequestTable(self.layout, self.config.max_num_seqs, self.model_config.vocab_size)
         self.requests.clear()
@@ -191,7 +186,8 @@ class Engine:
             names = [request_id, *(f"{request_id}/{index}" for index in range(1, params.n))]
             if used := [name for name in names if name in self.requests]:
                 raise ValueError(f"request_id: {used[0]!r} is in use; expected a new one")
-            root, made = self._root(cache_salt), []
+            root = self._root(cache_salt)
+            made: list[Request] = []
             for index, name in enumerate(names):
                 request = self._request(name, prompt, params, index, root)
                 request.order, request.priority, request.allowed = order, priority, allowed
@@ -346,25 +342,29 @@ class Engine:
         self.runner.forward(plan)
         ready = plan.ready.tolist()
         results = self.runner.draw(plan, self._masks([(i, scheduled[i][0]) for i in ready], got))
-        parts, size = [], self.config.block_size
-        for i, (r, count) in enumerate(scheduled):
-            start, most = r.num_computed, r.tokens_per_step
-            written = r.table.blocks[start // size : (start + count + most - 2) // size + 1]
-            parts.append(Part(i, r, start, count, written, most, r.epoch, r.num_preemptions))
-        logprob_rows = {} if plan.logprobs is None else {i: row for row, i in enumerate(plan.logprobs[0].tolist())}
-        flight = InFlight(parts, ready, results, logprob_rows, self._prompt_rows(parts) if plan.prompt_logprobs else {})
+        flight = self._flight(scheduled, plan, results)
         self.scheduler.advance(scheduled)
         return flight
 
-    @staticmethod
-    def _prompt_rows(parts: list[Part]) -> dict[int, int]:
-        """Where each request's rows begin in the log probabilities of prompts."""
-        rows, begin = {}, 0
-        for part in parts:
-            if part.request.prompt_logprobs is not None:
-                first, last = prompt_part(part.request, part.start, part.count)
-                rows[part.index], begin = begin, begin + last - first
-        return rows
+    def _flight(self, scheduled: Scheduled, plan: Plan, results: Results) -> InFlight:
+        size, more = self.config.block_size, self.tokens_per_step - 2
+        requests, counts = [request for request, _ in scheduled], [count for _, count in scheduled]
+        starts = [request.num_computed for request in requests]
+        blocks = [
+            request.table.blocks[start // size : (start + count + more) // size + 1]
+            for request, start, count in zip(requests, starts, counts, strict=True)
+        ]
+        logprob_rows = {} if plan.logprobs is None else {i: row for row, i in enumerate(plan.logprobs[0].tolist())}
+        prompt_rows, row = {}, 0
+        if plan.prompt_logprobs is not None:
+            for i, request in enumerate(requests):
+                if request.prompt_logprobs is not None:
+                    first, last = prompt_part(request, starts[i], counts[i])
+                    prompt_rows[i], row = row, row + last - first
+        return InFlight(
+            requests, starts, counts, blocks, [r.epoch for r in requests], [r.num_preemptions for r in requests],
+            plan.ready.tolist(), results, logprob_rows, prompt_rows,
+        )  # fmt: skip
 
     def _masks(self, drawing: list[tuple[int, Request]], got: Got) -> Masks | None:
         """Which tokens constrained requests may get, by all their tokens: so what is on its way is read first."""
@@ -396,28 +396,27 @@ class Engine:
                 self._lost(flight, error, got)
                 continue
             now = time.perf_counter()
-            for part in flight.parts if flight.prompt_rows else ():
+            for i, row in flight.prompt_rows.items():
                 try:
-                    self._take_prompt(flight, part)
+                    self._take_prompt(flight, i, row)
                 except Exception as error:
-                    self._fail(part.request, error, got)
+                    self._fail(flight.requests[i], error, got)
             for i, (request, tokens) in zip(flight.ready, read, strict=True):
-                part = flight.parts[i]
-                if request.finish_reason is not None or request.epoch != part.epoch:
+                if request.finish_reason is not None or request.epoch != flight.epochs[i]:
                     continue  # it ended, or what it was computed from was void, while this was on its way
                 if request not in got:
                     got[request], request.new_token_ids, request.new_text = None, [], ""
                 try:
-                    self._take_tokens(flight, part, tokens, now)
+                    self._take_tokens(flight, i, request, tokens, now)
                 except Exception as error:
                     self._fail(request, error, got)
 
-    def _take_tokens(self, flight: InFlight, part: "Part", tokens: list[int], now: float) -> None:
+    def _take_tokens(self, flight: InFlight, i: int, request: Request, tokens: list[int], now: float) -> None:
         """What was a bound becomes a count; the tokens are read one by one, and one may end the request."""
-        request = part.request
-        request.num_pending -= part.most
-        if part.most > 1 and request.num_preemptions == part.preemptions:
-            request.num_computed -= part.most - len(tokens)
+        most = request.tokens_per_step
+        request.num_pending -= most
+        if most > 1 and request.num_preemptions == flight.preemptions[i]:
+            request.num_computed -= most - len(tokens)
         count = 0
         for token in tokens:
             count += 1
@@ -425,20 +424,19 @@ class Engine:
             request.new_token_ids.append(token)
             if request.logprobs is not None and flight.results.logprobs is not None:
                 wanted = request.params.logprobs or 0
-                request.logprobs.append(flight.results.logprobs.of(flight.logprob_rows[part.index], wanted, token))
+                request.logprobs.append(flight.results.logprobs.of(flight.logprob_rows[i], wanted, token))
             if (reason := self._reads(request, token)) is not None:
                 self.metrics.got_tokens(request, count, now)
                 self._finish(request, reason)
                 return
         self.metrics.got_tokens(request, count, now)
 
-    def _take_prompt(self, flight: InFlight, part: "Part") -> None:
+    def _take_prompt(self, flight: InFlight, i: int, row: int) -> None:
         """Log probabilities of those tokens of a prompt that this step computed the predecessors of."""
-        request, found = part.request, flight.results.prompt_logprobs
-        row = flight.prompt_rows.get(part.index)
-        if found is None or row is None or request.prompt_logprobs is None or not part.is_valid():
+        request, found = flight.requests[i], flight.results.prompt_logprobs
+        if found is None or request.prompt_logprobs is None or not flight.is_valid(i):
             return
-        for position in range(*prompt_part(request, part.start, part.count)):
+        for position in range(*prompt_part(request, flight.starts[i], flight.counts[i])):
             token = request.prompt_token_ids[position + 1]
             request.prompt_logprobs[position + 1] = found.of(row, request.params.prompt_logprobs or 0, token)
             row += 1
@@ -460,8 +458,8 @@ class Engine:
 
     def _lost(self, flight: InFlight, error: Exception, got: Got) -> None:
         """A step's results cannot be read: who was in it fails, and nothing that it should have written is trusted."""
-        live = [part.request for part in flight.parts if not part.request.finished and part.is_valid()]
-        self._distrust({block for part in flight.parts for block in part.blocks}, spared=live)
+        live = [r for i, r in enumerate(flight.requests) if not r.finished and flight.is_valid(i)]
+        self._distrust({block for blocks in flight.blocks for block in blocks}, spared=live)
         for request in live:
             self._fail(request, error, got)
 
@@ -534,10 +532,3 @@ def token_ids_of(values: Any, name: str) -> list[int]:
     except TypeError:
         got = f"{values!r:.60}"
         raise TypeError(f"{name}: expected a list of token ids (integers), got {got}") from None
-
-
-def _known(value: int | None) -> int:
-    """A field that `EngineConfig.resolved` has filled."""
-    if value is None:
-        raise ValueError("config: expected a resolved EngineConfig")
-    return value

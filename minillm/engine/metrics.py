@@ -154,7 +154,7 @@ class EngineMetrics:
 
     def reset(self) -> None:
         """Start counting anew."""
-        self.__init__(_watched=self._watched)  # type: ignore[misc]
+        vars(self).update(vars(type(self)(_watched=self._watched)))
 
     def launched(self, num_tokens: int) -> None:
         """A step began, of so many tokens."""

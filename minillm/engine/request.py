@@ -9,7 +9,7 @@ from ..cache.blocks import BlockTable
 from ..sampling import SamplingParams
 from .text import StopText
 
-__all__ = ["Request"]
+__all__ = ["Request", "known"]
 
 
 @dataclass(eq=False)
@@ -70,6 +70,8 @@ class Request:
         filters = p.temperature > 0 and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0)
         self.is_filtered = self.has_penalties or filters  # more than a temperature decides the token
         self.is_edited = bool(p.logit_bias) or p.min_tokens > 0  # logits may change before that
+        reported = p.logprobs is not None or p.prompt_logprobs is not None
+        self.is_plain = not (self.is_filtered or self.is_edited or reported or self.tokens_per_step > 1)
 
     @property
     def finished(self) -> bool:
@@ -103,3 +105,10 @@ class Request:
     def is_ready(self, count: int) -> bool:
         """Whether computing `count` more tokens catches up, so that a token is sampled."""
         return self.num_computed + count == self.num_tokens
+
+
+def known(value: int | None) -> int:
+    """A field of `EngineConfig` that `resolved` has filled. Raises ValueError where it has not."""
+    if value is None:
+        raise ValueError("config: expected a resolved EngineConfig")
+    return value

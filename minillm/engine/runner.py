@@ -8,27 +8,41 @@ work already.
 
 A CUDA graph holds a whole `forward`, another one a whole `draw`: launching some 300 kernels from Python takes longer
 than running them. A graph has fixed shapes, so there is one for each of several sizes, and a step takes the next larger
-one. Draws that are rare (log probabilities, biases, masks) are launched from Python instead, on the same logits. Within
+one. Draws that are rare (biases, masks) are launched from Python instead, on the same logits. Within
 a step our kernels start before the one in front of them is done (`dependent_launch`).
 """
 
 import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..cache.paged import PagedCache
 from ..config import EngineConfig
-from ..kernels import count_tokens, dependent_launch, draw_tokens, gumbel_argmax, set_counts, trusted
+from ..kernels import (
+    count_tokens,
+    dependent_launch,
+    draw_tokens,
+    gumbel_argmax,
+    set_counts,
+    top_logprobs,
+    trusted,
+)
 from ..model import Transformer
 from .batch import DeviceTable, RowLayout, to_device
+from .request import known
 from .table import Edits, Plan
 
 __all__ = ["Logprobs", "Masks", "Results", "Runner"]
 
 Masks = tuple[Tensor, Tensor]  # sequences [M] int64, and which tokens they may get [M, vocabulary] bool; on the host
+
+
+REPORTED = 20  # candidates of which a graph reports log probabilities, as many as vLLM allows unless told otherwise
 
 
 @dataclass
@@ -38,11 +52,16 @@ class Logprobs:
     best_ids: Tensor  # [P, K], likeliest first
     best: Tensor  # [P, K]
     chosen: Tensor  # [P]
+    lists: tuple[list[list[int]], list[list[float]], list[float]] | None = None
 
     def of(self, row: int, count: int, token: int) -> dict[int, float]:
-        """{token id: log probability} of `count` candidates, and of the token."""
-        best = zip(self.best_ids[row, :count].tolist(), self.best[row, :count].tolist(), strict=True)
-        return {**dict(best), token: float(self.chosen[row])}
+        """{token id: log probability} of `count` candidates, and of the token. Once they are on the host."""
+        if self.lists is None:
+            self.lists = self.best_ids.tolist(), self.best.tolist(), self.chosen.tolist()
+        ids, best, chosen = self.lists
+        found = dict(zip(ids[row][:count], best[row][:count], strict=True))
+        found[token] = chosen[row]
+        return found
 
 
 @dataclass
@@ -65,6 +84,17 @@ class Results:
         return rows if self.given is None else [r[:n] for r, n in zip(rows, self.given.tolist(), strict=True)]
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What a draw does beyond a temperature: filters and penalties; log probabilities."""
+
+    filtered: bool = False
+    reported: bool = False
+
+
+Drawn = tuple[Tensor, ...]  # tokens [S]; and if reported: ids and log probabilities [S, K], those of the tokens [S]
+
+
 class Runner:
     """Runs the steps of one model on its device, over `allocate`d blocks of cache.
 
@@ -75,7 +105,7 @@ class Runner:
     def __init__(self, model: Transformer, config: EngineConfig, layout: RowLayout) -> None:
         self.model, self.config = model, config
         self.device, self.dtype = model.device, model.dtype
-        self.max_num_seqs, self.max_num_batched_tokens = config.max_num_seqs, config.max_num_batched_tokens
+        self.max_num_seqs, self.max_num_batched_tokens = config.max_num_seqs, known(config.max_num_batched_tokens)
         self.cache_dtype = self.dtype if config.kv_cache_dtype == "auto" else getattr(torch, config.kv_cache_dtype)
         self.table = DeviceTable(layout, config.max_num_seqs, config.block_size, self.device)
         vocab = model.config.vocab_size  # how often which token stands in which row; written where penalties ask for it
@@ -84,8 +114,9 @@ class Runner:
         self._hidden_states = self._last  # of all tokens of the step; graphs leave them in `_all`
         self._all: Tensor | None = None
         self.forward_graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}
-        self.draw_graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.draw_graphs: dict[tuple[int, Kind], tuple[torch.cuda.CUDAGraph, Drawn]] = {}
         self.num_replays = 0
+        self._pool: Any = None  # the memory that graphs share
         self.decode_sizes: list[int] = []
         self.mixed_sizes: list[int] = []
         self.allocate(1)
@@ -105,7 +136,7 @@ class Runner:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         self._forward(self.max_num_batched_tokens, min(self.max_num_seqs, self.max_num_batched_tokens), False)
-        self._draw(self.max_num_seqs, True)
+        self._draw(self.max_num_seqs, Kind(filtered=True, reported=True))
         torch.cuda.synchronize()
         step = torch.cuda.max_memory_allocated() - before
         torch.cuda.empty_cache()
@@ -146,17 +177,17 @@ class Runner:
     def draw(self, plan: Plan, masks: Masks | None = None) -> Results:
         """Start drawing the tokens of the step that `forward` started."""
         prompt_logprobs = self._prompt_logprobs(plan)
-        at = bisect.bisect_left(self.decode_sizes, plan.num_sequences)
-        logprobs = None
-        if plan.edits is not None or plan.logprobs is not None or masks is not None:
-            sampled, logprobs = self._draw_edited(plan, masks)
-        elif at == len(self.decode_sizes):
-            sampled = self._draw(plan.num_sequences, plan.filtered)
+        most = 0 if plan.logprobs is None else plan.logprobs[1]
+        edited = plan.edits is not None or masks is not None
+        if edited or most > REPORTED or not self.decode_sizes:
+            drawn = self._draw_edited(plan, masks)
         else:
-            graph, sampled = self.draw_graphs[self.decode_sizes[at], plan.filtered]
-            graph.replay()
-            self.num_replays += 1
-        tokens = sampled[: plan.num_sequences]
+            drawn = self._draw_graph(plan.num_sequences, Kind(plan.filtered, plan.logprobs is not None))
+        logprobs = None
+        if plan.logprobs is not None:
+            rows = to_device(plan.logprobs[0], self.device)
+            logprobs = Logprobs(*(self._to_host(x[rows]) for x in drawn[1:]))
+        tokens = drawn[0][: plan.num_sequences]
         if len(plan.ready) < plan.num_sequences:
             tokens = tokens[to_device(plan.ready, self.device)]
         results = Results(self._to_host(tokens)[:, None], None, logprobs, prompt_logprobs)
@@ -180,12 +211,13 @@ class Runner:
             self._all[:tokens] = hidden_states
         self._hidden_states = hidden_states
 
-    def _draw(self, sequences: int, filtered: bool) -> Tensor:
+    def _draw(self, sequences: int, kind: Kind) -> Drawn:
         """Everything that a graph of `draw` holds: from hidden states to tokens [S], in the rows too."""
         with dependent_launch(), trusted():
-            sampled = self._choose(self.model.lm_head(self._last[:sequences]), filtered)
+            logits = self.model.lm_head(self._last[:sequences])  # [S, vocab]
+            sampled = self._choose(logits, kind.filtered)
             self.table.append(sampled)
-        return sampled
+            return (sampled, *top_logprobs(logits, sampled, REPORTED)) if kind.reported else (sampled,)
 
     def _choose(self, logits: Tensor, filtered: bool) -> Tensor:
         """A token of each row.  [S, vocab] -> [S]"""
@@ -202,35 +234,25 @@ class Runner:
         count_tokens(self.counts, rows, sampled, self.table.steps[2, :sequences] > 0)
         return sampled
 
-    def _draw_edited(self, plan: Plan, masks: Masks | None) -> tuple[Tensor, Logprobs | None]:
-        """`_draw` with what is rare: log probabilities of the model's own logits, then biases and masks, then a token."""
-        logits = self.model.lm_head(self._last[: plan.num_sequences])  # [S, vocab]
-        raw, rows = None, None
-        if plan.logprobs is not None:
-            rows = to_device(plan.logprobs[0], self.device)
-            raw = logits[rows].log_softmax(-1, dtype=torch.float32)  # [P, vocab]: before any filter
-        logits = self._edited(logits, plan.edits, masks)
-        sampled = self._choose(logits, plan.filtered)
-        self.table.append(sampled)
-        if raw is None or rows is None or plan.logprobs is None:
-            return sampled, None
-        return sampled, self._sent(self._logprobs(raw, sampled[rows], plan.logprobs[1]))
+    def _draw_edited(self, plan: Plan, masks: Masks | None) -> Drawn:
+        """`_draw` with what is rare: biases and masks first, or many log probabilities (of the model's own logits)."""
+        with trusted():
+            logits = self.model.lm_head(self._last[: plan.num_sequences])  # [S, vocab]
+            sampled = self._choose(self._edited(logits, plan.edits, masks), plan.filtered)
+            self.table.append(sampled)
+            return (sampled,) if plan.logprobs is None else (sampled, *top_logprobs(logits, sampled, plan.logprobs[1]))
 
     def _edited(self, logits: Tensor, edits: Edits | None, masks: Masks | None) -> Tensor:
+        if edits is not None or masks is not None:
+            logits = logits.float()  # a copy: the model's own logits are reported
+            logits = logits.clone() if self.dtype == torch.float32 else logits
         if edits is not None:
-            logits = logits.float()
             index = to_device(edits.sequences * logits.shape[1] + edits.token_ids, self.device)
             logits.view(-1)[index] += to_device(edits.values, self.device)
         if masks is not None:
             sequences, allowed = (to_device(x.numpy(), self.device) for x in masks)
             logits[sequences] = logits[sequences].masked_fill(~allowed, float("-inf"))
         return logits
-
-    def _logprobs(self, logprobs: Tensor, tokens: Tensor, count: int) -> Logprobs:
-        """[P, vocab] fp32 and the token of each row -> the `count` best of each, and the token's."""
-        best = logprobs.topk(count)
-        chosen = logprobs.gather(1, tokens[:, None])[:, 0]
-        return Logprobs(best.indices, best.values, chosen)
 
     def _prompt_logprobs(self, plan: Plan) -> Logprobs | None:
         """Of the tokens of prompts, each after all before it; some rows at a time, as the vocabulary is large."""
@@ -240,13 +262,8 @@ class Runner:
         index, tokens = to_device(rows, self.device), to_device(targets, self.device)
         parts = []
         for chunk, target in zip(index.split(256), tokens.split(256), strict=True):
-            logits = self.model.lm_head(self._hidden_states[chunk])
-            part = self._logprobs(logits.log_softmax(-1, dtype=torch.float32), target, count)
-            parts.append((part.best_ids, part.best, part.chosen))
-        return self._sent(Logprobs(*(torch.cat(x) for x in zip(*parts, strict=True))))
-
-    def _sent(self, found: Logprobs) -> Logprobs:
-        return Logprobs(*(self._to_host(x) for x in (found.best_ids, found.best, found.chosen)))
+            parts.append(top_logprobs(self.model.lm_head(self._hidden_states[chunk]), target, count))
+        return Logprobs(*(self._to_host(torch.cat(x)) for x in zip(*parts, strict=True)))
 
     # ---- CUDA graphs -------------------------------------------------------------------------------------------------
 
@@ -258,21 +275,36 @@ class Runner:
         most = self.max_num_batched_tokens
         self.mixed_sizes = sorted({*range(most, 0, -max(256, most // 8)), *(n for n in (256, 512) if n < most)})
         self.table.set_steps(self.table.nobody())
-        pool = torch.cuda.graph_pool_handle()
-
-        def record(run: Callable[[], Tensor | None]) -> tuple[torch.cuda.CUDAGraph, Tensor | None]:
-            run()  # compiles kernels, which a graph could not record
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                result = run()
-            return graph, result
-
-        forwards = [(n, self.max_num_seqs, False) for n in self.mixed_sizes] + [(n, n, True) for n in self.decode_sizes]
         self._all = torch.empty(most, self._last.shape[1], dtype=self.dtype, device=self.device)
+        forwards = [(n, self.max_num_seqs, False) for n in self.mixed_sizes] + [(n, n, True) for n in self.decode_sizes]
         for shape in sorted(forwards, reverse=True):
-            self.forward_graphs[shape], _ = record(lambda shape=shape: self._forward(*shape))
+            self.forward_graphs[shape], _ = self._record(partial(self._forward, *shape))
         for sequences in reversed(self.decode_sizes):
-            for filtered in (True, False):
-                graph, sampled = record(lambda n=sequences, f=filtered: self._draw(n, f))
-                self.draw_graphs[sequences, filtered] = graph, sampled
+            for kind in (Kind(filtered=True), Kind()):
+                self.draw_graphs[sequences, kind] = self._record(partial(self._draw, sequences, kind))
+
+    def _draw_graph(self, sequences: int, kind: Kind) -> Drawn:
+        """Replay a draw; one that is rare is recorded when somebody first asks for it, for a few sizes."""
+        sizes = self.decode_sizes
+        if kind.reported:
+            sizes = [n for n in sizes if n & (n - 1) == 0 or n == sizes[-1]]
+        key = sizes[bisect.bisect_left(sizes, sequences)], kind
+        if key not in self.draw_graphs:
+            steps = self.table.steps.clone()
+            self.table.steps[2] = 0  # a draw that is tried out gives nobody a token
+            self.draw_graphs[key] = self._record(partial(self._draw, *key))
+            self.table.steps.copy_(steps)
+        graph, drawn = self.draw_graphs[key]
+        graph.replay()
+        self.num_replays += 1
+        return drawn
+
+    def _record(self, run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+        """A graph of what `run` launches, and its results."""
+        run()  # compiles kernels, which a graph could not record
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self._pool):
+            result = run()
+        return graph, result

@@ -60,11 +60,12 @@ class Scheduler:
         budget, index, preempted = self.max_num_batched_tokens, 0, self.metrics.num_preemptions
         while index < len(self.running) and budget:  # whoever is preempted on the way stands behind `index`
             request = self.running[index]
-            known = len(request.output_token_ids) + request.num_pending
+            known, start = len(request.output_token_ids) + request.num_pending, request.num_computed
             if known < request.max_tokens:  # else only its last token is still on the way
-                count = min(request.num_prompt_tokens + known - request.num_computed, budget)
-                try:
-                    if not self._make_room(request, count, copies):
+                count = min(request.num_prompt_tokens + known - start, budget)
+                try:  # mostly there is nothing to do: one more token in a block of its own
+                    easy = count == request.tokens_per_step == 1 and request.table.has_room(start)
+                    if not easy and not self._make_room(request, count, copies):
                         break
                 except Exception as error:
                     self._fail(request, error)
@@ -115,8 +116,9 @@ class Scheduler:
     def _waits_for_parent(self, request: Request) -> bool:
         """One of several completions of a prompt waits until the first has computed it."""
         parent = request.parent
-        unfinished = parent is not None and not parent.finished
-        return unfinished and parent.num_computed < len(parent.prompt_token_ids)
+        if parent is None or parent.finished:
+            return False
+        return parent.num_computed < len(parent.prompt_token_ids)
 
     def _take_prefix(self, request: Request) -> None:
         """Start from blocks that hold the beginning of the request already: its parent's, or published ones."""

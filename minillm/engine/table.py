@@ -70,27 +70,34 @@ class RequestTable:
 
         Should the step fail, say so with `forget`: the rows are then written anew.
         """
-        fresh = [request for request, _ in scheduled if not request.on_device]
-        places, values = self._changes([request for request, _ in scheduled])
-        n, columns, begin, drawing = len(scheduled), [], 0, []
-        for column, (request, count) in enumerate(scheduled):
-            first = request.num_computed
-            ready = first + count == request.num_tokens
-            columns.append((request.row, -1 if ready and count == 1 else first, ready, begin))
-            begin += count
-            if ready:
-                drawing.append((column, request))
+        n, begin, ready = len(scheduled), 0, []
         steps = np.zeros((4, self.padding + 1), np.int32)
+        numbers: list[int] = []
+        special: list[tuple[int, Request]] = []  # who wants more of a draw than a temperature
+        changed: list[Request] = []
+        for column, (request, count) in enumerate(scheduled):
+            first, gets = request.num_computed, request.num_computed + count == request.num_tokens
+            numbers += request.row, -1 if gets and count == 1 else first, gets, begin
+            begin += count
+            if gets:
+                ready.append(column)
+            if not request.is_plain:
+                special.append((column, request))
+            if not request.on_device or request.table.synced < len(request.table.blocks):
+                changed.append(request)
         steps[0], steps[3] = self.padding, begin
-        steps[:, :n] = np.array(columns, np.int32).reshape(-1, 4).T
+        steps[:, :n] = np.array(numbers, np.int32).reshape(n, 4).T
+        fresh = [request for request in changed if request.has_penalties and not request.on_device]
+        places, values = self._changes(changed)
+        drawing = [(i, request) for i, request in special if steps[2, i]]
         return Plan(
-            places, values, steps, begin, n, np.array([column for column, _ in drawing], np.int64),
+            places, values, steps, begin, n, np.array(ready, np.int64),
             most=max([request.tokens_per_step for _, request in drawing], default=1),
             filtered=any([request.is_filtered for _, request in drawing]),
-            penalized=tuple(self._penalized(request) for request in fresh if request.has_penalties),
+            penalized=tuple(self._penalized(request) for request in fresh),
             edits=_edits([(i, request) for i, request in drawing if request.is_edited]),
             logprobs=_logprobs([(i, request) for i, request in drawing if request.logprobs is not None]),
-            prompt_logprobs=_prompt_logprobs(scheduled) if any([r.prompt_logprobs for r, _ in scheduled]) else None,
+            prompt_logprobs=_prompt_logprobs(scheduled) if any([r.prompt_logprobs for _, r in special]) else None,
         )  # fmt: skip
 
     @staticmethod
@@ -109,10 +116,7 @@ class RequestTable:
             values.append(np.array(numbers, np.int32))
 
         for request in requests:
-            table = request.table
-            if request.on_device and table.synced == len(table.blocks):
-                continue
-            start = request.row * self.layout.width
+            table, start = request.table, request.row * self.layout.width
             if not request.on_device:
                 tokens = request.tokens()
                 write(start, [len(tokens), *self.layout.encode(self._options(request)), *tokens])
@@ -136,7 +140,7 @@ class RequestTable:
 
 def _edits(drawing: list[tuple[int, Request]]) -> Edits | None:
     """Logit biases, and the ends that come too early."""
-    sequences, token_ids, values = [], [], []
+    sequences, token_ids, values = [], [], []  # type: list[int], list[int], list[float]
     for index, request in drawing:
         changes = dict(request.params.logit_bias or {})
         if request.num_output < request.params.min_tokens:
@@ -157,7 +161,7 @@ def _logprobs(drawing: list[tuple[int, Request]]) -> tuple[np.ndarray, int] | No
 
 def _prompt_logprobs(scheduled: Scheduled) -> tuple[np.ndarray, np.ndarray, int] | None:
     """Rows of the batch whose next token stands in the prompt, and that token."""
-    rows, targets, most, begin = [], [], -1, 0
+    rows, targets, most, begin = [], [], -1, 0  # type: list[int], list[int], int, int
     for request, count in scheduled:
         if request.params.prompt_logprobs is not None:
             first, last = prompt_part(request, request.num_computed, count)

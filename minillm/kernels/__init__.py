@@ -15,6 +15,7 @@ from .rope import apply_rope, rope, rope_and_cache, rope_factors
 from .softmax import softmax
 from .step_inputs import append_tokens, step_inputs
 from .swiglu import swiglu
+from .top_logprobs import top_logprobs
 
 __all__ = [
     "GREEDY_BELOW",
@@ -46,6 +47,7 @@ __all__ = [
     "softmax",
     "step_inputs",
     "swiglu",
+    "top_logprobs",
     "trusted",
     "use",
 ]

@@ -1,32 +1,30 @@
 """Draw a token from each row of logits with every option of a request: penalties, temperature, min-p, top-k, top-p.
 
 `sampling.py` sorts the vocabulary. Nothing is sorted here, and nothing comes back to the host, so a CUDA graph can hold
-it: five kinds of kernel in a row, of which a program leaves at once where its row does not need it.
+it: a row of kernels, of which a program leaves at once where its row does not need it.
 
 What a filter keeps is always a beginning of the row in the order (distance, token), where distance is how far a logit
 lies below the row's largest. So one number, the border, says what is kept; it need not be known exactly, either:
 
     scan      a row without filters: argmax(logits / temperature + noise), as `gumbel_argmax` does, and done.
               A row with filters: its largest and its smallest logit.
-    narrow    three times. The border lies between `low` and `high`: eight distances between them, and how much lies
-              within each. Top-k counts tokens, top-p adds up weights exp(-distance / temperature). Min-p says its
-              border at once.
-    collect   the noise of tokens nearer than `low`, which are kept for certain: their best. And a list of those between
-              `low` and `high` (for top-k of all up to `high`, once they are few).
-    settle    Does the best of all come from the certain ones, it is the token. Else add up what comes before it in the
-              list: too much, and it is refused, then the best of those before it is next, and so on. Mostly the first
-              or second is right. This needs no border at all, and works with all of the row for a list where the list
-              became too long (many equal logits; a top-k of thousands): slower, and right.
+    narrow    up to three times, until few tokens are left between. The border lies between `low` and `high`: eight
+              distances between them, and how much lies within each. Top-k counts tokens, top-p adds up weights
+              exp(-distance / temperature). Min-p says its border at once.
+    collect   of tokens nearer than `low`, which are kept for certain, the best after noise. And a list of those between
+              `low` and `high`; for top-k of all up to `high`, since top-p wants their sum.
+    settle    If the best of all is a certain one, it is the token. Else add up what comes before it: too much, and it
+              is refused, then the best of those before it is next, and so on. Mostly the first or second is right.
+              Only top-k looks for its border, by bisection. Where the list would be too long (many equal logits;
+              a top-k of thousands) all of the row stands for it: slower, and right.
 
 The result does not depend on how rows are cut among programs: sums of weights are made of chunks of fixed size, or of
 integers, and the list's order does not matter.
 
-Bytes: the logits five times. FLOPs: about 100 an element, mostly comparisons with the eight distances.
+Bytes: the logits three to five times. FLOPs: about 40 an element and pass: comparisons with eight distances, or noise.
 Sources: Maddison et al., 2014, "A* Sampling" (the Gumbel-max trick). Testing a drawn token instead of finding the
 border is the rejection sampling of FlashInfer (Ye et al., 2025), with numbers that stay the same for each round.
 """
-
-import os
 
 import torch
 from torch import Tensor
@@ -38,7 +36,8 @@ from .gumbel_argmax import torch_path as draw_plainly
 __all__ = ["count_tokens", "draw_tokens", "set_counts"]
 
 PASSES = 3
-BLOCK = 2048  # elements that a program has in registers at a time: scan, collect, settle
+BLOCK = 2048  # elements that a program has in registers at a time: scan, settle
+COLLECTED = 1024  # the same: collect, which needs more registers for each
 CHUNK = 4096  # elements whose weights are added up in one go: narrow
 CAPACITY = 4096  # of the list
 LARGEST = tl.constexpr(3.4e38)
@@ -95,8 +94,8 @@ def torch_path(
         if len(j := penalized[i].nonzero()[:, 0]):
             options = (x[i[j], None] for x in (repetition, presence, frequency))
             logits[j] = _penalize(logits[j], counts[rows[i[j]].long()].int(), *options)
-        filters = (x[i, None] for x in (temperatures, top_k, top_p, min_p))
-        tokens[i] = _draw(logits, *filters, lambda: gumbel_noise(seeds[i], positions[i], logits.shape[1]))
+        filters = [x[i, None] for x in (temperatures, top_k, top_p, min_p)]
+        tokens[i] = _draw(logits, seeds[i], positions[i], *filters)
     return tokens
 
 
@@ -106,7 +105,9 @@ def _penalize(logits: Tensor, seen: Tensor, repetition: Tensor, presence: Tensor
     return logits - presence * (times > 0) - frequency * times
 
 
-def _draw(logits: Tensor, temperatures: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, noise_of) -> Tensor:
+def _draw(
+    logits: Tensor, seeds: Tensor, positions: Tensor, temperatures: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+) -> Tensor:
     """As `settle_kernel`: draw, and draw again among the likelier ones where top-p refuses the token."""
     tokens, is_greedy = logits.argmax(-1, keepdim=True), temperatures < GREEDY_BELOW
     if bool(is_greedy.all()):
@@ -118,7 +119,8 @@ def _draw(logits: Tensor, temperatures: Tensor, top_k: Tensor, top_p: Tensor, mi
         smallest = smallest.maximum(kth.masked_fill(top_k <= 0, float("-inf")))
     logits.masked_fill_(logits < smallest, float("-inf"))
     shares = logits.softmax(-1) if bool((top_p < 1).any()) else None
-    noisy, ids = logits + noise_of(), torch.arange(logits.shape[1], device=logits.device)
+    noisy = logits + gumbel_noise(seeds, positions, logits.shape[1])
+    ids = torch.arange(logits.shape[1], device=logits.device)
     drawn = noisy.argmax(-1, keepdim=True)
     while shares is not None:
         own = logits.gather(1, drawn)
@@ -383,21 +385,27 @@ def collect_kernel(
     low, high, _, _, _, maximum, done = bracket
     certain = tl.where(k > 0, -1.0, low)
     last = tl.where(done > 0.0, high, -1.0)  # no list if it would be too long
+    some_certain, listing = certain >= 0.0, last > certain
     source = source_of(logits_ptr, stride, counts_ptr, counts_stride, option_ptrs, row)
     key, scale = noise_key(option_ptrs[1], option_ptrs[2], row), 1.0 / temperature
     start, stop = index * part, tl.minimum(index * part + part, size)
     best = tl.full([BLOCK], -float("inf"), tl.float32)
     token = tl.full([BLOCK], 0, tl.int32) + start
+    # Atomics want each thread's elements apart. Loads of neighbors would put them together, and each block would be
+    # exchanged between threads, with four barriers; the compiler does not know that `nothing` is 0.
+    nothing = (temperature < 0.0).to(tl.int32)
+    lane = tl.arange(0, BLOCK) ^ nothing
     for at in range(start, stop, BLOCK):
-        offs = at + tl.arange(0, BLOCK)
+        offs = at + lane
         far = distance(source, maximum, offs, offs < stop)
-        if certain >= 0.0:
+        if some_certain:
             score = tl.where(far <= certain, noise(key, offs) - far * scale, -float("inf"))
             better = score > best
             best, token = tl.where(better, score, best), tl.where(better, offs, token)
         near = (far > certain) & (far <= last)
-        place = tl.atomic_add(length_ptr + row + tl.zeros([BLOCK], tl.int32), 1, mask=near, sem="relaxed")
-        tl.store(list_ptr + row * CAPACITY + place, order_of(far, offs), mask=near & (place < CAPACITY))
+        if listing:
+            place = tl.atomic_add(length_ptr + row + 0 * lane, 1, mask=near, sem="relaxed")
+            tl.store(list_ptr + row * CAPACITY + place, order_of(far, offs), mask=near & (place < CAPACITY))
     top, out = tl.max(best, 0), row * tl.num_programs(1) + index
     tl.store(best_ptr + out, top)
     tl.store(token_ptr + out, tl.min(tl.where(best == top, token, LAST), 0))
@@ -442,7 +450,7 @@ def border(pool, k, low, high, CAPACITY: tl.constexpr, BLOCK: tl.constexpr):
     """The order behind the k nearest and all that are as near as the k-th, by bisecting the bits of distances."""
     short, list_ptr, _, length, _, _, _, _, _ = pool
     offs = tl.arange(0, CAPACITY)
-    listed = tl.load(list_ptr + offs, mask=short & (offs < length), other=NEVER) >> 32
+    listed = tl.load(list_ptr + offs, mask=offs < tl.where(short, length, 0), other=NEVER) >> 32
     under = tl.where(low < 0.0, -1, low.to(tl.int32, bitcast=True))
     over = high.to(tl.int32, bitcast=True)
     while under + 1 < over:
@@ -533,21 +541,19 @@ def draw_tokens(
         return torch.empty(shape, dtype=dtype, device=device)
 
     sms, chunks = sm_count(device.index), ceil_div(size, CHUNK)
-    part = ceil_div(size, max(1, min(ceil_div(int(os.environ.get("PF", 2)) * sms, n), ceil_div(size, BLOCK))))
-    part = ceil_div(part, BLOCK) * BLOCK
-    parts = ceil_div(size, part)
-    each = ceil_div(chunks, max(1, min(ceil_div(int(os.environ.get("NF", 24)) * sms, n), chunks)))
+    programs = max(1, 8 * sms // n)  # a row; so many that a few rows with filters among plain ones keep the GPU busy
+    part = ceil_div(ceil_div(size, min(programs, ceil_div(size, BLOCK))), BLOCK) * BLOCK
+    parts, each = ceil_div(size, part), ceil_div(chunks, min(programs, chunks))
     sizes = {"CHUNKS": next_power_of_2(chunks), "CAPACITY": CAPACITY}
     options = (temperatures, seeds, positions, top_k, top_p, min_p, repetition, presence, frequency, rows)
     row, strides = (logits, counts, options), (size, logits.stride(0), counts.stride(0))
     best, best_token, least = empty(n, parts), empty(n, parts, dtype=torch.int32), empty(n, parts)
     brackets, sums = empty(PASSES + 1, n, 16), empty(PASSES, n, 8, chunks)
     length, listed = empty(n, dtype=torch.int32), empty(n, CAPACITY, dtype=torch.int64)
-    shape, early = {"num_warps": 8, "maxnreg": 64}, pdl(device)  # 64: four programs to a multiprocessor, and no spill
+    early = pdl(device)
+    shape = {"num_warps": 8, "maxnreg": 64}  # registers: four programs to a multiprocessor
 
-    scan_kernel[(n, parts)](
-        *row, best, best_token, least, length, *strides, part, BLOCK=BLOCK, **shape, **early
-    )  # fmt: skip
+    scan_kernel[(n, parts)](*row, best, best_token, least, length, *strides, part, BLOCK=BLOCK, **shape, **early)
     for i in range(PASSES):
         narrow_kernel[(n, ceil_div(chunks, each))](
             *row, best, least, brackets[i - 1], sums[i - 1], brackets[i], sums[i], *strides, parts, chunks, each,
@@ -555,7 +561,7 @@ def draw_tokens(
         )  # fmt: skip
     collect_kernel[(n, parts)](
         *row, brackets[-2], sums[-1], brackets[-1], best, best_token, length, listed, *strides, part,
-        chunks, BLOCK=BLOCK, **sizes, **shape, **early,
+        chunks, BLOCK=COLLECTED, **sizes, **shape, **early,
     )  # fmt: skip
     settle_kernel[(n,)](
         *row, brackets[-1], best, best_token, length, listed, tokens, *strides, parts,

@@ -94,7 +94,7 @@ class Call:
     def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float | None) -> Tensor:
         """q [B · T, H, D], the rows already taken -> [B · T, H, D]"""
         k, v = self._taken(k_cache, q.dtype), self._taken(v_cache, q.dtype)  # [B, H_kv, S, D]
-        one = len(q) == self.sequences  # T is 1, and its axis stands between heads and features by itself
+        one = q.shape[0] == self.sequences  # T is 1, and its axis stands between heads and features by itself
         q = q.unsqueeze(2) if one else q.unflatten(0, (self.sequences, -1)).transpose(1, 2)  # [B, H, T, D]
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=self.mask, is_causal=self.causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
@@ -154,7 +154,7 @@ class AttentionPlan:
         if self.writes is None:
             self.writes = self._writes()
         for slots, rows in self.writes:
-            if len(self.writes) > 1 or self.queries != len(k):  # for one sequence alone two slices less
+            if self.queries != k.shape[0]:  # else these are all rows, in order
                 k, v = k[rows], v[rows]
             k_cache[slots], v_cache[slots] = k.to(k_cache.dtype), v.to(v_cache.dtype)
 
@@ -165,7 +165,7 @@ class AttentionPlan:
         calls = self.calls.get((window, q.dtype))
         if calls is None:
             calls = self.calls[window, q.dtype] = self._calls(window, q.dtype)
-        if len(calls) == 1 and self.queries == len(q):
+        if len(calls) == 1 and self.queries == q.shape[0]:
             return calls[0](q, k_cache, v_cache, scale)
         out = q.new_zeros(q.shape)
         for call in calls:

@@ -32,15 +32,15 @@ def reference(
     """Number by number."""
     out = _empty(steps, matrix, options, lengths, first_token, first_block, wide, block_size, tokens, sequences)
     token_ids, positions, slots, context_lens, block_tables, logit_rows = out
-    rows, firsts, _, bounds = steps.tolist()
-    firsts = [matrix[r, 0].item() - 1 if first < 0 else first for r, first in zip(rows, firsts, strict=True)]
+    rows, given, _, bounds = steps.tolist()
+    firsts = [int(matrix[r, 0]) - 1 if first < 0 else first for r, first in zip(rows, given, strict=True)]
     for t in range(tokens):
         owners = [i for i in range(sequences) if bounds[i] <= t < bounds[i + 1]]
-        row = matrix[rows[owners[0]] if owners else rows[sequences - 1]].tolist()
+        row = matrix[rows[owners[0]] if owners else rows[sequences - 1]]
         position = firsts[owners[0]] + t - bounds[owners[0]] if owners else 0
         block, offset = divmod(position, block_size)
         token_ids[t], positions[t] = row[first_token + position], position
-        slots[t] = row[first_block + block] * block_size + offset if owners else -1
+        slots[t] = int(row[first_block + block]) * block_size + offset if owners else -1
     for i in range(sequences):
         row = matrix[rows[i]]
         context_lens[i] = firsts[i] + bounds[i + 1] - bounds[i]
@@ -117,11 +117,13 @@ def _empty(
         return torch.empty(shape, dtype=dtype, device=steps.device)
 
     return (
-        *(empty(torch.int64, tokens) for _ in range(3)),
+        empty(torch.int64, tokens),
+        empty(torch.int64, tokens),
+        empty(torch.int64, tokens),
         empty(torch.int32, sequences),
         empty(torch.int32, sequences, matrix.shape[1] - first_block),
         empty(torch.int64, sequences),
-    )  # type: ignore[return-value]  # mypy does not count a starred generator
+    )
 
 
 @triton.jit

@@ -221,8 +221,8 @@ def _crash(contract: str, error: Exception, check_file: Path) -> Outcome:
     else:
         blame = "an error within the check, raised by no line of yours; most often what your code returned causes it"
     missing = "\nis a `return` missing?" if re.search("'NoneType' object (has no attr|is not [si])", said) else ""
-    line = [f for f in frames if Path(f.filename) == check_file][-1].line
-    return Outcome(contract, "broken", f"{blame}: {said}{missing}\nin the check: {line}")
+    where = [f for f in frames if Path(f.filename) == check_file][-1]
+    return Outcome(contract, "broken", f"{blame}: {said}{missing}\nin the check: {where.line}")
 
 
 def _in_library(filename: str) -> bool:
@@ -300,7 +300,7 @@ def _thread_timer() -> Iterator[None]:
         timer.cancel()
 
 
-def _classes(stem: str) -> dict[str, type]:
+def _classes(stem: str) -> dict[str, Any]:
     """Exercise number -> its class of contracts, read afresh from the check file."""
     module = load_module(root() / "tests" / "exercises" / f"test_{stem}.py")
     return {c.number: c for c in vars(module).values() if isinstance(c, type) and hasattr(c, "number")}
@@ -314,6 +314,8 @@ def load_module(path: Path) -> types.ModuleType:
             f"{path}: this file of the curriculum is missing; `git status` tells what was moved or deleted"
         )
     spec = importlib.util.spec_from_file_location(f"_minillm_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path}: expected a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     before, _loading = _loading, True

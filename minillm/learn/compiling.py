@@ -204,17 +204,15 @@ def _plain(value: Any) -> Any:
 
 def _work(request: dict) -> dict:
     """Compile what was asked for in the current folder; the fields of a Compiled or of a DoesNotCompile."""
-    import importlib.util
-
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from .checker import load_module
+
     path = Path("kernel.py")
     path.write_text(request["module"], encoding="utf-8")
-    spec = importlib.util.spec_from_file_location("kernel", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_module(path)
     constants = {
         name: triton.language.dtype(value["dtype"]) if isinstance(value, dict) else value
         for name, value in request["constants"].items()
@@ -235,19 +233,18 @@ def _refusal(error: Exception) -> dict:
     """The innermost error that knows its line, with Python's wrapping taken off."""
     from triton.compiler.errors import CompilationError
 
-    known = None
-    while error is not None:
-        if isinstance(error, CompilationError):
-            known = error
-        error, last = error.__cause__, error
-    said = (getattr(known, "error_message", None) or str(last)).strip()
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    known: Any = next((e for e in reversed(chain) if isinstance(e, CompilationError)), None)
+    said = (getattr(known, "error_message", None) or str(chain[-1])).strip()
     wrapped = re.fullmatch(r"""\w+\((["'])(.*)\1,?\)""", said, re.DOTALL)
     said = wrapped[2] if wrapped else said
     if known is None or known.node is None or known.src is None:
         return {"said": said}
     line = known.node.lineno
     text = known.src.splitlines()[line - 1].strip()
-    return {"said": said, "line": line, "text": text, "name": re.search(r"def\s+(\w+)", known.src)[1]}
+    return {"said": said, "line": line, "text": text, "name": re.findall(r"def\s+(\w+)", known.src)[0]}
 
 
 def _resources(cubin: bytes) -> dict:

@@ -7,9 +7,13 @@ import shutil
 import sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
+from typing import TYPE_CHECKING
 
 from ..files import cache_dir
 from .paths import root
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 __all__ = ["Finding", "examine"]
 
@@ -60,7 +64,7 @@ def _packages() -> list[Finding]:
     return findings
 
 
-def _package(requirement, pin: str | None) -> Finding:
+def _package(requirement: "Requirement", pin: str | None) -> Finding:
     try:
         found = version(requirement.name)
     except PackageNotFoundError:

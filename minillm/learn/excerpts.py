@@ -25,13 +25,13 @@ def code(path: str, *names: str, docstring: bool = False) -> str:
 
 
 def _find(tree: ast.Module, name: str, path: str) -> ast.stmt:
-    body, node = tree.body, None
+    body: list[ast.stmt] = tree.body
     for part in name.split("."):
-        node = next((n for n in body if part in _defined(n)), None)
-        if node is None:
+        found = [n for n in body if part in _defined(n)]
+        if not found:
             raise ValueError(f"name: {path} defines no {name!r}")
-        body = getattr(node, "body", [])
-    return node
+        body = getattr(found[0], "body", [])
+    return found[0]
 
 
 def _defined(node: ast.stmt) -> list[str]:
@@ -42,14 +42,18 @@ def _defined(node: ast.stmt) -> list[str]:
     return [getattr(node, "name", "")]
 
 
+def _end(node: ast.stmt) -> int:
+    return node.end_lineno or node.lineno
+
+
 def _lines(node: ast.stmt, lines: list[str], docstring: bool) -> list[str]:
     first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
     drop: set[int] = set()
     if not docstring:
         for n in ast.walk(node):
             if isinstance(n, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(n) and len(n.body) > 1:
-                drop |= set(range(n.body[0].lineno, n.body[0].end_lineno + 1))
-    kept = [lines[i - 1] for i in range(first, node.end_lineno + 1) if i not in drop]
+                drop |= set(range(n.body[0].lineno, _end(n.body[0]) + 1))
+    kept = [lines[i - 1] for i in range(first, _end(node) + 1) if i not in drop]
     indent = len(kept[0]) - len(kept[0].lstrip())
     return [line[indent:] for line in kept]
 

@@ -13,6 +13,7 @@ What it counts are requests, as the caches get them. Device memory sees as much 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -102,15 +103,15 @@ def footprint(**tensors: Tensor) -> Iterator[Footprint]:
     seen = Footprint(tensors)
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
-    def noted(builder: InterpreterBuilder, into: dict, ptrs, mask) -> None:
+    def noted(builder: InterpreterBuilder, into: dict, ptrs: Any, mask: Any) -> None:
         (x, y, z), (nx, ny, _) = builder.grid_idx, builder.grid_dim
         seen.note(into, x + nx * (y + ny * z), ptrs.data[np.broadcast_to(_data(mask), ptrs.data.shape)])
 
-    def noted_load(builder, ptrs, mask, *rest, **options):
+    def noted_load(builder: InterpreterBuilder, ptrs: Any, mask: Any, *rest: Any, **options: Any) -> Any:
         noted(builder, seen.loads, ptrs, mask)
         return load(builder, ptrs, mask, *rest, **options)
 
-    def noted_store(builder, ptrs, value, mask, *rest, **options):
+    def noted_store(builder: InterpreterBuilder, ptrs: Any, value: Any, mask: Any, *rest: Any, **options: Any) -> Any:
         noted(builder, seen.stores, ptrs, mask)
         return store(builder, ptrs, value, mask, *rest, **options)
 
@@ -122,5 +123,5 @@ def footprint(**tensors: Tensor) -> Iterator[Footprint]:
         yield seen
 
 
-def _data(mask) -> np.ndarray:
+def _data(mask: Any) -> np.ndarray:
     return np.asarray(mask.data, bool)

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -60,7 +60,7 @@ def in_child(job: Callable[[Send], None], limit: float | None) -> Iterator[dict]
         if pid == 0:
             _be_child(job, write, trace)
         os.close(write)
-        status = None
+        status: int | None = None
         try:
             status = yield from _messages(pid, read, limit)
         finally:
@@ -74,7 +74,7 @@ def in_child(job: Callable[[Send], None], limit: float | None) -> Iterator[dict]
             raise ChildEnded("exit", os.WEXITSTATUS(status), said)
 
 
-def _messages(pid: int, read: int, limit: float | None) -> Iterator[dict]:
+def _messages(pid: int, read: int, limit: float | None) -> Generator[dict, None, int]:
     """Yield messages until the last one; return the child's status, 0 for an end as it should be."""
     buffer, last = b"", time.monotonic()
     while True:
@@ -192,7 +192,8 @@ def neutral_state() -> Iterator[None]:
     import numpy as np
 
     main = vars(sys.modules["__main__"])
-    leave = {name: main[name] for name in ("exit", "quit") if name in main}  # IPython's end the kernel, and return
+    # IPython's end the kernel, and return.
+    leave: dict[str, Any] = {name: main[name] for name in ("exit", "quit") if name in main}
     environment, folder, path, state = dict(os.environ), os.getcwd(), list(sys.path), random.getstate()
     recursion, drawn = sys.getrecursionlimit(), np.random.get_state()
     with warnings.catch_warnings(), np.errstate(divide="warn", over="warn", under="ignore", invalid="warn"):

@@ -43,7 +43,7 @@ def is_stub(error: BaseException) -> bool:
     return isinstance(error, NotImplementedError) and str(error).startswith("Exercise")
 
 
-def last(contract: Callable) -> Callable:
+def last(contract: Any) -> Callable:
     """Mark a contract that is tried only when the others hold, and after them: one that takes a second."""
     contract.last = True
     return contract
@@ -56,7 +56,7 @@ class ContractError(AssertionError):
 def exercise(number: str, name: str) -> Callable[[type], type]:
     """Mark a class of checks as those of exercise `number`, whose object is called `name` in the notebook."""
 
-    def mark(cls: type) -> type:
+    def mark(cls: Any) -> type:
         cls.number, cls.object_name = number, name
         return cls
 

@@ -242,6 +242,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, name: str = "self_attn", linear: LinearFactory = dense) -> None:
         super().__init__()
         self.head_dim = config.head_dim
+        self.heads = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
         parts = {"q_proj": config.q_size, "k_proj": config.kv_size, "v_proj": config.kv_size}
         self.qkv_proj = linear(f"{name}.qkv_proj", config.hidden_size, parts, config.qkv_bias)  # one product, not three
         self.o_proj = linear(f"{name}.o_proj", config.q_size, {"o_proj": config.hidden_size}, config.o_bias)
@@ -253,21 +254,25 @@ class Attention(nn.Module):
 
     def attend(self, qkv: Tensor, rope: Rope, cache: LayerCache, batch: Batch | None = None) -> Tensor:
         """All that comes after the first projection.  [..., (H + 2 H_kv) D] -> [..., hidden]"""
-        sizes = list(self.qkv_proj.parts.values())
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in qkv.split(sizes, dim=-1))  # [..., heads, D]
+        heads = qkv.view(*qkv.shape[:-1], -1, self.head_dim)  # [..., H + 2 H_kv, D]
+        q, k, v = heads.split_with_sizes(self.heads, -2)
         slots = cache.slots(batch)
         if slots is not None and KERNELS["rope_and_cache"].path(q, k, v) == "triton":
             self._turn_and_write(q, k, v, rope, slots)
         else:
-            q, k = self._turn(q, k, rope)
+            q, k = self._turn(heads, q, k, rope)
             cache.write(k, v, batch)
         out = cache.attend(q, k, v, batch)  # [..., H, D]
         return self.o_proj(out.flatten(-2), batch)  # [..., hidden]
 
-    def _turn(self, q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+    def _turn(self, heads: Tensor, q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """Every head to its position, after its norm if it has one."""
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        elif KERNELS["rope"].path(q, k) == "torch":  # both at once
+            both = apply_rope(heads.narrow(-2, 0, self.heads[0] + self.heads[1]), *rope)
+            q, k = both.split_with_sizes(self.heads[:2], -2)
+            return q, k
         return rotate(q, k, *rope)
 
     def _turn_and_write(

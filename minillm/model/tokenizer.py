@@ -126,7 +126,8 @@ class Tokenizer(ChatFormat):
         # A byte that has no token becomes `unk_token`, or is dropped when there is none: Hugging Face's rule. SmolLM2
         # lacks 8 of the 243 bytes that occur in UTF-8: six control characters and the lead bytes F1 and F2 of code
         # points that hardly anyone uses.
-        unknown = vocab.get(model.get("unk_token"))
+        unk_token: Any = model.get("unk_token")
+        unknown = vocab.get(unk_token)
         self._byte_ids = [vocab.get(character, unknown) for character in BYTE_TO_CHAR]
         self._merges = _merge_table(model["merges"], vocab)
         # Llama 3: a word that is a token is taken as it is, whether merges lead there or not.
@@ -136,7 +137,7 @@ class Tokenizer(ChatFormat):
     def _special_id(self, name: str, token: str | None) -> int | None:
         if token is not None and token not in self.special_tokens:
             raise ValueError(f"{name}: expected one of the special tokens {list(self.special_tokens)}, got {token!r}")
-        return self.special_tokens.get(token)
+        return None if token is None else self.special_tokens[token]
 
     @property
     def vocab_size(self) -> int:
@@ -170,7 +171,7 @@ class Tokenizer(ChatFormat):
         counts: Counter[str] = Counter()
         for document in [text] if isinstance(text, str) else text:
             counts.update(bare._words(_text(document)))
-        words = [[bare._byte_ids[byte] for byte in word.encode()] for word in counts]
+        words = [bare._spell(word.encode()) for word in counts]
         merges = _learn(words, list(counts.values()), tokens, num_merges)
         named = {"pad_token": eos_token} if eos_token else {}
         return cls(byte_level_bpe(tokens, merges, special), eos_token=eos_token, named_tokens=named)
@@ -213,10 +214,12 @@ class Tokenizer(ChatFormat):
         if ids is None:
             data = word.encode()
             whole = self._whole_words.get("".join(BYTE_TO_CHAR[byte] for byte in data)) if self._whole_words else None
-            spelled = [i for byte in data if (i := self._byte_ids[byte]) is not None]
-            ids = self._join(spelled) if whole is None else [whole]
+            ids = self._join(self._spell(data)) if whole is None else [whole]
             self._remember(word, ids)
         return ids
+
+    def _spell(self, data: bytes) -> list[int]:
+        return [i for byte in data if (i := self._byte_ids[byte]) is not None]
 
     def _remember(self, word: str, ids: list[int]) -> None:
         size = sys.getsizeof(word) + sys.getsizeof(ids) + 100  # and its place in the dictionary
@@ -295,7 +298,8 @@ class Tokenizer(ChatFormat):
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        template, named = self.chat_template, {"bos_token": None, "eos_token": None, **self.named_tokens}
+        template: Any = self.chat_template
+        named = {"bos_token": None, "eos_token": None, **self.named_tokens}
         if isinstance(template, dict):
             template = [{"name": name, "template": source} for name, source in template.items()]
         write_json(folder / "tokenizer.json", self._spec)
@@ -466,7 +470,7 @@ def _merge_table(merges: list, vocab: dict[str, int]) -> dict[tuple[int, int], t
 
 def _template_ids(post_processor: dict[str, Any] | None) -> tuple[list[int], list[int]]:
     """The ids that the post-processor puts before and behind a text."""
-    before, after = [], []
+    before, after = [], []  # type: list[int], list[int]
     for step in _steps(post_processor, "processors"):
         kind = step.get("type")
         _expect(kind in ("ByteLevel", "TemplateProcessing"), "post_processor ByteLevel or TemplateProcessing", kind)

@@ -90,7 +90,7 @@ def _listed(folder: Path, config: dict[str, Any], known: set[int], special: set[
     ids = _read_json(folder / "added_tokens.json")
     if not all(isinstance(i, int) for i in ids.values()):
         raise ValueError(f"{folder / 'added_tokens.json'}: expected tokens and their ids")
-    order = sorted((token for token in ids if ids[token] not in known), key=ids.get)
+    order = sorted((token for token in ids if ids[token] not in known), key=ids.__getitem__)
     return [{"content": token, "special": token in special, "normalized": token not in special} for token in order]
 
 

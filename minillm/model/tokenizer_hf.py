@@ -42,8 +42,8 @@ def _expect_byte_tokens(files: TokenizerFiles) -> None:
     claims = model.get("byte_fallback") and "ByteLevel" in str(files.spec.get("pre_tokenizer"))
     if claims and "<0x00>" not in model.get("vocab", {}):
         raise ValueError(
-            f"{files.source}: model.byte_fallback is on, and the vocabulary has no byte tokens (<0x00>, ...) to fall back"
-            " to: expected it to be off, as in byte-level BPE; mend the file or fetch it again"
+            f"{files.source}: model.byte_fallback is on, and the vocabulary has no byte tokens (<0x00>, ...) to fall"
+            " back to: expected it to be off, as in byte-level BPE; mend the file or fetch it again"
         )
 
 

@@ -69,7 +69,7 @@ class Transformer(nn.Module):
         self.revision = 0
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         layers = [Layer(config, f"layers.{i}", linear) for i in range(config.num_hidden_layers)]
-        self.layers = nn.ModuleList(layers)  # type: ignore[assignment]
+        self.layers = nn.ModuleList(layers)  # type: ignore[assignment]  # what it is beside what is in it
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = linear("lm_head", config.hidden_size, {"lm_head": config.vocab_size}, False)
         # Whether the head has no tensor of its own. (A head that cannot share the embedding's has one all the same.)

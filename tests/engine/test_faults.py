@@ -180,7 +180,7 @@ def test_who_reads_a_lost_block_computes_anew(monkeypatch):
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 10**6), st.booleans(), st.integers(8, 24), st.sampled_from([1, 2, 4]), st.integers(2, 20))
 def test_faults_anywhere(seed, async_scheduling, num_blocks, block_size, budget):
-    """Calls fail at random, of any kind and for anybody. Who ends well has the oracle's tokens; who fails, a beginning."""
+    """Calls fail at random, of any kind and for anybody. Who ends well has the oracle's tokens, who fails a start."""
     rng = random.Random(seed)
     engine = Engine(
         tiny_model(), num_blocks=num_blocks, block_size=block_size, max_num_seqs=3, max_num_batched_tokens=budget,
@@ -191,8 +191,9 @@ def test_faults_anywhere(seed, async_scheduling, num_blocks, block_size, budget)
         (BlockTable, "extend"), (BlockTable, "publish"), (Runner, "forward"), (Runner, "draw"), (Results, "read"),
         (EngineMetrics, "got_tokens"), (EngineMetrics, "finished"),
     ):  # fmt: skip
+        original = getattr(owner, name)
 
-        def wrapped(self, *args, original=getattr(owner, name), **kwargs):
+        def wrapped(self, *args, original=original, **kwargs):
             if rng.random() < 0.03:
                 raise Fault
             result = original(self, *args, **kwargs)

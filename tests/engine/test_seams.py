@@ -1,5 +1,7 @@
 """What later chapters add to the engine, shown by doubles: each is an addition, and no line of the engine knows it."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -154,7 +156,7 @@ def test_changed_weights_are_not_answered_from_the_cache(monkeypatch):
 
 @BOTH
 def test_masks_may_arrive_after_the_layers_were_launched(async_scheduling, monkeypatch):
-    """Even ids after odd ones and the other way round: decided by a token that the forward pass was launched without."""
+    """Even ids after odd ones and the other way round: decided by a token that the layers started without."""
     engine, order = engine_of(async_scheduling=async_scheduling), []
     forward = engine.runner.forward
     monkeypatch.setattr(engine.runner, "forward", lambda plan: (order.append("forward"), forward(plan))[1])
@@ -169,7 +171,7 @@ def test_masks_may_arrive_after_the_layers_were_launched(async_scheduling, monke
     assert_home(engine)
     assert free.output_token_ids == oracle((1, 2, 3), GREEDY, 64)
     everything = [6, *bound.output_token_ids]
-    assert all((a + b) % 2 for a, b in zip(everything, everything[1:], strict=False))
+    assert all((a + b) % 2 for a, b in pairwise(everything))
     assert len(bound.output_token_ids) == SAMPLED.max_tokens
     for i, what in enumerate(order):  # each question comes after the layers of its step, and knows every token so far
         if what != "forward":

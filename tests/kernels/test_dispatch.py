@@ -78,6 +78,7 @@ def small(name: str, device="cpu", dtype=torch.float32) -> tuple:
             x, torch.tensor([0.0, 0.5, 1.0] * 2, device=device), torch.arange(6, device=device) - 3,
             torch.arange(6, device=device),
         ),
+        "top_logprobs": (x, torch.arange(6, device=device), 3),
         "step_inputs": (*table, 4, 16, 1, 2, 7, 3),
         "append_tokens": (steps, rows, torch.tensor([[7], [8], [9]], device=device), cu.new_tensor([1, 1, 0]), 4),
     }[name]  # fmt: skip
@@ -264,7 +265,7 @@ def test_empty_input(name):
     elif name == "append_tokens":
         args = (*args[:2], args[2][:0], args[3][:0], args[4])
     else:
-        args = tuple(a[:0] if a.shape[0] == 6 else a for a in args)
+        args = tuple(a[:0] if isinstance(a, torch.Tensor) and a.shape[0] == 6 else a for a in args)
     for path in ("torch", "triton"):
         with use(path):
             out = KERNELS[name](*args)

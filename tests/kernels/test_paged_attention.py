@@ -146,13 +146,14 @@ def test_split_context(device, dtype, contexts):
     assert not got[[c == 0 for c in contexts]].any()
 
 
+@pytest.mark.parametrize("padding", [0, 2])
 @pytest.mark.parametrize("cache_dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("in_a_row", [True, False])
-def test_a_plan_serves_all_layers(dtype, in_a_row, cache_dtype):
+def test_a_plan_serves_all_layers(dtype, in_a_row, cache_dtype, padding):
     """One plan, several caches, windows and scales: what is written is read, by long contexts and short ones."""
     counts, contexts = [1, 5, 1, 0, 1], [300, 290, 20, 9, 40]
     for window in (0, 30):
-        args = batch(CPU, dtype, counts, contexts, 4, 2, 16, 8, padding=2, window=window, in_a_row=in_a_row,
+        args = batch(CPU, dtype, counts, contexts, 4, 2, 16, 8, padding=padding, window=window, in_a_row=in_a_row,
                      cache_dtype=cache_dtype)  # fmt: skip
         q, k_cache, v_cache, tables, lengths, bounds, _, block_size, *_ = args
         plan = AttentionPlan(tables, lengths, bounds, block_size)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from minillm.config import ModelConfig
 from minillm.model import Transformer, weights
 from minillm.model.checkpoint import Checkpoint
-from minillm.model.linear import dense
+from minillm.model.linear import Dense, dense
 from minillm.model.weights import load, model_path, resolve_dtype, save
 
 CONFIG = ModelConfig(60, 32, 64, 2, 4, 2, 8, max_position_embeddings=32, tie_word_embeddings=True, eos_token_ids=(2,))
@@ -357,6 +357,30 @@ class TestQuantized:
         with pytest.raises(ValueError, match=f"q_proj.{name}; these weights are quantized"):
             load(small, device="cpu")
 
+    def test_by_the_dtype_of_what_is_surplus(self, small):
+        change(small, lambda t: t.update({"model.layers.0.mlp.table": torch.ones(1, dtype=torch.int8)}))
+        with pytest.raises(ValueError, match="mlp.table; these weights are quantized"):
+            load(small, device="cpu")
+
+
+@pytest.mark.parametrize(("first", "second"), [((0, 2), (2, 5)), ((3, 5), (0, 3)), ((0, 2), (3, 6)), ((0, 3), (2, 5))])
+@pytest.mark.parametrize("bias", [False, True])
+def test_parts_need_no_copy_only_when_they_follow_one_another(first, second, bias):
+    """In one storage, in order, without a gap; whatever lies where, they are stacked."""
+    whole, biases = torch.arange(18.0).view(6, 3), torch.arange(6.0)
+    parts = {"a": slice(*first), "b": slice(*second)}
+    layer = Dense(3, {part: rows.stop - rows.start for part, rows in parts.items()}, bias)
+    tensors = {f"{part}.weight": whole[rows] for part, rows in parts.items()}
+    tensors |= {f"{part}.bias": biases[rows] for part, rows in parts.items()} if bias else {}
+    assert {name: tensor.shape for name, tensor in tensors.items()} == layer.wanted()
+    layer.load(tensors, torch.device("cpu"), torch.float32)
+    assert torch.equal(layer.weight, torch.cat([whole[rows] for rows in parts.values()]))
+    assert bias == (layer.bias is not None)
+    assert not bias or torch.equal(layer.bias, torch.cat([biases[rows] for rows in parts.values()]))
+    assert (layer.weight.data_ptr() == whole.data_ptr()) == (first == (0, 2) and second == (2, 5))
+    for name, tensor in layer.tensors().items():
+        assert torch.equal(tensor, tensors[name])
+
 
 class TestIndex:
     @pytest.fixture
@@ -398,5 +422,3 @@ class TestIndex:
         save_file({**two, name: one[name] + 1}, second)
         with pytest.raises(ValueError, match=f"{name} stands in {first.name} and, with other values, in {second.name}"):
             load(sharded, device="cpu")
-
-
