@@ -11,7 +11,7 @@ if not Path("/proc/driver/nvidia").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 
 # How much is drawn: `make quick`, `make test`, `make deep`. A test that says how many examples it takes means those of
-# `make test`; `scaled` makes it more or fewer. No deadlines: a slow machine is not a defect; timing lives in benchmarks/.
+# `make test`; `scaled` makes it more or fewer. No deadlines: a slow machine is no defect; timing lives in benchmarks/.
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "full")
 SCALES = {"quick": 1 / 3, "full": 1, "deep": 7}
 LEAST = 15  # not even `quick` draws fewer, unless a test says so

@@ -148,7 +148,7 @@ def test_the_last_in_rank_is_preempted_and_comes_back_with_what_it_said():
 
 
 def test_nobody_overtakes_a_request_that_does_not_fit():
-    """Three of four blocks are taken. The next request needs two, the one behind it one, which is there: it waits too."""
+    """Three of four blocks are taken. The next request needs two, the one behind it one, which is there: both wait."""
     pool = BlockPool(4, 4)
     scheduler = Scheduler(pool, max_num_seqs=4, max_num_batched_tokens=100)
     first, large, small = (
