@@ -12,12 +12,13 @@ endif
 ROOT_FLAG := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup moved lab test quick test-notebooks test-browser cog labs clean
+.PHONY: help setup moved lab test quick deep test-notebooks test-browser cog labs clean
 
 help:
 	@echo "make lab           set up once, then open the curriculum in JupyterLab"
 	@echo "make test          set up once, then run every test"
 	@echo "make quick         the tests that take a minute"
+	@echo "make deep          drawn tests with seven times as many examples (an hour); was the GPU's record made with these kernels?"
 	@echo "make test-browser  open the start page in Chromium and follow its links"
 	@echo "make cog labs      regenerate what chapters quote; execute all labs in place"
 	@echo "make clean         remove the environment and what tests left (fetched models stay: they live in your cache)"
@@ -52,6 +53,10 @@ test-notebooks: $(READY)
 
 quick: $(READY)
 	HYPOTHESIS_PROFILE=quick $(BIN)/pytest tests -m "not slow"
+
+# Drawn tests are where more examples find more; what does not draw, `make test` has run.
+deep: $(READY)
+	HYPOTHESIS_PROFILE=deep $(BIN)/pytest tests --ignore=tests/exercises --ignore=tests/learn --ignore=tests/browser
 
 test-browser: $(READY)
 	$(BIN)/python -c 'import playwright' 2>/dev/null || $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[browser]'

@@ -10,6 +10,7 @@ First of all, greedy tokens of a small fp32 model must be the oracle's; on bf16,
 
 workload   nano-vllm's: 256 requests at once, 133,966 output tokens. The better of two runs after a warm-up.
 stream     one request alone. Median of five.
+special    256 requests and one, with top-p, top-k, min-p, penalties, log probabilities, against plain ones in turn.
 idle       the GPU's idle time while a steady batch decodes, out of torch.profiler.
 poisson    requests that arrive at fractions of the saturated rate: TTFT, ITL, goodput.
 chat       conversations with a common beginning, prefix caching on and off. Median of five.
@@ -41,12 +42,13 @@ from engine_parts import (
     check_tokens,
     idle,
     poisson,
+    special,
     stream,
     workload,
 )
 
 PARTS: dict[str, Callable[[Bench], dict | None]] = {
-    "chat": chat, "workload": workload, "stream": stream, "idle": idle, "poisson": poisson,
+    "chat": chat, "workload": workload, "stream": stream, "special": special, "idle": idle, "poisson": poisson,
     "peers": peers.against_transformers,
 }  # fmt: skip
 PACKAGES = ("torch", "triton", "transformers")
@@ -58,6 +60,9 @@ DEFINITIONS = {
     "workload": {"of two runs": "the better, after a warm-up", "sampling": "temperature 0.6", "floor": FLOOR},
     "stream": {
         "of five runs": "the median; decoding tokens/s leaves the first token and its time out", "floor": FLOOR,
+    },
+    "special": {
+        "of plain": "the better of several runs each, in turn; of greedy ones where the special ones are greedy",
     },
     "idle": {
         "idle": "1 - (union of kernels, copies and fills) / (last end - first start), in a torch.profiler trace of the"

@@ -164,6 +164,45 @@ def stream(bench: Bench) -> dict:
     return row
 
 
+SPECIAL = {
+    "greedy": {"temperature": 0.0}, "top_p 0.9": {"top_p": 0.9}, "top_k 50": {"top_k": 50}, "min_p 0.05": {"min_p": 0.05},
+    "top_k 20, top_p 0.95": {"top_k": 20, "top_p": 0.95},
+    "repetition 1.1, greedy": {"temperature": 0.0, "repetition_penalty": 1.1}, "logprobs 1": {"logprobs": 1},
+    "min_tokens, greedy": {"temperature": 0.0, "min_tokens": 16, "ignore_eos": False},
+}  # fmt: skip
+
+
+def special(bench: Bench) -> dict:
+    """What requests cost that ask for more than a temperature: many at once, and one alone; each between plain ones."""
+    llm, (prompt, output) = bench.llm(), bench.sizes.special
+    rows: dict[str, dict[str, dict]] = {}
+    for count in (bench.sizes.special_requests, 1):
+        for name, options in SPECIAL.items():
+            base = {"temperature": 0.0} if options.get("temperature") == 0 else {}
+            rates: dict[str, list[float]] = {"special": [], "plain": []}
+            for seed in range(bench.sizes.special_runs + 1):
+                for kind, more in (("plain", base), ("special", options)):
+                    jobs = w.random_jobs(count, (prompt, prompt), (output, output), 2 * seed + (kind == "special"))
+                    given = {"temperature": 0.6, "ignore_eos": True, "max_tokens": output, **more}
+                    if "min_tokens" in more:
+                        given["min_tokens"] = output  # so that every step forbids the end
+                    synchronize()
+                    start = time.perf_counter()
+                    llm.generate([job.prompt for job in jobs], SamplingParams(**given), use_tqdm=False)
+                    rates[kind].append(count * output / (time.perf_counter() - start))
+            best = {kind: max(values[1:]) for kind, values in rates.items()}  # a busy host only ever slows down
+            rows.setdefault(str(count), {})[name] = {
+                "output tokens/s": best["special"], "plain, output tokens/s": best["plain"],
+                "of plain": best["special"] / best["plain"],
+            }  # fmt: skip
+            print(
+                f"  special  {count:3} x {name:24} {best['special']:9,.0f} tokens/s,"
+                f" {best['special'] / best['plain']:.2f} of {'greedy' if base else 'plain'}",
+                flush=True,
+            )
+    return {"prompt": prompt, "output": output, **rows}
+
+
 def steady(llm: LLM, batch: int, outputs: int) -> list[str]:
     """`batch` requests that all decode, under way -> their keys."""
     keys = [

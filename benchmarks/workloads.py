@@ -14,14 +14,21 @@ from typing import Any
 from minillm.config import ModelConfig
 
 # Vocabulary, hidden, MLP, layers, query and key/value heads, head size; then context (cut to 8,192: no request here is
-# longer), epsilon, RoPE theta. All tie the embedding. Llama's scaling of RoPE is left out: it costs nothing.
+# longer), epsilon, RoPE theta. All but the 8B tie the embedding. Llama's scaling of RoPE is left out: it costs nothing.
 SHAPES = {
     "smollm2": ModelConfig(49_152, 576, 1536, 30, 9, 3, 64, 8192, 1e-5, 1e5, tie_word_embeddings=True),
     "qwen3": ModelConfig(151_936, 1024, 3072, 28, 16, 8, 128, 8192, 1e-6, 1e6, tie_word_embeddings=True, qk_norm=True),
     "llama1b": ModelConfig(128_256, 2048, 8192, 16, 32, 8, 64, 8192, 1e-5, 5e5, tie_word_embeddings=True),
+    "llama8b": ModelConfig(128_256, 4096, 14_336, 32, 32, 8, 128, 8192, 1e-5, 5e5),
     "tiny": ModelConfig(10_240, 64, 128, 2, 4, 2, 16, 8192, 1e-5, 1e4, tie_word_embeddings=True),  # for --quick
 }
-NAMES = {"smollm2": "SmolLM2-135M", "qwen3": "Qwen3-0.6B", "llama1b": "Llama-3.2-1B", "tiny": "tiny"}
+NAMES = {
+    "smollm2": "SmolLM2-135M",
+    "qwen3": "Qwen3-0.6B",
+    "llama1b": "Llama-3.2-1B",
+    "llama8b": "Llama-3.1-8B",
+    "tiny": "tiny",
+}
 PUBLISHED_LABEL = "other engines, tokens/s: one H100 80GB HBM3, 2026-11-22, vLLM 0.24, torch 2.11; not in this run"
 PUBLISHED = {
     "workload": {
@@ -55,6 +62,9 @@ class Sizes:
     open_fractions: tuple[float, ...] = (0.25, 0.5, 0.75, 0.9)  # of it
     open_seconds: float = 6.0  # of arrivals
     open_limit: float = 12.0  # after so many seconds what still runs is aborted
+    special: tuple[int, int] = (64, 256)
+    special_requests: int = 256
+    special_runs: int = 2
     idle_batches: tuple[int, ...] = (1, 64, 256)
     idle_steps: int = 20
     peers: tuple[int, int, int] = (64, 256, 64)  # requests, prompt, output
@@ -65,7 +75,7 @@ FULL = Sizes()
 QUICK = Sizes(
     workload=(8, 128), stream=(16, 32), stream_runs=3, conversations=4, system=64, message=16, turns=2, chat_runs=1,
     open_prompts=(8, 32), open_outputs=(8, 16), open_requests=32, open_fractions=(0.5, 0.9), open_seconds=1.0,
-    open_limit=5.0, idle_batches=(1, 4), idle_steps=10, peers=(4, 16, 8), cpu16=(16, 8, 1),
+    open_limit=5.0, special=(8, 16), special_requests=4, special_runs=1, idle_batches=(1, 4), idle_steps=10, peers=(4, 16, 8), cpu16=(16, 8, 1),
 )  # fmt: skip
 
 

@@ -349,7 +349,8 @@ check("3.5", keep_top_p)
 # fewer tests: they try several thresholds in one pass and let the ends jump to probabilities that occur (FlashInfer's
 # kernels, and Qrita in vLLM). Two other ways: sort and add up, as `minillm.sampling` does, which also decides between
 # equal tokens; or no threshold at all: draw a token, accept it if the likelier ones together have less than p, else
-# draw again among those, which is how FlashInfer samples.
+# draw again among those, which is how FlashInfer samples. minillm's engine does some of each
+# (`minillm/kernels/draw_tokens.py`): a few tests narrow the threshold down, then what was drawn is tested.
 
 # %% [markdown]
 # ## Exercise 3.6: characters out of a stream of bytes

@@ -188,8 +188,8 @@ check("7.2", slot_mapping)
 # %% [markdown] tags=["solution"]
 # **Why.** `repeat_interleave(counts)` says it more directly, but its output has as many entries as the counts sum to:
 # torch must wait for the GPU to know the shape, and a graph cannot be captured. Searching from the output side has a
-# fixed shape and does a little useless work for the padding. The package builds this on the CPU with NumPy, where
-# values are at hand.
+# fixed shape and does a little useless work for the padding. The package does the same on the GPU, in one kernel
+# (`step_inputs`): each token's program searches the sequence that owns it.
 #
 # Interleaving blocks over GPUs (decode context parallelism) lets several GPUs share the reading of one long context
 # when there are more GPUs than key/value heads. Each computes attention over the keys that it holds, and the results
@@ -266,6 +266,9 @@ check("7.3", block_names)
 # (`"ab" + "c" = "a" + "bc"`), and then no hash function helps. Python's `hash` is not for this: it is keyed per process
 # (so two workers disagree), 64 bits wide, and not made to resist somebody who looks for collisions; vLLM moved its
 # default to SHA-256 for this reason.
+#
+# The package's chain begins at a root over the salt, the weights and the cache's dtype (`Engine._root`): whatever is
+# the same for the whole prompt is hashed once.
 
 # %% [markdown]
 # ## Exercise 7.4: what a radix tree throws away

@@ -170,12 +170,12 @@ check("8.2", admit)
 # |---|---|---|---|
 # | choose whom to preempt when tables share blocks | 3 of 5 | 25 | Kwon et al., 2023, section 4.5 |
 #
-# The package preempts the request that ranks last, again and again, until there are blocks. With shared prefixes this
+# The package preempts the request that goes last, again and again, until there are blocks. With shared prefixes this
 # can be a bad bargain: a block comes free only when *no* table names it any more, so a request may give up all its work
 # and free nothing.
 #
-# `tables[i]` are the blocks of the i-th running request, in order of rank (0 goes first). `need` more blocks must come
-# free. Choose the victims, and with as little harm to the better ranked as possible:
+# `tables[i]` are the blocks of the i-th running request, in order of precedence (0 goes first). `need` more blocks must
+# come free. Choose the victims, and with as little harm to those who go first as possible:
 #
 # - Request 0 is never a victim.
 # - Begin with all the others as victims. Go from request 1 to the last, and spare each one without whom the victims

@@ -218,7 +218,7 @@ class TestVictims:
         expect_equal("victims, need 4", impl(tables, 4), [1, 2, 3])
 
     def test_the_last_may_be_spared(self, impl):
-        """who frees nothing that is needed goes on running, even ranked last"""
+        """who frees nothing that is needed goes on running, even the last"""
         expect_equal("victims", impl([[0], [1, 2, 3], [0]], 2), [1])
 
     def test_request_0_is_safe(self, impl):

@@ -142,6 +142,13 @@ def test_kernels_draw_what_sample_draws(device):
     kernels_draw(device)
 
 
+@pytest.mark.parametrize(("capacity", "kind"), [(150, "flat"), (0, "few values")])
+def test_refused_tokens_beside_certain_ones(device, capacity, kind):
+    """A long list, or all of the row for want of a list: here a draw is often refused."""
+    logits = logits_of(kind, 1, 400, torch.float32, 8).expand(24, -1).contiguous()
+    triton_holds([SamplingParams(top_p=0.5)] * 24, logits, 4, device, capacity)
+
+
 @pytest.mark.parametrize("path", ["torch", "triton"])
 def test_a_row_does_not_depend_on_its_neighbors(path):
     params = [
