@@ -5,6 +5,7 @@ What needs no graph runs on a CPU too, on fewer and shorter requests, so that th
 
 import contextlib
 import random
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from minillm.config import ModelConfig
 from minillm.engine.engine import Engine
 from minillm.engine.request import Request
-from minillm.engine.runner import Runner
+from minillm.engine.runner import REPORTED, Runner
 from minillm.generate import naive, prompt_logprobs
 from minillm.model import Transformer
 from minillm.sampling import SamplingParams
@@ -68,7 +69,10 @@ SPECIAL = {
 }  # fmt: skip
 
 
-def special_jobs() -> list[Job]:
+UNEDITED = [kind for kind in SPECIAL.values() if not {"logit_bias", "min_tokens"} & kind.keys()]  # graphs hold these
+
+
+def special_jobs(kinds: Sequence[dict] = (*SPECIAL.values(),)) -> list[Job]:
     """Two requests of each kind, whose prompts take several steps."""
     rng = random.Random(2)
     return [
@@ -76,7 +80,7 @@ def special_jobs() -> list[Job]:
             [rng.randrange(VOCAB) for _ in range(rng.randint(3, 90))],
             SamplingParams(seed=100 + i, max_tokens=16, ignore_eos=True, **kind),
         )
-        for i, kind in enumerate([*SPECIAL.values()] * 2)
+        for i, kind in enumerate([*kinds] * 2)
     ]
 
 
@@ -252,7 +256,7 @@ def watch_replays(engine: Engine, monkeypatch) -> list[tuple[bool, bool, int]]:
 
     def watched_draw(plan, masks=None):
         results = draw(plan, masks)
-        is_rare = plan.edits is not None or plan.logprobs is not None
+        is_rare = plan.edits is not None or (plan.logprobs is not None and plan.logprobs[1] > REPORTED)
         steps.append((plan.is_decode, is_rare, runner.num_replays - before.pop()))
         return results
 
@@ -264,15 +268,18 @@ def watch_replays(engine: Engine, monkeypatch) -> list[tuple[bool, bool, int]]:
 @gpu
 @pytest.mark.parametrize("async_scheduling", [True, False], ids=["async", "sync"])
 def test_every_step_replays_two_graphs(async_scheduling, monkeypatch):
-    """One of the layers, one of the draw: plain and filtered requests, prompts too, batches of every size."""
+    """One of the layers, one of the draw: plain and filtered requests, prompts too, batches of every size; and what
+    reports a few log probabilities.
+    """
     engine = Engine(
         model_of(torch.float32), num_blocks=600, max_num_seqs=24, max_num_batched_tokens=200,
         async_scheduling=async_scheduling,
     )  # fmt: skip
     steps = watch_replays(engine, monkeypatch)
-    requests = add_all(engine, jobs(64))
+    requests = add_all(engine, [*jobs(64), *special_jobs(UNEDITED)])
     run(engine)
     assert all(request.error is None for request in requests)
+    assert not any(is_rare for _, is_rare, _ in steps)
     decode = [replays for is_decode, _, replays in steps if is_decode]
     assert len(decode) > 40
     assert set(decode) == {2}
@@ -284,7 +291,8 @@ def test_every_step_replays_two_graphs(async_scheduling, monkeypatch):
 def test_a_rare_draw_replays_the_layers_alone(monkeypatch):
     engine = Engine(model_of(torch.float32), num_blocks=600, max_num_seqs=24, max_num_batched_tokens=200)
     steps = watch_replays(engine, monkeypatch)
-    requests = add_all(engine, special_jobs())
+    many = SamplingParams(max_tokens=9, logprobs=REPORTED + 1)
+    requests = add_all(engine, [*special_jobs(), ([1, 2], many)])
     run(engine)
     assert all(request.error is None for request in requests)
     assert {replays for _, is_rare, replays in steps if is_rare} == {1}
@@ -338,17 +346,20 @@ def test_the_watch_sees_who_waits():
 
 @gpu
 @pytest.mark.parametrize("enforce_eager", [False, True], ids=["graphs", "eager"])
+@pytest.mark.parametrize("kinds", [[*SPECIAL.values()], UNEDITED], ids=["special", "unedited"])
 @pytest.mark.parametrize("when", ["decode", "always"])
-def test_no_launch_waits_for_the_gpu(when, enforce_eager, monkeypatch):
-    """Plain, filtered, penalized, biased requests, with and without log probabilities: decoding, and from the start."""
+def test_no_launch_waits_for_the_gpu(when, kinds, enforce_eager, monkeypatch):
+    """Plain, filtered, penalized, biased requests, with and without log probabilities: decoding, and from the start.
+    Once everything is compiled and recorded: the same requests have run before.
+    """
     model = model_of(torch.float32)
     engine = Engine(
         model, num_blocks=600, max_num_seqs=24, max_num_batched_tokens=2048, enforce_eager=enforce_eager,
         async_scheduling=True, enable_prefix_caching=False,
     )  # fmt: skip
-    add_all(engine, special_jobs())  # compiles everything
+    add_all(engine, special_jobs(kinds))
     run(engine)
-    requests = add_all(engine, special_jobs())
+    requests = add_all(engine, special_jobs(kinds))
     if when == "decode":
         while not all(request.output_token_ids for request in requests):
             engine.step()
