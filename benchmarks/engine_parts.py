@@ -165,8 +165,8 @@ def stream(bench: Bench) -> dict:
 
 
 SPECIAL = {
-    "greedy": {"temperature": 0.0}, "top_p 0.9": {"top_p": 0.9}, "top_k 50": {"top_k": 50}, "min_p 0.05": {"min_p": 0.05},
-    "top_k 20, top_p 0.95": {"top_k": 20, "top_p": 0.95},
+    "greedy": {"temperature": 0.0}, "top_p 0.9": {"top_p": 0.9}, "top_k 50": {"top_k": 50},
+    "min_p 0.05": {"min_p": 0.05}, "top_k 20, top_p 0.95": {"top_k": 20, "top_p": 0.95},
     "repetition 1.1, greedy": {"temperature": 0.0, "repetition_penalty": 1.1}, "logprobs 1": {"logprobs": 1},
     "min_tokens, greedy": {"temperature": 0.0, "min_tokens": 16, "ignore_eos": False},
 }  # fmt: skip

@@ -88,3 +88,10 @@ def test_what_is_checked_can_fail():
     assert defines("minillm/engine/batch.py", "DeviceTable.matrix")
     assert not defines("minillm/engine/batch.py", "DeviceTable.nothing")
     assert not defines("minillm/engine/batch.py", "Nothing")
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "AGENTS.md"])
+def test_what_make_is_asked_for_is_in_the_makefile(document):
+    asked = set(re.findall(r"(?:`|^)make ([a-z-]+)", (root() / document).read_text(encoding="utf-8"), re.MULTILINE))
+    assert asked
+    assert asked <= set(re.findall(r"^([a-z-]+):", (root() / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))

@@ -59,6 +59,13 @@ def test_ranges_admit_the_oldest_supported_stack():
             assert requirement.specifier.contains(Version(oldest[requirement.name])), requirement.name
 
 
+def test_types_ship():
+    """Type checkers of whoever imports the package look for the file `py.typed`."""
+    data = tomllib.loads((root() / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
+    assert "py.typed" in data["minillm"]
+    assert (root() / "minillm" / "py.typed").is_file()
+
+
 def test_markdown_opens_as_preview():
     overrides = json.loads((root() / "jupyter" / "overrides.json").read_text(encoding="utf-8"))
     viewers = overrides["@jupyterlab/docmanager-extension:plugin"]["defaultViewers"]

@@ -97,6 +97,11 @@ class Transformer(nn.Module):
     def forward(self, token_ids: Tensor, batch: Batch | None = None, cache: Cache | None = None) -> Tensor:
         """Hidden states of every token, after the last norm.  token_ids [...] int64 -> [..., hidden]"""
         positions = torch.arange(token_ids.shape[-1], device=token_ids.device) if batch is None else batch.positions
+        if batch is not None and positions.shape != token_ids.shape:
+            raise ValueError(
+                f"batch: expected positions of token_ids' shape {list(token_ids.shape)}, got {list(positions.shape)};"
+                " is it another step's?"
+            )
         if token_ids.device.type == "cpu":
             self._check(token_ids, positions)
         rope = self.rope_cos[positions], self.rope_sin[positions]  # [..., D/2] each

@@ -192,8 +192,11 @@ def test_bad_steps():
             cache.keep(rows)
     assert cache.lengths == [0, 0]
     batch = cache.extend([2, 2])
-    with pytest.raises(ValueError, match=r"k: expected torch.float32 of shape \[2, 2\]"):
+    with pytest.raises(ValueError, match=r"batch: expected positions of token_ids' shape \[1, 2\], got \[2, 2\]"):
         model(torch.zeros(1, 2, dtype=torch.long), batch, cache)
+    k = torch.zeros(1, 2, model.config.num_key_value_heads, model.config.head_dim)
+    with pytest.raises(ValueError, match=r"k: expected torch.float32 of shape \[2, 2\]"):
+        cache.layers[0].write(k, k, batch)
     half = ContiguousCache(model.config, 2, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"k: expected torch.bfloat16 .* got torch.float32"):
         model(torch.zeros(2, 2, dtype=torch.long), half.extend([2, 2]), half)
