@@ -84,6 +84,14 @@ def smollm(smollm_path: Path):
 
 
 @pytest.fixture(scope="session")
+def smollm_llm(smollm_path: Path):
+    """SmolLM2 behind an engine, for all who take no other options. Its cache may hold what others asked for."""
+    from minillm import LLM
+
+    return LLM(smollm_path, device="cpu", max_model_len=512, max_num_batched_tokens=128)
+
+
+@pytest.fixture(scope="session")
 def smollm_reference(smollm_path: Path):
     """transformers' SmolLM2 in fp32 on the CPU: the independent reference."""
     import torch

@@ -13,9 +13,9 @@ from minillm.model.weights import save
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 
 
-@pytest.fixture(scope="module")
-def llm():
-    return LLM("smollm2-135m-instruct", device="cpu", max_model_len=256)
+@pytest.fixture
+def llm(smollm_llm):
+    return smollm_llm
 
 
 @pytest.fixture(scope="module")

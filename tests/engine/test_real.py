@@ -3,43 +3,51 @@
 import pytest
 import torch
 
-from minillm import LLM, SamplingParams
+from minillm import SamplingParams
 from minillm.data import reference_text
 
 
-@pytest.fixture(scope="module")
-def llm():
-    return LLM("smollm2-135m-instruct", device="cpu", max_model_len=512, max_num_batched_tokens=128)
+@pytest.fixture
+def llm(smollm_llm):
+    return smollm_llm
 
 
 @pytest.mark.slow
 def test_64_prompts_at_once_equal_transformers_one_by_one(llm, smollm_reference):
-    """Beginnings of 64 topics, 3 to 40 tokens, some with a common prefix; prompts are cut into chunks on the way."""
+    """Beginnings of 64 topics, 3 to 24 tokens, some with a common prefix; prompts are cut into chunks on the way.
+
+    Each token is the likeliest after all before it: that is greedy generation, and a whole answer is checked at once.
+    """
+    llm.engine.metrics.reset()
     topics = list(reference_text().values())
-    prompts = [llm.tokenizer.encode(text[:200])[: 3 + 7 * i % 38] for i, text in enumerate(topics[:56])]
+    prompts = [llm.tokenizer.encode(text[:200])[: 3 + 7 * i % 22] for i, text in enumerate(topics[:56])]
     prompts += [prompts[5] + prompt[:6] for prompt in prompts[:8]]
-    outs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=8, ignore_eos=True), use_tqdm=False)
+    outs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=6, ignore_eos=True), use_tqdm=False)
     assert llm.engine.metrics.num_steps < 64  # together, not one after another
-    for i, (prompt, out) in enumerate(zip(prompts, outs, strict=True)):
-        ids = torch.tensor([prompt + out.token_ids])
-        with torch.no_grad():  # each token is the likeliest after all before it: that is greedy generation
-            logits = smollm_reference(ids).logits[0, len(prompt) - 1 : -1]
-        assert out.token_ids == logits.argmax(-1).tolist()
-        if i < 4:
-            ids = torch.tensor([prompt])
-            options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "min_new_tokens": 8}
-            whole = smollm_reference.generate(ids, do_sample=False, **options)[0]
-            assert out.token_ids == whole[len(prompt) :].tolist()
+    order = sorted(range(64), key=lambda i: len(prompts[i]))
+    for some in (order[start : start + 8] for start in range(0, 64, 8)):
+        rows = [torch.tensor(prompts[i] + outs[i].token_ids) for i in some]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # behind the last token, where nobody looks
+        with torch.no_grad():
+            likeliest = smollm_reference(ids).logits.argmax(-1)
+        for i, row in zip(some, likeliest, strict=True):
+            first = len(prompts[i]) - 1
+            assert outs[i].token_ids == row[first : first + 6].tolist()
+    for prompt, out in list(zip(prompts, outs, strict=True))[:2]:
+        ids = torch.tensor([prompt])
+        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "min_new_tokens": 6}
+        whole = smollm_reference.generate(ids, do_sample=False, **options)[0]
+        assert out.token_ids == whole[len(prompt) :].tolist()
 
 
 @pytest.mark.slow
 def test_stop_string_across_tokens(llm):
     """Cut the free text in the middle of a token, stop there: the text ends before it, wherever tokens begin."""
-    free = llm.generate("The capital of France is", SamplingParams(temperature=0, max_tokens=24), use_tqdm=False)[0]
+    free = llm.generate("The capital of France is", SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)[0]
     pieces = [llm.tokenizer.decode([t]) for t in free.token_ids]
     border = len("".join(pieces[:6]))
     stop = free.text[border - 2 : border + 3]
-    params = SamplingParams(temperature=0, max_tokens=24, stop=[stop])
+    params = SamplingParams(temperature=0, max_tokens=16, stop=[stop])
     [out] = llm.generate("The capital of France is", params, use_tqdm=False)
     assert out.text == free.text[: free.text.index(stop)]
     assert out.finish_reason == "stop"
