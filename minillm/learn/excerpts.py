@@ -13,14 +13,19 @@ __all__ = ["code", "provenance", "results"]
 
 def code(path: str, *names: str, docstring: bool = False) -> str:
     """A fenced excerpt of `path`: the named functions, classes, methods ("Class.method") or constants, or the whole
-    file.
+    file. Of a notebook, its code cells.
 
     Raises ValueError for a name that the file does not define.
     """
     source = (root() / path).read_text(encoding="utf-8")
+    where = f"[`{path}`](../{path})"
+    if path.endswith(".ipynb"):
+        cells = json.loads(source)["cells"]
+        source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+        where = f"[The lab](../{path})"
     tree, lines = ast.parse(source), source.splitlines()
     parts = ["\n".join(_lines(_find(tree, name, path), lines, docstring)) for name in names] or [source.strip()]
-    title = f"[`{path}`](../{path})" + (f": {', '.join(f'`{n}`' for n in names)}" if names else "")
+    title = where + (f": {', '.join(f'`{n}`' for n in names)}" if names else "")
     return f"\n{title}\n\n```python\n" + "\n\n".join(parts) + "\n```\n"
 
 
