@@ -1,6 +1,6 @@
 """The engine against its floor and against other engines: throughput, one stream, chat, arrivals at a rate, idle time.
 
-    python benchmarks/engine.py            on a GPU: everything, under 8 minutes; on a CPU: cpu16
+    python benchmarks/engine.py            on a GPU: everything, under 8 minutes; on a CPU: cpu16, cpu_stream
     python benchmarks/engine.py --quick    a tiny shape, about a minute on two cores, nothing recorded
     python benchmarks/engine.py --only workload,stream --shapes qwen3
 
@@ -16,6 +16,7 @@ poisson    requests that arrive at fractions of the saturated rate: TTFT, ITL, g
 chat       conversations with a common beginning, prefix caching on and off. Median of five.
 peers      transformers on the same requests in the same run: `generate` and its continuous batching.
 cpu16      16 requests at once on the CPU against transformers one after another; file engine_cpu.json.
+cpu_stream one answer on the CPU, in turn with transformers and llama.cpp; file engine_cpu_stream.json.
 
 The byte floor: a decode step reads every weight once, reads the keys and values of every running sequence and writes
 one token's (workloads.step_bytes), all at the copy rate measured in this run. Prompts count nothing in it.
@@ -26,6 +27,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 
 import peers
 import torch
@@ -50,6 +52,9 @@ from engine_parts import (
 PARTS: dict[str, Callable[[Bench], dict | None]] = {
     "chat": chat, "workload": workload, "stream": stream, "special": special, "idle": idle, "poisson": poisson,
     "peers": peers.against_transformers,
+}  # fmt: skip
+CPU: dict[str, tuple[Callable[[w.Sizes], dict], str]] = {  # and the suite under which each is recorded
+    "cpu16": (peers.cpu16, "engine_cpu"), "cpu_stream": (peers.cpu_stream, "engine_cpu_stream"),
 }  # fmt: skip
 PACKAGES = ("torch", "triton", "transformers")
 FLOOR = (
@@ -85,19 +90,17 @@ DEFINITIONS = {
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tiny shape, nothing recorded")
-    parser.add_argument(
-        "--only", default=",".join(PARTS) if GPU else "", help=f"some of {', '.join((*PARTS, 'cpu16'))}"
-    )
+    parser.add_argument("--only", default=",".join(PARTS) if GPU else "", help=f"some of {', '.join((*PARTS, *CPU))}")
     parser.add_argument("--shapes", default="", help=f"some of {', '.join(w.SHAPES)}")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs (enforce_eager); nothing recorded")
     parser.add_argument("--sync", action="store_true", help="async_scheduling=False; nothing recorded")
     chosen = parser.parse_args(arguments)
-    default_parts = [*PARTS, "cpu16"] if chosen.quick else ["cpu16"]
+    default_parts = [*PARTS, *CPU] if chosen.quick else [*CPU]
     chosen.only = [p for p in chosen.only.split(",") if p] or default_parts
     chosen.shapes = [s for s in chosen.shapes.split(",") if s] or (
         ["tiny"] if chosen.quick or not GPU else [s for s in w.SHAPES if s != "tiny"]
     )
-    for name, values, known in (("only", chosen.only, (*PARTS, "cpu16")), ("shapes", chosen.shapes, w.SHAPES)):
+    for name, values, known in (("only", chosen.only, (*PARTS, *CPU)), ("shapes", chosen.shapes, w.SHAPES)):
         if unknown := set(values) - set(known):
             parser.error(f"--{name}: expected some of {', '.join(known)}, got {', '.join(sorted(unknown))}")
     return chosen
@@ -128,8 +131,9 @@ def main(arguments: list[str]) -> int:
         ceiling = ceilings()
         print({name: f"{value:.3e}" for name, value in ceiling.items()}, flush=True)
         failed += run_parts(parts, chosen.shapes, sizes, ceiling, options, kept and GPU)
-    if "cpu16" in chosen.only and not attempt("cpu16", lambda: finish_cpu16(chosen.quick, kept and not GPU)):
-        failed.append("cpu16")
+    for name in [name for name in CPU if name in chosen.only]:
+        if not attempt(name, partial(finish_cpu, name, chosen.quick, kept and not GPU)):
+            failed.append(name)
     if failed:
         print(f"failed: {', '.join(failed)}")
     return bool(failed)
@@ -176,10 +180,11 @@ def attempt(name: str, action: Callable[[], object]) -> bool:
         return False
 
 
-def finish_cpu16(quick: bool, kept: bool) -> None:
-    row = peers.cpu16(w.QUICK if quick else w.FULL)
+def finish_cpu(name: str, quick: bool, kept: bool) -> None:
+    measure, suite = CPU[name]
+    row = measure(w.QUICK if quick else w.FULL)
     if kept:
-        print(record("engine_cpu", row, PACKAGES))
+        print(record(suite, row, PACKAGES))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The parts of benchmarks/engine.py that compare with transformers on the same requests, in the same run."""
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -179,3 +180,59 @@ def cpu16(sizes: w.Sizes) -> dict:
         "requests": count, "prompt tokens": sum(map(len, prompts)), "output": output, "seconds": seconds,
         "output tokens/s": rates, "ratio": ratio,
     }  # fmt: skip
+
+
+def cpu_stream(sizes: w.Sizes) -> dict:
+    """One answer on a CPU, what a reader sees first: a question in the chat format, greedy and with top-p, in turn with
+    transformers; and llama.cpp on the 4-bit file, where xllamacpp is installed and $GGUF names that file.
+    """
+    output, passes = sizes.cpu_stream
+    llm = LLM("smollm2-135m-instruct", device="cpu", dtype="float32", max_model_len=512, enable_prefix_caching=False)
+    prompt = llm.chat_prompt([{"role": "user", "content": "Tell me about France."}])
+    greedy = {"temperature": 0.0, "ignore_eos": True, "max_tokens": output}
+    theirs = one_after_another(output)
+    llama = _llama_cpp(prompt, output)
+
+    def ours(**more: float) -> list[int]:
+        return llm.generate([prompt], SamplingParams(**{**greedy, **more}), use_tqdm=False)[0].token_ids
+
+    ways: dict[str, Callable[[], list[int] | None]] = {
+        "minillm": ours,
+        "transformers": lambda: theirs([prompt])[0],
+        "minillm, top_p 0.9": lambda: ours(temperature=0.7, top_p=0.9),
+        **({"llama.cpp, 4 bits": llama} if llama else {}),
+    }
+    if ours() != theirs([prompt])[0]:
+        raise AssertionError("greedy tokens differ from those of transformers")
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(passes):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - start)
+    rates = {name: output / statistics.median(times) for name, times in seconds.items()}
+    ratios = {name: rate / rates["transformers"] for name, rate in rates.items()}
+    for name, rate in rates.items():
+        print(f"SmolLM2, one stream: {name:20} {rate:6.1f} tokens/s, {ratios[name]:.2f} of transformers", flush=True)
+    return {
+        "prompt tokens": len(prompt), "output": output, "seconds": seconds, "output tokens/s": rates,
+        "of transformers": ratios,
+    }  # fmt: skip
+
+
+def _llama_cpp(prompt: list[int], output: int) -> Callable[[], None] | None:
+    try:
+        import xllamacpp
+    except ImportError:
+        return None
+    if not (path := os.environ.get("GGUF")):
+        return None
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel = path, 512, 1
+    params.cpuparams.n_threads = torch.get_num_threads()
+    server = xllamacpp.Server(params)
+    request = {
+        "prompt": prompt, "n_predict": output, "max_tokens": output, "temperature": 0, "ignore_eos": True,
+        "cache_prompt": False,
+    }  # fmt: skip
+    return lambda: server.handle_completions(request)

@@ -69,6 +69,7 @@ class Sizes:
     idle_steps: int = 20
     peers: tuple[int, int, int] = (64, 256, 64)  # requests, prompt, output
     cpu16: tuple[int, int, int] = (16, 32, 3)  # requests, output, passes
+    cpu_stream: tuple[int, int] = (64, 5)  # output, passes
 
 
 FULL = Sizes()
@@ -76,7 +77,7 @@ QUICK = Sizes(
     workload=(8, 128), stream=(16, 32), stream_runs=3, conversations=4, system=64, message=16, turns=2, chat_runs=1,
     open_prompts=(8, 32), open_outputs=(8, 16), open_requests=32, open_fractions=(0.5, 0.9), open_seconds=1.0,
     open_limit=5.0, special=(8, 16), special_requests=4, special_runs=1, idle_batches=(1, 4), idle_steps=10,
-    peers=(4, 16, 8), cpu16=(16, 8, 1),
+    peers=(4, 16, 8), cpu16=(16, 8, 1), cpu_stream=(8, 1),
 )  # fmt: skip
 
 
