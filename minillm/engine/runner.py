@@ -279,21 +279,24 @@ class Runner:
         forwards = [(n, self.max_num_seqs, False) for n in self.mixed_sizes] + [(n, n, True) for n in self.decode_sizes]
         for shape in sorted(forwards, reverse=True):
             self.forward_graphs[shape], _ = self._record(partial(self._forward, *shape))
-        for sequences in reversed(self.decode_sizes):
-            for kind in (Kind(filtered=True), Kind()):
+        self._record_draws(self.decode_sizes, reported=False)
+
+    def _record_draws(self, sizes: list[int], reported: bool) -> None:
+        steps = self.table.steps.clone()
+        self.table.steps[2] = 0  # a draw that is tried out gives nobody a token
+        for sequences in reversed(sizes):
+            for kind in (Kind(True, reported), Kind(False, reported)):
                 self.draw_graphs[sequences, kind] = self._record(partial(self._draw, sequences, kind))
+        self.table.steps.copy_(steps)
 
     def _draw_graph(self, sequences: int, kind: Kind) -> Drawn:
-        """Replay a draw; one that is rare is recorded when somebody first asks for it, for a few sizes."""
+        """Replay a draw. Those with log probabilities are rare: for a few sizes, recorded when first asked for."""
         sizes = self.decode_sizes
         if kind.reported:
             sizes = [n for n in sizes if n & (n - 1) == 0 or n == sizes[-1]]
         key = sizes[bisect.bisect_left(sizes, sequences)], kind
         if key not in self.draw_graphs:
-            steps = self.table.steps.clone()
-            self.table.steps[2] = 0  # a draw that is tried out gives nobody a token
-            self.draw_graphs[key] = self._record(partial(self._draw, *key))
-            self.table.steps.copy_(steps)
+            self._record_draws(sizes, kind.reported)
         graph, drawn = self.draw_graphs[key]
         graph.replay()
         self.num_replays += 1
