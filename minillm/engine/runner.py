@@ -110,6 +110,7 @@ class Runner:
         self.table = DeviceTable(layout, config.max_num_seqs, config.block_size, self.device)
         vocab = model.config.vocab_size  # how often which token stands in which row; written where penalties ask for it
         self.counts = torch.zeros(config.max_num_seqs + 1, vocab, dtype=torch.int16, device=self.device)
+        self.reported = min(REPORTED, vocab)
         self._last = torch.zeros(config.max_num_seqs, model.config.hidden_size, dtype=self.dtype, device=self.device)
         self._hidden_states = self._last  # of all tokens of the step; graphs leave them in `_all`
         self._all: Tensor | None = None
@@ -179,7 +180,7 @@ class Runner:
         prompt_logprobs = self._prompt_logprobs(plan)
         most = 0 if plan.logprobs is None else plan.logprobs[1]
         edited = plan.edits is not None or masks is not None
-        if edited or most > REPORTED or not self.decode_sizes:
+        if edited or most > self.reported or not self.decode_sizes:
             drawn = self._draw_edited(plan, masks)
         else:
             drawn = self._draw_graph(plan.num_sequences, Kind(plan.filtered, plan.logprobs is not None))
@@ -217,7 +218,7 @@ class Runner:
             logits = self.model.lm_head(self._last[:sequences])  # [S, vocab]
             sampled = self._choose(logits, kind.filtered)
             self.table.append(sampled)
-            return (sampled, *top_logprobs(logits, sampled, REPORTED)) if kind.reported else (sampled,)
+            return (sampled, *top_logprobs(logits, sampled, self.reported)) if kind.reported else (sampled,)
 
     def _choose(self, logits: Tensor, filtered: bool) -> Tensor:
         """A token of each row.  [S, vocab] -> [S]"""

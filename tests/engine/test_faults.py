@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minillm.cache.blocks import BlockTable, OutOfBlocks
+from minillm.cache.blocks import BlockTable
 from minillm.engine.engine import Engine
 from minillm.engine.metrics import EngineMetrics
 from minillm.engine.runner import Results, Runner
@@ -223,7 +223,3 @@ def test_faults_anywhere(seed, async_scheduling, num_blocks, block_size, budget)
         [again] = engine.add(list(prompt), params)
         run(engine)
         assert again.output_token_ids == expected
-
-
-def test_out_of_blocks_is_no_fault():
-    assert issubclass(OutOfBlocks, Exception)
