@@ -101,6 +101,7 @@ class DeviceTable:
 
         self.matrix = zeros(max_num_seqs + 1, layout.width)
         self.steps = zeros(4, max_num_seqs + 1)
+        self._sent = np.full(tuple(self.steps.shape), -2, np.int32)  # what the host said last: nobody's steps
         self.lengths = zeros(max_num_seqs)
         self._options = zeros(layout.num_columns, max_num_seqs)
         self.given = torch.ones(max_num_seqs, dtype=torch.int32, device=device)  # tokens that a plain step gives
@@ -120,8 +121,14 @@ class DeviceTable:
             self.matrix.view(-1).index_put_((index,), to_device(values, self.device))
 
     def set_steps(self, steps: np.ndarray) -> None:
-        """Say what the next step computes: as `Plan.steps`, [4, max_num_seqs + 1] int32."""
-        self.steps.copy_(to_device(steps, self.device), non_blocking=True)
+        """Say what the next step computes: as `Plan.steps`, [4, max_num_seqs + 1] int32.
+
+        While the same sequences decode, that is what the step before computed, and nothing need be sent.
+        """
+        if not np.array_equal(steps, self._sent):
+            self._sent.fill(-2)  # until it has been sent
+            self.steps.copy_(to_device(steps, self.device), non_blocking=True)
+            self._sent[:] = steps
 
     def nobody(self) -> np.ndarray:
         """Steps without a request: all padding."""
