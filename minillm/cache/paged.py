@@ -24,6 +24,7 @@ class PagedBatch(Protocol):
     context_lens: Tensor
     block_tables: Tensor
     max_seqlen_q: int
+    max_seqlen_k: int | None
     plan: AttentionPlan | None
 
 
@@ -57,7 +58,7 @@ class PagedLayer:
             return batch.plan.attend(q, self.k, self.v, window=self.window)
         return paged_attention(
             q, self.k, self.v, batch.block_tables, batch.context_lens, batch.cu_seqlens_q, batch.max_seqlen_q,
-            self.block_size, window=self.window,
+            self.block_size, window=self.window, max_seqlen_k=batch.max_seqlen_k,
         )  # fmt: skip
 
 
@@ -65,7 +66,7 @@ class PagedCache:
     """Keys and values of `num_blocks` blocks in every layer, in a dtype of their own.
 
     A step's batch says which token goes to which slot (`slots`) and which blocks each sequence reads (`block_tables`,
-    `context_lens`, `cu_seqlens_q`, `max_seqlen_q`).
+    `context_lens`, `cu_seqlens_q`, `max_seqlen_q`, `max_seqlen_k`).
     """
 
     def __init__(

@@ -64,7 +64,8 @@ class Batch:
     value go; cu_seqlens_q [S + 1] int32, where each sequence's tokens begin; context_lens [S] int32, its tokens in the
     cache after this step; block_tables [S, W] int32; max_seqlen_q, at least the most new tokens of one sequence;
     logit_rows [S] int64, the row whose hidden state gives each sequence's next token; lengths [S] int32, the place of
-    that token; options, what `OPTIONS` declares, [S] each; plan, on the torch path, what all layers' attention shares.
+    that token; options, what `OPTIONS` declares, [S] each; plan, on the torch path, what all layers' attention shares;
+    max_seqlen_k, as many tokens as a sequence may have in the cache (None: any).
     """
 
     token_ids: Tensor
@@ -78,6 +79,7 @@ class Batch:
     lengths: Tensor
     options: dict[str, Tensor]
     plan: AttentionPlan | None = None
+    max_seqlen_k: int | None = None
 
 
 def to_device(values: np.ndarray, device: torch.device) -> Tensor:
@@ -138,7 +140,7 @@ class DeviceTable:
 
     # ---- on the device -----------------------------------------------------------------------------------------------
 
-    def batch(self, tokens: int, sequences: int, decode: bool) -> Batch:
+    def batch(self, tokens: int, sequences: int, decode: bool, max_seqlen_k: int | None = None) -> Batch:
         """The batch that `set_steps` described, padded to so many tokens and sequences; decode: one token each."""
         token_ids, positions, slots, context_lens, block_tables, logit_rows = step_inputs(
             self.steps, self.matrix, self._options, self.lengths, self.layout.first_token, self.layout.first_block,
@@ -149,7 +151,7 @@ class DeviceTable:
             plan = AttentionPlan(block_tables, context_lens, bounds, self.block_size)
         return Batch(
             token_ids, positions, slots, bounds, context_lens, block_tables, 1 if decode else tokens, logit_rows,
-            self.lengths[:sequences], self.options_of(sequences), plan,
+            self.lengths[:sequences], self.options_of(sequences), plan, max_seqlen_k,
         )  # fmt: skip
 
     def options_of(self, sequences: int) -> dict[str, Tensor]:

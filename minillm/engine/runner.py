@@ -42,6 +42,7 @@ __all__ = ["Logprobs", "Masks", "Results", "Runner"]
 Masks = tuple[Tensor, Tensor]  # sequences [M] int64, and which tokens they may get [M, vocabulary] bool; on the host
 
 
+SHORT = 1024  # tokens: one sequence of no more has a graph of its own, with attention for short contexts
 REPORTED = 20  # candidates of which a graph reports log probabilities, as many as vLLM allows unless told otherwise
 
 
@@ -114,10 +115,13 @@ class Runner:
         self._last = torch.zeros(config.max_num_seqs, model.config.hidden_size, dtype=self.dtype, device=self.device)
         self._hidden_states = self._last  # of all tokens of the step; graphs leave them in `_all`
         self._all: Tensor | None = None
-        self.forward_graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}
+        self.forward_graphs: dict[tuple[int, int, bool, int | None], torch.cuda.CUDAGraph] = {}
         self.draw_graphs: dict[tuple[int, Kind], tuple[torch.cuda.CUDAGraph, Drawn]] = {}
         self.num_replays = 0
         self._pool: Any = None  # the memory that graphs share
+        # Results travel beside the next step, not before it.
+        self._copying = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._copied: torch.cuda.Event | None = None
         self.decode_sizes: list[int] = []
         self.mixed_sizes: list[int] = []
         self.allocate(1)
@@ -169,7 +173,8 @@ class Runner:
         if at == len(sizes):
             self._forward(plan.num_tokens, plan.num_sequences, plan.is_decode)
             return
-        shape = (sizes[at], sizes[at] if plan.is_decode else self.max_num_seqs, plan.is_decode)
+        short = SHORT if plan.num_tokens == 1 and plan.longest is not None and plan.longest <= SHORT else None
+        shape = (sizes[at], sizes[at] if plan.is_decode else self.max_num_seqs, plan.is_decode, short)
         self.forward_graphs[shape].replay()
         self.num_replays += 1
         self._hidden_states = self._last if plan.is_decode or self._all is None else self._all
@@ -177,6 +182,8 @@ class Runner:
     @torch.inference_mode()
     def draw(self, plan: Plan, masks: Masks | None = None) -> Results:
         """Start drawing the tokens of the step that `forward` started."""
+        if self._copied is not None:
+            torch.cuda.current_stream().wait_event(self._copied)  # a graph draws where the last one did
         prompt_logprobs = self._prompt_logprobs(plan)
         most = 0 if plan.logprobs is None else plan.logprobs[1]
         edited = plan.edits is not None or masks is not None
@@ -192,20 +199,25 @@ class Runner:
         if len(plan.ready) < plan.num_sequences:
             tokens = tokens[to_device(plan.ready, self.device)]
         results = Results(self._to_host(tokens)[:, None], None, logprobs, prompt_logprobs)
-        if self.device.type == "cuda":
-            results.done = torch.cuda.Event()
-            results.done.record()
+        if self._copying is not None:
+            results.done = self._copied = torch.cuda.Event()
+            results.done.record(self._copying)
         return results
 
     def _to_host(self, x: Tensor) -> Tensor:
-        if x.device.type != "cuda":
+        if self._copying is None:
             return x.clone()
-        return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        self._copying.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._copying):
+            host.copy_(x, non_blocking=True)
+        x.record_stream(self._copying)
+        return host
 
-    def _forward(self, tokens: int, sequences: int, decode: bool) -> None:
+    def _forward(self, tokens: int, sequences: int, decode: bool, max_seqlen_k: int | None = None) -> None:
         """Everything that a graph of `forward` holds: from rows to hidden states, those that give tokens in `_last`."""
         with dependent_launch(), trusted():
-            batch = self.table.batch(tokens, sequences, decode)
+            batch = self.table.batch(tokens, sequences, decode, max_seqlen_k)
             hidden_states = self.model(batch.token_ids, batch, self.cache)  # [N, hidden]
             self._last[:sequences] = hidden_states if decode else hidden_states[batch.logit_rows]  # [S, hidden]
         if self._all is not None and not decode:
@@ -277,8 +289,10 @@ class Runner:
         self.mixed_sizes = sorted({*range(most, 0, -max(256, most // 8)), *(n for n in (256, 512) if n < most)})
         self.table.set_steps(self.table.nobody())
         self._all = torch.empty(most, self._last.shape[1], dtype=self.dtype, device=self.device)
-        forwards = [(n, self.max_num_seqs, False) for n in self.mixed_sizes] + [(n, n, True) for n in self.decode_sizes]
-        for shape in sorted(forwards, reverse=True):
+        forwards: list[tuple[int, int, bool, int | None]] = [(1, 1, True, SHORT)]
+        forwards += [(n, self.max_num_seqs, False, None) for n in self.mixed_sizes]
+        forwards += [(n, n, True, None) for n in self.decode_sizes]
+        for shape in sorted(forwards, key=lambda shape: shape[:3], reverse=True):
             self.forward_graphs[shape], _ = self._record(partial(self._forward, *shape))
         self._record_draws(self.decode_sizes, reported=False)
 

@@ -34,7 +34,8 @@ class Plan:
 
     First go into the table: values [n] int32 to the places [n] int64 (`DeviceTable.update`). steps [4, rows + 1] int32,
     a column a sequence: row, first token (-1: the last known), whether it gets a token, where its tokens begin.
-    ready [R]: the sequences that get a token. most: how many at most. filtered: whether somebody asks for more than a
+    ready [R]: the sequences that get a token. longest: tokens of the longest sequence after this step, at most. most:
+    how many tokens one gets at most. filtered: whether somebody asks for more than a
     temperature. penalized: (row, its prompt, its output so far) of rows that are new here and want penalties.
     logprobs: the sequences that want log probabilities, and of how many candidates. prompt_logprobs: rows of the batch,
     the token that follows each, and of how many candidates.
@@ -46,6 +47,7 @@ class Plan:
     num_tokens: int
     num_sequences: int
     ready: np.ndarray
+    longest: int | None = None
     most: int = 1
     filtered: bool = False
     penalized: tuple[tuple[int, np.ndarray, np.ndarray], ...] = ()
@@ -70,7 +72,7 @@ class RequestTable:
 
         Should the step fail, say so with `forget`: the rows are then written anew.
         """
-        n, begin, ready = len(scheduled), 0, []
+        n, begin, longest, ready = len(scheduled), 0, 0, []
         steps = np.zeros((4, self.padding + 1), np.int32)
         numbers: list[int] = []
         special: list[tuple[int, Request]] = []  # who wants more of a draw than a temperature
@@ -79,6 +81,7 @@ class RequestTable:
             first, gets = request.num_computed, request.num_computed + count == request.num_tokens
             numbers += request.row, -1 if gets and count == 1 else first, gets, begin
             begin += count
+            longest = max(longest, request.num_computed + count)
             if gets:
                 ready.append(column)
             if not request.is_plain:
@@ -91,7 +94,7 @@ class RequestTable:
         places, values = self._changes(changed)
         drawing = [(i, request) for i, request in special if steps[2, i]]
         return Plan(
-            places, values, steps, begin, n, np.array(ready, np.int64),
+            places, values, steps, begin, n, np.array(ready, np.int64), longest,
             most=max([request.tokens_per_step for _, request in drawing], default=1),
             filtered=any([request.is_filtered for _, request in drawing]),
             penalized=tuple(self._penalized(request) for request in fresh),

@@ -43,6 +43,7 @@ __all__ = ["AttentionPlan", "paged_attention"]
 MAX_HEAD_SIZE = 256
 
 
+SHORT = 1024  # tokens up to which a context that is split is read in small tiles, so that more programs share it
 ALONE = 256  # tokens from which on a sequence that lies in a row is attended to by itself: less copied, one call more
 CACHE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -56,6 +57,7 @@ def gathered(cache: Tensor, table: Tensor, first: int, last: int, block_size: in
 def reference(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, cu_seqlens_q: Tensor,
     max_seqlen_q: int, block_size: int, scale: float | None = None, window: int = 0,
+    max_seqlen_k: int | None = None,
 ) -> Tensor:  # fmt: skip
     """In fp64, sequence by sequence, keys and values gathered, the scores written out."""
     scale, out, bounds = q.shape[-1] ** -0.5 if scale is None else scale, torch.zeros_like(q), cu_seqlens_q.tolist()
@@ -230,6 +232,7 @@ def _indices(slots: slice | Tensor, device: torch.device) -> Tensor:
 def torch_path(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, cu_seqlens_q: Tensor,
     max_seqlen_q: int, block_size: int, scale: float | None = None, window: int = 0,
+    max_seqlen_k: int | None = None,
 ) -> Tensor:  # fmt: skip
     """By a plan for this call alone."""
     plan = AttentionPlan(block_tables, context_lens, cu_seqlens_q, block_size)
@@ -239,6 +242,7 @@ def torch_path(
 def check(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, cu_seqlens_q: Tensor,
     max_seqlen_q: int, block_size: int, scale: float | None = None, window: int = 0,
+    max_seqlen_k: int | None = None,
 ) -> None:  # fmt: skip
     """Raise for shapes, dtypes and devices that do not fit; tables and lengths are not read (a GPU would wait)."""
     arguments(q=q, k_cache=k_cache, v_cache=v_cache)
@@ -388,6 +392,7 @@ def splits(sequences: int, num_kv_heads: int, device: torch.device) -> int:
 _SIZES = {
     "decode": {"BLOCK_M": 16, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2},
     "split": {"BLOCK_M": 16, "BLOCK_N": 128, "num_warps": 4, "num_stages": 3},
+    "short": {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3},
     "prefill": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
 }
 
@@ -408,6 +413,7 @@ def _sizes(q: Tensor, k_cache: Tensor, kind: str, block_d: int) -> dict[str, int
 def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, cu_seqlens_q: Tensor,
     max_seqlen_q: int, block_size: int, scale: float | None = None, window: int = 0,
+    max_seqlen_k: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Causal attention of each sequence's newest tokens to all of its tokens, in blocks.
 
@@ -415,6 +421,7 @@ def paged_attention(
     whatever q is; block_tables [S, W] int32, the blocks of each sequence in order; context_lens [S] int32, tokens of
     each, the queries included; cu_seqlens_q [S + 1] int32. No sequence has more than `max_seqlen_q` queries. `window`
     > 0: a query sees its own key and those of the window - 1 tokens before it, and no block before that is looked at.
+    `max_seqlen_k`: no sequence has more tokens, if that is known; a launch for few tokens is a little faster.
     -> [N, H, D] in q's dtype. Rows behind the last sequence's, and those of a sequence of context 0, get 0 (that is how
     a batch is padded). Raises TypeError and ValueError with the argument's name.
     """
@@ -425,9 +432,12 @@ def paged_attention(
     out = torch.empty((tokens, heads, size), dtype=q.dtype, device=q.device)
     block_d, block_g = max(16, next_power_of_2(size)), next_power_of_2(heads // kv_heads)
     parts = splits(sequences, kv_heads, q.device) if decode else 1
-    if window:  # no more parts than it has tiles
-        parts = min(parts, next_power_of_2(ceil_div(window, 128)))
-    sizes = _sizes(q, k_cache, "prefill" if not decode else "split" if parts > 1 else "decode", block_d)
+    most = min([n for n in (window, max_seqlen_k) if n], default=None)  # keys that a query sees
+    kind = "prefill" if not decode else "decode" if parts == 1 else "split"
+    if parts > 1 and most is not None:  # no more parts than it has tiles
+        kind = "short" if most <= SHORT else kind
+        parts = min(parts, next_power_of_2(ceil_div(most, _SIZES[kind]["BLOCK_N"])))
+    sizes = _sizes(q, k_cache, kind, block_d)
     block_q = max(1, max(16, sizes.pop("BLOCK_M")) // block_g)
     target = out if parts == 1 else torch.empty((tokens, heads, parts, size), dtype=torch.float32, device=q.device)
     lse = target if parts == 1 else torch.empty((tokens, heads, parts), dtype=torch.float32, device=q.device)

@@ -13,7 +13,7 @@ import torch
 from minillm.config import ModelConfig
 from minillm.engine.engine import Engine
 from minillm.engine.request import Request
-from minillm.engine.runner import REPORTED, Runner
+from minillm.engine.runner import REPORTED, SHORT, Runner
 from minillm.generate import naive, prompt_logprobs
 from minillm.model import Transformer
 from minillm.sampling import SamplingParams
@@ -28,7 +28,7 @@ WINDOWS = {"sliding_window": 21, "layer_types": ("sliding_attention", "full_atte
 
 def model_of(dtype: torch.dtype, std: float = 0.2, device: str = "cuda", **options) -> Transformer:
     torch.manual_seed(0)
-    config = ModelConfig(VOCAB, 128, 256, 3, 4, 2, 32, max_position_embeddings=512, eos_token_ids=(7,), **options)
+    config = ModelConfig(VOCAB, 128, 256, 3, 4, 2, 32, max_position_embeddings=2 * SHORT, eos_token_ids=(7,), **options)
     model = Transformer(config)
     model.reset_parameters(std=std)
     return model.to(device, dtype).eval().requires_grad_(False)
@@ -285,6 +285,19 @@ def test_every_step_replays_two_graphs(async_scheduling, monkeypatch):
     assert set(decode) == {2}
     assert {replays for _, _, replays in steps} == {2}
     assert engine.runner.num_replays == 2 * len(steps)
+
+
+@DEVICES
+def test_a_stream_that_grows_long(device):
+    """A sequence that decodes alone takes another graph from some length on."""
+    model = model_of(torch.float32, device=device)
+    engine = Engine(model, num_blocks=200, max_num_seqs=4, max_num_batched_tokens=200)
+    prompt = [3 + i * i % 401 for i in range(SHORT - 3)]
+    requests = add_all(engine, [(prompt, SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))])
+    run(engine)
+    assert_oracles(model, requests)
+    if device == "cuda":
+        assert {(1, 1, True, SHORT), (1, 1, True, None)} <= engine.runner.forward_graphs.keys()
 
 
 @gpu

@@ -136,12 +136,13 @@ def test_cache_of_another_dtype(device, dtype, cache_dtype, counts):
         assert error(got, expected) < 2 * TOLERANCE[dtype]  # keys and values are rounded to q's dtype
 
 
+@pytest.mark.parametrize("most", [None, 700, 5000])
 @pytest.mark.parametrize("contexts", [[1], [700], [513, 1, 0, 64]])
-def test_split_context(device, dtype, contexts):
+def test_split_context(device, dtype, contexts, most):
     """Few sequences: programs share a context, and a second kernel joins them. A context of 0 gives 0."""
     args = batch(device, dtype, [1] * len(contexts), contexts, 8, 2, 64, 16)
     with use("triton"):
-        got = paged_attention(*args)
+        got = paged_attention(*args, max_seqlen_k=most)
     assert error(got, KERNELS["paged_attention"].reference(*args)) < TOLERANCE[dtype]
     assert not got[[c == 0 for c in contexts]].any()
 
