@@ -118,8 +118,8 @@ class Runner:
         self.forward_graphs: dict[tuple[int, int, bool, int | None], torch.cuda.CUDAGraph] = {}
         self.draw_graphs: dict[tuple[int, Kind], tuple[torch.cuda.CUDAGraph, Drawn]] = {}
         self.num_replays = 0
-        self._pool: Any = None  # the memory that graphs share
-        # Results travel beside the next step, not before it.
+        # Memory that graphs share; not draws with layers, for results travel beside the next step, not before it.
+        self._pools: dict[str, Any] = {}
         self._copying = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._copied: torch.cuda.Event | None = None
         self.decode_sizes: list[int] = []
@@ -293,7 +293,7 @@ class Runner:
         forwards += [(n, self.max_num_seqs, False, None) for n in self.mixed_sizes]
         forwards += [(n, n, True, None) for n in self.decode_sizes]
         for shape in sorted(forwards, key=lambda shape: shape[:3], reverse=True):
-            self.forward_graphs[shape], _ = self._record(partial(self._forward, *shape))
+            self.forward_graphs[shape], _ = self._record("layers", partial(self._forward, *shape))
         self._record_draws(self.decode_sizes, reported=False)
 
     def _record_draws(self, sizes: list[int], reported: bool) -> None:
@@ -301,7 +301,7 @@ class Runner:
         self.table.steps[2] = 0  # a draw that is tried out gives nobody a token
         for sequences in reversed(sizes):
             for kind in (Kind(True, reported), Kind(False, reported)):
-                self.draw_graphs[sequences, kind] = self._record(partial(self._draw, sequences, kind))
+                self.draw_graphs[sequences, kind] = self._record("draws", partial(self._draw, sequences, kind))
         self.table.steps.copy_(steps)
 
     def _draw_graph(self, sequences: int, kind: Kind) -> Drawn:
@@ -317,12 +317,13 @@ class Runner:
         self.num_replays += 1
         return drawn
 
-    def _record(self, run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    def _record(self, pool: str, run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
         """A graph of what `run` launches, and its results."""
         run()  # compiles kernels, which a graph could not record
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._pool):
+        if pool not in self._pools:
+            self._pools[pool] = torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self._pools[pool]):
             result = run()
         return graph, result
