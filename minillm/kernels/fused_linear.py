@@ -11,6 +11,7 @@ whole vector (a few KB, from L2), forms the sum, and has seen all squares when i
     norm(h) wᵀ = (h · norm_weight) wᵀ / sqrt(mean(h²) + eps),    h = x + residual
 
 With more tokens, cuBLAS and the kernels for each part are faster (`benchmarks/NOTES.md`), and each part runs alone.
+On a CPU, too, a product with one vector is not what its library does best: see `torch_path`.
 """
 
 from collections.abc import Callable
