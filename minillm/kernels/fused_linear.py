@@ -11,6 +11,7 @@ whole vector (a few KB, from L2), forms the sum, and has seen all squares when i
     norm(h) wᵀ = (h · norm_weight) wᵀ / sqrt(mean(h²) + eps),    h = x + residual
 
 With more tokens, cuBLAS and the kernels for each part are faster (`benchmarks/NOTES.md`), and each part runs alone.
+On a CPU, too, a product with one vector is not what its library does best: see `torch_path`.
 """
 
 from collections.abc import Callable
@@ -30,6 +31,9 @@ from .swiglu import torch_path as swiglu_torch_path
 
 __all__ = ["linear", "norm_linear"]
 
+MKL = torch.backends.mkl.is_available()
+SHORT = 3072  # numbers of x up to which w xᵀ is the faster product on a CPU (`benchmarks/NOTES.md`)
+
 
 def reference(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """In fp64.  x [..., K], w [N, K], bias [N] -> [..., N]"""
@@ -38,8 +42,19 @@ def reference(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def torch_path(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """What torch has."""
-    return F.linear(x, w, bias)
+    """`F.linear`; for a few short rows in fp32 on a CPU as w xᵀ, which MKL multiplies two to six times as fast.
+
+    Its product with a vector reads short rows of w at half of memory's speed, on one core: so one row goes twice.
+    """
+    k = x.shape[-1]
+    rows = x.numel() // max(k, 1)
+    few = 0 < rows <= 8 and max(rows, 2) * k <= SHORT
+    if not (few and MKL and x.is_cpu and x.dtype is torch.float32):
+        return F.linear(x, w, bias)
+    flat = x.reshape(rows, k)
+    y = torch.mm(w, (flat if rows > 1 else torch.cat((flat, flat))).t())[:, :rows].t()  # [M, N]
+    y = y.contiguous().view(*x.shape[:-1], len(w))
+    return y if bias is None else y + bias
 
 
 def norm_linear_reference(
@@ -52,8 +67,10 @@ def norm_linear_reference(
     return (swiglu_reference(y) if use_swiglu else y).to(x.dtype), total
 
 
-def _by_parts(norm: Callable, add_norm: Callable, act: Callable) -> Callable[..., tuple[Tensor, Tensor]]:
-    """`norm_linear` one part after another, by these functions for RMSNorm, the sum with it, and SwiGLU."""
+def _by_parts(
+    norm: Callable, add_norm: Callable, act: Callable, product: Callable
+) -> Callable[..., tuple[Tensor, Tensor]]:  # fmt: skip
+    """`norm_linear` one part after another, by these functions for RMSNorm, the sum with it, SwiGLU and the product."""
 
     def run(
         x: Tensor, residual: Tensor | None, norm_weight: Tensor, w: Tensor, eps: float = 1e-6,
@@ -63,14 +80,14 @@ def _by_parts(norm: Callable, add_norm: Callable, act: Callable) -> Callable[...
             normed, total = norm(x, norm_weight, eps), x.clone()
         else:
             normed, total = add_norm(x, residual, norm_weight, eps)
-        y = F.linear(normed, w, bias)
+        y = product(normed, w, bias)
         return (act(y) if use_swiglu else y), total
 
     return run
 
 
-norm_linear_torch_path = _by_parts(norm_torch_path, add_torch_path, swiglu_torch_path)
-_several_tokens = _by_parts(rms_norm, add_rms_norm, swiglu)
+norm_linear_torch_path = _by_parts(norm_torch_path, add_torch_path, swiglu_torch_path, torch_path)
+_several_tokens = _by_parts(rms_norm, add_rms_norm, swiglu, F.linear)
 
 
 def check(x: Tensor, w: Tensor, bias: Tensor | None = None) -> None:

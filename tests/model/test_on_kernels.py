@@ -57,6 +57,29 @@ def test_biases(dtype, rows, n, k, added, use_swiglu, seed):
         assert torch.equal(first(none), first(zeros))
 
 
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="only MKL is slow with few rows")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("leading", [(), (1,), (1, 1), (2,), (1, 3), (2, 2)])
+def test_few_rows_on_a_cpu(leading, bias):
+    """Multiplied as w xᵀ: the same numbers, shapes and gradients, contiguous; one row exactly as two."""
+    g = torch.Generator().manual_seed(len(leading))
+    x, w = torch.randn(*leading, 576, generator=g), torch.randn(40, 576, generator=g) / 24
+    b = torch.randn(40, generator=g) if bias else None
+    op = KERNELS["linear"]
+    y = op.torch(x, w, b)
+    assert y.is_contiguous()
+    torch.testing.assert_close(y, op.reference(x, w, b), atol=1e-5, rtol=0)
+    torch.testing.assert_close(op.torch(x, w.T.contiguous().T, b), y, atol=1e-5, rtol=0)
+    if x.numel() == 576:
+        assert torch.equal(y.view(40), op.torch(torch.stack((x.view(576), x.view(576))), w, b)[1])
+    gradients = []
+    for product in (op.torch, op.reference):
+        inputs = [t.clone().requires_grad_() for t in (x, w)]
+        gradients.append(torch.autograd.grad(product(*inputs, b).square().sum(), inputs))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
 def test_wrong_biases():
     x, w = torch.zeros(2, 8), torch.zeros(6, 8)
     for bias in (torch.zeros(5), torch.zeros(6, dtype=torch.float16)):
