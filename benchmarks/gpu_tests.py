@@ -1,6 +1,6 @@
 """Run the tests that need a GPU, and record that they ran: with which kernels, on what, how many passed.
 
-    python benchmarks/gpu_tests.py [--commit ID] [-- arguments of pytest]
+    python benchmarks/gpu_tests.py [--commit ID] [-- arguments of pytest, such as which files]
 
 CI has no GPU, so `tests/test_gpu_record.py` compares the record with the kernels as they are, and says when they have
 changed since. The exit status is pytest's; a run that tests nothing leaves no record.
@@ -78,7 +78,8 @@ def main() -> int:
     before = digest()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", f"--junitxml={report}", *args.pytest]
+        paths = [] if any(x.startswith("tests") for x in args.pytest) else ["tests"]
+        command = [sys.executable, "-m", "pytest", *paths, "-m", "gpu", f"--junitxml={report}", *args.pytest]
         status = subprocess.run(command, cwd=common.ROOT).returncode
         found = counts(report.read_text(encoding="utf-8") if report.is_file() else "")
     if not found["passed"] + found["failed"]:
