@@ -22,7 +22,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["NF4", "Grid", "Scheme", "dequantize", "error_grid", "fake_quantize", "minmax_grid", "quantize"]
+__all__ = [
+    "NF4",
+    "Grid",
+    "QuantizedTensor",
+    "Scheme",
+    "dequantize",
+    "error_grid",
+    "fake_quantize",
+    "minmax_grid",
+    "quantize",
+]
 
 KINDS = ("int", "float", "nf")
 STRATEGIES = ("tensor", "channel", "group")
@@ -140,9 +150,8 @@ def error_grid(
 
     w [N, K]; weight [K]: how much an error in each column counts, such as the mean square of its input.
     """
-    rows, k = w.shape
     best = minmax_grid(w, scheme, scale_dtype)
-    count = torch.ones(k, device=w.device) if weight is None else weight.float()
+    count = torch.ones(w.shape[-1], device=w.device) if weight is None else weight.float()
     least = torch.full_like(best.scale, torch.inf)
     for step in range(steps + 1):
         grid = minmax_grid(w, scheme, scale_dtype, 1 - (1 - narrowest) * step / steps)
@@ -187,6 +196,24 @@ def dequantize(q: Tensor, grid: Grid, scheme: Scheme, dtype: torch.dtype = torch
 def fake_quantize(w: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
     """What the weight is after it was stored and read back, in w's dtype.  [N, K] -> [N, K]"""
     return dequantize(quantize(w, grid, scheme), grid, scheme, w.dtype)
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A weight [N, K] as it is stored: q as `quantize` gives it, its grid, and by which scheme."""
+
+    q: Tensor
+    grid: Grid
+    scheme: Scheme
+
+    @classmethod
+    def round(cls, w: Tensor, grid: Grid, scheme: Scheme) -> "QuantizedTensor":
+        """Round to the nearest.  w [N, K]"""
+        return cls(quantize(w, grid, scheme), grid, scheme)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight that the layer computes with.  -> [N, K]"""
+        return dequantize(self.q, self.grid, self.scheme, dtype)
 
 
 def _grouped(w: Tensor, scheme: Scheme) -> Tensor:
