@@ -11,6 +11,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -149,13 +150,17 @@ def _factory(config: ModelConfig, path: Path) -> LinearFactory:
     about = config.quantization_config
     if about is None:
         return dense
+    import_module("minillm.quant")  # which builds on this package, and says there what it can read
     method = about.get("quant_method") if isinstance(about, dict) else about
     if not isinstance(method, str) or method not in QUANTIZED:
         raise ValueError(
             f"{path}: quantization_config: a checkpoint quantized by {method!r} is not supported"
             f" ({'expected one of ' + ', '.join(QUANTIZED) if QUANTIZED else 'no method is'}); use the unquantized one"
         )
-    return QUANTIZED[method](about)
+    try:
+        return QUANTIZED[method](about)
+    except ValueError as e:
+        raise ValueError(f"{path}: quantization_config: {e}") from e
 
 
 def _tied(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:

@@ -1,5 +1,22 @@
 """Models in fewer bits: rounding, methods that lose less by it, the layers that compute with it, the file formats."""
 
+from ..model.weights import QUANTIZED
+from .formats import CompressedTensors
+from .linear import QuantLinear, factory
 from .rtn import Grid, QuantizedTensor, Scheme, dequantize, error_grid, fake_quantize, minmax_grid, quantize
 
-__all__ = ["Grid", "QuantizedTensor", "Scheme", "dequantize", "error_grid", "fake_quantize", "minmax_grid", "quantize"]
+__all__ = [
+    "CompressedTensors",
+    "Grid",
+    "QuantLinear",
+    "QuantizedTensor",
+    "Scheme",
+    "dequantize",
+    "error_grid",
+    "fake_quantize",
+    "minmax_grid",
+    "quantize",
+]
+
+# What `weights.load` makes of the quantization_config of a checkpoint.
+QUANTIZED["compressed-tensors"] = lambda about: factory(CompressedTensors.from_config(about))

@@ -1,0 +1,174 @@
+"""The layer whose weight is stored in few bits, and the ways to multiply by it.
+
+- Weights alone are quantized (W4A16, W8A16): a product reads fewer bytes, and computes with what they stand for in x's
+  dtype. That is where one stream gains, whose time is the bytes of the weights.
+- Activations too (W8A8): each row of x gets a scale as it comes, and the product is one of 8-bit numbers, which a GPU's
+  tensor cores and a CPU's dot instructions do two to four times as fast. That is where large batches gain, too.
+
+On a GPU our kernels do it. On a CPU torch's own operations do: for packed weights they want x in bf16 (fp32 takes a
+slow path), so x is rounded to bf16 on the way. `use("reference")` computes with the dequantized weight, in x's dtype.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels import KERNELS, quantize_rows, w4a16, w8a8
+from ..model.linear import Dense, Linear, LinearFactory, dense, floating
+from .formats import Format, pack, unpack
+from .rtn import Grid, QuantizedTensor
+
+if TYPE_CHECKING:
+    from ..model.layers import Batch
+
+__all__ = ["QuantLinear", "factory"]
+
+ATEN_GROUPS = (32, 64, 128, 256)  # that torch's product with packed int4 takes on a CPU
+
+
+class QuantLinear(Linear):
+    """x W^T + b with W as `format` stores it, rows of all parts one after another.
+
+    Buffers: `weight`, int8 or fp8 [N, K], or int4 packed as int32 [N, K/8]; `scale` fp32 [N, G]; `zero` int8 [N, G] or
+    None; `bias` [N] or None.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, in_features: int, parts: dict[str, int], format: Format, bias: bool = False) -> None:
+        super().__init__(in_features, parts)
+        self.format, self.has_bias = format, bias
+        self._packed: tuple[Tensor, ...] | None = None  # the weight once more, as torch's operations want it on a CPU
+        for name in ("weight", "scale", "zero", "bias"):
+            self.register_buffer(name, None)
+
+    @classmethod
+    def of(cls, dense: Dense, weight: QuantizedTensor, format: Format) -> "QuantLinear":
+        """In the place of `dense`, whose weight was rounded to `weight` [N, K]."""
+        layer = cls(dense.in_features, dense.parts, format, dense.bias is not None)
+        layer.set(weight, None if dense.bias is None else dense.bias.detach(), dense.weight.device)
+        return layer
+
+    # ---- what it holds -----------------------------------------------------------------------------------------------
+
+    def set(self, weight: QuantizedTensor, bias: Tensor | None, device: torch.device) -> None:
+        """Take a weight [N, K], whose scheme is the format's."""
+        self.weight = (pack(weight.q, 4) if self._is_packed else weight.q).to(device)
+        self.scale = weight.grid.scale.to(device)
+        self.zero = None if weight.grid.zero is None else weight.grid.zero.to(device, torch.int8)
+        self.bias = None if bias is None else bias.to(device)
+        self._packed = None
+
+    def quantized(self) -> QuantizedTensor:
+        """The weight [N, K] as it was set."""
+        q = unpack(self.weight, 4, self.in_features) if self._is_packed else self.weight
+        return QuantizedTensor(
+            q, Grid(self.scale, None if self.zero is None else self.zero.float()), self.format.scheme
+        )
+
+    @property
+    def _is_packed(self) -> bool:
+        scheme = self.format.scheme
+        return scheme.kind == "int" and scheme.bits == 4 and self.in_features % 8 == 0
+
+    def wanted(self) -> dict[str, torch.Size]:
+        """As the format says, for each part; and biases."""
+        found: dict[str, torch.Size] = {}
+        for part, rows in self.parts.items():
+            found |= {f"{part}.{name}": size for name, size in self.format.wanted(rows, self.in_features).items()}
+            if self.has_bias:
+                found[f"{part}.bias"] = torch.Size((rows,))
+        return found
+
+    def load(self, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
+        """Parts one after another. Raises ValueError that names the tensor."""
+        parts = []
+        for part, rows in self.parts.items():
+            own = {name.removeprefix(f"{part}."): x for name, x in tensors.items() if name.startswith(f"{part}.")}
+            try:
+                parts.append(self.format.read(own, rows, self.in_features))
+            except ValueError as error:
+                raise ValueError(f"{part}.{error}") from error
+        bias = None
+        if self.has_bias:
+            bias = torch.cat([floating(f"{part}.bias", tensors[f"{part}.bias"]) for part in self.parts]).to(dtype)
+        self.set(_joined(parts), bias, device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What `load` takes."""
+        found: dict[str, Tensor] = {}
+        whole, first = self.quantized(), 0
+        for part, rows in self.parts.items():
+            own = slice(first, first + rows)
+            grid = Grid(whole.grid.scale[own], None if whole.grid.zero is None else whole.grid.zero[own])
+            stored = self.format.write(QuantizedTensor(whole.q[own], grid, whole.scheme))
+            found |= {f"{part}.{name}": x for name, x in stored.items()}
+            if self.bias is not None:
+                found[f"{part}.bias"] = self.bias[own]
+            first += rows
+        return found
+
+    # ---- what it computes --------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, batch: "Batch | None" = None) -> Tensor:
+        """By the kernels; by torch's packed products on a CPU."""
+        if self.format.activations:
+            q, scale = quantize_rows(x, self.weight.dtype)
+            return w8a8(q, scale, self.weight, self.scale, self.bias, x.dtype)
+        if KERNELS["w4a16"].path(x) == "torch" and x.device.type == "cpu" and self._prepare():
+            return self._on_cpu(x)
+        if self._is_packed:
+            return w4a16(x, self.weight, self.scale, self.zero, self.bias)
+        return F.linear(x, self.quantized().dequantize(x.dtype), self.bias)
+
+    def _prepare(self) -> bool:
+        """Whether torch has a product for this weight on a CPU; if so it is laid out for that, once."""
+        if self._packed is not None:
+            return True
+        scheme, (n, k) = self.format.scheme, (self.out_features, self.in_features)
+        size = scheme.group_size or k
+        if scheme.kind == "int" and scheme.bits == 8 and self.zero is None and self.scale.shape[1] == 1:
+            self._packed = self.weight, self.scale[:, 0].bfloat16()
+        elif self._is_packed and size in ATEN_GROUPS and n % 16 == 0:
+            q = unpack(self.weight, 4, k).to(torch.int32) + 8
+            # (q - 8) s + z there, (q - 8 - z) s here
+            zero = torch.zeros_like(self.scale) if self.zero is None else -self.zero * self.scale
+            both = torch.stack((self.scale, zero), -1).transpose(0, 1).contiguous().bfloat16()  # [G, N, 2]
+            self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1), both
+        return self._packed is not None
+
+    def _on_cpu(self, x: Tensor) -> Tensor:
+        assert self._packed is not None
+        weight, scale = self._packed
+        flat = x.reshape(-1, self.in_features).bfloat16()
+        if self.weight.dtype == torch.int8:
+            y = torch._weight_int8pack_mm(flat, weight, scale)
+        else:
+            size = self.format.scheme.group_size or self.in_features
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, weight, size, scale)
+        y = y.to(x.dtype).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+def _joined(parts: list[QuantizedTensor]) -> QuantizedTensor:
+    """One below another."""
+    zeros = [part.grid.zero for part in parts if part.grid.zero is not None]
+    grid = Grid(torch.cat([part.grid.scale for part in parts]), torch.cat(zeros) if zeros else None)
+    return QuantizedTensor(torch.cat([part.q for part in parts]), grid, parts[0].scheme)
+
+
+def factory(format: Format) -> LinearFactory:
+    """Of a model whose layers are all stored by `format`, but for its head."""
+
+    def make(name: str, in_features: int, parts: dict[str, int], bias: bool) -> Linear:
+        if name == "lm_head":
+            return dense(name, in_features, parts, bias)
+        return QuantLinear(in_features, parts, format, bias)
+
+    return make
