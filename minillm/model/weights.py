@@ -27,7 +27,7 @@ from .linear import Linear, LinearFactory, dense, floating
 from .tokenizer import Tokenizer
 from .transformer import Transformer
 
-__all__ = ["load", "model_path", "resolve_device", "resolve_dtype", "save"]
+__all__ = ["load", "model_path", "resolve_device", "resolve_dtype", "save", "save_into"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -269,13 +269,18 @@ def _why(missing: list[str], surplus: list[str], checkpoint: Checkpoint) -> str:
 
 
 def save(model: Transformer, directory: str | os.PathLike) -> Path:
-    """Write `model` as a Hugging Face directory (config.json, model.safetensors) that `load` and, if its layers are
-    `Dense`, transformers read; atomically.
+    """Write `model` as a Hugging Face directory (config.json, model.safetensors) that `load` and transformers read;
+    atomically.
     """
+    with atomic_directory(Path(directory)) as folder:
+        save_into(folder, model)
+    return Path(directory)
+
+
+def save_into(folder: Path, model: Transformer) -> None:
+    """Write the files of `save` into a folder that is there."""
     tensors: dict[str, Tensor] = {}
     for prefix, module in _modules(model):
         own = module.tensors() if isinstance(module, Linear) else dict(module.named_parameters(recurse=False))
         tensors.update({prefix + name: tensor.detach().contiguous() for name, tensor in own.items()})
-    with atomic_directory(Path(directory)) as folder:
-        write_model(folder, model.config, tensors)
-    return Path(directory)
+    write_model(folder, model.config, tensors)

@@ -3,9 +3,12 @@
 from ..model.weights import QUANTIZED
 from .formats import CompressedTensors
 from .linear import QuantLinear, factory
+from .methods import METHODS, ON_THE_FLY, on_the_fly, quantize_checkpoint, quantize_model, round_model
 from .rtn import Grid, QuantizedTensor, Scheme, dequantize, error_grid, fake_quantize, minmax_grid, quantize
 
 __all__ = [
+    "METHODS",
+    "ON_THE_FLY",
     "CompressedTensors",
     "Grid",
     "QuantLinear",
@@ -15,7 +18,11 @@ __all__ = [
     "error_grid",
     "fake_quantize",
     "minmax_grid",
+    "on_the_fly",
     "quantize",
+    "quantize_checkpoint",
+    "quantize_model",
+    "round_model",
 ]
 
 # What `weights.load` makes of the quantization_config of a checkpoint.

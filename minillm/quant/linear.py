@@ -9,8 +9,8 @@ On a GPU our kernels do it. On a CPU torch's own operations do: for packed weigh
 slow path), so x is rounded to bf16 on the way. `use("reference")` computes with the dequantized weight, in x's dtype.
 """
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,16 @@ class QuantLinear(Linear):
         layer = cls(dense.in_features, dense.parts, format, dense.bias is not None)
         layer.set(weight, None if dense.bias is None else dense.bias.detach(), dense.weight.device)
         return layer
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "QuantLinear":
+        """`to`, `half` and the like move everything, and convert the bias alone."""
+        kept = {name: getattr(self, name) for name in ("weight", "scale", "zero")}
+        super()._apply(fn, recurse)
+        for name, tensor in kept.items():
+            if tensor is not None:
+                setattr(self, name, tensor.to(getattr(self, name).device))
+        self._packed = None
+        return self
 
     # ---- what it holds -----------------------------------------------------------------------------------------------
 
