@@ -143,7 +143,8 @@ def quantize(
     method: Annotated[str, typer.Option(help="rtn, gptq, awq, smoothquant or fp8.")] = "gptq",
     bits: Annotated[int | None, typer.Option(help="Of a weight: 2 to 8; 4 unless the method says 8.")] = None,
     group_size: Annotated[
-        int | None, typer.Option(help="Weights that share a scale; 0: a whole row. By default up to 128, as rows allow.")
+        int | None,
+        typer.Option(help="Weights that share a scale; 0: a whole row. By default up to 128, as rows allow."),
     ] = None,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="With zero points.")] = False,
     windows: Annotated[int, typer.Option(help="Texts to calibrate on.")] = 64,

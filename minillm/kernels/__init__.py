@@ -53,4 +53,5 @@ __all__ = [
 ]
 
 from ._stub import _W, quantize_rows, w4a16, w8a8
+
 KERNELS["w4a16"] = _W()

@@ -1,8 +1,8 @@
 """From a model to a quantized one: the products of all decoder layers in few bits; the embedding and the head stay.
 
-    quantize_model(model, "gptq", bits=4, group_size=64, calibration=token_ids)
-    quantize_checkpoint("smollm2-135m-instruct", "out", "gptq")         # what `minillm quantize` does
-    LLM("smollm2-135m-instruct", quantization="int8")                   # on the fly, by rounding to the nearest
+quantize_model(model, "gptq", bits=4, group_size=64, calibration=token_ids)
+quantize_checkpoint("smollm2-135m-instruct", "out", "gptq")         # what `minillm quantize` does
+LLM("smollm2-135m-instruct", quantization="int8")                   # on the fly, by rounding to the nearest
 """
 
 import dataclasses
