@@ -67,6 +67,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     import torch
 
     scale_examples(items)
+    # These fork often, which takes longer the more the process holds: before any model is loaded.
+    items.sort(key=lambda item: item.path.name != "test_exercises.py")
     skip_gpu = pytest.mark.skip(reason="needs a CUDA GPU")
     skip_browser = pytest.mark.skip(reason="run by `make test-browser`")
     for item in items:
