@@ -113,8 +113,9 @@ def _alone(path: Path, say: Any) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:  # this disk has no locks
             break
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            break
+        with suppress(FileNotFoundError):  # asked once: it may go at any moment
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
         file.close()  # the one before us removed this file, and the next one will make another: lock that
     try:
         yield
