@@ -162,7 +162,7 @@ class QuantLinear(Linear):
         else:
             size = self.format.scheme.group_size or self.in_features
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, weight, size, scale)
-        y = y.to(x.dtype).view(*x.shape[:-1], -1)
+        y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
 

@@ -60,19 +60,18 @@ def quantize_model(
     """
     layers = sites(model)
     format = format_of(method, bits, group_size, symmetric, _rows(model))
-    if method in CALIBRATED and calibration is None:
-        raise ValueError(f"calibration: expected token ids [windows, T] for method {method!r}, got none")
-    if calibration is not None:
-        calibration = calibration.to(model.device)
-    if method == "gptq":
-        weights, _ = gptq_model(model, calibration.split(8), format.scheme, progress=progress)
-        for name, weight in weights.items():
-            _replace(model, name, QuantLinear.of(layers[name], weight, format))
-        return _described(model, format)
-    if method == "awq":
-        awq_model(model, calibration.split(8), format.scheme)
-    if method == "smoothquant":
-        smooth(model, activation_maxima(model, calibration))
+    if method in CALIBRATED:
+        if calibration is None:
+            raise ValueError(f"calibration: expected token ids [windows, T] for method {method!r}, got none")
+        ids = calibration.to(model.device)
+        if method == "gptq":
+            for name, weight in gptq_model(model, ids.split(8), format.scheme, progress=progress)[0].items():
+                _replace(model, name, QuantLinear.of(layers[name], weight, format))
+            return _described(model, format)
+        if method == "awq":
+            awq_model(model, ids.split(8), format.scheme)
+        else:
+            smooth(model, activation_maxima(model, ids))
     return round_model(model, format, progress)
 
 
