@@ -85,8 +85,11 @@ def read_gguf(path: str | os.PathLike) -> tuple[ModelConfig, dict[str, Quantized
         raise ValueError(f"{file.name}: {scaling[0]}: scaled rotary embeddings are not supported")
     try:
         config = _config(file.name, fields, raw)
-    except (TypeError, OverflowError, ZeroDivisionError) as e:
-        raise ValueError(f"{file.name}: metadata of a wrong type ({e})") from e
+    except (ValueError, TypeError, ArithmeticError) as e:
+        raise ValueError(f"{file.name}: {str(e).removeprefix(f'{file.name}: ')}") from e
+    for field, value in (("rms_norm_eps", config.rms_norm_eps), ("rope_theta", config.rope_theta)):
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{file.name}: {field}: expected a positive number, got {value!r}")
     _check(file.name, config, {name: tuple(array.shape) for name, array in raw.items()}, kinds)
     # Rows are what is reordered; whether a row holds numbers or blocks does not matter.
     named = _hugging_face_names(file.name, config, raw)

@@ -251,8 +251,9 @@ def _only(config: Mapping[str, Any], names: tuple[str, ...], default: str, *righ
 def _names(config: Mapping[str, Any], field: str) -> tuple[str, ...]:
     """A list of names, or of lists of names."""
     value = config.get(field) or []
-    lists = [inner if isinstance(inner, list) else [inner] for inner in value] if isinstance(value, list) else [[None]]
-    flat = [name for inner in lists for name in inner]
+    flat: list[Any] = []
+    for inner in value if isinstance(value, list) else [None]:
+        flat += inner if isinstance(inner, list) else [inner]
     if not all(isinstance(name, str) and name for name in flat):
         raise ValueError(f"{field}: expected a list of names, got {value!r}")
     return tuple(flat)
