@@ -189,7 +189,7 @@ def smooth(
     """Change the model's weights in place so that its activations are easier to round. It computes the same function.
 
     maxima: of `activation_maxima`. alpha: one, or one for each layer's name. where: in front of which layers
-    ("qkv_proj", "gate_up_proj", "o_proj", "down_proj"); NORMS is the paper's. -> the s that was used, {name: [in_features]}
+    ("qkv_proj", "gate_up_proj", "o_proj", "down_proj"); NORMS is the paper's. -> {name: the s [in_features] used}
 
     Raises ValueError for an alpha or a `where` that does not exist, TypeError for layers that are not `Dense`: smooth
     first, then quantize.
