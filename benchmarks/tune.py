@@ -107,6 +107,35 @@ def plans() -> dict[str, tuple[Callable[[], tuple], Callable, list[dict[str, int
                 lambda x, w, run=run: run(x, w),
                 tiles,
             )
+    return found | w8a8_plans()
+
+
+def w8a8_plans() -> dict:
+    """Tiles of 8-bit products: for few rows long steps and two programs a multiprocessor, else the largest tile."""
+    found: dict = {}
+    tiles = {
+        64: [(64, 64, 256, 2, 4, 3), (64, 64, 128, 2, 4, 4), (64, 128, 128, 1, 4, 5), (64, 32, 256, 2, 4, 4)],
+        256: [(128, 128, 128, 1, 8, 4), (128, 128, 128, 1, 4, 4), (128, 256, 128, 1, 8, 3), (128, 64, 128, 2, 4, 4)],
+        8192: [(128, 256, 128, 1, 8, 3), (256, 128, 128, 1, 8, 3), (128, 128, 128, 1, 4, 4), (128, 256, 64, 1, 8, 4)],
+    }
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "PER_SM", "num_warps", "num_stages")
+    sizes = {m: [dict(zip(names, tile, strict=True), GROUP_M=8) for tile in tiles_of] for m, tiles_of in tiles.items()}
+    for shape_class, m, n, k in (
+        *((str(m), m, 4096, 14_336) for m in (64, 128, 256, 1024)),
+        *((f"{m} wide", m, 14_336, 4096) for m in (64, 128, 256)),
+        ("large", 8192, 14_336, 4096),
+    ):
+        found[f"w8a8 {shape_class}"] = (
+            lambda m=m, n=n, k=k: (*kernels.quantize_rows(randn(m, k)), *kernels.quantize_rows(randn(n, k))),
+            lambda *inputs: kernels.w8a8(*inputs),
+            sizes[64 if m <= 64 else 256 if m <= 256 else 8192],
+        )
+    for block, n in ((4096, 4096), (16_384, 14_336)):
+        found[f"quantize_rows {block}"] = (
+            lambda n=n: (randn(8192, n),),
+            lambda x: kernels.quantize_rows(x),
+            candidates(ROWS=[1, 2] if block == 4096 else [1], num_warps=[4, 8, 16]),
+        )
     return found
 
 
