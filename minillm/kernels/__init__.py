@@ -57,7 +57,3 @@ __all__ = [
     "use",
     "w8a8",
 ]
-
-from ._stub import _W, quantize_rows, w4a16, w8a8
-
-KERNELS["w4a16"] = _W()

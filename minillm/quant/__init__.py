@@ -2,7 +2,8 @@
 
 from ..model.weights import QUANTIZED
 from .formats import CompressedTensors
-from .linear import QuantLinear, factory
+from .importers import parse
+from .linear import QuantLinear, factory, imported
 from .methods import METHODS, ON_THE_FLY, on_the_fly, quantize_checkpoint, quantize_model, round_model
 from .rtn import Grid, QuantizedTensor, Scheme, dequantize, error_grid, fake_quantize, minmax_grid, quantize
 
@@ -27,3 +28,5 @@ __all__ = [
 
 # What `weights.load` makes of the quantization_config of a checkpoint.
 QUANTIZED["compressed-tensors"] = lambda about: factory(CompressedTensors.from_config(about))
+for _method in ("gptq", "awq"):
+    QUANTIZED[_method] = lambda about: imported(parse(about))

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from .rtn import Grid, QuantizedTensor, Scheme
 
-__all__ = ["Recipe", "awq", "gptq", "parse", "wanted"]
+__all__ = ["Imported", "Recipe", "awq", "gptq", "parse", "wanted"]
 
 BITS = {"gptq": (2, 4, 8), "awq": (4,)}
 ZEROS = ("v1", "v1 by words", "v2")
@@ -106,6 +106,33 @@ def parse(config: Mapping[str, Any]) -> Recipe:
     zeros = "v2" if layout == "gptq_v2" else "v1 by words" if _by_gptqmodel(config) else "v1"
     only = _names(config, "modules_in_block_to_quantize")
     return Recipe("gptq", scheme, zeros, only=only, head=_field(config, ("lm_head",), bool, False))
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A `Format` (see `formats.py`) that is read only: what a recipe says of a quantized layer's parts."""
+
+    recipe: Recipe
+
+    @property
+    def scheme(self) -> Scheme:
+        """Of the weight."""
+        return self.recipe.scheme
+
+    @property
+    def activations(self) -> bool:
+        """They are not quantized."""
+        return False
+
+    def wanted(self, rows: int, k: int) -> dict[str, torch.Size]:
+        """Names and shapes of the tensors of a part."""
+        return wanted(self.recipe.method, k, rows, self.scheme)
+
+    def read(self, tensors: Mapping[str, Tensor], rows: int, k: int) -> tuple[QuantizedTensor, Tensor | None]:
+        """As `gptq` and `awq`."""
+        if self.recipe.method == "awq":
+            return awq(tensors, k, rows, self.scheme), None
+        return gptq(tensors, k, rows, self.scheme, self.recipe.zeros)
 
 
 def wanted(method: str, in_features: int, rows: int, scheme: Scheme) -> dict[str, torch.Size]:

@@ -18,38 +18,44 @@ from torch import Tensor
 
 from ..kernels import KERNELS, quantize_rows, w4a16, w8a8
 from ..model.linear import Dense, Linear, LinearFactory, dense, floating
-from .formats import Format, pack, unpack
+from .formats import CompressedTensors, Format, pack, unpack
+from .importers import Imported, Recipe
 from .rtn import Grid, QuantizedTensor
 
 if TYPE_CHECKING:
     from ..model.layers import Batch
 
-__all__ = ["QuantLinear", "factory"]
+__all__ = ["QuantLinear", "factory", "imported"]
 
 ATEN_GROUPS = (32, 64, 128, 256)  # that torch's product with packed int4 takes on a CPU
 
 
 class QuantLinear(Linear):
-    """x W^T + b with W as `format` stores it, rows of all parts one after another.
+    """x W^T + b with W as `format` stores it, rows of all parts one after another. `source`: what it is read from, if
+    that is another format.
 
     Buffers: `weight`, int8 or fp8 [N, K], or int4 packed as int32 [N, K/8]; `scale` fp32 [N, G]; `zero` int8 [N, G] or
-    None; `bias` [N] or None.
+    None; `order` int64 [K], which column of x each column multiplies, or None; `bias` [N] or None.
     """
 
     weight: Tensor
     scale: Tensor
     zero: Tensor | None
+    order: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, in_features: int, parts: dict[str, int], format: Format, bias: bool = False) -> None:
+    def __init__(
+        self, in_features: int, parts: dict[str, int], format: CompressedTensors, bias: bool = False,
+        source: Format | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(in_features, parts)
-        self.format, self.has_bias = format, bias
+        self.format, self.source, self.has_bias = format, source or format, bias
         self._packed: tuple[Tensor, ...] | None = None  # the weight once more, as torch's operations want it on a CPU
-        for name in ("weight", "scale", "zero", "bias"):
+        for name in ("weight", "scale", "zero", "order", "bias"):
             self.register_buffer(name, None)
 
     @classmethod
-    def of(cls, dense: Dense, weight: QuantizedTensor, format: Format) -> "QuantLinear":
+    def of(cls, dense: Dense, weight: QuantizedTensor, format: CompressedTensors) -> "QuantLinear":
         """In the place of `dense`, whose weight was rounded to `weight` [N, K]."""
         layer = cls(dense.in_features, dense.parts, format, dense.bias is not None)
         layer.set(weight, None if dense.bias is None else dense.bias.detach(), dense.weight.device)
@@ -67,16 +73,19 @@ class QuantLinear(Linear):
 
     # ---- what it holds -----------------------------------------------------------------------------------------------
 
-    def set(self, weight: QuantizedTensor, bias: Tensor | None, device: torch.device) -> None:
+    def set(
+        self, weight: QuantizedTensor, bias: Tensor | None, device: torch.device, order: Tensor | None = None
+    ) -> None:
         """Take a weight [N, K], whose scheme is the format's."""
         self.weight = (pack(weight.q, 4) if self._is_packed else weight.q).to(device)
         self.scale = weight.grid.scale.to(device)
         self.zero = None if weight.grid.zero is None else weight.grid.zero.to(device, torch.int8)
+        self.order = None if order is None else order.to(device)
         self.bias = None if bias is None else bias.to(device)
         self._packed = None
 
     def quantized(self) -> QuantizedTensor:
-        """The weight [N, K] as it was set."""
+        """The weight [N, K] as it was set; its columns in `order`."""
         q = unpack(self.weight, 4, self.in_features) if self._is_packed else self.weight
         return QuantizedTensor(
             q, Grid(self.scale, None if self.zero is None else self.zero.float()), self.format.scheme
@@ -88,30 +97,36 @@ class QuantLinear(Linear):
         return scheme.kind == "int" and scheme.bits == 4 and self.in_features % 8 == 0
 
     def wanted(self) -> dict[str, torch.Size]:
-        """As the format says, for each part; and biases."""
+        """As the source says, for each part; and biases."""
         found: dict[str, torch.Size] = {}
         for part, rows in self.parts.items():
-            found |= {f"{part}.{name}": size for name, size in self.format.wanted(rows, self.in_features).items()}
+            found |= {f"{part}.{name}": size for name, size in self.source.wanted(rows, self.in_features).items()}
             if self.has_bias:
                 found[f"{part}.bias"] = torch.Size((rows,))
         return found
 
     def load(self, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
         """Parts one after another. Raises ValueError that names the tensor."""
-        parts = []
+        parts, orders = [], []
         for part, rows in self.parts.items():
             own = {name.removeprefix(f"{part}."): x for name, x in tensors.items() if name.startswith(f"{part}.")}
             try:
-                parts.append(self.format.read(own, rows, self.in_features))
+                weight, order = self.source.read(own, rows, self.in_features)
             except ValueError as error:
                 raise ValueError(f"{part}.{error}") from error
+            parts.append(weight)
+            orders.append(order)
+            if not _same(order, orders[0]):
+                raise ValueError(f"{part}.g_idx: expected the groups of {next(iter(self.parts))}, one product has both")
         bias = None
         if self.has_bias:
             bias = torch.cat([floating(f"{part}.bias", tensors[f"{part}.bias"]) for part in self.parts]).to(dtype)
-        self.set(_joined(parts), bias, device)
+        self.set(_joined(parts), bias, device, orders[0])
 
     def tensors(self) -> dict[str, Tensor]:
-        """What `load` takes."""
+        """What `load` takes, in the format. Raises ValueError for columns out of order, which it has no place for."""
+        if self.order is not None:
+            raise ValueError("g_idx: a checkpoint quantized in order of activations (desc_act) cannot be written anew")
         found: dict[str, Tensor] = {}
         whole, first = self.quantized(), 0
         for part, rows in self.parts.items():
@@ -128,6 +143,8 @@ class QuantLinear(Linear):
 
     def forward(self, x: Tensor, batch: "Batch | None" = None) -> Tensor:
         """By the kernels; by torch's packed products on a CPU."""
+        if self.order is not None:
+            x = x[..., self.order]
         if self.format.activations:
             q, scale = quantize_rows(x, self.weight.dtype)
             return w8a8(q, scale, self.weight, self.scale, self.bias, x.dtype)
@@ -173,12 +190,26 @@ def _joined(parts: list[QuantizedTensor]) -> QuantizedTensor:
     return QuantizedTensor(torch.cat([part.q for part in parts]), grid, parts[0].scheme)
 
 
-def factory(format: Format) -> LinearFactory:
-    """Of a model whose layers are all stored by `format`, but for its head."""
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)
 
+
+def factory(format: CompressedTensors) -> LinearFactory:
+    """Of a model whose layers are all stored by `format`, but for its head."""
+    return _factory(format, format, lambda name, parts: name != "lm_head")
+
+
+def imported(recipe: Recipe) -> LinearFactory:
+    """Of a model that GPTQ or AWQ stored. Raises ValueError for a head in few bits."""
+    if recipe.head:
+        raise ValueError("lm_head: expected False; a head in few bits is not supported")
+    return _factory(CompressedTensors(recipe.scheme), Imported(recipe), recipe.converts)
+
+
+def _factory(format: CompressedTensors, source: Format, quantized: Callable[[str, list[str]], bool]) -> LinearFactory:
     def make(name: str, in_features: int, parts: dict[str, int], bias: bool) -> Linear:
-        if name == "lm_head":
+        if name == "lm_head" or not quantized(name, list(parts)):
             return dense(name, in_features, parts, bias)
-        return QuantLinear(in_features, parts, format, bias)
+        return QuantLinear(in_features, parts, format, bias, source)
 
     return make
