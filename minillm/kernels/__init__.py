@@ -16,6 +16,7 @@ from .softmax import softmax
 from .step_inputs import append_tokens, step_inputs
 from .swiglu import swiglu
 from .top_logprobs import top_logprobs
+from .w4a16 import repack, unpack, w4a16
 
 __all__ = [
     "GREEDY_BELOW",
@@ -39,6 +40,7 @@ __all__ = [
     "matmul_swiglu",
     "norm_linear",
     "paged_attention",
+    "repack",
     "rms_norm",
     "rope",
     "rope_and_cache",
@@ -49,5 +51,7 @@ __all__ = [
     "swiglu",
     "top_logprobs",
     "trusted",
+    "unpack",
     "use",
+    "w4a16",
 ]
