@@ -17,6 +17,7 @@ from .softmax import softmax
 from .step_inputs import append_tokens, step_inputs
 from .swiglu import swiglu
 from .top_logprobs import top_logprobs
+from .w4a16 import repack, unpack, w4a16
 from .w8a8 import w8a8
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "norm_quantize_rows",
     "paged_attention",
     "quantize_rows",
+    "repack",
     "rms_norm",
     "rope",
     "rope_and_cache",
@@ -54,6 +56,8 @@ __all__ = [
     "swiglu_quantize_rows",
     "top_logprobs",
     "trusted",
+    "unpack",
     "use",
+    "w4a16",
     "w8a8",
 ]

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import KERNELS, quantize_rows, w4a16, w8a8
+from ..kernels import KERNELS, quantize_rows, repack, unpack, w4a16, w8a8
 from ..model.linear import Dense, Linear, LinearFactory, dense, floating
-from .formats import CompressedTensors, Format, pack, unpack
+from .formats import CompressedTensors, Format, pack
 from .importers import Imported, Recipe
 from .rtn import Grid, QuantizedTensor
 
@@ -34,7 +34,7 @@ class QuantLinear(Linear):
     """x W^T + b with W as `format` stores it, rows of all parts one after another. `source`: what it is read from, if
     that is another format.
 
-    Buffers: `weight`, int8 or fp8 [N, K], or int4 packed as int32 [N, K/8]; `scale` fp32 [N, G]; `zero` int8 [N, G] or
+    Buffers: `weight`, int8 or fp8 [N, K], or int4 packed as int32 [N, K/8] (on a GPU in tiles, see `repack`); `scale` fp32 [N, G]; `zero` int8 [N, G] or
     None; `order` int64 [K], which column of x each column multiplies, or None; `bias` [N] or None.
     """
 
@@ -80,13 +80,15 @@ class QuantLinear(Linear):
         self.weight = (pack(weight.q, 4) if self._is_packed else weight.q).to(device)
         self.scale = weight.grid.scale.to(device)
         self.zero = None if weight.grid.zero is None else weight.grid.zero.to(device, torch.int8)
+        if self._is_packed and device.type == "cuda":
+            self.weight, self.scale, self.zero = repack(self.weight, self.scale, self.zero)
         self.order = None if order is None else order.to(device)
         self.bias = None if bias is None else bias.to(device)
         self._packed = None
 
     def quantized(self) -> QuantizedTensor:
         """The weight [N, K] as it was set; its columns in `order`."""
-        q = unpack(self.weight, 4, self.in_features) if self._is_packed else self.weight
+        q = unpack(self.weight, self.in_features) if self._is_packed else self.weight
         return QuantizedTensor(
             q, Grid(self.scale, None if self.zero is None else self.zero.float()), self.format.scheme
         )
@@ -163,7 +165,7 @@ class QuantLinear(Linear):
         if scheme.kind == "int" and scheme.bits == 8 and self.zero is None and self.scale.shape[1] == 1:
             self._packed = self.weight, self.scale[:, 0].bfloat16()
         elif self._is_packed and size in ATEN_GROUPS and n % 16 == 0:
-            q = unpack(self.weight, 4, k).to(torch.int32) + 8
+            q = unpack(self.weight, k).to(torch.int32) + 8
             # (q - 8) s + z there, (q - 8 - z) s here
             zero = torch.zeros_like(self.scale) if self.zero is None else -self.zero * self.scale
             both = torch.stack((self.scale, zero), -1).transpose(0, 1).contiguous().bfloat16()  # [G, N, 2]

@@ -83,6 +83,7 @@ def small(name: str, device="cpu", dtype=torch.float32) -> tuple:
             x, torch.tensor([0.0, 0.5, 1.0] * 2, device=device), torch.arange(6, device=device) - 3,
             torch.arange(6, device=device),
         ),
+        "w4a16": (x, seen[:, :4].int() * 123_456_789, torch.rand(7, 2, device=device).to(dtype) / 8),
         "top_logprobs": (x, torch.arange(6, device=device), 3),
         "step_inputs": (*table, 4, 16, 1, 2, 7, 3),
         "append_tokens": (steps, rows, torch.tensor([[7], [8], [9]], device=device), cu.new_tensor([1, 1, 0]), 4),
