@@ -278,9 +278,27 @@ def save(model: Transformer, directory: str | os.PathLike) -> Path:
 
 
 def save_into(folder: Path, model: Transformer) -> None:
-    """Write the files of `save` into a folder that is there."""
+    """Write the files of `save` into a folder that is there.
+
+    Raises ValueError for a model whose layers are stored in several ways, which a config.json has no words for.
+    """
     tensors: dict[str, Tensor] = {}
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]
+    stored = [module.quantization_config for _, module in linears if module.quantization_config is not None]
+    if any(about != stored[0] for about in stored):
+        raise ValueError("model: expected layers that are all quantized alike, to be written to one checkpoint")
+    about = None
+    if stored:
+        plain = [(name, module) for name, module in linears if module.quantization_config is None]
+        about = {**stored[0], "ignore": [part for name, module in plain for part in _part_names(name, module)]}
+    config = dataclasses.replace(model.config, quantization_config=about)
     for prefix, module in _modules(model):
         own = module.tensors() if isinstance(module, Linear) else dict(module.named_parameters(recurse=False))
         tensors.update({prefix + name: tensor.detach().contiguous() for name, tensor in own.items()})
-    write_model(folder, model.config, tensors)
+    write_model(folder, config, tensors)
+
+
+def _part_names(name: str, linear: Linear) -> list[str]:
+    """What a checkpoint calls the parts of a layer: "layers.0.mlp.gate_up_proj" has two."""
+    parent = name.rpartition(".")[0]
+    return [f"model.{parent}.{part}" if parent else part for part in linear.parts]

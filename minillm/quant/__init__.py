@@ -27,6 +27,6 @@ __all__ = [
 ]
 
 # What `weights.load` makes of the quantization_config of a checkpoint.
-QUANTIZED["compressed-tensors"] = lambda about: factory(CompressedTensors.from_config(about))
+QUANTIZED["compressed-tensors"] = lambda about: factory(CompressedTensors.from_config(about), about.get("ignore") or [])
 for _method in ("gptq", "awq"):
     QUANTIZED[_method] = lambda about: imported(parse(about))

@@ -181,8 +181,9 @@ class CompressedTensors:
             raise ValueError("output_activations: expected null; quantized outputs are not supported")
         if about.get("kv_cache_scheme") is not None:
             raise ValueError("kv_cache_scheme: expected null; ask for a cache in 8 bits with kv_cache_dtype")
-        if (about.get("ignore") or []) not in ([], ["lm_head"]):
-            raise ValueError(f"ignore: expected ['lm_head'] or nothing, got {about['ignore']!r}")
+        patterns = [name for name in about.get("ignore") or [] if not isinstance(name, str) or name.startswith("re:")]
+        if patterns:
+            raise ValueError(f"ignore: expected names of modules, got {patterns[0]!r}")
         found = cls(_scheme(_entry(group, "weights", dict)), _dynamic(group.get("input_activations")))
         name = about.get("format")
         if name != found.name:

@@ -9,7 +9,7 @@ On a GPU our kernels do it. On a CPU torch's own operations do: for packed weigh
 slow path), so x is rounded to bf16 on the way. `use("reference")` computes with the dequantized weight, in x's dtype.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -97,6 +97,11 @@ class QuantLinear(Linear):
     def _is_packed(self) -> bool:
         scheme = self.format.scheme
         return scheme.kind == "int" and scheme.bits == 4 and self.in_features % 8 == 0
+
+    @property
+    def quantization_config(self) -> dict[str, Any]:
+        """As the format says."""
+        return self.format.to_config()
 
     def wanted(self) -> dict[str, torch.Size]:
         """As the source says, for each part; and biases."""
@@ -196,9 +201,19 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b if a is None or b is None else torch.equal(a, b)
 
 
-def factory(format: CompressedTensors) -> LinearFactory:
-    """Of a model whose layers are all stored by `format`, but for its head."""
-    return _factory(format, format, lambda name, parts: name != "lm_head")
+def factory(format: CompressedTensors, ignore: Collection[str] = ("lm_head",)) -> LinearFactory:
+    """Of a model whose layers are stored by `format`, but for its head and the parts that are to be ignored, such as
+    "model.layers.0.mlp.up_proj". Raises ValueError where that parts what one product computes.
+    """
+
+    def quantized(name: str, parts: list[str]) -> bool:
+        parent = name.rpartition(".")[0]
+        left_out = [part for part in parts if f"model.{parent}.{part}" in ignore]
+        if left_out and len(left_out) < len(parts):
+            raise ValueError(f"ignore: expected all parts of {name} or none, got {', '.join(left_out)}")
+        return not left_out
+
+    return _factory(format, format, quantized)
 
 
 def imported(recipe: Recipe) -> LinearFactory:
