@@ -34,7 +34,10 @@ def write(path: Path, kind: Kind = Kind.Q4_1, change=None, **fields) -> dict[str
     w.add_feed_forward_length(64)
     w.add_head_count(4)
     w.add_head_count_kv(2)
-    w.add_layer_norm_rms_eps(fields.get("eps", 1e-5))
+    if isinstance(eps := fields.get("eps", 1e-5), list):
+        w.add_array("llama.attention.layer_norm_rms_epsilon", eps)
+    else:
+        w.add_layer_norm_rms_eps(eps)
     w.add_rope_freq_base(10_000.0)
     w.add_rope_dimension_count(8)
     if "scaling" in fields:
@@ -147,6 +150,7 @@ class TestFile:
                 "blk.0.attn_q.bias": (np.zeros(32, np.float32), Kind.F32)}}),
             ("lacks tensor", {"layers": 2**32 - 1}),
             ("rms_norm_eps: expected a positive", {"eps": 0.0}),
+            ("unsupported format string", {"eps": [1.0, 2.0]}),
             ("lacks tensor blk.0.ffn_up.weight", {"change": lambda t: {n: v for n, v in t.items() if "up" not in n}}),
             (r"blk.0.attn_v.weight: expected shape \(16, 32\), got \(15, 20\)", {"change": lambda t: t | {
                 "blk.0.attn_v.weight": (t["blk.0.attn_v.weight"][0][:15], Kind.Q4_1)}}),

@@ -264,6 +264,7 @@ class TestConfig:
         [
             ("quant_method", "exl2", GPTQ), ("bits", 3, GPTQ), ("bits", 8, AWQ), ("bits", 4.0, GPTQ),
             ("bits", True, AWQ), ("bits", None, AWQ), ("group_size", 0, GPTQ), ("group_size", "128", AWQ),
+            ("group_size", True, GPTQ),
             ("sym", "yes", GPTQ), ("checkpoint_format", "marlin", GPTQ), ("is_marlin_format", True, GPTQ),
             ("pack_dtype", "int8", GPTQ),
             ("dynamic", {"-:lm_head": {}}, GPTQ), ("version", "gemv", AWQ), ("zero_point", 1, AWQ),
