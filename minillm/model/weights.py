@@ -136,7 +136,10 @@ def load(
     linear = linear or _factory(config, path)
     checkpoint = Checkpoint(path)
     with torch.device("meta"), _NoInit():  # neither memory nor random numbers for what is about to be replaced
-        model = Transformer(_tied(config, checkpoint), linear)
+        try:
+            model = Transformer(_tied(config, checkpoint), linear)
+        except ValueError as e:  # of a layer that cannot be made as the checkpoint says
+            raise ValueError(f"{path}: quantization_config: {e}") from e
     _check(model, checkpoint)
     for prefix, module in _modules(model):
         _fill(module, prefix, checkpoint, config.tie_word_embeddings, where, number)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ..config import ModelConfig
-from ..fetch import _config, _hugging_face_names
+from ..fetch import gguf_config, hugging_face_names
 from .rtn import Grid, QuantizedTensor, Scheme
 
 __all__ = ["blocks", "read_gguf"]
@@ -84,7 +84,7 @@ def read_gguf(path: str | os.PathLike) -> tuple[ModelConfig, dict[str, Quantized
     if scaling:
         raise ValueError(f"{file.name}: {scaling[0]}: scaled rotary embeddings are not supported")
     try:
-        config = _config(file.name, fields, raw)
+        config = gguf_config(file.name, fields, raw)
     except (ValueError, TypeError, ArithmeticError) as e:
         raise ValueError(f"{file.name}: {str(e).removeprefix(f'{file.name}: ')}") from e
     for field, value in (("rms_norm_eps", config.rms_norm_eps), ("rope_theta", config.rope_theta)):
@@ -92,7 +92,7 @@ def read_gguf(path: str | os.PathLike) -> tuple[ModelConfig, dict[str, Quantized
             raise ValueError(f"{file.name}: {field}: expected a positive number, got {value!r}")
     _check(file.name, config, {name: tuple(array.shape) for name, array in raw.items()}, kinds)
     # Rows are what is reordered; whether a row holds numbers or blocks does not matter.
-    named = _hugging_face_names(file.name, config, raw)
+    named = hugging_face_names(file.name, config, raw)
     tensors: dict[str, QuantizedTensor | Tensor] = {}
     for (name, tensor), (original, kind) in zip(named.items(), kinds.items(), strict=True):
         tensors[name] = blocks(f"{file.name}: {original}", kind, tensor) if kind in BYTES else tensor

@@ -34,8 +34,9 @@ class QuantLinear(Linear):
     """x W^T + b with W as `format` stores it, rows of all parts one after another. `source`: what it is read from, if
     that is another format.
 
-    Buffers: `weight`, int8 or fp8 [N, K], or int4 packed as int32 [N, K/8] (on a GPU in tiles, see `repack`); `scale` fp32 [N, G]; `zero` int8 [N, G] or
-    None; `order` int64 [K], which column of x each column multiplies, or None; `bias` [N] or None.
+    Buffers: `weight`, int8 or fp8 [N, K], or int4 packed as int32 [N, K/8] (on a GPU in tiles, see `repack`); `scale`
+    fp32 [N, G]; `zero` int8 [N, G] or None; `order` int64 [K], which column of x each column multiplies, or None;
+    `bias` [N] or None.
     """
 
     weight: Tensor
