@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import KERNELS, quantize_rows, repack, unpack, w4a16, w8a8
+from ..kernels import KERNELS, norm_quantize_rows, quantize_rows, repack, swiglu, unpack, w4a16, w8a8
 from ..model.linear import Dense, Linear, LinearFactory, dense, floating
 from .formats import CompressedTensors, Format, pack
 from .importers import Imported, Recipe
 from .rtn import Grid, QuantizedTensor
 
 if TYPE_CHECKING:
-    from ..model.layers import Batch
+    from ..model.layers import Batch, RMSNorm
 
 __all__ = ["QuantLinear", "factory", "imported"]
 
@@ -154,13 +154,26 @@ class QuantLinear(Linear):
         if self.order is not None:
             x = x[..., self.order]
         if self.format.activations:
-            q, scale = quantize_rows(x, self.weight.dtype)
-            return w8a8(q, scale, self.weight, self.scale, self.bias, x.dtype)
+            return self._of_rows(*quantize_rows(x, self.weight.dtype), x.dtype)
         if KERNELS["w4a16"].path(x) == "torch" and x.device.type == "cpu" and self._prepare():
             return self._on_cpu(x)
         if self._is_packed:
             return w4a16(x, self.weight, self.scale, self.zero, self.bias)
         return F.linear(x, self.quantized().dequantize(x.dtype), self.bias)
+
+    def add_norm(
+        self, norm: "RMSNorm", branch: Tensor, stream: Tensor | None, batch: "Batch | None" = None,
+        use_swiglu: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """As `Linear.add_norm`; rows that are quantized are so in the kernel of the norm."""
+        if not self.format.activations:
+            return super().add_norm(norm, branch, stream, batch, use_swiglu)
+        q, scale, stream = norm_quantize_rows(branch, stream, norm.weight, norm.eps, self.weight.dtype)
+        y = self._of_rows(q, scale, branch.dtype)
+        return (swiglu(y) if use_swiglu else y), stream
+
+    def _of_rows(self, q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        return w8a8(q, scale, self.weight, self.scale, self.bias, dtype)
 
     def _prepare(self) -> bool:
         """Whether torch has a product for this weight on a CPU; if so it is laid out for that, once."""

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from minillm.config import ModelConfig
 from minillm.engine.engine import Engine
 from minillm.generate import naive
-from minillm.kernels import use
+from minillm.kernels import swiglu, use
 from minillm.model import Transformer
+from minillm.model.layers import RMSNorm
 from minillm.model.linear import Dense
 from minillm.quant import CompressedTensors, QuantizedTensor, QuantLinear, Scheme, minmax_grid, quantize_model
 from minillm.sampling import SamplingParams
@@ -57,6 +58,25 @@ def test_rows_that_no_kernel_takes(k, scheme):
     x = torch.randn(4, k)
     expected = F.linear(x, layer.quantized().dequantize())
     torch.testing.assert_close(layer(x), expected, atol=0.03, rtol=0.01)
+
+
+@EACH
+@pytest.mark.parametrize("with_stream", [False, True])
+@pytest.mark.parametrize("use_swiglu", [False, True])
+def test_norm_and_product_in_fewer_kernels(format, with_stream, use_swiglu):
+    """The road of a GPU gives what the plain one gives."""
+    layer, norm = layer_of(format, bias=True), RMSNorm(64, 1e-5)
+    torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    branch, stream = torch.randn(3, 64), torch.randn(3, 64) if with_stream else None
+    total = branch if stream is None else branch + stream
+    with torch.no_grad(), use("reference"):
+        y, after = layer.add_norm(norm, branch, stream, use_swiglu=use_swiglu)
+        plain = layer(norm(total))
+    torch.testing.assert_close(after, total)
+    # A last bit of the norm may decide which way a number is rounded.
+    torch.testing.assert_close(
+        y, swiglu(plain) if use_swiglu else plain, atol=0.03 if format.activations else 1e-5, rtol=0
+    )
 
 
 @EACH
