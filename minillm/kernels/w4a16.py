@@ -176,7 +176,7 @@ def w4a16_kernel(
         for i in tl.static_range(4):
             begin = tile * 64 + i * 16
             if i % PER == 0:
-                at = begin // group * stride_sg
+                at = tl.minimum(begin, k - 1) // group * stride_sg  # beyond k nothing counts, but must be there
                 scale, zero = scale_of(scale_ptr + at, zero_ptr + at, offs_n * stride_sn, inside, ZEROS)
                 offset = (zero + above).to(dtype)  # exact: up to 143 in bf16, 1039 in fp16
                 part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -232,7 +232,7 @@ def w4a16_one_kernel(
         words, following = following, tl.load(w_ptrs + (tile + TILES) * n * 8, mask=ahead, other=0)
         for i in tl.static_range(4):
             if i % PER == 0:
-                at = (tile * 64 + i * 16) // group * stride_sg
+                at = tl.minimum(tile * 64 + i * 16, k - 1) // group * stride_sg
                 scale, zero = scale_of(scale_ptr + at, zero_ptr + at, offs_n * stride_sn, inside, ZEROS)
                 part = tl.zeros((BLOCK_N, 8 * TILES), tl.float32)
                 total = tl.zeros((8 * TILES,), tl.float32)
@@ -277,6 +277,8 @@ def _sizes(x: Tensor, m: int, n: int, k: int, group: int) -> dict:
     }  # fmt: skip
     kind = "fp32 " if x.dtype == torch.float32 else ""
     sizes = tuned(x.device, f"w4a16 {kind}{tokens}{' wide' if n > 8192 else ''}", **default)
+    if m > 1:  # only one token may go one by one
+        sizes["BLOCK_M"] = max(8, sizes["BLOCK_M"])
     fills = TILE * ceil_div(k, TILE) if group == ONE_SCALE else group
     while sizes["TILES"] > 1 and fills % (TILE * sizes["TILES"]):
         sizes["TILES"] //= 2
