@@ -23,7 +23,7 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 DTYPE = torch.bfloat16 if GPU else torch.float32
 EPS = 1e-5
-SUITES = ("memory", "matmul", "w8a8", "attention", "paged")
+SUITES = ("memory", "matmul", "w4a16", "w8a8", "attention", "paged")
 L2_HOLDS = 40e6  # of an H100's 50 MB
 
 
@@ -328,6 +328,27 @@ def paged_case(heads: int, kv: int, size: int, sequences: int, context: int, blo
     return Case("paged", name, (q, k, v, k_blocks, v_blocks), runs, nbytes(k, v), flops)
 
 
+def w4a16_cases(quick: bool) -> list[Case]:
+    """Products with 4-bit weights in groups of 128, from one token to 256."""
+    shapes = [(256, 512)] if quick else [(4096, 4096), (4096, 14_336), (14_336, 4096), (4096, 28_672)]
+    tokens = (1, 8) if quick else (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    return [w4a16_case(m, k, n) for k, n in shapes for m in tokens]
+
+
+def w4a16_case(m: int, k: int, n: int, group: int = 128) -> Case:
+    """Against the bf16 product with the same weight, which has the more bytes to read."""
+    packed = torch.randint(-(2**31), 2**31 - 1, (n, k // 8), device=DEVICE, dtype=torch.int32)
+    tiles, scales, _ = kernels.repack(packed, (torch.rand(n, k // group, device=DEVICE) / 8).to(DTYPE))
+    x, q = randn(m, k), kernels.unpack(packed, k).view(n, -1, group)
+    w = (q.float() * scales[..., None].float()).view(n, k).to(DTYPE)
+    runs = {
+        "minillm": lambda x, tiles, scales, w: kernels.w4a16(x, tiles, scales),
+        "cuBLAS bf16" if GPU else "torch": lambda x, tiles, scales, w: F.linear(x, w),
+    }
+    moved = nbytes(x, tiles, scales) + m * n * x.element_size()
+    return Case("w4a16", f"w4a16 {k} x {n}, {m} tokens", (x, tiles, scales, w), runs, moved, 2.0 * m * n * k)
+
+
 def difference(got, expected) -> float:
     """The largest relative difference, in the 2-norm, of several results."""
     pairs = zip(got, expected, strict=True) if isinstance(got, tuple) else [(got, expected)]
@@ -426,8 +447,8 @@ def main(arguments: list[str]) -> None:
     ceiling = ceilings() if GPU else cpu_ceilings()
     print({name: f"{value:.3e}" for name, value in ceiling.items()}, flush=True)
     makers = {
-        "memory": memory_cases, "matmul": matmul_cases, "w8a8": w8a8_cases, "attention": attention_cases,
-        "paged": paged_cases,
+        "memory": memory_cases, "matmul": matmul_cases, "w4a16": w4a16_cases, "w8a8": w8a8_cases,
+        "attention": attention_cases, "paged": paged_cases,
     }  # fmt: skip
     torch.manual_seed(0)
     rows = []

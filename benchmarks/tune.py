@@ -1,4 +1,4 @@
-"""Find each kernel's sizes on this GPU: at most six candidates a shape class, the fastest is stored.
+"""Find each kernel's sizes on this GPU: six to eight candidates a shape class, the fastest is stored.
 
     python benchmarks/tune.py             into the user's cache folder, where the package finds them
     python benchmarks/tune.py --package   into minillm/kernels/tuned/, to be shipped
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from gpu import copies, seconds
-from kernels import EPS, attention_case, randn
+from kernels import EPS, attention_case, randn, w4a16_case
 
 from minillm import kernels
 from minillm.kernels import common
@@ -107,7 +107,7 @@ def plans() -> dict[str, tuple[Callable[[], tuple], Callable, list[dict[str, int
                 lambda x, w, run=run: run(x, w),
                 tiles,
             )
-    return found | w8a8_plans()
+    return found | w8a8_plans() | w4a16_plans()
 
 
 def w8a8_plans() -> dict:
@@ -135,6 +135,34 @@ def w8a8_plans() -> dict:
             lambda n=n: (randn(8192, n),),
             lambda x: kernels.quantize_rows(x),
             candidates(ROWS=[1, 2] if block == 4096 else [1], num_warps=[4, 8, 16]),
+        )
+    return found
+
+
+def w4a16_plans() -> dict:
+    """For 1 to 256 tokens and 4,096 or 14,336 columns. BLOCK_M 1: without tensor cores."""
+    few = [
+        (64, 2, 4, 4),
+        (64, 4, 4, 4),
+        (128, 4, 4, 2),
+        (128, 2, 4, 4),
+        (32, 1, 4, 8),
+    ]  # BLOCK_N, warps, stages, PROGRAMS
+    some = [(64, 4, 4, 2), (64, 4, 4, 3), (128, 4, 3, 1), (128, 8, 3, 1)]
+    many = [(128, 8, 3, 1), (128, 4, 3, 1), (64, 4, 3, 2)]
+    found: dict = {}
+    for tokens, wide in itertools.product((1, 8, 16, 32, 64, 128, 256), (False, True)):
+        block_m, before = min(128, max(8, tokens)), (False,) if tokens <= 16 else (False, True)
+        choices = [
+            {"BLOCK_M": block_m, "BLOCK_N": n, "TILES": 2, "FIRST": f, "PROGRAMS": p, "num_warps": w, "num_stages": s}
+            for (n, w, s, p), f in itertools.product(few if tokens <= 16 else some if tokens <= 64 else many, before)
+        ]
+        if tokens == 1:
+            choices += [choices[0] | {"BLOCK_M": 1, "BLOCK_N": n, "num_warps": w} for n, w in ((64, 2), (128, 4))]
+        found[f"w4a16 {tokens}{' wide' if wide else ''}"] = (
+            lambda m=tokens, n=14_336 if wide else 4096: w4a16_case(m, 4096, n).inputs[:3],
+            lambda x, tiles, scales: kernels.w4a16(x, tiles, scales),
+            choices,
         )
     return found
 

@@ -2,12 +2,13 @@
 
 Bytes: the weight once, N K / 2, and a scale (and zero point) a group; at group 128 in bf16 0.516 a weight, 30.3 MB for
 4096 x 14336 where bf16 has 117. FLOPs: 2 M N K, 4 M a byte: up to about M = 64 memory is the limit on an H100.
-What is left to watch is arithmetic before the product: at 3 TB/s six weights arrive a nanosecond for each lane of 128 in
-each multiprocessor's four, five instructions each, so that turning 4 bits into a number may take one or two.
+Next comes arithmetic: at 3 TB/s 5.9e12 weights arrive a second, and 132 multiprocessors issue 28e12 instructions, one a
+lane: 4.8 a weight, for everything.
 
-It takes 1.4. The bits of a bf16 from 128 to 256 count in ones, so OR-ing a nibble into 128's bits gives 128 + nibble;
-one instruction does that for both halves of a 32-bit word, and a second one subtracts 128 + 8 + z, exactly. Products
-with q - z are summed by tensor cores, and the sum of a group is scaled, in fp32. (fp16 has 1024 + nibble.)
+Turning 4 bits into a number takes 1.9 of them. The bits of a bf16 from 128 to 256 count in ones, so OR-ing a nibble
+into 128's bits gives 128 + nibble; shift, AND and OR do that for both halves of a 32-bit word, and a subtraction takes
+128 + 8 + z from both, exactly (fp16 has 1024 + nibble). Products with q - z are summed by tensor cores, and the sum of
+a group is scaled, in fp32.
 
 That wants neighbours in k in the two halves of a word. A checkpoint (compressed-tensors) has nibble i of word j =
 weight 8 j + i. `repack` makes tiles [K / 64, N, 8]: of 64 weights of a row, nibble i of half h of word j is weight
@@ -55,8 +56,7 @@ def repack(packed: Tensor, scales: Tensor, zeros: Tensor | None = None) -> tuple
     q = F.pad((unpack(packed, k) + 8).view(torch.uint8), (0, -k % TILE), value=8)
     parts = q.view(len(q), -1, 4, 8, 2).permute(1, 0, 3, 4, 2)  # as in `unpack`, back
     tiles = (parts[..., 0::2] | parts[..., 1::2] << 4).flatten(3).view(torch.int32).squeeze(-1)
-    by_column = [None if t is None else t.t().contiguous().t() for t in (scales, zeros)]
-    return tiles, by_column[0], by_column[1]
+    return tiles, scales.t().contiguous().t(), None if zeros is None else zeros.t().contiguous().t()
 
 
 def dequantize(
@@ -120,21 +120,21 @@ def check(
 
 
 @triton.jit
-def sixteenths(words, offset, i: tl.constexpr, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, WORDS: tl.constexpr):
+def sixteenths(words, offset, i: tl.constexpr, dtype: tl.constexpr, BLOCK_N: tl.constexpr, WORDS: tl.constexpr):
     """Nibbles i of both halves, minus `offset`.  words [BLOCK_N, WORDS], offset [BLOCK_N] -> [BLOCK_N, 2 WORDS]
 
     All before the product is constants and elementwise, or the compiler would send weights through shared memory.
     """
     pair = (words >> 4 * i) & 0x000F000F
-    if tl.bfloat16 == DTYPE:
+    if dtype == tl.bfloat16:
         pair = pair | 0x43004300  # 128 + nibble, twice
-    elif tl.float16 == DTYPE:
+    elif dtype == tl.float16:
         pair = pair | 0x64006400  # 1024 + nibble
     low, high = pair.to(tl.int16), (pair >> 16).to(tl.int16)
-    if tl.float32 == DTYPE:
-        low, high = low.to(DTYPE), high.to(DTYPE)
+    if dtype == tl.float32:
+        low, high = low.to(dtype), high.to(dtype)
     else:
-        low, high = low.to(DTYPE, bitcast=True), high.to(DTYPE, bitcast=True)
+        low, high = low.to(dtype, bitcast=True), high.to(dtype, bitcast=True)
     return tl.reshape(tl.join(low, high), (BLOCK_N, 2 * WORDS)) - offset[:, None]
 
 
@@ -148,7 +148,7 @@ def scale_of(scale_ptr, zero_ptr, rows, inside, ZEROS: tl.constexpr):
     return scale, zero
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "steps"])  # or each number of tokens might be compiled anew
 def w4a16_kernel(
     x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, m, n, k, group, steps, stride_xm, stride_sn, stride_sg,
     ZEROS: tl.constexpr, BIAS: tl.constexpr, PER: tl.constexpr, EVEN: tl.constexpr, FIRST: tl.constexpr,
@@ -156,8 +156,8 @@ def w4a16_kernel(
 ):  # fmt: skip
     """BLOCK_N rows of yᵀ for BLOCK_M tokens, from `steps` steps of TILES tiles each: one part of K.
 
-    PER: how many of a step's four products share a scale. EVEN: no column is beyond k. FIRST: weights are scaled before the product,
-    which rounds them to x's dtype, and spares a second accumulator when many tokens fill the registers with one.
+    PER: how many of a step's four products share a scale. EVEN: no column is beyond k. FIRST: weights are scaled before
+    the product, which rounds them to x's dtype, and spares a second accumulator where one fills the registers.
     """
     previous_done(PDL)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -176,7 +176,7 @@ def w4a16_kernel(
         for i in tl.static_range(4):
             begin = tile * 64 + i * 16
             if i % PER == 0:
-                at = begin // group * stride_sg
+                at = tl.minimum(begin, k - 1) // group * stride_sg  # beyond k nothing counts, but must be there
                 scale, zero = scale_of(scale_ptr + at, zero_ptr + at, offs_n * stride_sn, inside, ZEROS)
                 offset = (zero + above).to(dtype)  # exact: up to 143 in bf16, 1039 in fp16
                 part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -206,7 +206,7 @@ def sixteen_and(words, sixteen, bit: tl.constexpr):
     return ((moved & 0x00780000) | sixteen).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps"])
 def w4a16_one_kernel(
     x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, n, k, group, steps, stride_sn, stride_sg, sixteen,
     ZEROS: tl.constexpr, BIAS: tl.constexpr, PER: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
@@ -232,7 +232,7 @@ def w4a16_one_kernel(
         words, following = following, tl.load(w_ptrs + (tile + TILES) * n * 8, mask=ahead, other=0)
         for i in tl.static_range(4):
             if i % PER == 0:
-                at = (tile * 64 + i * 16) // group * stride_sg
+                at = tl.minimum(tile * 64 + i * 16, k - 1) // group * stride_sg
                 scale, zero = scale_of(scale_ptr + at, zero_ptr + at, offs_n * stride_sn, inside, ZEROS)
                 part = tl.zeros((BLOCK_N, 8 * TILES), tl.float32)
                 total = tl.zeros((8 * TILES,), tl.float32)
@@ -277,6 +277,8 @@ def _sizes(x: Tensor, m: int, n: int, k: int, group: int) -> dict:
     }  # fmt: skip
     kind = "fp32 " if x.dtype == torch.float32 else ""
     sizes = tuned(x.device, f"w4a16 {kind}{tokens}{' wide' if n > 8192 else ''}", **default)
+    if m > 1:  # only one token may go one by one
+        sizes["BLOCK_M"] = max(8, sizes["BLOCK_M"])
     fills = TILE * ceil_div(k, TILE) if group == ONE_SCALE else group
     while sizes["TILES"] > 1 and fills % (TILE * sizes["TILES"]):
         sizes["TILES"] //= 2
