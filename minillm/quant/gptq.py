@@ -153,7 +153,7 @@ def _round_columns(
         errors = torch.empty_like(rest[begin:end])  # [block, N]
         for j in range(begin, end):
             if groups[j] == len(grids):
-                grids.append(fit(rest[j : j + size].T, importance[j : j + size]))
+                grids.append(fit(rest[j : j + size].T.contiguous(), importance[j : j + size]))
             grid, column = grids[groups[j]], rest[j, :, None]  # [N, 1]
             q.append(quantize(column, grid, column_scheme))
             rounded = dequantize(q[-1], grid, column_scheme)

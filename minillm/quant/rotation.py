@@ -42,7 +42,7 @@ def hadamard(n: int) -> Tensor:
     if n % 4 == 0 and _is_prime(n // 2 - 1) and (n // 2 - 1) % 4 == 1:
         s, one = _paley(n // 2 - 1), torch.eye(n // 2, dtype=torch.float64)
         return torch.cat((torch.cat((s + one, s - one), 1), torch.cat((s - one, -s - one), 1)))
-    if n % 2:
+    if n < 1 or n % 2:
         raise ValueError(f"n: expected a size with a known Hadamard matrix, such as 2^k, 12 · 2^k, 36 · 2^k; got {n}")
     h = hadamard(n // 2)
     return torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
