@@ -51,7 +51,7 @@ def test_rounded_forward_straight_backward(scheme):
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
 def test_no_gradient_beyond_the_range(scheme):
-    """Beyond it rounding moves an integer format's number by over half a step, and makes another's smaller than it is."""
+    """Integers: where rounding moves a number by over half a step; other formats: beyond the largest level."""
     w = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     grid = minmax_grid(w.detach(), scheme, shrink=0.4)
     straight_through(w, grid, scheme).sum().backward()
@@ -171,13 +171,20 @@ def test_training_wins_back_what_rounding_lost():
     assert sum(first[-10:]) < sum(first[:10]) * 0.8
     assert rounded > exact + 0.2
     revision = aware.revision
-    losses = train(aware, ids, steps=120, window=32, batch=16, lr=5e-3)
-    assert len(losses) == 120
+    losses = train(aware, ids, steps=80, window=32, batch=16, lr=5e-3)
+    assert len(losses) == 80
     assert aware.revision > revision
     assert loss(aware) < exact + (rounded - exact) / 2
-    assert losses == train(quantization_aware(model, scheme), ids, steps=120, window=32, batch=16, lr=5e-3), (
-        "not the same"
+
+
+def test_training_is_repeatable():
+    ids = torch.randint(0, 128, (400,), generator=torch.Generator().manual_seed(2))
+    a, b, c = (
+        train(quantization_aware(make(), SCHEMES["int3 rows"]), ids, steps=3, window=16, batch=2, seed=seed)
+        for seed in (0, 0, 1)
     )
+    assert a == b
+    assert a != c
 
 
 def test_too_short_a_text():
