@@ -2,7 +2,7 @@
 
 `blocks.py` decides which block is whose; here are the tensors. Block b covers the slots b · block_size ...
 (b + 1) · block_size - 1. In a dtype of 8 bits each head of a token's key and value has a scale (`quantize_rows`). Every
-token is attended to as it is stored, in its own step too, so that no schedule changes what a sequence sees.
+token is attended to as it is stored, in its own step too: a chunk of a prompt sees what a whole one does.
 """
 
 from typing import Protocol
