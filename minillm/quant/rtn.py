@@ -104,7 +104,7 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Grid:
-    """The scale [N, G], fp32, and, unless symmetric, the zero point [N, G], a whole number (but in GGUF's Q4_1) in fp32.
+    """The scale [N, G], fp32, and, unless symmetric, the zero point [N, G], a whole number but in GGUF's Q4_1.
 
     G groups a row; N and G are 1 where all share one.
     """
