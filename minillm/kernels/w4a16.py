@@ -10,12 +10,12 @@ into 128's bits gives 128 + nibble; shift, AND and OR do that for both halves of
 128 + 8 + z from both, exactly (fp16 has 1024 + nibble). Products with q - z are summed by tensor cores, and the sum of
 a group is scaled, in fp32.
 
-That wants neighbours in k in the two halves of a word. A checkpoint (compressed-tensors) has nibble i of word j =
+That wants neighbors in k in the two halves of a word. A checkpoint (compressed-tensors) has nibble i of word j =
 weight 8 j + i. `repack` makes tiles [K / 64, N, 8]: of 64 weights of a row, nibble i of half h of word j is weight
 
     16 i + 2 j + h
 
-so nibbles i of the 8 words are 16 neighbours in k, the depth of one tensor-core product, and rows of a tile lie one
+so nibbles i of the 8 words are 16 neighbors in k, the depth of one tensor-core product, and rows of a tile lie one
 after the other. Both orders are taken; the first is repacked in every call on a GPU.
 
 For few tokens the kernel computes yᵀ = w xᵀ: rows of w fill the 64 rows of a tensor-core product, which tokens could
@@ -50,7 +50,7 @@ def repack(packed: Tensor, scales: Tensor, zeros: Tensor | None = None) -> tuple
     """Into the order that the kernels read: once, when a weight is loaded.
 
     packed int32 [N, K / 8] -> tiles int32 [ceil(K / 64), N, 8]; scales and zeros keep their shape [N, G], but now
-    neighbours in N are neighbours in memory. Where K is no multiple of 64, the last tile is filled up.
+    neighbors in N are neighbors in memory. Where K is no multiple of 64, the last tile is filled up.
     """
     k = 8 * packed.shape[1]
     q = F.pad((unpack(packed, k) + 8).view(torch.uint8), (0, -k % TILE), value=8)
@@ -335,7 +335,7 @@ def w4a16(
 
     - x [..., K], K a multiple of 8
     - packed: q + 8, as int32 [N, K / 8] (compressed-tensors) or, which a GPU wants, `repack`'s [ceil(K / 64), N, 8]
-    - scales [N, G] of a floating dtype, each for K / G neighbours; zeros: z, int8 [N, G], or None for 0
+    - scales [N, G] of a floating dtype, each for K / G neighbors; zeros: z, int8 [N, G], or None for 0
     - bias [N] of x's dtype, or None
 
     -> [..., N] in x's dtype, summed in fp32. The kernel needs groups of a multiple of 16, or whole rows; others are

@@ -154,7 +154,8 @@ class QuantLinear(Linear):
         if self.order is not None:
             x = x[..., self.order]
         if self.format.activations:
-            return self._of_rows(*quantize_rows(x, self.weight.dtype), x.dtype)
+            q, scale = quantize_rows(x, self.weight.dtype)
+            return self._of_rows(q, scale, x.dtype)
         if KERNELS["w4a16"].path(x) == "torch" and x.device.type == "cpu" and self._prepare():
             return self._on_cpu(x)
         if self._is_packed:

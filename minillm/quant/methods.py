@@ -24,7 +24,7 @@ from .calibrate import gptq_model, sites
 from .formats import CompressedTensors
 from .linear import QuantLinear
 from .rtn import QuantizedTensor, Scheme, minmax_grid
-from .smoothquant import activation_maxima, smooth
+from .smoothquant import activation_maxima, best_alphas, smooth
 
 __all__ = ["METHODS", "ON_THE_FLY", "on_the_fly", "quantize_checkpoint", "quantize_model", "round_model"]
 
@@ -70,7 +70,8 @@ def quantize_model(
         if method == "awq":
             awq_model(model, ids.split(8), format.scheme)
         else:
-            smooth(model, activation_maxima(model, ids))
+            maxima = activation_maxima(model, ids)
+            smooth(model, maxima, best_alphas(model, ids[:2], maxima))
     return round_model(model, format, progress)
 
 
