@@ -4,6 +4,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from logging import getLogger
 from pathlib import Path
 
@@ -183,23 +184,27 @@ def cpu16(sizes: w.Sizes) -> dict:
 
 
 def cpu_stream(sizes: w.Sizes) -> dict:
-    """One answer on a CPU, what a reader sees first: a question in the chat format, greedy and with top-p, in turn with
-    transformers; and llama.cpp on the 4-bit file, where xllamacpp is installed and $GGUF names that file.
+    """One answer on a CPU, what a reader sees first: a question in the chat format, greedy and with top-p, and with
+    weights in fewer bits, in turn with transformers; and llama.cpp on the 4-bit file, where xllamacpp is installed and
+    $GGUF names that file.
     """
     output, passes = sizes.cpu_stream
-    llm = LLM("smollm2-135m-instruct", device="cpu", dtype="float32", max_model_len=512, enable_prefix_caching=False)
+    options = {"device": "cpu", "dtype": "float32", "max_model_len": 512, "enable_prefix_caching": False}
+    llm = LLM("smollm2-135m-instruct", **options)
+    fewer = {q: LLM("smollm2-135m-instruct", quantization=q, **options) for q in ("int8", "int4", "w8a8")}
     prompt = llm.chat_prompt([{"role": "user", "content": "Tell me about France."}])
     greedy = {"temperature": 0.0, "ignore_eos": True, "max_tokens": output}
     theirs = one_after_another(output)
     llama = _llama_cpp(prompt, output)
 
-    def ours(**more: float) -> list[int]:
+    def ours(llm: LLM = llm, **more: float) -> list[int]:
         return llm.generate([prompt], SamplingParams(**{**greedy, **more}), use_tqdm=False)[0].token_ids
 
     ways: dict[str, Callable[[], list[int] | None]] = {
         "minillm": ours,
         "transformers": lambda: theirs([prompt])[0],
         "minillm, top_p 0.9": lambda: ours(temperature=0.7, top_p=0.9),
+        **{f"minillm, {quantization}": partial(ours, quantized) for quantization, quantized in fewer.items()},
         **({"llama.cpp, 4 bits": llama} if llama else {}),
     }
     if ours() != theirs([prompt])[0]:

@@ -17,6 +17,7 @@ from ..config import ModelConfig
 from ..data import calibration as calibration_text
 from ..files import atomic_directory, copy_tokenizer
 from ..model import Transformer
+from ..model.linear import Dense
 from ..model.tokenizer_hf import load_tokenizer
 from ..model.weights import load, model_path, save_into
 from .awq import awq_model
@@ -87,11 +88,19 @@ def round_model(model: Transformer, format: CompressedTensors, progress: Progres
 
 
 def on_the_fly(model: Transformer, quantization: str) -> Transformer:
-    """What `LLM(quantization=...)` does to a model: one of ON_THE_FLY. Raises ValueError for another."""
+    """What `LLM(quantization=...)` does to a model: one of ON_THE_FLY. Raises ValueError for another.
+
+    On a CPU the head is in 8 bits, too: of a small model's bytes for a token it is the largest part.
+    """
     if quantization not in ON_THE_FLY:
         raise ValueError(f"quantization: expected one of {', '.join(ON_THE_FLY)}, got {quantization!r}")
     method, bits = ON_THE_FLY[quantization]
-    return round_model(model, format_of(method, bits, None, True, _rows(model)))
+    round_model(model, format_of(method, bits, None, True, _rows(model)))
+    if model.device.type == "cpu" and isinstance(model.lm_head, Dense):
+        weight, format = model.lm_head.weight.detach(), CompressedTensors(Scheme(8, strategy="channel"))
+        rounded = QuantizedTensor.round(weight, minmax_grid(weight, format.scheme), format.scheme)
+        model.lm_head, model.tied = QuantLinear.of(model.lm_head, rounded, format), False
+    return model
 
 
 def _rows(model: Transformer) -> dict[str, int]:
