@@ -74,11 +74,18 @@ def _integers(x: Tensor, w: Tensor) -> Tensor:
     (m, k), n = x.shape, len(w)
     fits = x.is_cpu or (m > 16 and k % 8 == n % 8 == 0)  # what cuBLAS takes
     if not fits or k == 1:  # on CPUs torch 2.13 takes wrong numbers for K = 1
-        parts = zip(x.split(EXACT, 1), w.split(EXACT, 1), strict=True)
-        return sum(((a.float() @ b.float().t()).int() for a, b in parts), x.new_zeros((m, n), dtype=torch.int32))
+        return _by_floats(x, w)
     if x.is_cpu and m > 1 and k >= 2048:  # long rows of w are read faster when w comes first
         return torch._int_mm(w, x.t()).t().contiguous()
     return torch._int_mm(x, w.t())
+
+
+def _by_floats(x: Tensor, w: Tensor) -> Tensor:
+    """The same by products in fp32, each short enough to be exact."""
+    y = torch.zeros((len(x), len(w)), dtype=torch.int32, device=x.device)
+    for a, b in zip(x.split(EXACT, 1), w.split(EXACT, 1), strict=True):
+        y += (a.float() @ b.float().t()).int()
+    return y
 
 
 def check(
