@@ -10,9 +10,11 @@ Bytes: M K + N K + 2 M N, half of bf16's where M is small and w counts; FLOPs: 2
 K4096 N14336 on an H100 (3 TB/s, 1,979 TFLOP/s): w alone takes 20 µs, and above M of about 330 arithmetic is the limit.
 
 Three kernels. `w8a8_tma_kernel` is the one that counts: `matmul`'s persistent kernel, with BLOCK_K twice as long, for
-elements half as long. Few rows of x give few tiles, too few for all multiprocessors if w has few rows as well: then K
-is split, each part writes its sums, and `sum_kernel` adds these up in a fixed order. `w8a8_kernel` reads through masked
-pointers and takes what the copy engine cannot (K no multiple of 16, y in fp32, GPUs before Hopper).
+elements half as long. (On Hopper, Triton 3.7 lets a step's products run into the next step's only where their sums are
+fp32. It waits for those of int8, so that longer steps, or a second program a multiprocessor, may pay.) Few rows of x
+give few tiles, too few for all multiprocessors if w has few rows as well: then K is split, each part writes its sums,
+and `sum_kernel` adds these up in a fixed order. `w8a8_kernel` reads through masked pointers and takes what the copy
+engine cannot: K no multiple of 16, y in fp32, GPUs before Hopper.
 
 Sources: Jacob et al., 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
 Inference"; for fp8 sums, DeepSeek-AI, 2024, "DeepSeek-V3 Technical Report", section 3.3.2.
@@ -72,11 +74,18 @@ def _integers(x: Tensor, w: Tensor) -> Tensor:
     (m, k), n = x.shape, len(w)
     fits = x.is_cpu or (m > 16 and k % 8 == n % 8 == 0)  # what cuBLAS takes
     if not fits or k == 1:  # on CPUs torch 2.13 takes wrong numbers for K = 1
-        parts = zip(x.split(EXACT, 1), w.split(EXACT, 1), strict=True)
-        return sum(((a.float() @ b.float().t()).int() for a, b in parts), x.new_zeros((m, n), dtype=torch.int32))
+        return _by_floats(x, w)
     if x.is_cpu and m > 1 and k >= 2048:  # long rows of w are read faster when w comes first
         return torch._int_mm(w, x.t()).t().contiguous()
     return torch._int_mm(x, w.t())
+
+
+def _by_floats(x: Tensor, w: Tensor) -> Tensor:
+    """The same by products in fp32, each short enough to be exact."""
+    y = torch.zeros((len(x), len(w)), dtype=torch.int32, device=x.device)
+    for a, b in zip(x.split(EXACT, 1), w.split(EXACT, 1), strict=True):
+        y += (a.float() @ b.float().t()).int()
+    return y
 
 
 def check(
@@ -268,8 +277,8 @@ def w8a8(
     if y.element_size() == 2 and fits_descriptor(rows, w, y) and _capability(x_q) >= (9, 0):
         _launch_tma(rows, w, y, epilogue, how, _sizes(x_q.device, m, n, k))
     else:
-        block_m = min(128, max(16, next_power_of_2(m)))
-        default = {"BLOCK_N": 64, "BLOCK_K": 64, "GROUP_M": 8, "num_warps": 4, "num_stages": 3}
+        block_m = min(64, max(16, next_power_of_2(m)))
+        default = {"BLOCK_N": 64, "BLOCK_K": 32, "GROUP_M": 8, "num_warps": 4, "num_stages": 3}
         sizes = tuned(x_q.device, f"w8a8 pointers {block_m}", **default)
         w8a8_kernel[(ceil_div(m, block_m) * ceil_div(n, sizes["BLOCK_N"]),)](
             rows, w, y, *epilogue, m, n, k, rows.stride(0), w.stride(0), BLOCK_M=block_m, **how, **sizes
