@@ -282,7 +282,8 @@ class Attention(nn.Module):
     ) -> None:  # fmt: skip
         """The same and the cache's `write` in one kernel: q in place, the turned keys in their slots alone."""
         if self.q_norm is not None and self.k_norm is not None:
-            rope_and_cache(q, k, v, *rope, *slots, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+            weights = {"q_weight": self.q_norm.weight, "k_weight": self.k_norm.weight}
+            rope_and_cache(q, k, v, *rope, *slots, **weights, eps=self.q_norm.eps)
         else:
             rope_and_cache(q, k, v, *rope, *slots)
 
