@@ -106,6 +106,8 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    quantization: Annotated[str | None, typer.Option(help="int8, int4, w8a8 or fp8: round as it is loaded.")] = None,
+    kv_cache_dtype: Annotated[str, typer.Option(help="auto, or int8, fp8 and the like for keys and values.")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Longest sequence, prompt included.")] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Requests that run at once.")] = 256,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="New tokens a step.")] = None,
@@ -122,7 +124,7 @@ def generate(
     llm = LLM(
         model, device=device, dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens, block_size=block_size, enforce_eager=enforce_eager,
-        gpu_memory_utilization=gpu_memory_utilization,
+        gpu_memory_utilization=gpu_memory_utilization, quantization=quantization, kv_cache_dtype=kv_cache_dtype,
     )  # fmt: skip
     text = sys.stdin.read() if prompt == "-" else prompt
     messages = [{"role": "system", "content": system}] if system else []

@@ -32,7 +32,7 @@ __all__ = ["METHODS", "ON_THE_FLY", "on_the_fly", "quantize_checkpoint", "quanti
 # What each is for, in a line.
 METHODS: Mapping[str, str] = MappingProxyType({
     "rtn": "round to the nearest",
-    "gptq": "round column by column, and let the columns to come make up for it (calibrated)",
+    "gptq": "round column by column, the most used first, and let those to come make up for it (calibrated)",
     "awq": "scale up what meets large activations, then round (calibrated)",
     "smoothquant": "8-bit weights and activations, outliers moved from these into those (calibrated)",
     "fp8": "fp8 weights and activations",
@@ -65,7 +65,10 @@ def quantize_model(
             raise ValueError(f"calibration: expected token ids [windows, T] for method {method!r}, got none")
         ids = calibration.to(model.device)
         if method == "gptq":
-            for name, weight in gptq_model(model, ids.split(8), format.scheme, progress=progress)[0].items():
+            weights, _ = gptq_model(
+                model, ids.split(8), format.scheme, order="activations", grid="error", progress=progress
+            )
+            for name, weight in weights.items():
                 _replace(model, name, QuantLinear.of(layers[name], weight, format))
             return _described(model, format)
         if method == "awq":
