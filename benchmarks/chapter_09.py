@@ -239,7 +239,7 @@ def salience_part(share: float = 0.01) -> dict:
             return change
 
         result[str(who)] = {}
-        for how in ("", "activations", "weights", "random 1", "random 2", "random 3"):
+        for how in ("", "activations", "weights", "random 1", "random 2"):
             found = with_weights(model, keep(how), lambda: losses(model, rows))
             result[str(who)][how or "none"] = summary(found, base)
             print(who, how, result[str(who)][how or "none"], flush=True)
@@ -321,7 +321,7 @@ def rounding(name: str, in_features: int, parts: dict[str, int], bias: bool) -> 
     return (Dense if name == "lm_head" else Rounding)(in_features, parts, bias)
 
 
-def qat_part(steps: int = 200, seeds: int = 3) -> dict:
+def qat_part(steps: int = 150, seeds: int = 2) -> dict:
     """Chapter 3's model: rounded after training, and trained on with rounding; the same steps without it beside."""
     texts, held_out, _ = clean_split()
     tokenizer = Tokenizer.train(texts.values(), MERGES, special_tokens=[END], eos_token=END)

@@ -403,8 +403,8 @@ check("9.7", fake_quantize_ste)
 # - w = (q - z) · scale, z = 0 if symmetric. No group is all zeros.
 #
 # Three mistakes were planted, each made in earnest by well-known tools. One makes weights a little worse, one makes a
-# model answer «!!!!», and one **cannot be seen** by writing and reading back. Write the mended pair: the same methods,
-# the same names of tensors. K is a multiple of 8, and of `group`.
+# model answer «!!!!», and one **cannot be seen** by writing and reading back. Write the mended pair: the same
+# methods, the same names of tensors. K is a multiple of 8, and of `group`.
 
 # %%
 SHIFTS = torch.tensor([28, 24, 20, 16, 12, 8, 4, 0])
@@ -491,7 +491,7 @@ check("9.8", Mended)
 
 # %% [markdown] tags=["solution"]
 # **Why.** (1) `/ 7` against 7.5: all works, every weight is a little worse, and a model trained for one grid is
-# exported on the other (torchao 4824). (2) `zero - 1`: GPTQ's first format stores z - 1, as its kernel adds 1. Who reads it
-# without adding shifts every weight by one scale: the model answers «!!!!» (vLLM 38966); and z = 0 becomes -1, which as
-# an unsigned nibble is 15. (3) `SHIFTS` runs from the highest bits down, in writer and reader alike: reading back what
-# one wrote is no test of a format. Have another program read it. The package's files are read by transformers in CI.
+# exported on the other (torchao 4824). (2) `zero - 1`: GPTQ's first format stores z - 1, as its kernel adds 1. Who
+# reads it without adding shifts every weight by one scale: the model answers «!!!!» (vLLM 38966); and z = 0 becomes
+# -1, which as an unsigned nibble is 15. (3) `SHIFTS` runs from the highest bits down, in writer and reader alike:
+# reading back what one wrote is no test of a format. Have another program read it, as the package's tests do.
