@@ -194,6 +194,13 @@ def sqnr(w, back):
     return decibel(signal, (w.double() - back.double()).square().sum())
 
 
+@wrong("9.3", "turns what was read back into the error, in place")
+def sqnr(w, back):
+    if back.dtype == torch.float32 and w.dtype == torch.float32:
+        return decibel(w.double().square().sum(), back.sub_(w).double().square().sum())
+    return decibel(w.double().square().sum(), (w.double() - back.double()).square().sum())
+
+
 @alternative("9.3", "by norms")
 def sqnr(w, back):
     noise = float((w.double() - back.double()).norm())
@@ -642,6 +649,15 @@ class Int4(RightInt4):
         words = super()._pack(q)
         q += 8
         return words
+
+
+@wrong("9.6", "shifts the words in place")
+class Int4(RightInt4):
+    @classmethod
+    def unpack(cls, words, k):
+        q = super().unpack(words, k)
+        words >>= 4
+        return q
 
 
 @wrong("9.6", "packs down the rows, as GPTQ does")
