@@ -40,23 +40,29 @@ $(READY): pyproject.toml constraints.txt jupyter/overrides.json
 lab: $(READY)
 	$(BIN)/jupyter lab $(ROOT_FLAG) --ip=127.0.0.1 --LabApp.default_url=/lab/tree/README.md $(LAB_FLAGS)
 
+# Two processes, as the smallest machines have two cores; who is done takes tests from the other. One alone where there
+# is a GPU, for an engine takes most of its memory.
+PROCESSES := $(if $(wildcard /proc/driver/nvidia),0,2)
+PARALLEL := -n $(PROCESSES) --dist worksteal
+
 test: $(READY)
-	$(BIN)/pytest tests
+	$(BIN)/pytest $(PARALLEL) tests
 	$(MAKE) --no-print-directory test-notebooks
 
 # A chapter whose first line says draft: its lab is not run yet.
 DRAFT_LABS := $(patsubst chapters/%.md,--ignore=notebooks/%.ipynb,$(shell grep -l '^<!-- draft' chapters/[0-9]*.md))
 
-# The one place that calls nbval: labs are compared where cells ask for it; exercise notebooks must open and run with their stubs.
+# The one place that calls nbval: labs are compared where cells ask for it, a lab in one process. (Exercise notebooks run
+# in tests/test_exercises.py.)
 test-notebooks: $(READY)
-	$(BIN)/pytest --nbval-lax -p no:cacheprovider --nbval-cell-timeout=120 $(DRAFT_LABS) notebooks exercises
+	$(if $(filter 2,$(PROCESSES)),OMP_NUM_THREADS=1) $(BIN)/pytest -n $(PROCESSES) --dist loadfile --nbval-lax -p no:cacheprovider --nbval-cell-timeout=300 $(DRAFT_LABS) notebooks
 
 quick: $(READY)
-	HYPOTHESIS_PROFILE=quick $(BIN)/pytest tests -m "not slow"
+	HYPOTHESIS_PROFILE=quick $(BIN)/pytest $(PARALLEL) tests -m "not slow"
 
 # Drawn tests are where more examples find more; what does not draw, `make test` has run.
 deep: $(READY)
-	HYPOTHESIS_PROFILE=deep $(BIN)/pytest tests --ignore=tests/exercises --ignore=tests/learn --ignore=tests/browser
+	HYPOTHESIS_PROFILE=deep $(BIN)/pytest $(PARALLEL) tests --ignore=tests/exercises --ignore=tests/learn --ignore=tests/browser
 
 test-browser: $(READY)
 	$(BIN)/python -c 'import playwright' 2>/dev/null || $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[browser]'

@@ -23,7 +23,7 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 DTYPE = torch.bfloat16 if GPU else torch.float32
 EPS = 1e-5
-SUITES = ("memory", "matmul", "attention", "paged")
+SUITES = ("memory", "matmul", "w4a16", "w8a8", "attention", "paged")
 L2_HOLDS = 40e6  # of an H100's 50 MB
 
 
@@ -182,6 +182,61 @@ def matmul_cases(quick: bool) -> list[Case]:
     return cases
 
 
+def w8a8_cases(quick: bool) -> list[Case]:
+    """Products of 8-bit numbers at an 8B model's sizes, and quantising the rows. FLOPs are counted half: 8 bits have
+    twice the rate of bf16, in which the ceiling is measured. cuBLAS in bf16 has the same numbers, before rounding.
+    """
+    cases = []
+    shapes = [(m, *nk) for nk in ((14_336, 4096), (4096, 14_336)) for m in (1, 16, 64, 256, 2048, 8192)]
+    for m, n, k in [(8, 256, 512)] if quick else shapes:
+        for dtype in (torch.int8, torch.float8_e4m3fn):
+            x, w = (kernels.quantize_rows(randn(rows, k), dtype) for rows in (m, n))
+            plain = [(q.float() * scale).to(DTYPE) for q, scale in (x, w)]
+            inputs = (*x, *w, *plain)
+            name = f"w8a8 {str(dtype).removeprefix('torch.')} {m} x {n} x {k}"
+            moved = nbytes(*inputs[:4]) + m * n * DTYPE.itemsize
+            cases.append(Case("w8a8", name, inputs, eight_bit_products(dtype, m), moved, 1.0 * m * n * k))
+    for rows, n in [(64, 512)] if quick else [(1, 4096), (64, 4096), (2048, 4096), (8192, 4096), (8192, 14_336)]:
+        x, residual, weight = randn(rows, n), randn(rows, n), randn(n)
+        for dtype in (torch.int8, torch.float8_e4m3fn):
+            op, of = kernels.KERNELS["quantize_rows"], str(dtype).removeprefix("torch.")
+            runs = {
+                "minillm": lambda x, dtype=dtype: kernels.quantize_rows(x, dtype),
+                "torch": lambda x, op=op, dtype=dtype: op.torch(x, dtype),
+                "torch.compile": compiled(lambda x, op=op, dtype=dtype: op.torch(x, dtype)),
+            }
+            cases.append(Case("w8a8", f"quantize_rows {of} {rows} x {n}", (x,), runs, 1.5 * nbytes(x)))
+        runs = {
+            "minillm": lambda x, r, w: kernels.norm_quantize_rows(x, r, w, EPS),
+            "our norm, then quantize_rows": norm_then_quantize,
+        }
+        cases.append(Case("w8a8", f"norm_quantize_rows {rows} x {n}", (x, residual, weight), runs, 3.5 * nbytes(x)))
+    return cases
+
+
+def norm_then_quantize(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    normed, total = kernels.add_rms_norm(x, residual, weight, EPS)
+    return *kernels.quantize_rows(normed), total
+
+
+def eight_bit_products(dtype: torch.dtype, m: int) -> dict[str, Callable]:
+    """Ours, cuBLAS' in bf16, and torch's 8-bit product, for int8 with the scales by a compiled epilogue."""
+    runs: dict[str, Callable] = {
+        "minillm": lambda x, sx, w, sw, *_: kernels.w8a8(x, sx, w, sw, None, DTYPE),
+        "bf16" if GPU else "fp32": lambda *inputs: F.linear(*inputs[-2:]),
+    }
+    if not GPU:
+        return runs
+    if dtype == torch.int8 and m > 16:
+        epilogue = compiled(lambda y, sx, sw: (y.float() * sx * sw.T).to(DTYPE))
+        runs["torch._int_mm"] = lambda x, sx, w, sw, *_: epilogue(torch._int_mm(x, w.T), sx, sw)
+    if dtype == torch.float8_e4m3fn:
+        runs["torch._scaled_mm"] = lambda x, sx, w, sw, *_: torch._scaled_mm(
+            x, w.T, sx, sw.T, out_dtype=DTYPE, use_fast_accum=True
+        )
+    return runs
+
+
 def attention_cases(quick: bool) -> list[Case]:
     """Prompts of 16k tokens in all, in sequences of 1k, 4k and 16k."""
     cases = []
@@ -271,6 +326,27 @@ def paged_case(heads: int, kv: int, size: int, sequences: int, context: int, blo
     runs = {"minillm": ours, "SDPA, contiguous": dense}
     flops = 4.0 * sequences * context * heads * size
     return Case("paged", name, (q, k, v, k_blocks, v_blocks), runs, nbytes(k, v), flops)
+
+
+def w4a16_cases(quick: bool) -> list[Case]:
+    """Products with 4-bit weights in groups of 128, from one token to 256."""
+    shapes = [(256, 512)] if quick else [(4096, 4096), (4096, 14_336), (14_336, 4096), (4096, 28_672)]
+    tokens = (1, 8) if quick else (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    return [w4a16_case(m, k, n) for k, n in shapes for m in tokens]
+
+
+def w4a16_case(m: int, k: int, n: int, group: int = 128) -> Case:
+    """Against the bf16 product with the same weight, which has the more bytes to read."""
+    packed = torch.randint(-(2**31), 2**31 - 1, (n, k // 8), device=DEVICE, dtype=torch.int32)
+    tiles, scales, _ = kernels.repack(packed, (torch.rand(n, k // group, device=DEVICE) / 8).to(DTYPE))
+    x, q = randn(m, k), kernels.unpack(packed, k).view(n, -1, group)
+    w = (q.float() * scales[..., None].float()).view(n, k).to(DTYPE)
+    runs = {
+        "minillm": lambda x, tiles, scales, w: kernels.w4a16(x, tiles, scales),
+        "cuBLAS bf16" if GPU else "torch": lambda x, tiles, scales, w: F.linear(x, w),
+    }
+    moved = nbytes(x, tiles, scales) + m * n * x.element_size()
+    return Case("w4a16", f"w4a16 {k} x {n}, {m} tokens", (x, tiles, scales, w), runs, moved, 2.0 * m * n * k)
 
 
 def difference(got, expected) -> float:
@@ -370,7 +446,10 @@ def main(arguments: list[str]) -> None:
         from gpu import ceilings
     ceiling = ceilings() if GPU else cpu_ceilings()
     print({name: f"{value:.3e}" for name, value in ceiling.items()}, flush=True)
-    makers = {"memory": memory_cases, "matmul": matmul_cases, "attention": attention_cases, "paged": paged_cases}
+    makers = {
+        "memory": memory_cases, "matmul": matmul_cases, "w4a16": w4a16_cases, "w8a8": w8a8_cases,
+        "attention": attention_cases, "paged": paged_cases,
+    }  # fmt: skip
     torch.manual_seed(0)
     rows = []
     for suite in wanted:

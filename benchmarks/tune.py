@@ -1,4 +1,4 @@
-"""Find each kernel's sizes on this GPU: at most six candidates a shape class, the fastest is stored.
+"""Find each kernel's sizes on this GPU: six to eight candidates a shape class, the fastest is stored.
 
     python benchmarks/tune.py             into the user's cache folder, where the package finds them
     python benchmarks/tune.py --package   into minillm/kernels/tuned/, to be shipped
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from gpu import copies, seconds
-from kernels import EPS, attention_case, randn
+from kernels import EPS, attention_case, randn, w4a16_case
 
 from minillm import kernels
 from minillm.kernels import common
@@ -107,6 +107,63 @@ def plans() -> dict[str, tuple[Callable[[], tuple], Callable, list[dict[str, int
                 lambda x, w, run=run: run(x, w),
                 tiles,
             )
+    return found | w8a8_plans() | w4a16_plans()
+
+
+def w8a8_plans() -> dict:
+    """Tiles of 8-bit products: for few rows long steps and two programs a multiprocessor, else the largest tile."""
+    found: dict = {}
+    tiles = {
+        64: [(64, 64, 256, 2, 4, 3), (64, 64, 128, 2, 4, 4), (64, 128, 128, 1, 4, 5), (64, 32, 256, 2, 4, 4)],
+        256: [(128, 128, 128, 1, 8, 4), (128, 128, 128, 1, 4, 4), (128, 256, 128, 1, 8, 3), (128, 64, 128, 2, 4, 4)],
+        8192: [(128, 256, 128, 1, 8, 3), (256, 128, 128, 1, 8, 3), (128, 128, 128, 1, 4, 4), (128, 256, 64, 1, 8, 4)],
+    }
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "PER_SM", "num_warps", "num_stages")
+    sizes = {m: [dict(zip(names, tile, strict=True), GROUP_M=8) for tile in tiles_of] for m, tiles_of in tiles.items()}
+    for shape_class, m, n, k in (
+        *((str(m), m, 4096, 14_336) for m in (64, 128, 256, 1024)),
+        *((f"{m} wide", m, 14_336, 4096) for m in (64, 128, 256)),
+        ("large", 8192, 14_336, 4096),
+    ):
+        found[f"w8a8 {shape_class}"] = (
+            lambda m=m, n=n, k=k: (*kernels.quantize_rows(randn(m, k)), *kernels.quantize_rows(randn(n, k))),
+            lambda *inputs: kernels.w8a8(*inputs),
+            sizes[64 if m <= 64 else 256 if m <= 256 else 8192],
+        )
+    for block, n in ((4096, 4096), (16_384, 14_336)):
+        found[f"quantize_rows {block}"] = (
+            lambda n=n: (randn(8192, n),),
+            lambda x: kernels.quantize_rows(x),
+            candidates(ROWS=[1, 2] if block == 4096 else [1], num_warps=[4, 8, 16]),
+        )
+    return found
+
+
+def w4a16_plans() -> dict:
+    """For 1 to 256 tokens and 4,096 or 14,336 columns. BLOCK_M 1: without tensor cores."""
+    few = [
+        (64, 2, 4, 4),
+        (64, 4, 4, 4),
+        (128, 4, 4, 2),
+        (128, 2, 4, 4),
+        (32, 1, 4, 8),
+    ]  # BLOCK_N, warps, stages, PROGRAMS
+    some = [(64, 4, 4, 2), (64, 4, 4, 3), (128, 4, 3, 1), (128, 8, 3, 1)]
+    many = [(128, 8, 3, 1), (128, 4, 3, 1), (64, 4, 3, 2)]
+    found: dict = {}
+    for tokens, wide in itertools.product((1, 8, 16, 32, 64, 128, 256), (False, True)):
+        block_m, before = min(128, max(8, tokens)), (False,) if tokens <= 16 else (False, True)
+        choices = [
+            {"BLOCK_M": block_m, "BLOCK_N": n, "TILES": 2, "FIRST": f, "PROGRAMS": p, "num_warps": w, "num_stages": s}
+            for (n, w, s, p), f in itertools.product(few if tokens <= 16 else some if tokens <= 64 else many, before)
+        ]
+        if tokens == 1:
+            choices += [choices[0] | {"BLOCK_M": 1, "BLOCK_N": n, "num_warps": w} for n, w in ((64, 2), (128, 4))]
+        found[f"w4a16 {tokens}{' wide' if wide else ''}"] = (
+            lambda m=tokens, n=14_336 if wide else 4096: w4a16_case(m, 4096, n).inputs[:3],
+            lambda x, tiles, scales: kernels.w4a16(x, tiles, scales),
+            choices,
+        )
     return found
 
 

@@ -137,6 +137,37 @@ def generate(
 
 
 @app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="A known name, a Hugging Face directory or id.")],
+    out: Annotated[Path, typer.Option(help="The directory to write; it must not exist.")],
+    method: Annotated[str, typer.Option(help="rtn, gptq, awq, smoothquant or fp8.")] = "gptq",
+    bits: Annotated[int | None, typer.Option(help="Of a weight: 2 to 8; 4 unless the method says 8.")] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(help="Weights that share a scale; 0: a whole row. By default up to 128, as rows allow."),
+    ] = None,
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="With zero points.")] = False,
+    windows: Annotated[int, typer.Option(help="Texts to calibrate on.")] = 64,
+    window: Annotated[int, typer.Option(help="Tokens of each.")] = 512,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Write a model in fewer bits, for `minillm generate --model`, transformers and vLLM to read."""
+    import time
+
+    from .progress import progress_bar
+    from .quant import quantize_checkpoint
+
+    start = time.perf_counter()
+    with progress_bar(total=0, desc=method, unit="layer") as bar:
+        quantize_checkpoint(
+            model, out, method, bits=bits, group_size=group_size, symmetric=not asymmetric, windows=windows,
+            window=window, device=device, progress=lambda name: bar.update(),
+        )  # fmt: skip
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors")) / 1e6
+    typer.echo(f"{out}: {size:.0f} MB of weights, in {time.perf_counter() - start:.0f} s")
+
+
+@app.command()
 def check(
     chapter: Annotated[str, typer.Argument(help="A chapter, as 2, 02 or 02_transformer.")],
     file: Annotated[

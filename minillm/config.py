@@ -411,7 +411,7 @@ def sampling_defaults(directory: str | Path) -> dict[str, Any]:
 
 # ---- the engine ----------------------------------------------------------------------------------------------------
 
-KV_CACHE_DTYPES = ("auto", "float32", "float16", "bfloat16")
+KV_CACHE_DTYPES = ("auto", "float32", "float16", "bfloat16", "int8", "fp8")
 
 
 @dataclass(frozen=True)
@@ -419,7 +419,8 @@ class EngineConfig:
     """How an engine runs a model, with vLLM's names. None: chosen by `resolved`.
 
     - num_blocks, block_size: the cache, in blocks of so many tokens; None: what `gpu_memory_utilization` leaves room
-      for. kv_cache_dtype: "auto" is the model's.
+      for. kv_cache_dtype: "auto" is the model's; "int8" and "fp8" (E4M3) take half of what 16 bits take, and a
+      scale for each token and head.
     - max_num_seqs: requests that run at once. max_num_batched_tokens: new tokens a step, prompts and decoding together
       (None: 8192 on a GPU, 512 on a CPU). max_model_len: the longest sequence (None: the model's context).
     - enforce_eager: no CUDA graphs. async_scheduling: launch a step before the tokens of the last one are known

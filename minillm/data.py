@@ -6,11 +6,18 @@
 """
 
 import random
+import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-__all__ = ["Digits", "digits", "reference_text", "split_topics"]
+if TYPE_CHECKING:  # digits and text need numpy alone
+    from torch import Tensor
+
+__all__ = ["Digits", "calibration", "digits", "held_out", "reference_text", "split_paragraphs", "split_topics"]
+
+HELD_OUT = 0.15  # of the characters: 24 windows of 512 of SmolLM2's tokens and a few more
 
 
 @dataclass(frozen=True)
@@ -73,3 +80,59 @@ def split_topics(held_out: float = 0.1, seed: int = 0) -> tuple[dict[str, str], 
         taken += len(text[name])
     train = {name: body for name, body in text.items() if name not in test}
     return train, test
+
+
+def split_paragraphs(held_out: float = 0.1, seed: int = 0) -> tuple[dict[str, str], dict[str, str]]:
+    """`split_topics`, and every paragraph that stands in a held-out topic is dropped from the training topics.
+
+    The reference prints some paragraphs in several topics: about half of the held-out text. White space does not count.
+    """
+    train, test = split_topics(held_out, seed)
+    unseen = {_even(paragraph) for text in test.values() for paragraph in _paragraphs(text)}
+    kept = {name: [part for part in _paragraphs(text) if _even(part) not in unseen] for name, text in train.items()}
+    return {name: "\n\n".join(parts) for name, parts in kept.items() if parts}, test
+
+
+def _paragraphs(text: str) -> list[str]:
+    return [part for part in re.split(r"\n\s*\n", text) if part.strip()]
+
+
+def _even(paragraph: str) -> str:
+    return " ".join(paragraph.split())
+
+
+class Encoder(Protocol):
+    """What a tokenizer is needed for here."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Text to ids."""
+
+
+def calibration(tokenizer: Encoder, count: int = 64, length: int = 512, seed: int = 0) -> "Tensor":
+    """Windows of training text, for looking at a model's activations.  -> [count, length] int64
+
+    The training topics are one long row of tokens, cut into windows side by side, of which `seed` draws some: no token
+    comes twice. No special token is in them. Raises ValueError if the text has fewer windows.
+    """
+    import torch
+
+    rows = _windows(tokenizer, split_paragraphs(HELD_OUT)[0], count, length)
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count]]
+
+
+def held_out(tokenizer: Encoder, count: int = 24, length: int = 512) -> "Tensor":
+    """The first windows of text that `calibration` never shows, for judging what was calibrated, as there."""
+    return _windows(tokenizer, split_paragraphs(HELD_OUT)[1], count, length)[:count]
+
+
+def _windows(tokenizer: Encoder, texts: dict[str, str], count: int, length: int) -> "Tensor":
+    """All windows of `length` tokens.  -> [n, length]"""
+    import torch
+
+    if count < 1 or length < 1:
+        raise ValueError(f"count, length: expected 1 or more each, got {count} and {length}")
+    ids = tokenizer.encode("\n\n".join(texts.values()), add_special_tokens=False)
+    there = len(ids) // length
+    if there < count:
+        raise ValueError(f"count: expected at most {there} windows of {length} tokens, got {count}")
+    return torch.tensor(ids[: there * length]).view(there, length)

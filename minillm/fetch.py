@@ -113,8 +113,9 @@ def _alone(path: Path, say: Any) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:  # this disk has no locks
             break
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            break
+        with suppress(FileNotFoundError):  # asked once: it may go at any moment
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
         file.close()  # the one before us removed this file, and the next one will make another: lock that
     try:
         yield
@@ -226,8 +227,8 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     fields, tensors = _read_gguf(gguf)
     if (kind := fields.get("general.architecture")) != "llama":
         raise ValueError(f"{gguf.name}: expected the architecture llama, got {kind!r}")
-    config = _config(gguf.name, fields, tensors)
-    write_model(folder, config, _hugging_face_names(gguf.name, config, tensors))
+    config = gguf_config(gguf.name, fields, tensors)
+    write_model(folder, config, hugging_face_names(gguf.name, config, tensors))
     _write_tokenizer(folder, gguf.name, fields, config)
     files = sorted(path.name for path in folder.iterdir())
     write_json(folder / MANIFEST, {"source": gguf.name, "sha256": {name: sha256(folder / name) for name in files}})
@@ -251,7 +252,8 @@ def _read_gguf(gguf: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return fields, tensors
 
 
-def _config(file: str, fields: dict[str, Any], tensors: dict[str, np.ndarray]) -> ModelConfig:
+def gguf_config(file: str, fields: dict[str, Any], tensors: dict[str, np.ndarray]) -> ModelConfig:
+    """The config that a GGUF's metadata describes. Raises ValueError for what is missing or not supported."""
     names = {
         "hidden_size": "embedding_length",
         "intermediate_size": "feed_forward_length",
@@ -280,7 +282,10 @@ def _config(file: str, fields: dict[str, Any], tensors: dict[str, np.ndarray]) -
     )
 
 
-def _hugging_face_names(file: str, config: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[str, Tensor]:
+def hugging_face_names(file: str, config: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    """Llama's tensors of a GGUF under Hugging Face's names, rows in their order. Raises ValueError for one that is not
+    known.
+    """
     top = {
         "token_embd.weight": "model.embed_tokens.weight",
         "output_norm.weight": "model.norm.weight",
@@ -303,7 +308,7 @@ def _hugging_face_names(file: str, config: ModelConfig, tensors: dict[str, np.nd
             result[top[name]] = torch.from_numpy(array)
             continue
         pieces = name.split(".")
-        if len(pieces) != 4 or pieces[0] != "blk" or pieces[2] not in part:
+        if len(pieces) != 4 or pieces[0] != "blk" or pieces[2] not in part or pieces[3] != "weight":
             raise ValueError(f"{file}: unexpected tensor {name}")
         if pieces[2] in ("attn_q", "attn_k"):
             array = _unpermute(array, config.head_dim)

@@ -23,6 +23,7 @@ __all__ = [
     "atomic_directory",
     "byte_level_bpe",
     "cache_dir",
+    "copy_tokenizer",
     "write_json",
     "write_model",
     "write_tensors",
@@ -114,11 +115,23 @@ def write_tensors(path: Path, tensors: dict[str, "Tensor"]) -> None:
 
 def write_model(folder: Path, config: ModelConfig, tensors: dict[str, "Tensor"]) -> None:
     """Write config.json, generation_config.json and model.safetensors. Tensors have Hugging Face's names."""
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    floating = (t.dtype for t in tensors.values() if t.is_floating_point() and t.element_size() > 1)  # not fp8
+    dtype = str(next(floating)).removeprefix("torch.")
     ends = config.to_dict()["eos_token_id"]
     write_json(folder / "config.json", {**config.to_dict(), "dtype": dtype})
     write_json(folder / "generation_config.json", {"bos_token_id": config.bos_token_id, "eos_token_id": ends})
     write_tensors(folder / "model.safetensors", tensors)
+
+
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.jinja")
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Take a model's tokenizer, chat template and sampling defaults along."""
+    for pattern in (*TOKENIZER, "generation_config.json"):
+        for file in sorted(source.glob(pattern)):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
 
 
 def byte_level_bpe(tokens: Sequence[str], merges: Sequence[list[str]], special: Sequence[int]) -> dict[str, Any]:

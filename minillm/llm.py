@@ -23,6 +23,7 @@ from .model import Transformer
 from .model.tokenizer_hf import load_tokenizer
 from .model.weights import load, model_path, resolve_device, resolve_dtype
 from .progress import progress_bar
+from .quant import ON_THE_FLY, CompressedTensors, on_the_fly, round_model
 from .sampling import SamplingParams
 
 __all__ = ["LLM", "Completion", "Metrics", "RequestOutput", "TextStream"]
@@ -138,6 +139,8 @@ class LLM:
     that has it, else fp16; fp32 on a CPU) or a name. load_format: "auto", or "dummy" for random weights from a
     `config.json` alone. generation_config: "auto" takes sampling parameters that the caller does not give from the
     model's `generation_config.json`, as vLLM does; "none" takes those of `SamplingParams`.
+    quantization: "int8" or "int4", weights alone; "w8a8" or "fp8", activations too: rounded to the nearest as they are
+    loaded. (A checkpoint that is quantized says so itself.)
     The other arguments are those of `EngineConfig`: max_model_len, max_num_seqs, max_num_batched_tokens, block_size,
     enable_prefix_caching, gpu_memory_utilization, enforce_eager, async_scheduling, ... Raises ValueError for an
     argument that does not fit, and MemoryError when the device has no room, with what was expected.
@@ -153,6 +156,7 @@ class LLM:
         dtype: str = "auto",
         load_format: str = "auto",
         generation_config: str = "auto",
+        quantization: str | None = None,
         **options: Any,
     ) -> None:
         for name, value, known in (
@@ -165,11 +169,17 @@ class LLM:
         # What is small is looked at before any weight is read.
         config = ModelConfig.from_pretrained(path)
         engine.resolved(config, on_gpu=False)
+        if quantization not in (None, *ON_THE_FLY):
+            raise ValueError(f"quantization: expected one of {', '.join(ON_THE_FLY)} or None, got {quantization!r}")
+        if quantization is not None and config.quantization_config is not None:
+            raise ValueError(f"quantization: expected None, as {path} is quantized already, got {quantization!r}")
         self.sampling_defaults = sampling_defaults(path) if generation_config == "auto" else {}
         self.default_params()
         self.tokenizer = load_tokenizer(path) if (path / "tokenizer.json").is_file() else None
         try:
             self.model = load(path, device, dtype) if load_format == "auto" else _random(config, device, dtype)
+            if quantization is not None:
+                on_the_fly(self.model, quantization)
         except torch.OutOfMemoryError as error:
             needed = config.weight_bytes() / 1e9
             raise MemoryError(
@@ -354,4 +364,7 @@ def _random(config: ModelConfig, device: str, dtype: str) -> Transformer:
     where = resolve_device(device)
     with where:  # drawn where they will be
         model = Transformer(config)
-    return model.to(where, resolve_dtype(dtype, where)).eval().requires_grad_(False)
+    model = model.to(where, resolve_dtype(dtype, where)).eval().requires_grad_(False)
+    if config.quantization_config is not None:
+        round_model(model, CompressedTensors.from_config(config.quantization_config))
+    return model

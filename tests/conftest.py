@@ -10,6 +10,10 @@ from hypothesis import HealthCheck, settings
 if not Path("/proc/driver/nvidia").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Each of several processes (`make test` has two) takes its share of the cores; OpenMP reads this as torch is imported.
+if processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+
 # How much is drawn: `make quick`, `make test`, `make deep`. A test that says how many examples it takes means those of
 # `make test`; `scaled` makes it more or fewer. No deadlines: a slow machine is no defect; timing lives in benchmarks/.
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "full")
@@ -49,10 +53,22 @@ def scale_examples(items: list[pytest.Item]) -> None:
             setattr(owner, name, scaled(chosen))
 
 
+def pytest_terminal_summary(terminalreporter) -> None:
+    """A table of what each check of an exercise was held against (test_exercises.py)."""
+    passed = [dict(report.user_properties) for report in terminalreporter.stats.get("passed", [])]
+    if rows := sorted(properties["four runs"] for properties in passed if "four runs" in properties):
+        terminalreporter.write_line("exercise  solution  stub     contracts  wrong refused  alternatives accepted")
+        for number, contracts, wrong, alternatives in rows:
+            counts = f"{contracts:9}  {wrong:13}  {alternatives:21}"
+            terminalreporter.write_line(f"{number:8}  passes    missing  {counts}")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     import torch
 
     scale_examples(items)
+    # These fork often, which takes longer the more the process holds: before any model is loaded.
+    items.sort(key=lambda item: item.path.name != "test_exercises.py")
     skip_gpu = pytest.mark.skip(reason="needs a CUDA GPU")
     skip_browser = pytest.mark.skip(reason="run by `make test-browser`")
     for item in items:

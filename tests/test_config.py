@@ -257,7 +257,7 @@ class TestEngineConfig:
             ({"enforce_eager": 1}, "enforce_eager: expected True or False, got 1"),
             ({"enable_prefix_caching": None}, "enable_prefix_caching: expected True or False"),
             ({"async_scheduling": "yes"}, "async_scheduling: expected True or False"),
-            ({"kv_cache_dtype": "int3"}, "kv_cache_dtype: expected one of auto, float32"),
+            ({"kv_cache_dtype": "int3"}, "kv_cache_dtype: expected one of auto, float32, float16, bfloat16, int8, fp8"),
         ],
     )  # fmt: skip
     def test_bad_values(self, change, says):

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
 
-from minillm.data import digits, reference_text, split_topics
+from minillm.data import calibration, digits, held_out, reference_text, split_paragraphs, split_topics
 
 
 def test_digits():
@@ -40,3 +41,55 @@ def test_bad_shares(share):
         split_topics(share)
     with pytest.raises(ValueError, match="test_fraction: expected a share"):
         digits(share)
+
+
+class Characters:
+    """A token is a character: what is in a window can be read."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [-1] * add_special_tokens + [ord(c) for c in text]
+
+
+def paragraphs(text: str) -> set[str]:
+    return {" ".join(part.split()) for part in text.split("\n\n") if part.strip()}
+
+
+def test_no_paragraph_stands_on_both_sides():
+    train, test = split_paragraphs()
+    assert not train.keys() & test.keys()
+    assert test == split_topics()[1], "held-out topics are whole"
+    seen, unseen = (set().union(*map(paragraphs, side.values())) for side in (train, test))
+    assert not seen & unseen
+    assert seen | unseen == set().union(*map(paragraphs, reference_text().values())), "something was lost"
+
+
+def test_windows_of_text():
+    shown, judged = calibration(Characters(), 6, 900), held_out(Characters(), 4, 700)
+    assert (shown.shape, judged.shape) == ((6, 900), (4, 700))
+    assert shown.dtype == judged.dtype == torch.int64
+    assert min(shown.min(), judged.min()) >= 0, "a special token is in the text"
+    assert torch.equal(shown, calibration(Characters(), 6, 900))
+    assert torch.equal(judged, held_out(Characters(), 4, 700))
+    assert not torch.equal(shown, calibration(Characters(), 6, 900, seed=1))
+    assert len({tuple(row) for row in shown.tolist()}) == 6
+    assert torch.equal(shown[:3], calibration(Characters(), 3, 900)), "fewer windows are the first of more"
+
+
+def test_held_out_text_is_in_no_calibration_window():
+    def texts(rows):
+        return ["".join(map(chr, row)) for row in rows.tolist()]
+
+    everything = calibration(Characters(), 300, 1000)
+    train = "\n\n".join(split_paragraphs(0.15)[0].values())
+    assert all(text in train for text in texts(everything))
+    unseen = {p for text in texts(held_out(Characters(), 40, 1000)) for p in text.split("\n\n")[1:-1] if len(p) > 80}
+    shown = "\n".join(texts(everything))
+    assert len(unseen) > 30
+    assert not [p for p in unseen if p in shown]
+
+
+def test_more_windows_than_there_are():
+    with pytest.raises(ValueError, match="count: expected at most .* windows of 512 tokens, got 10000"):
+        calibration(Characters(), 10_000)
+    with pytest.raises(ValueError, match="count, length"):
+        held_out(Characters(), 0)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minillm.evaluate import Score, perplexity
+from minillm.evaluate import Comparison, Score, choose, compare, perplexity, windows
 
 VOCAB = 11
 
@@ -107,3 +107,129 @@ def test_scores_add_up():
 def test_bad_input(arguments, message):
     with pytest.raises(ValueError, match=message):
         perplexity(Recorder(), **({"token_ids": [1, 2, 3]} | arguments))
+
+
+# ---- two models, one text
+
+
+class Fixed:
+    """A model that knows nothing of the past: random logits for each token."""
+
+    def __init__(self, seed: int, noise: float = 1.0):
+        self.table = noise * torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(seed))
+
+    def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
+        return self.table[token_ids]
+
+
+IDS = torch.randint(0, VOCAB, (7, 13), generator=torch.Generator().manual_seed(2))
+
+
+def by_hand(reference, model, ids) -> tuple[list[float], ...]:
+    """Every position's distributions, one by one, by torch.distributions."""
+    nll_a, nll_b, kl, flips = [], [], [], []
+    for t in range(len(ids) - 1):
+        a, b = (
+            torch.distributions.Categorical(logits=m(ids[None, : t + 1])[0, -1].double()) for m in (reference, model)
+        )
+        nll_a.append(-a.log_prob(ids[t + 1]).item())
+        nll_b.append(-b.log_prob(ids[t + 1]).item())
+        kl.append(torch.distributions.kl_divergence(a, b).item())
+        flips.append(float(a.probs.argmax() != b.probs.argmax()))
+    return nll_a, nll_b, kl, flips
+
+
+def test_compared_position_by_position():
+    reference, model = Recorder(), Fixed(1)
+    got = compare(reference, {"other": model, "itself": reference}, IDS)
+    for i, ids in enumerate(IDS):
+        for field, values in zip(vars(got["other"]).values(), by_hand(reference, model, ids), strict=True):
+            assert field.dtype == torch.float64
+            assert field[i].item() == pytest.approx(sum(values) / len(values), rel=1e-5)
+    assert got["other"].perplexity == pytest.approx(math.exp(got["other"].nll.mean()))
+    assert got["other"].log_ratio == pytest.approx(
+        math.log(got["other"].perplexity / got["other"].reference_perplexity)
+    )
+    same = got["itself"]
+    assert (same.difference, same.log_ratio, same.log_ratio_error, same.kl.max(), same.flips.max()) == (0, 0, 0, 0, 0)
+
+
+def test_one_window_is_perplexity():
+    got = compare(Fixed(0), {"x": Fixed(1)}, IDS[:1])["x"]
+    assert got.perplexity == pytest.approx(perplexity(Fixed(1), IDS[0], window=12).perplexity)
+    assert math.isnan(got.log_ratio_error)
+    assert math.isnan(got.difference_error)
+
+
+def test_the_paired_error_is_what_resampling_windows_gives():
+    generator = torch.Generator().manual_seed(0)
+    hard = torch.randn(40, generator=generator).double() + 2.6  # what both models find hard
+    worse = 0.02 + 0.01 * torch.randn(40, generator=generator).double()
+    got = Comparison(hard, hard + worse, torch.zeros(40), torch.zeros(40))
+    drawn = torch.randint(0, 40, (20_000, 40), generator=generator)
+    a, b = hard[drawn].mean(1), (hard + worse)[drawn].mean(1)  # [20000]
+    assert got.log_ratio_error == pytest.approx((b - a).std().item(), rel=0.05)
+    # Perplexities of the resampled texts differ so much that only the first order can be expected, and its scale.
+    assert got.difference_error == pytest.approx((b.exp() - a.exp()).std().item(), rel=0.15)
+    assert got.perplexity_error == pytest.approx(b.exp().std().item(), rel=0.15)
+    assert got.perplexity_error > 20 * got.difference_error
+
+
+def test_a_token_in_front():
+    """The same tokens are scored, each with one more before it."""
+    model = Recorder()
+    got = compare(model, {"x": Fixed(1)}, IDS, bos=3)["x"]
+    assert model.seen == [[3, *row] for row in IDS.tolist()]
+    for i, ids in enumerate(IDS):
+        nll = by_hand(Recorder(), Fixed(1), torch.tensor([3, *ids]))[0][1:]
+        assert got.reference_nll[i].item() == pytest.approx(sum(nll) / len(nll), rel=1e-5)
+    assert torch.equal(got.nll, compare(Fixed(0), {"x": Fixed(1)}, IDS)["x"].nll), "other tokens were scored"
+
+
+def test_a_model_that_rules_tokens_out():
+    """p = 0 adds nothing to the divergence; q = 0 where p > 0 makes it infinite."""
+
+    def sure(ids):
+        return torch.full((*ids.shape, VOCAB), -torch.inf).scatter(-1, torch.full_like(ids, 4)[..., None], 0.0)
+
+    ids = torch.full((1, 3), 4)
+    assert compare(sure, {"x": lambda ids: torch.zeros(*ids.shape, VOCAB)}, ids)["x"].kl.item() == pytest.approx(
+        math.log(VOCAB)
+    )
+    assert compare(Fixed(0), {"x": sure}, ids)["x"].kl.item() == math.inf
+
+
+def test_windows_are_cut():
+    assert windows(list(range(10)), 3, 2).tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert "perplexity" in str(compare(Fixed(0), {"x": Fixed(1)}, windows(IDS.flatten(), 9, 5))["x"])
+    for arguments in ((range(10), 3, 4), (range(10), 1, 2), (range(10), 3, 0), ([[1, 2]], 2, 1)):
+        with pytest.raises(ValueError, match=r"token_ids|window, count"):
+            windows(
+                torch.tensor(arguments[0]) if isinstance(arguments[0], list) else list(arguments[0]), *arguments[1:]
+            )
+    for shape in ((3,), (0, 4), (2, 1)):
+        with pytest.raises(ValueError, match=r"token_ids: expected \[N, T\]"):
+            compare(Fixed(0), {}, torch.zeros(shape, dtype=torch.long))
+
+
+@given(st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=5), min_size=1, max_size=4))
+def test_choices(choices):
+    """Each alone, without padding."""
+    prompt, model = [1, 2, 3], Recorder()
+    got = choose(model, prompt, choices)
+    for score, choice in zip(got.tolist(), choices, strict=True):
+        log_probs = model(torch.tensor([[*prompt, *choice]]))[0].double().log_softmax(-1)
+        own = [log_probs[len(prompt) - 1 + i, token].item() for i, token in enumerate(choice)]
+        assert score == pytest.approx(sum(own) / len(own), rel=1e-4, abs=1e-5)
+
+
+def test_a_long_right_answer_beats_a_short_wrong_one(smollm, hf_tokenizer):
+    prompt = hf_tokenizer.encode("Question: What is the capital of France?\nAnswer: The capital of France is")
+    choices = [hf_tokenizer.encode(text) for text in (" Paris, a city on the river Seine", " Rome", " blue")]
+    assert choose(lambda x: smollm.logits(smollm(x)), prompt, choices).argmax() == 0
+
+
+@pytest.mark.parametrize(("prompt", "choices"), [([], [[1]]), ([1], []), ([1], [[1], []])])
+def test_nothing_to_choose(prompt, choices):
+    with pytest.raises(ValueError, match="prompt, choices"):
+        choose(Recorder(), prompt, choices)

@@ -1,17 +1,27 @@
 """The exercises keep their promises: stubs hold nothing of a solution, and checks tell right from wrong."""
 
+import functools
+import io
 import json
 import os
+import re
+import tempfile
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from functools import cache
+from pathlib import Path
 
+import nbformat
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 
-from minillm.learn.checker import _classes, check_chapter, load_module, load_notebook, run
+from minillm.learn.checker import _classes, load_module, load_notebook, run
 from minillm.learn.exercises import BEGIN, END, _edited, render, stale
+from minillm.learn.isolation import can_fork, in_child, neutral_state
 from minillm.learn.paths import root, stems
 
 NUMBERS = [(stem, number) for stem in stems() for number in _classes(stem)]
 LINES_TO_WRITE = 30  # at most, an exercise
-SECONDS = 1.0
 
 
 def _variants(stem: str) -> list:
@@ -26,6 +36,62 @@ def test_notebooks_are_generated():
     """In CI all of them; elsewhere a notebook that a learner works in is theirs."""
     found = [path for path in stale() if os.environ.get("CI") or not _edited(path)]
     assert found == [], "run `minillm exercises build`"
+
+
+def _run_in_ipython(path: Path, send: Callable[[dict], None]) -> None:
+    """Run a notebook's code cells as Jupyter's kernel does, until one raises; send what each printed, and that error.
+
+    Each kernel would import torch anew; this process has done so.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    shell = InteractiveShell(display_banner=False, history_load_length=0)
+    shell.history_manager.enabled = False
+    with neutral_state():
+        os.environ["MPLBACKEND"] = "agg"
+        os.chdir(path.parent)
+        for cell in notebook.cells:
+            if cell.cell_type != "code":
+                continue
+            with redirect_stdout(io.StringIO()) as out:
+                result = shell.run_cell(cell.source)
+            error = result.error_before_exec or result.error_in_exec
+            send({"printed": out.getvalue(), "error": None if error is None else repr(error)})
+            if error is not None:
+                return
+
+
+def _ran(path: Path) -> list[dict]:
+    messages: list[dict] = []
+    if can_fork():
+        messages += in_child(functools.partial(_run_in_ipython, path), 120)
+    else:
+        _run_in_ipython(path, messages.append)
+    return messages
+
+
+@pytest.mark.parametrize("stem", stems())
+def test_a_notebook_runs_with_its_stubs(stem):
+    """No cell raises, and every check says that its exercise is not written yet."""
+    path = root() / "exercises" / f"{stem}.ipynb"
+    messages = _ran(path)
+    assert not [m for m in messages if m["error"]]
+    printed = "".join(m["printed"] for m in messages)
+    if os.environ.get("CI") or not _edited(path):
+        assert re.findall(r"^… (\S+): not written yet", printed, re.MULTILINE) == list(_classes(stem))
+
+
+def test_a_cell_that_raises_is_seen(tmp_path):
+    cells = [nbformat.v4.new_code_cell(source) for source in ("x = 1\nx", "1 / 0", "print(2)")]
+    book = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python"}})
+    nbformat.write(book, tmp_path / "book.ipynb")
+    first, error = _ran(tmp_path / "book.ipynb")
+    assert (first["error"], "1" in first["printed"]) == (None, True)
+    assert error["error"].startswith("ZeroDivisionError")
+    (tmp_path / "book.ipynb").write_text("{}")
+    with pytest.raises(Exception, match="notebook|nbformat|valid"):
+        _ran(tmp_path / "book.ipynb")
 
 
 @pytest.mark.parametrize("stem", stems())
@@ -94,48 +160,35 @@ def test_three_to_nine_exercises(stem):
     assert 3 <= len(_classes(stem)) <= 9
 
 
-@pytest.mark.parametrize("stem", stems())
-def test_stubs_are_missing(stem, tmp_path):
-    """The untouched notebook: every exercise says that it is not written yet, and nothing else."""
-    untouched = tmp_path / f"{stem}.ipynb"
-    untouched.write_text(render((root() / "solutions" / f"{stem}.py").read_text(encoding="utf-8"), stem))
-    names = load_notebook(untouched)
-    for number, cls in _classes(stem).items():
-        assert _statuses(number, names[cls.object_name])[-1] == "missing", number
+@cache
+def _untouched(stem: str) -> dict:
+    """What the notebook defines before anybody wrote in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        notebook = Path(folder) / f"{stem}.ipynb"
+        notebook.write_text(render((root() / "solutions" / f"{stem}.py").read_text(encoding="utf-8"), stem))
+        return load_notebook(notebook)
+
+
+@cache
+def _solved(stem: str) -> dict:
+    return vars(load_module(root() / "solutions" / f"{stem}.py"))
 
 
 @pytest.mark.parametrize(("stem", "number"), NUMBERS, ids=lambda v: v if "." in str(v) else "")
-def test_wrong_ones_fail_and_alternatives_pass(stem, number):
+def test_the_four_runs(record_property, stem, number):
+    """The solution passes, the stub says that it is not written yet, each wrong one fails, each alternative passes."""
+    name = _classes(stem)[number].object_name
+    solution = _statuses(number, _solved(stem)[name])
+    assert set(solution) == {"passed"}
+    assert _statuses(number, _untouched(stem)[name])[-1] == "missing"
     variants = [impl for impl in _variants(stem) if impl.variant[1] == number]
-    wrong = [impl for impl in variants if impl.variant[0] == "wrong"]
-    assert len(wrong) >= 3, f"exercise {number} has {len(wrong)} wrong implementations, expected at least 3"
+    kinds = [impl.variant[0] for impl in variants]
+    assert kinds.count("wrong") >= 3, f"exercise {number} has {kinds.count('wrong')} wrong implementations"
     for impl in variants:
         kind, _, what = impl.variant
         statuses = _statuses(number, impl)
         assert "broken" not in statuses, f"the check itself crashed on «{what}»"
         assert "missing" not in statuses, f"«{what}» is a stub"
         assert ("failed" in statuses) == (kind == "wrong"), f"{kind} «{what}»: {statuses}"
-
-
-def test_table_of_the_four_runs(capsys, monkeypatch, tmp_path):
-    """Print what each check file was held against: solution, stub, wrong ones, alternatives."""
-    monkeypatch.setattr("minillm.learn.progress._file", lambda: tmp_path / "progress.json")
-    rows = []
-    for stem in stems():
-        solved = check_chapter(stem, root() / "solutions" / f"{stem}.py")
-        untouched = tmp_path / f"{stem}.ipynb"
-        untouched.write_text(render((root() / "solutions" / f"{stem}.py").read_text(encoding="utf-8"), stem))
-        stubs = check_chapter(stem, untouched)
-        for number in solved:
-            variants = [v for v in _variants(stem) if v.variant[1] == number]
-            refused = [v for v in variants if v.variant[0] == "wrong" and "failed" in _statuses(number, v)]
-            accepted = [v for v in variants if v.variant[0] == "alternative" and "failed" not in _statuses(number, v)]
-            passed = all(o.status == "passed" for o in solved[number])
-            rows.append((number, passed, stubs[number][-1].status, len(refused), len(accepted), len(solved[number])))
-            assert passed, f"the solution of {number} fails: {solved[number]}"
-    with capsys.disabled():
-        print("\nexercise  solution  stub      wrong refused  alternatives accepted  contracts")
-        for number, passed, stub, refused, accepted, contracts in rows:
-            print(
-                f"{number:8}  {'passes' if passed else 'FAILS':8}  {stub:8}  {refused:13}  {accepted:21}  {contracts:9}"
-            )
+    # For the table after the tests (conftest.py).
+    record_property("four runs", (number, len(solution), kinds.count("wrong"), kinds.count("alternative")))

@@ -235,13 +235,27 @@ class TestFetch:
     def test_another_fetch_under_way_is_waited_for(self, index, tmp_path, monkeypatch):
         """Two at once: one downloads, the other waits and finds it done."""
         monkeypatch.setattr(fetch.subprocess, "run", (pip := Counting(fetch.subprocess.run)))
-        said: list[str] = []
-        each = [threading.Thread(target=fetch.fetch, args=("small", said.append)) for _ in range(4)]
+        said: list[tuple] = []
+        say = lambda line: said.append((threading.current_thread(), line))  # noqa: E731
+        each = [threading.Thread(target=fetch.fetch, args=("small", say)) for _ in range(4)]
         [thread.start() for thread in each]
         [thread.join() for thread in each]
         assert pip.calls == 1
-        assert sum("another process" in line for line in said) == 3
+        # Who waits may say so again: the lock it got may have been removed in between.
+        assert len({thread for thread, line in said if "another process" in line}) == 3
         assert [p.name for p in (tmp_path / "cache").iterdir()] == ["small"]
+
+    def test_a_lock_that_is_removed_while_it_is_looked_at(self, index, tmp_path, monkeypatch):
+        lock, look = tmp_path / "cache" / ".small.lock", Path.stat
+
+        def removed(self, **options):
+            found = look(self, **options)
+            if self == lock:
+                self.unlink()
+            return found
+
+        monkeypatch.setattr(Path, "stat", removed)
+        assert fetch.fetch("small") == tmp_path / "cache" / "small"
 
     def test_without_locks_the_first_to_finish_is_kept(self, index, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows

@@ -96,6 +96,18 @@ class Kind:
 Drawn = tuple[Tensor, ...]  # tokens [S]; and if reported: ids and log probabilities [S, K], those of the tokens [S]
 
 
+def _cache_dtype(name: str, of_model: torch.dtype, device: torch.device) -> torch.dtype:
+    """Raises ValueError for fp8 on a GPU that does not have it."""
+    if name == "fp8":
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+            raise ValueError(
+                "kv_cache_dtype: fp8 needs a GPU of compute capability 8.9 or later (Ada, Hopper), got"
+                f" {torch.cuda.get_device_name(device)}; int8 takes as few bytes"
+            )
+        return torch.float8_e4m3fn
+    return of_model if name == "auto" else getattr(torch, name)
+
+
 class Runner:
     """Runs the steps of one model on its device, over `allocate`d blocks of cache.
 
@@ -107,7 +119,7 @@ class Runner:
         self.model, self.config = model, config
         self.device, self.dtype = model.device, model.dtype
         self.max_num_seqs, self.max_num_batched_tokens = config.max_num_seqs, known(config.max_num_batched_tokens)
-        self.cache_dtype = self.dtype if config.kv_cache_dtype == "auto" else getattr(torch, config.kv_cache_dtype)
+        self.cache_dtype = _cache_dtype(config.kv_cache_dtype, self.dtype, self.device)
         self.table = DeviceTable(layout, config.max_num_seqs, config.block_size, self.device)
         vocab = model.config.vocab_size  # how often which token stands in which row; written where penalties ask for it
         self.counts = torch.zeros(config.max_num_seqs + 1, vocab, dtype=torch.int16, device=self.device)

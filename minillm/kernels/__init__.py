@@ -10,12 +10,15 @@ from .fused_linear import linear, norm_linear
 from .gumbel_argmax import GREEDY_BELOW, gumbel_argmax, gumbel_noise
 from .matmul import interleave, matmul, matmul_swiglu
 from .paged_attention import AttentionPlan, paged_attention
+from .quantize_rows import norm_quantize_rows, quantize_rows, swiglu_quantize_rows
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import apply_rope, rope, rope_and_cache, rope_factors
 from .softmax import softmax
 from .step_inputs import append_tokens, step_inputs
 from .swiglu import swiglu
 from .top_logprobs import top_logprobs
+from .w4a16 import repack, unpack, w4a16
+from .w8a8 import w8a8
 
 __all__ = [
     "GREEDY_BELOW",
@@ -38,7 +41,10 @@ __all__ = [
     "matmul",
     "matmul_swiglu",
     "norm_linear",
+    "norm_quantize_rows",
     "paged_attention",
+    "quantize_rows",
+    "repack",
     "rms_norm",
     "rope",
     "rope_and_cache",
@@ -47,10 +53,11 @@ __all__ = [
     "softmax",
     "step_inputs",
     "swiglu",
+    "swiglu_quantize_rows",
     "top_logprobs",
     "trusted",
+    "unpack",
     "use",
+    "w4a16",
+    "w8a8",
 ]
-
-from ._stub import _W, quantize_rows, w4a16, w8a8
-KERNELS["w4a16"] = _W()

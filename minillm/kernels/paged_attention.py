@@ -14,6 +14,9 @@ product, which reads each key once for all of them; and when there are fewer seq
 the context is split among programs, and a second kernel joins their results by their log-sum-exp. The number of splits
 follows from the shapes alone, never from lengths: a CUDA graph replays whatever was captured.
 
+A cache of 8 bits halves the bytes. It has a scale for every token and head (`quantize_rows` in rope.py makes them), and
+nothing need be multiplied out: q · (k s) = (q · k) s, one number a key, and Σ p (v s) = Σ (p s) v.
+
 Sources: Kwon et al., 2023, "Efficient Memory Management for Large Language Model Serving with PagedAttention"; Dao et
 al., 2023, "Flash-Decoding" (the split); the search for a program's sequence is vLLM's.
 """
@@ -37,6 +40,7 @@ from .common import (
     triton,
     tuned,
 )
+from .rope import QUANTIZED_DTYPES, check_cache, store_rows
 
 __all__ = ["AttentionPlan", "paged_attention"]
 
@@ -45,7 +49,15 @@ MAX_HEAD_SIZE = 256
 
 SHORT = 1024  # tokens up to which a context that is split is read in small tiles, so that more programs share it
 ALONE = 256  # tokens from which on a sequence that lies in a row is attended to by itself: less copied, one call more
-CACHE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+GAIN = tl.constexpr(64.0)  # of p · scale_v on its way through the product: in fp16 small ones would lose bits
+
+
+def dequantized(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Rows of a cache as numbers of dtype, by their scales if they have any.  x [..., D], scale [...]"""
+    if scale is None:
+        return x if x.dtype == dtype else x.to(dtype)
+    exact = torch.promote_types(dtype, torch.float32)
+    return (x.to(exact) * scale.to(exact).unsqueeze(-1)).to(dtype)
 
 
 def gathered(cache: Tensor, table: Tensor, first: int, last: int, block_size: int) -> Tensor:
@@ -57,7 +69,7 @@ def gathered(cache: Tensor, table: Tensor, first: int, last: int, block_size: in
 def reference(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, cu_seqlens_q: Tensor,
     max_seqlen_q: int, block_size: int, scale: float | None = None, window: int = 0,
-    max_seqlen_k: int | None = None,
+    max_seqlen_k: int | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """In fp64, sequence by sequence, keys and values gathered, the scores written out."""
     scale, out, bounds = q.shape[-1] ** -0.5 if scale is None else scale, torch.zeros_like(q), cu_seqlens_q.tolist()
@@ -70,8 +82,10 @@ def reference(
         key = torch.arange(oldest, length, device=q.device)
         groups = q.shape[1] // k_cache.shape[1]
         k, v = (
-            gathered(c, block_tables[i], oldest, length, block_size).double().repeat_interleave(groups, dim=1)
-            for c in (k_cache, v_cache)
+            gathered(
+                dequantized(c, factor, torch.float64), block_tables[i], oldest, length, block_size
+            ).repeat_interleave(groups, dim=1)
+            for c, factor in ((k_cache, k_scale), (v_cache, v_scale))
         )  # [keys, H, D]
         scores = torch.einsum("thd,shd->hts", q[first:last].double(), k) * scale
         hidden = (key > position) | (key <= position - window) if window else key > position
@@ -93,9 +107,12 @@ class Call:
     mask: Tensor | None  # [B, 1, T, S], 0 or -inf
     causal: bool
 
-    def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float | None) -> Tensor:
+    def __call__(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float | None, k_scale: Tensor | None,
+        v_scale: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         """q [B · T, H, D], the rows already taken -> [B · T, H, D]"""
-        k, v = self._taken(k_cache, q.dtype), self._taken(v_cache, q.dtype)  # [B, H_kv, S, D]
+        k, v = self._taken(k_cache, k_scale, q.dtype), self._taken(v_cache, v_scale, q.dtype)  # [B, H_kv, S, D]
         one = q.shape[0] == self.sequences  # T is 1, and its axis stands between heads and features by itself
         q = q.unsqueeze(2) if one else q.unflatten(0, (self.sequences, -1)).transpose(1, 2)  # [B, H, T, D]
         out = F.scaled_dot_product_attention(
@@ -103,12 +120,13 @@ class Call:
         )
         return out.squeeze(2) if one else out.transpose(1, 2).flatten(0, 1)
 
-    def _taken(self, cache: Tensor, dtype: torch.dtype) -> Tensor:
-        if isinstance(self.slots, slice):
-            taken = cache[self.slots].transpose(0, 1).unsqueeze(0)
-        else:  # index_select: six times as fast as cache[slots] on a CPU
-            taken = cache.index_select(0, self.slots).unflatten(0, (self.sequences, -1)).transpose(1, 2)
-        return taken if taken.dtype == dtype else taken.to(dtype)
+    def _taken(self, cache: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        taken = dequantized(self._rows(cache), None if scale is None else self._rows(scale), dtype)  # [B · S, H_kv, D]
+        return taken.unflatten(0, (self.sequences, -1)).transpose(1, 2)
+
+    def _rows(self, cache: Tensor) -> Tensor:
+        # index_select: six times as fast as cache[slots] on a CPU
+        return cache[self.slots] if isinstance(self.slots, slice) else cache.index_select(0, self.slots)
 
 
 @dataclass(frozen=True)
@@ -151,27 +169,34 @@ class AttentionPlan:
         self.calls: dict[tuple[int, torch.dtype], list[Call]] = {}
         self.writes: list[tuple[slice | Tensor, slice | Tensor]] | None = None
 
-    def write(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
-        """Put keys and values of the queries' tokens into their slots.  k, v [N, H_kv, D], caches [slots, H_kv, D]"""
+    def write(
+        self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Put keys and values of the queries' tokens into their slots.  k, v [N, H_kv, D], caches [slots, H_kv, D],
+        scales [slots, H_kv]
+        """
         if self.writes is None:
             self.writes = self._writes()
         for slots, rows in self.writes:
             if self.queries != k.shape[0]:  # else these are all rows, in order
                 k, v = k[rows], v[rows]
-            k_cache[slots], v_cache[slots] = k.to(k_cache.dtype), v.to(v_cache.dtype)
+            store_rows(k, k_cache, k_scale, slots)
+            store_rows(v, v_cache, v_scale, slots)
 
     def attend(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float | None = None, window: int = 0
-    ) -> Tensor:
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float | None = None, window: int = 0,
+        k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """What `paged_attention` gives.  q [N, H, D], caches [slots, H_kv, D] -> [N, H, D]"""
         calls = self.calls.get((window, q.dtype))
         if calls is None:
             calls = self.calls[window, q.dtype] = self._calls(window, q.dtype)
         if len(calls) == 1 and self.queries == q.shape[0]:
-            return calls[0](q, k_cache, v_cache, scale)
+            return calls[0](q, k_cache, v_cache, scale, k_scale, v_scale)
         out = q.new_zeros(q.shape)
         for call in calls:
-            out[call.rows] = call(q[call.rows], k_cache, v_cache, scale)
+            out[call.rows] = call(q[call.rows], k_cache, v_cache, scale, k_scale, v_scale)
         return out
 
     def _writes(self) -> list[tuple[slice | Tensor, slice | Tensor]]:
@@ -232,27 +257,26 @@ def _indices(slots: slice | Tensor, device: torch.device) -> Tensor:
 def torch_path(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, cu_seqlens_q: Tensor,
     max_seqlen_q: int, block_size: int, scale: float | None = None, window: int = 0,
-    max_seqlen_k: int | None = None,
+    max_seqlen_k: int | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """By a plan for this call alone."""
     plan = AttentionPlan(block_tables, context_lens, cu_seqlens_q, block_size)
-    return plan.attend(q, k_cache, v_cache, scale, window)
+    return plan.attend(q, k_cache, v_cache, scale, window, k_scale, v_scale)
 
 
 def check(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, cu_seqlens_q: Tensor,
     max_seqlen_q: int, block_size: int, scale: float | None = None, window: int = 0,
-    max_seqlen_k: int | None = None,
+    max_seqlen_k: int | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Raise for shapes, dtypes and devices that do not fit; tables and lengths are not read (a GPU would wait)."""
-    arguments(q=q, k_cache=k_cache, v_cache=v_cache)
+    arguments(q=q)
     if q.dim() != 3 or not 1 <= q.shape[2] <= MAX_HEAD_SIZE or q.stride(-1) != 1:
         raise ValueError(f"q: expected [tokens, heads, D], D contiguous and up to {MAX_HEAD_SIZE}, got {list(q.shape)}")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if cache.dim() != 3 or cache.shape[2] != q.shape[2] or not cache.is_contiguous():
             raise ValueError(f"{name}: expected [slots, H_kv, {q.shape[2]}], contiguous, got {list(cache.shape)}")
-        if cache.dtype not in CACHE_DTYPES or cache.dtype != k_cache.dtype:
-            raise TypeError(f"{name}: expected float16, bfloat16 or float32, both caches alike, got {cache.dtype}")
+    check_cache(q, k_cache, v_cache, k_scale, v_scale)
     if v_cache.shape != k_cache.shape or not k_cache.shape[1] or q.shape[1] % k_cache.shape[1]:
         raise ValueError(
             f"k_cache: expected v_cache's shape and heads that divide q's {q.shape[1]}, got {list(k_cache.shape)}"
@@ -310,10 +334,10 @@ def work_of(
 
 @triton.jit(do_not_specialize=["tokens"])
 def paged_attention_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, table_ptr, context_ptr, cu_ptr, tokens, sequences,
-    stride_q, stride_table, scale,
+    q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, out_ptr, lse_ptr, table_ptr, context_ptr, cu_ptr, tokens, sequences,
+    stride_q, stride_table, stride_slot, stride_head, scale,
     H_KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLITS: tl.constexpr,
-    WINDOW: tl.constexpr, DECODE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    WINDOW: tl.constexpr, DECODE: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_Q queries of one sequence, the GROUP heads of one key/value head, one split of the context a program."""
@@ -347,6 +371,9 @@ def paged_attention_kernel(
         v = tl.load(v_ptr + at[:, None] + offs_d[None, :], mask=known[:, None] & (offs_d < D)[None, :], other=0.0)
         k, v = k.to(q.dtype), v.to(q.dtype)  # a cache may have a dtype of its own
         s = tl.dot(q, k, input_precision=PRECISION) * scale  # [BLOCK_M, BLOCK_N]
+        if SCALED:  # a factor a key, not one a number
+            of_row = slot * stride_slot + head_kv * stride_head
+            s = s * tl.load(k_scale_ptr + of_row, mask=known, other=0.0).to(tl.float32)[None, :]
         visible = known[None, :] & (offs_n[None, :] <= position[:, None])
         if WINDOW:
             visible = visible & (offs_n[None, :] > position[:, None] - WINDOW)
@@ -354,10 +381,12 @@ def paged_attention_kernel(
         new_max = tl.maximum(row_max, tl.max(s, 1))
         p, shrink = tl.exp2(s - new_max[:, None]), tl.exp2(row_max - new_max)
         row_sum = row_sum * shrink + tl.sum(p, 1)
+        if SCALED:
+            p = p * (tl.load(v_scale_ptr + of_row, mask=known, other=0.0).to(tl.float32) * GAIN)[None, :]
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         row_max = new_max
 
-    acc = acc / tl.where(row_sum == 0, 1.0, row_sum)[:, None]
+    acc = acc / (tl.where(row_sum == 0, 1.0, row_sum) * (GAIN if SCALED else 1.0))[:, None]
     out = (token * (H_KV * GROUP) + head) * SPLITS + split  # [BLOCK_M]
     tl.store(out_ptr + out[:, None] * D + offs_d[None, :], acc.to(out_ptr.dtype.element_ty), mask=used)
     if SPLITS > 1:
@@ -400,7 +429,8 @@ _SIZES = {
 def _sizes(q: Tensor, k_cache: Tensor, kind: str, block_d: int) -> dict[str, int]:
     if torch.float32 in (q.dtype, k_cache.dtype) or block_d > 128:  # large elements, heads: shared memory is small
         return {**_SIZES[kind], "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-    return tuned(q.device, f"paged_attention {kind} {block_d}", **_SIZES[kind])
+    of_8_bits = " 8-bit" if k_cache.dtype in QUANTIZED_DTYPES else ""
+    return tuned(q.device, f"paged_attention {kind} {block_d}{of_8_bits}", **_SIZES[kind])
 
 
 @operation(
@@ -413,15 +443,16 @@ def _sizes(q: Tensor, k_cache: Tensor, kind: str, block_d: int) -> dict[str, int
 def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, cu_seqlens_q: Tensor,
     max_seqlen_q: int, block_size: int, scale: float | None = None, window: int = 0,
-    max_seqlen_k: int | None = None,
+    max_seqlen_k: int | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Causal attention of each sequence's newest tokens to all of its tokens, in blocks.
 
     q [N, H, D], all sequences' queries one after another; k_cache and v_cache [slots, H_kv, D], fp16, bf16 or fp32
-    whatever q is; block_tables [S, W] int32, the blocks of each sequence in order; context_lens [S] int32, tokens of
-    each, the queries included; cu_seqlens_q [S + 1] int32. No sequence has more than `max_seqlen_q` queries. `window`
-    > 0: a query sees its own key and those of the window - 1 tokens before it, and no block before that is looked at.
-    `max_seqlen_k`: no sequence has more tokens, if that is known; a launch for few tokens is a little faster.
+    whatever q is, or int8 or float8_e4m3fn with k_scale and v_scale [slots, H_kv], fp32 or fp16; block_tables [S, W]
+    int32, the blocks of each sequence in order; context_lens [S] int32, tokens of each, the queries included;
+    cu_seqlens_q [S + 1] int32. No sequence has more than `max_seqlen_q` queries. `window` > 0: a query sees its own key
+    and those of the window - 1 tokens before it, and no block before that is looked at. `max_seqlen_k`: no sequence has
+    more tokens, if that is known; a launch for few tokens is a little faster.
     -> [N, H, D] in q's dtype. Rows behind the last sequence's, and those of a sequence of context 0, get 0 (that is how
     a batch is padded). Raises TypeError and ValueError with the argument's name.
     """
@@ -444,11 +475,14 @@ def paged_attention(
     blocks = max(tokens, sequences) if decode else tokens // block_q + sequences + 1  # the last: padding
     q = q if q.stride(1) == size else q.contiguous()
     scale = (size**-0.5 if scale is None else scale) * math.log2(math.e)
+    scaled = k_scale is not None
+    k_scale, v_scale = (k_cache, v_cache) if k_scale is None or v_scale is None else (k_scale, v_scale)
     paged_attention_kernel[(blocks, kv_heads, parts)](
-        q, k_cache, v_cache, target, lse, block_tables, context_lens, cu_seqlens_q, tokens, sequences,
-        q.stride(0), block_tables.stride(0), scale,
+        q, k_cache, v_cache, k_scale, v_scale, target, lse, block_tables, context_lens, cu_seqlens_q, tokens, sequences,
+        q.stride(0), block_tables.stride(0), k_scale.stride(0), k_scale.stride(1), scale,
         H_KV=kv_heads, GROUP=heads // kv_heads, D=size, BLOCK_SIZE=block_size, SPLITS=parts, WINDOW=window,
-        DECODE=decode, PRECISION="ieee", BLOCK_Q=block_q, BLOCK_G=block_g, BLOCK_D=block_d, **pdl(q.device), **sizes,
+        DECODE=decode, SCALED=scaled, PRECISION="ieee", BLOCK_Q=block_q, BLOCK_G=block_g, BLOCK_D=block_d,
+        **pdl(q.device), **sizes,
     )  # fmt: skip
     if parts > 1:
         join_kernel[(tokens * heads,)](

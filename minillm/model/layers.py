@@ -132,9 +132,10 @@ class LayerCache(Protocol):
     Keys come normed and turned by RoPE. q [..., H, D], k and v [..., H_kv, D].
     """
 
-    def slots(self, batch: Any) -> tuple[Tensor, Tensor, Tensor] | None:
+    def slots(self, batch: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None] | None:
         """Where a kernel may write this step's turned keys and its values itself: caches of keys and of values, each
-        [slots, H_kv, D], and each token's slot [N], -1 for none. None: by `write`, please.
+        [slots, H_kv, D], each token's slot [N], -1 for none, and for caches of 8 bits the scales of keys and of values,
+        each [slots, H_kv]. None: by `write`, please.
         """
 
     def write(self, k: Tensor, v: Tensor, batch: Any) -> None:
@@ -276,7 +277,8 @@ class Attention(nn.Module):
         return rotate(q, k, *rope)
 
     def _turn_and_write(
-        self, q: Tensor, k: Tensor, v: Tensor, rope: Rope, slots: tuple[Tensor, Tensor, Tensor]
+        self, q: Tensor, k: Tensor, v: Tensor, rope: Rope,
+        slots: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
     ) -> None:  # fmt: skip
         """The same and the cache's `write` in one kernel: q in place, the turned keys in their slots alone."""
         if self.q_norm is not None and self.k_norm is not None:

@@ -10,7 +10,7 @@ rows lie one after another; `parts` says whose they are.
 import math
 from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,11 @@ class Linear(nn.Module):
     def out_features(self) -> int:
         """Rows of all parts together."""
         return sum(self.parts.values())
+
+    @property
+    def quantization_config(self) -> dict[str, Any] | None:
+        """What a config.json says of how the weight is stored; None: as it is."""
+        return None
 
     def wanted(self) -> dict[str, torch.Size]:
         """The tensors that `load` takes from a checkpoint and their shapes, by names such as "q_proj.weight"."""

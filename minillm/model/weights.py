@@ -27,7 +27,7 @@ from .linear import Linear, LinearFactory, dense, floating
 from .tokenizer import Tokenizer
 from .transformer import Transformer
 
-__all__ = ["load", "model_path", "resolve_device", "resolve_dtype", "save"]
+__all__ = ["load", "model_path", "resolve_device", "resolve_dtype", "save", "save_into"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -136,7 +136,10 @@ def load(
     linear = linear or _factory(config, path)
     checkpoint = Checkpoint(path)
     with torch.device("meta"), _NoInit():  # neither memory nor random numbers for what is about to be replaced
-        model = Transformer(_tied(config, checkpoint), linear)
+        try:
+            model = Transformer(_tied(config, checkpoint), linear)
+        except ValueError as e:  # of a layer that cannot be made as the checkpoint says
+            raise ValueError(f"{path}: quantization_config: {e}") from e
     _check(model, checkpoint)
     for prefix, module in _modules(model):
         _fill(module, prefix, checkpoint, config.tie_word_embeddings, where, number)
@@ -269,13 +272,36 @@ def _why(missing: list[str], surplus: list[str], checkpoint: Checkpoint) -> str:
 
 
 def save(model: Transformer, directory: str | os.PathLike) -> Path:
-    """Write `model` as a Hugging Face directory (config.json, model.safetensors) that `load` and, if its layers are
-    `Dense`, transformers read; atomically.
+    """Write `model` as a Hugging Face directory (config.json, model.safetensors) that `load` and transformers read;
+    atomically.
+    """
+    with atomic_directory(Path(directory)) as folder:
+        save_into(folder, model)
+    return Path(directory)
+
+
+def save_into(folder: Path, model: Transformer) -> None:
+    """Write the files of `save` into a folder that is there.
+
+    Raises ValueError for a model whose layers are stored in several ways, which a config.json has no words for.
     """
     tensors: dict[str, Tensor] = {}
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]
+    stored = [module.quantization_config for _, module in linears if module.quantization_config is not None]
+    if any(about != stored[0] for about in stored):
+        raise ValueError("model: expected layers that are all quantized alike, to be written to one checkpoint")
+    about = None
+    if stored:
+        plain = [(name, module) for name, module in linears if module.quantization_config is None]
+        about = {**stored[0], "ignore": [part for name, module in plain for part in _part_names(name, module)]}
+    config = dataclasses.replace(model.config, quantization_config=about)
     for prefix, module in _modules(model):
         own = module.tensors() if isinstance(module, Linear) else dict(module.named_parameters(recurse=False))
         tensors.update({prefix + name: tensor.detach().contiguous() for name, tensor in own.items()})
-    with atomic_directory(Path(directory)) as folder:
-        write_model(folder, model.config, tensors)
-    return Path(directory)
+    write_model(folder, config, tensors)
+
+
+def _part_names(name: str, linear: Linear) -> list[str]:
+    """What a checkpoint calls the parts of a layer: "layers.0.mlp.gate_up_proj" has two."""
+    parent = name.rpartition(".")[0]
+    return [f"model.{parent}.{part}" if parent else part for part in linear.parts]

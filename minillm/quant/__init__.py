@@ -2,10 +2,14 @@
 
 from ..model.weights import QUANTIZED
 from .formats import CompressedTensors
-from .linear import QuantLinear, factory
+from .importers import parse
+from .linear import QuantLinear, factory, imported
+from .methods import METHODS, ON_THE_FLY, on_the_fly, quantize_checkpoint, quantize_model, round_model
 from .rtn import Grid, QuantizedTensor, Scheme, dequantize, error_grid, fake_quantize, minmax_grid, quantize
 
 __all__ = [
+    "METHODS",
+    "ON_THE_FLY",
     "CompressedTensors",
     "Grid",
     "QuantLinear",
@@ -15,8 +19,14 @@ __all__ = [
     "error_grid",
     "fake_quantize",
     "minmax_grid",
+    "on_the_fly",
     "quantize",
+    "quantize_checkpoint",
+    "quantize_model",
+    "round_model",
 ]
 
 # What `weights.load` makes of the quantization_config of a checkpoint.
-QUANTIZED["compressed-tensors"] = lambda about: factory(CompressedTensors.from_config(about))
+QUANTIZED["compressed-tensors"] = lambda about: factory(CompressedTensors.from_config(about), about.get("ignore") or [])
+for _method in ("gptq", "awq"):
+    QUANTIZED[_method] = lambda about: imported(parse(about))

@@ -69,11 +69,11 @@ class Format(Protocol):
     def wanted(self, rows: int, k: int) -> dict[str, torch.Size]:
         """Names and shapes of the tensors of a part [rows, k]."""
 
-    def read(self, tensors: Mapping[str, Tensor], rows: int, k: int) -> QuantizedTensor:
-        """The weight of a part. Raises ValueError that names the tensor for numbers that cannot be right."""
+    def read(self, tensors: Mapping[str, Tensor], rows: int, k: int) -> tuple[QuantizedTensor, Tensor | None]:
+        """The weight of a part, and, if its columns are not in order, which column of x each of them multiplies [K].
 
-    def write(self, weight: QuantizedTensor) -> dict[str, Tensor]:
-        """The tensors of a part."""
+        Raises ValueError that names the tensor for numbers that cannot be right.
+        """
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class CompressedTensors:
             found["weight_zero_point"] = torch.Size((_words(rows, s.bits), s.groups(k)))
         return found
 
-    def read(self, tensors: Mapping[str, Tensor], rows: int, k: int) -> QuantizedTensor:
+    def read(self, tensors: Mapping[str, Tensor], rows: int, k: int) -> tuple[QuantizedTensor, None]:
         """Unpacked. Raises ValueError that names the tensor."""
         s, scale = self.scheme, tensors["weight_scale"]
         if not scale.is_floating_point() or scale.element_size() < 2:
@@ -129,7 +129,7 @@ class CompressedTensors:
             q, dtype = tensors["weight"], torch.int8 if s.kind == "int" else FP8
             if q.dtype != dtype:
                 raise ValueError(f"weight: expected {dtype} for format {self.name}, got {q.dtype}")
-            return QuantizedTensor(q, Grid(scale), s)
+            return QuantizedTensor(q, Grid(scale), s), None
         for name in ("weight_packed", "weight_zero_point"):
             if name in tensors and tensors[name].dtype != torch.int32:
                 raise ValueError(f"{name}: expected int32, got {tensors[name].dtype}")
@@ -138,7 +138,7 @@ class CompressedTensors:
         zero = None
         if not s.symmetric:
             zero = unpack(tensors["weight_zero_point"].t(), s.bits, rows).t().float()
-        return QuantizedTensor(unpack(tensors["weight_packed"], s.bits, k), Grid(scale, zero), s)
+        return QuantizedTensor(unpack(tensors["weight_packed"], s.bits, k), Grid(scale, zero), s), None
 
     def write(self, weight: QuantizedTensor) -> dict[str, Tensor]:
         """As the format says; scales in fp32, which hold what they were rounded to."""
@@ -181,8 +181,9 @@ class CompressedTensors:
             raise ValueError("output_activations: expected null; quantized outputs are not supported")
         if about.get("kv_cache_scheme") is not None:
             raise ValueError("kv_cache_scheme: expected null; ask for a cache in 8 bits with kv_cache_dtype")
-        if (about.get("ignore") or []) not in ([], ["lm_head"]):
-            raise ValueError(f"ignore: expected ['lm_head'] or nothing, got {about['ignore']!r}")
+        patterns = [name for name in about.get("ignore") or [] if not isinstance(name, str) or name.startswith("re:")]
+        if patterns:
+            raise ValueError(f"ignore: expected names of modules, got {patterns[0]!r}")
         found = cls(_scheme(_entry(group, "weights", dict)), _dynamic(group.get("input_activations")))
         name = about.get("format")
         if name != found.name:

@@ -51,7 +51,7 @@ class Scheme:
     """How the numbers of a tensor are stored, and who shares a scale.
 
     - bits: 2 to 8. kind: "int"; "float", which is fp8 E4M3 (8 bits); "nf", which is NF4 (4 bits).
-    - symmetric: whether the range is centred on 0, without a zero point.
+    - symmetric: whether the range is centered on 0, without a zero point.
     - strategy: "tensor", "channel" (a row of a weight, a token of activations) or "group": `group_size` neighbors in a
       row.
 
@@ -104,7 +104,7 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Grid:
-    """The scale [N, G], fp32, and, unless symmetric, the zero point [N, G], of whole numbers in fp32.
+    """The scale [N, G], fp32, and, unless symmetric, the zero point [N, G], a whole number but in GGUF's Q4_1.
 
     G groups a row; N and G are 1 where all share one.
     """

@@ -99,7 +99,7 @@ def rope_heads(device, dtype, tokens, heads, kv_heads, half, seed):
             q, k, v = (x.unflatten(-1, (-1, size)) for x in sections)
             caches = torch.zeros(2, tokens + 3, kv_heads, size, device=device, dtype=dtype)
             more = (v,) if name == "rope_and_cache" else ()
-            slotted = (*caches, slots, *weights) if more else ()
+            slotted = (*caches, slots, None, None, *weights) if more else ()
             call = KERNELS[name] if path == "triton" else KERNELS[name].reference
             call(q, k, *more, angles.cos(), angles.sin(), *slotted)
             results.append((buffer, caches))

@@ -47,6 +47,7 @@ def small(name: str, device="cpu", dtype=torch.float32) -> tuple:
     steps = cu.new_tensor([[1, 0, 2, 0], [3, 0, 0, 0], [1, 1, 0, 0], [0, 2, 6, 6]])
     table = (steps, rows, rows.new_zeros(3, 3), rows.new_zeros(3))
     each = torch.arange(6.0, device=device)
+    integers = torch.arange(24 * 32, device=device).view(24, 32).mul(37).remainder(251).sub(125).to(torch.int8)
     seen = torch.arange(7 * 32, device=device).view(7, 32).remainder(5).sub(2).short()
     return {
         "softmax": (x,),
@@ -69,6 +70,10 @@ def small(name: str, device="cpu", dtype=torch.float32) -> tuple:
         ),
         "linear": (x, torch.randn(24, 32, device=device, dtype=dtype)),
         "norm_linear": (x, x + 1, w, torch.randn(24, 32, device=device, dtype=dtype)),
+        "quantize_rows": (x,),
+        "norm_quantize_rows": (x, x + 1, w, 1e-5),
+        "swiglu_quantize_rows": (x,),
+        "w8a8": (integers[:6], each[:, None] / 100, integers, torch.rand(24, device=device) / 100, None, dtype),
         "draw_tokens": (
             x, each * 0.2, each.long(), each.int(), each.int(), 1 - each / 10, each / 20, 1 + each / 10, each / 5,
             each / 9, each.int(), seen,
@@ -78,6 +83,7 @@ def small(name: str, device="cpu", dtype=torch.float32) -> tuple:
             x, torch.tensor([0.0, 0.5, 1.0] * 2, device=device), torch.arange(6, device=device) - 3,
             torch.arange(6, device=device),
         ),
+        "w4a16": (x, seen[:, :4].int() * 123_456_789, torch.rand(7, 2, device=device).to(dtype) / 8),
         "top_logprobs": (x, torch.arange(6, device=device), 3),
         "step_inputs": (*table, 4, 16, 1, 2, 7, 3),
         "append_tokens": (steps, rows, torch.tensor([[7], [8], [9]], device=device), cu.new_tensor([1, 1, 0]), 4),
@@ -221,8 +227,8 @@ BAD = [
     (rope, (Q, Q[:3], Q[:, 0, :8], Q[:, 0, :8]), r"k: expected \[4, heads, 16\]"),
     (rope, (Q, Q.clone(), Q[:, 0, :7], Q[:, 0, :8]), r"cos: expected \[4, 8\]"),
     (rope, (Q.transpose(0, 1).contiguous().transpose(0, 1), Q, Q[:, 0, :8], Q[:, 0, :8]), "q: expected heads and"),
-    (rope_and_cache, (*SLOTTED, X[0, :16]), "k_weight: expected weights for both q and k"),
-    (rope_and_cache, (*SLOTTED, X[0, :16], X[0, :15]), r"k_weight: expected \[16\]"),
+    (rope_and_cache, (*SLOTTED, None, None, X[0, :16]), "k_weight: expected weights for both q and k"),
+    (rope_and_cache, (*SLOTTED, None, None, X[0, :16], X[0, :15]), r"k_weight: expected \[16\]"),
     (flash_attention, (Q[0], Q, Q, CU, CU, 4), r"q: expected \[tokens, heads, D\]"),
     (flash_attention, (torch.randn(4, 3, 16), Q, Q, CU, CU, 4), "k: expected heads that divide q's 3"),
     (flash_attention, (Q, Q, Q[:3], CU, CU, 4), "v: expected k's shape"),
@@ -251,11 +257,11 @@ def test_bad_input_is_named(call, args, says):
 @pytest.mark.parametrize("name", [name for name in KERNELS if name != "step_inputs"])  # no step without a sequence
 def test_empty_input(name):
     shapes = {"softmax": (0, 8), "swiglu": (0, 8), "matmul": (0, 32), "matmul_swiglu": (0, 32), "rms_norm": (0, 32)}
-    shapes["linear"] = (0, 32)
+    shapes |= dict.fromkeys(("linear", "quantize_rows", "swiglu_quantize_rows"), (0, 32))
     args = small(name)
     if name in shapes:
         args = (torch.empty(shapes[name]), *args[1:])
-    elif name in ("add_rms_norm", "norm_linear"):
+    elif name in ("add_rms_norm", "norm_linear", "norm_quantize_rows"):
         args = (torch.empty(0, 32), torch.empty(0, 32), *args[2:])
     elif name == "flash_attention":
         nothing = torch.zeros(1, dtype=torch.int32)

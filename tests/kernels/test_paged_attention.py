@@ -213,7 +213,7 @@ BAD = {
     "cu_seqlens_q": (5, torch.zeros(2, dtype=torch.int32), ValueError, "length 3"),
     "k_cache": (1, torch.zeros(64, 5, 16), ValueError, "heads that divide"),
     "v_cache": (2, torch.zeros(64, 2, 8), ValueError, "expected"),
-    "k_cache ": (1, torch.zeros(64, 2, 16).to(torch.float8_e5m2), TypeError, "float16, bfloat16 or float32"),
+    "k_cache ": (1, torch.zeros(64, 2, 16).to(torch.float8_e5m2), TypeError, "float16, bfloat16 or float32, or with"),
     "v_cache ": (2, torch.zeros(64, 2, 16).half(), TypeError, "both caches alike"),
     "window": (9, -1, ValueError, "0 for all"),
     "q": (0, torch.zeros(3, 16), ValueError, "tokens, heads, D"),

@@ -1,6 +1,7 @@
 """check(): verdicts, what a failure says, time and output limits; on a small curriculum of its own."""
 
 import ctypes
+import functools
 import json
 import os
 import random
@@ -285,8 +286,10 @@ def test_display_and_input_in_a_check(capsys):
     assert "input() in a check: nobody is there to type" in capsys.readouterr().out
 
 
-def test_a_function_that_runs_threads_beside_is_checked():
+def test_a_function_that_runs_threads_beside_is_checked(request):
     """Threads of torch do not survive a fork: the child works with one."""
+    request.addfinalizer(functools.partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(2)  # `make test` gives each of its processes one
     x = torch.randn(600, 600)
     x @ x
 

@@ -22,7 +22,7 @@ KINDS = [(LlamaConfig, {}), (Qwen3Config, {}), (Qwen2Config, {}), (LlamaConfig, 
 @pytest.mark.parametrize(("kind", "more"), KINDS)
 @pytest.mark.parametrize("tokens", [(2, 9), (1, 1)])  # one token goes through kernels of its own
 def test_small_model_in_the_interpreter(tmp_path, kind, more, tokens):
-    theirs, model = random_pair(tmp_path, kind, 2, True, None, **more)
+    theirs, model = random_pair(tmp_path, kind, 2, True, None, layers=2, **more)
     token_ids = torch.randint(0, 131, tokens, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode(), use("triton"):
         logits = model.logits(model(token_ids))
@@ -111,10 +111,10 @@ class Slots:
 
 
 @pytest.mark.skipif(GPU, reason="this machine compiles the kernels")
-@pytest.mark.parametrize(("kind", "more"), KINDS)
+@pytest.mark.parametrize(("kind", "more"), KINDS[:3])  # a bias of the MLP is far from any cache
 def test_a_cache_with_slots(tmp_path, kind, more):
     """Keys that a kernel turns and writes, or that are turned and handed to `write`: the same slots and results."""
-    _, model = random_pair(tmp_path, kind, 2, True, None, **more)
+    _, model = random_pair(tmp_path, kind, 2, True, None, layers=2, **more)
     ids = torch.randint(0, 131, (9,), generator=torch.Generator().manual_seed(1))
     found = {}
     for path in ("torch", "triton"):

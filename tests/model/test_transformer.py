@@ -22,7 +22,7 @@ from transformers import (
 
 from minillm.config import ModelConfig
 from minillm.data import reference_text
-from minillm.generate import cached, naive
+from minillm.generate import cached, cached_batch, naive
 from minillm.kernels import apply_rope
 from minillm.model import Transformer
 from minillm.model.layers import NoCache, PaddedBatch, RMSNorm, attention, rope_tables
@@ -64,14 +64,14 @@ CLASSES = {
 }
 
 
-def random_pair(folder, kind, kv_heads, tie, rope, **more):
+def random_pair(folder, kind, kv_heads, tie, rope, layers=3, **more):
     """A small random model of transformers, and ours read from what it saves."""
     torch.manual_seed(0)
     config = kind(
         vocab_size=131,
         hidden_size=48,
         intermediate_size=80,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=kv_heads,
         head_dim=16,
@@ -170,22 +170,16 @@ def test_smollm_logits_equal_transformers(smollm, smollm_reference, hf_tokenizer
 def test_smollm_greedy_equals_transformers(smollm, smollm_reference, hf_tokenizer):
     """64 greedy tokens after each of ten prompts.
 
-    One forward pass over prompt and continuation shows what our model would choose after every prefix: if each choice
-    is the token that transformers generated there, our own greedy loop generates the same 64, by induction. (The loop
-    itself is tested in test_llm.py.)
+    One forward pass of transformers over prompt and continuation shows what it would choose after every prefix: if
+    each choice is the token that we generated there, its own greedy loop generates the same 64, by induction.
     """
-    for ids in _ten_prompts(hf_tokenizer):
-        settings = {
-            "max_new_tokens": 64,
-            "min_new_tokens": 64,
-            "do_sample": False,
-            "eos_token_id": [],
-            "pad_token_id": 2,
-        }
-        whole = smollm_reference.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), **settings)
-        assert whole.shape[1] == len(ids) + 64
-        chosen = smollm.logits(smollm(whole[:, :-1]))[0, len(ids) - 1 :].argmax(-1)
-        assert chosen.tolist() == whole[0, len(ids) :].tolist()
+    prompts, params = _ten_prompts(hf_tokenizer), SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+    # The long one alone: every row of a static batch is as wide as its longest.
+    for some in (prompts[:-1], prompts[-1:]):
+        for ids, generated in zip(some, cached_batch(smollm, some, params), strict=True):
+            assert len(generated) == 64
+            likeliest = smollm_reference(torch.tensor([ids + generated[:-1]])).logits[0, len(ids) - 1 :].argmax(-1)
+            assert generated == likeliest.tolist()
 
 
 class TestParts:

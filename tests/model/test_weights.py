@@ -126,7 +126,11 @@ class TestHub:
         ("file", "content", "says"),
         [
             ("config.json", {"model_type": "mamba"}, "model_type"),
-            ("config.json", {**CONFIG.to_dict(), "quantization_config": {"quant_method": "awq"}}, "quantized by 'awq'"),
+            (
+                "config.json",
+                {**CONFIG.to_dict(), "quantization_config": {"quant_method": "aqlm"}},
+                "quantized by 'aqlm'",
+            ),
             ("tokenizer.json", {"model": {"type": "Unigram"}}, "tokenizer.json"),
         ],
     )

@@ -135,7 +135,8 @@ def broken(**changes):
     ({"group__output_activations": {}}, "output_activations: expected null"),
     ({"group__weights": None}, "weights: expected a dict, got None"),
     ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme: expected null"),
-    ({"ignore": ["lm_head", "model.layers.0.mlp.up_proj"]}, r"ignore: expected \['lm_head'\] or nothing"),
+    ({"ignore": ["lm_head", "model.layers.0.mlp.up_proj"]}, "ignore: expected all parts of layers.0.mlp.gate_up_proj"),
+    ({"ignore": ["re:.*down_proj"]}, "ignore: expected names of modules, got 're:.*down_proj'"),
     ({"format": "pack-quantized"}, "format: expected 'int-quantized' for these config_groups, got 'pack-quantized'"),
     ({"weights__num_bits": 16}, "bits: expected 2 to 8"),
     ({"weights__num_bits": "8"}, "num_bits: expected a int, got '8'"),
@@ -148,13 +149,31 @@ def broken(**changes):
 ])  # fmt: skip
 def test_what_is_not_supported_is_refused(tmp_path, changes, says):
     about = broken(**changes)
-    with pytest.raises(ValueError, match=says):
-        CompressedTensors.from_config(about)
     save(rounded(FORMATS["int8 and activations"]), tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "quantization_config": about}))
     with pytest.raises(ValueError, match=f"quantization_config: .*{says}"):
         load(tmp_path / "model", device="cpu")
+
+
+def test_layers_may_be_left_out(tmp_path):
+    """As it was, beside others in few bits; transformers sees it so, too."""
+    model = rounded(FORMATS["int4"])
+    plain = Transformer(CONFIG).eval().requires_grad_(False).layers[1].mlp
+    model.layers[1].mlp = plain
+    save(model, tmp_path / "model")
+    about = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
+    assert about["ignore"] == [*(f"model.layers.1.mlp.{n}_proj" for n in ("gate", "up", "down")), "lm_head"]
+    ours = load(tmp_path / "model", device="cpu", dtype="float32")
+    assert torch.equal(ours.layers[1].mlp.down_proj.weight, plain.down_proj.weight)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    ids = torch.randint(0, 500, (1, 9))
+    with torch.inference_mode(), use("reference"):
+        assert (ours.logits(ours(ids)) - theirs(ids).logits).abs().max() < 1e-4
+    model.layers[0].mlp = rounded(FORMATS["int8"]).layers[0].mlp
+    with pytest.raises(ValueError, match="model: expected layers that are all quantized alike"):
+        save(model, tmp_path / "mixed")
+    assert not (tmp_path / "mixed").exists()
 
 
 PART = "model.layers.1.mlp.up_proj."

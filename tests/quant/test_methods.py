@@ -1,0 +1,118 @@
+"""From a model, or its directory, to a quantized one: what cannot work is refused before anything is written."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from typer.testing import CliRunner
+
+from minillm import LLM, SamplingParams
+from minillm.cli import app
+from minillm.config import ModelConfig
+from minillm.kernels import use
+from minillm.model import Transformer
+from minillm.model.weights import load, save
+from minillm.quant import METHODS, QuantLinear, quantize_checkpoint, quantize_model
+
+CONFIG = ModelConfig(400, 96, 192, 2, 6, 2, 16, max_position_embeddings=128)
+TEXT = torch.randint(0, 400, (4, 32), generator=torch.Generator().manual_seed(0))
+
+
+def model_of(config: ModelConfig = CONFIG) -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(config).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save(model_of(), tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_ends_near_the_model(method):
+    model, original = model_of(), model_of()
+    names = []
+    quantize_model(model, method, calibration=TEXT, progress=names.append)
+    assert len(set(names)) == 8
+    assert all(isinstance(layer.mlp.down_proj, QuantLinear) for layer in model.layers)
+    assert model.config.quantization_config["quant_method"] == "compressed-tensors"
+    with use("reference"):
+        error = (model.logits(model(TEXT)) - original.logits(original(TEXT))).norm()
+    assert error < 0.25 * original.logits(original(TEXT)).norm()
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    ({"method": "int4"}, "method: expected one of rtn, gptq, awq, smoothquant, fp8, got 'int4'"),
+    ({"method": "gptq", "calibration": None}, "calibration: expected token ids .* for method 'gptq', got none"),
+    ({"method": "rtn", "group_size": 128}, r"group_size: expected a divisor .* got 128; such as 32, 96 \(layer layers"),
+    ({"method": "rtn", "bits": 1}, "bits: expected 2 to 8"),
+    ({"method": "fp8", "bits": 4}, "bits: expected 8 for method 'fp8', whose activations are in 8 bits too, got 4"),
+    ({"method": "smoothquant", "group_size": 32}, "group_size, symmetric: expected one scale a row"),
+])  # fmt: skip
+def test_what_cannot_work_is_refused_before_anything_changes(options, says):
+    model = model_of()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=says):
+        quantize_model(model, **{"calibration": TEXT, **options})
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_quantized_model_is_not_quantized_again(folder, tmp_path):
+    model = quantize_model(model_of(), "rtn")
+    with pytest.raises((TypeError, ValueError), match="layers.0.self_attn.qkv_proj"):
+        quantize_model(model, "rtn")
+    quantize_checkpoint(folder, tmp_path / "q", "rtn")
+    with pytest.raises(ValueError, match="name: .* is quantized already; start from the unquantized model"):
+        quantize_checkpoint(tmp_path / "q", tmp_path / "again", "rtn")
+    with pytest.raises(ValueError, match="out: .* exists"):
+        quantize_checkpoint(folder, tmp_path / "q", "rtn")
+    assert not (tmp_path / "again").exists()
+
+
+def test_default_groups_are_the_largest_that_fit(folder, tmp_path):
+    quantize_checkpoint(folder, tmp_path / "q", "rtn")
+    group = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+    assert group["weights"]["group_size"] == 96
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4", "w8a8", "fp8"])
+def test_on_the_fly_equals_the_checkpoint(folder, tmp_path, quantization):
+    method, bits = {"int8": ("rtn", 8), "int4": ("rtn", 4), "w8a8": ("w8a8", None), "fp8": ("fp8", None)}[quantization]
+    llm = LLM(folder, device="cpu", quantization=quantization, max_model_len=64)
+    model = load(folder, device="cpu")
+    if method != "w8a8":
+        quantize_checkpoint(folder, tmp_path / "q", method, bits=bits, device="cpu")
+        model = load(tmp_path / "q", device="cpu")
+        assert torch.equal(model(TEXT), llm.model(TEXT))
+    assert (
+        len(llm.generate([[5, 6, 7]], SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False)[0].token_ids) == 4
+    )
+
+
+def test_what_llm_refuses(folder, tmp_path):
+    with pytest.raises(ValueError, match="quantization: expected one of int8, int4, w8a8, fp8 or None, got 'gptq'"):
+        LLM(folder, quantization="gptq")
+    quantize_checkpoint(folder, tmp_path / "q", "rtn")
+    with pytest.raises(ValueError, match="quantization: expected None, as .* is quantized already, got 'int8'"):
+        LLM(tmp_path / "q", quantization="int8")
+    dummy = LLM(tmp_path / "q", load_format="dummy", device="cpu", max_model_len=64)
+    assert isinstance(dummy.model.layers[0].mlp.down_proj, QuantLinear)
+
+
+def test_the_command(folder, tmp_path):
+    run = CliRunner().invoke(app, ["quantize", str(folder), "--out", str(tmp_path / "q"), "--method", "fp8"])
+    assert run.exit_code == 0, run.output
+    assert "MB of weights" in run.output
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32)
+    ours = load(tmp_path / "q", device="cpu", dtype="float32")
+    with torch.inference_mode():
+        expected = theirs(TEXT).logits
+        assert (ours.logits(ours(TEXT)) - expected).abs().max() < 1e-4 * expected.abs().max()
+    run = CliRunner().invoke(app, ["quantize", str(folder), "--out", str(tmp_path / "r"), "--group-size", "50",
+                                   "--method", "rtn"])  # fmt: skip
+    assert run.exit_code == 1
+    assert "group_size: expected a divisor" in run.output
+    assert not (tmp_path / "r").exists()
