@@ -127,8 +127,7 @@ def generate(
         gpu_memory_utilization=gpu_memory_utilization, quantization=quantization, kv_cache_dtype=kv_cache_dtype,
     )  # fmt: skip
     text = sys.stdin.read() if prompt == "-" else prompt
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": text})
+    messages = [{"role": role, "content": said} for role, said in (("system", system), ("user", text)) if said]
     stream = llm.stream(text if raw else llm.chat_prompt(messages), params)
     for piece in stream:
         print(piece, end="", flush=True)

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import json
+import re
 import os
 import random
 import subprocess
@@ -417,8 +418,11 @@ def test_notebook_without_the_function(curriculum):
     ("change", "says"),
     [
         ('import os\\n",\n    "os._exit(3)\\n', "ended the process"),
-        ('import ctypes\\n",\n    "ctypes.memset(1, 0, 9)\\n', "crashed (SIGSEGV)"),
-        ('while True:\\n",\n    "    try: sum(range(9))\\n",\n    "    except: pass\\n', "does a loop never end"),
+        ('import ctypes\\n",\n    "ctypes.memset(1, 0, 9)\\n', r"crashed \(SIGSEGV\)"),
+        (
+            'while True:\\n",\n    "    try: sum(range(9))\\n",\n    "    except: pass\\n',
+            "never end|an endless loop",
+        ),  # now and then it is interrupted between two tries
         ("sum(range(10**12))\\n", "does a loop never end"),
     ],
 )
@@ -431,7 +435,7 @@ def test_a_cell_that_ends_or_holds_up_the_process_is_named(curriculum, monkeypat
     notebook.write_text(text.replace("def add(a, b):", change + '",\n    "def add(a, b):'))
     message = checking.check_chapter("1")["1.1"][0].message
     assert "01_small.ipynb defines no `add`" in message
-    assert says in message
+    assert re.search(says, message)
 
 
 def test_a_python_file_that_ends_the_process_is_named(curriculum):
