@@ -113,6 +113,7 @@ class TestSearch:
         assert (x @ (rounded - w).T).square().mean() < 0.8 * (x @ (nearest - w).T).square().mean()
         largest = magnitudes([x]).argmax()
         assert scale[largest] == scale.max() > 1 > scale.min()
+        assert float(scale.max() * scale.min()) == pytest.approx(1)
 
     def test_channels_that_are_always_zero(self):
         w, x, _ = problem()
