@@ -62,8 +62,8 @@ def sites(model: Transformer) -> dict[str, Dense]:
 
     Raises ValueError for one that has no plain weight.
     """
-    found = {name: module for name, module in model.layers.named_modules(prefix="layers") if isinstance(module, Linear)}  # type: ignore[attr-defined]
-    return {name: _dense(name, linear) for name, linear in found.items()}
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]
+    return {name: _dense(name, linear) for name, linear in linears if linear is not model.lm_head}
 
 
 @torch.no_grad()
