@@ -72,7 +72,7 @@ def search_scale(
 def _power(magnitude: Tensor, exponent: float) -> Tensor:
     """magnitude^exponent, of geometric mean 1 over the extremes; 1 for channels that are 0."""
     alive = magnitude > 0
-    scale = torch.where(alive, magnitude, 1.0) ** exponent
+    scale = magnitude**exponent
     if bool(alive.any()):
         scale = scale / (scale[alive].max() * scale[alive].min()).sqrt()
     return torch.where(alive, scale, 1.0)

@@ -62,7 +62,7 @@ class Report:
 
     - loss, rtn_loss: the mean squared error of the layer's output on the inputs in H, summed over its features; by
       GPTQ, and by rounding to the nearest on a grid of the same kind.
-    - damping: the share of H's mean diagonal that was added to it; None where GPTQ was not used.
+    - damping: the share of H's diagonal that was added to it; None where GPTQ was not used.
     - dead: columns whose input was always 0; their weights became 0.
     - fallback: why the weight was rounded to the nearest instead; None where it was not.
     """
@@ -96,8 +96,10 @@ def gptq(
     """Round w [N, K] for inputs with Hessian h [K, K], such as `Hessian.matrix` (any multiple of it does the same).
 
     - block: columns after which the rest of the weight is brought up to date, in one product. Changes time alone.
-    - damping: share of h's mean diagonal that is added to it: less trust in what few inputs say. It grows tenfold as
-      long as h has no factor; beyond 1 the weight is rounded to the nearest, with a warning.
+    - damping: share of h's diagonal that is added to it: less trust in what few inputs say. Each column gets a share of
+      its own number. (The paper adds the mean's to all. A single huge channel, as the first token of a text has, makes
+      that more than the others have, and GPTQ does nothing for them.) It grows tenfold as long as h has no factor;
+      beyond 1 the weight is rounded to the nearest, with a warning.
     - order: None, from the first column to the last; each group's grid fits the weights as they are when the group
       begins. "activations": columns with the largest inputs first, while the others can still make up for them; grids
       then are those of the original groups of the original weight, so nothing remembers the order.
@@ -116,7 +118,7 @@ def gptq(
     columns = torch.arange(w.shape[1], device=w.device)
     if order == "activations":
         columns = diagonal.argsort(descending=True, stable=True)
-    living = h + torch.diag(dead * diagonal[~dead].mean())
+    living = h + torch.diag(dead.float())
     upper, used = _inverse_factor(living[columns][:, columns], damping)
     if upper is None:
         return nearest, _gave_up(f"the Hessian has no Cholesky factor, even damped by {used:g}", rtn_loss, 0)
@@ -164,14 +166,15 @@ def _round_columns(
 
 
 def _inverse_factor(h: Tensor, damping: float) -> tuple[Tensor | None, float]:
-    """U, upper triangular, with Uᵀ U = (h + damping · mean diagonal)⁻¹, and the damping that it took.
+    """U, upper triangular, with Uᵀ U = (h + damping · h's diagonal)⁻¹, and the damping that it took; None, and the
+    damping that was too little.
 
     Turned back to front, a lower factor is an upper one: h = V Vᵀ, so U = V⁻¹. The inverse of h, which would lose half
     of the digits, is never formed.
     """
     identity = torch.eye(len(h), device=h.device)
     while True:
-        damped = h + damping * h.diagonal().mean() * identity
+        damped = h + torch.diag(damping * h.diagonal())
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed:
             upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
@@ -218,7 +221,7 @@ def _check(w: Tensor, h: Tensor, block: int, damping: float, order: str | None, 
     if block < 1:
         raise ValueError(f"block: expected 1 column or more, got {block}")
     if not 0 <= damping <= 1:
-        raise ValueError(f"damping: expected a share of the mean diagonal, 0 to 1, got {damping}")
+        raise ValueError(f"damping: expected a share of h's diagonal, 0 to 1, got {damping}")
     if order not in ORDERS:
         raise ValueError(f'order: expected None or "activations", got {order!r}')
     if grid not in GRIDS:

@@ -113,12 +113,14 @@ class TestSearch:
         assert (x @ (rounded - w).T).square().mean() < 0.8 * (x @ (nearest - w).T).square().mean()
         largest = magnitudes([x]).argmax()
         assert scale[largest] == scale.max() > 1 > scale.min()
+        assert float(scale.max() * scale.min()) == pytest.approx(1)
 
     def test_channels_that_are_always_zero(self):
         w, x, _ = problem()
         x[:, [0, 9]] = 0
-        scale, _ = search_scale(w, x.T @ x / len(x), magnitudes([x]), SCHEME)
+        scale, strength = search_scale(w, x.T @ x / len(x), magnitudes([x]), SCHEME)
         assert scale.isfinite().all()
+        assert strength > 0, "the others are scaled all the same"
         assert scale[0] == scale[9] == 1
 
     def test_no_input_at_all(self):
