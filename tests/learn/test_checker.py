@@ -3,9 +3,9 @@
 import ctypes
 import functools
 import json
-import re
 import os
 import random
+import re
 import subprocess
 import sys
 import textwrap
