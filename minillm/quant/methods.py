@@ -40,7 +40,7 @@ METHODS: Mapping[str, str] = MappingProxyType({
 CALIBRATED = ("gptq", "awq", "smoothquant")
 # LLM(quantization=...): weights alone in 8 or 4 bits; weights and activations in 8.
 ON_THE_FLY = {"int8": ("rtn", 8), "int4": ("rtn", 4), "w8a8": ("w8a8", 8), "fp8": ("fp8", 8)}
-GROUPS = (128, 96, 64, 48, 32)
+GROUPS = (128, 64, 32, 96, 48)  # sizes that torch has a product for on a CPU first
 
 Progress = Callable[[str], object]
 
@@ -52,7 +52,7 @@ def quantize_model(
     """Quantize in place: every layer but the head becomes a `QuantLinear`, and the config says how. -> the model
 
     - method: of METHODS. bits: 2 to 8, 4 if not given; 8 for smoothquant and fp8. group_size: weights that share a
-      scale; by default the largest of 128, 96, 64, 48 and 32 that divides every row; 0: a whole row, as 8 bits have it.
+      scale; by default the first of 128, 64, 32, 96 and 48 that divides every row; 0: a whole row, as 8 bits have it.
     - symmetric: without zero points. calibration: token ids [windows, T] of text such as the model will read, for
       methods that look at activations. progress: called with each layer's name.
 

@@ -72,10 +72,10 @@ def test_a_quantized_model_is_not_quantized_again(folder, tmp_path):
     assert not (tmp_path / "again").exists()
 
 
-def test_default_groups_are_the_largest_that_fit(folder, tmp_path):
+def test_default_groups_are_those_that_a_cpu_has_a_product_for(folder, tmp_path):
     quantize_checkpoint(folder, tmp_path / "q", "rtn")
     group = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
-    assert group["weights"]["group_size"] == 96
+    assert group["weights"]["group_size"] == 32
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4", "w8a8", "fp8"])
