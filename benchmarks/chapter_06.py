@@ -369,7 +369,7 @@ def paged(model: Transformer, batch: int, before: int) -> tuple[PagedCache, Simp
     every = torch.arange(batch, device=weight.device)
     return cache, SimpleNamespace(
         positions=torch.full_like(every, before), slots=every * width * BLOCK + before, max_seqlen_q=1,
-        cu_seqlens_q=torch.arange(batch + 1, dtype=torch.int32, device=weight.device),
+        max_seqlen_k=None, cu_seqlens_q=torch.arange(batch + 1, dtype=torch.int32, device=weight.device),
         context_lens=torch.full_like(every, before + 1, dtype=torch.int32),
         block_tables=torch.arange(batch * width, dtype=torch.int32, device=weight.device).view(batch, width), plan=None,
     )  # fmt: skip
