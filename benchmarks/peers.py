@@ -191,38 +191,49 @@ def cpu_stream(sizes: w.Sizes) -> dict:
     output, passes = sizes.cpu_stream
     options = {"device": "cpu", "dtype": "float32", "max_model_len": 512, "enable_prefix_caching": False}
     llm = LLM("smollm2-135m-instruct", **options)
-    fewer = {q: LLM("smollm2-135m-instruct", quantization=q, **options) for q in ("int8", "int4", "w8a8")}
     prompt = llm.chat_prompt([{"role": "user", "content": "Tell me about France."}])
     greedy = {"temperature": 0.0, "ignore_eos": True, "max_tokens": output}
     theirs = one_after_another(output)
-    llama = _llama_cpp(prompt, output)
 
     def ours(llm: LLM = llm, **more: float) -> list[int]:
         return llm.generate([prompt], SamplingParams(**{**greedy, **more}), use_tqdm=False)[0].token_ids
 
-    ways: dict[str, Callable[[], list[int] | None]] = {
-        "minillm": ours,
-        "transformers": lambda: theirs([prompt])[0],
-        "minillm, top_p 0.9": lambda: ours(temperature=0.7, top_p=0.9),
-        **{f"minillm, {quantization}": partial(ours, quantized) for quantization, quantized in fewer.items()},
-        **({"llama.cpp, 4 bits": llama} if llama else {}),
-    }
+    peer: dict[str, Callable[[], object]] = {"transformers": lambda: theirs([prompt])[0]}
     if ours() != theirs([prompt])[0]:
         raise AssertionError("greedy tokens differ from those of transformers")
+    # A round for each kind: engines that only wait disturb the caches, and llama.cpp's threads the cores.
+    rounds = [
+        _in_turn(peer | {"minillm": ours, "minillm, top_p 0.9": lambda: ours(temperature=0.7, top_p=0.9)}, passes)
+    ]
+    fewer = {q: LLM("smollm2-135m-instruct", quantization=q, **options) for q in ("int8", "int4", "w8a8")}
+    rounds.append(
+        _in_turn(peer | {f"minillm, {q}": partial(ours, quantized) for q, quantized in fewer.items()}, passes)
+    )
+    if llama := _llama_cpp(prompt, output):
+        rounds.append(_in_turn(peer | {"llama.cpp, 4 bits": llama}, passes))
+    rates = {name: output / statistics.median(times) for seconds in rounds for name, times in seconds.items()}
+    rates["transformers"] = output / statistics.median(rounds[0]["transformers"])
+    ratios = {
+        name: statistics.median(seconds["transformers"]) / statistics.median(times)
+        for seconds in rounds for name, times in seconds.items()
+    }  # fmt: skip
+    for name, rate in rates.items():
+        print(f"SmolLM2, one stream: {name:20} {rate:6.1f} tokens/s, {ratios[name]:.2f} of transformers", flush=True)
+    return {
+        "prompt tokens": len(prompt), "output": output, "seconds": rounds, "output tokens/s": rates,
+        "of transformers": ratios,
+    }  # fmt: skip
+
+
+def _in_turn(ways: dict[str, Callable[[], object]], passes: int) -> dict[str, list[float]]:
+    """Seconds of each way, one after another, `passes` times."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(passes):
         for name, way in ways.items():
             start = time.perf_counter()
             way()
             seconds[name].append(time.perf_counter() - start)
-    rates = {name: output / statistics.median(times) for name, times in seconds.items()}
-    ratios = {name: rate / rates["transformers"] for name, rate in rates.items()}
-    for name, rate in rates.items():
-        print(f"SmolLM2, one stream: {name:20} {rate:6.1f} tokens/s, {ratios[name]:.2f} of transformers", flush=True)
-    return {
-        "prompt tokens": len(prompt), "output": output, "seconds": seconds, "output tokens/s": rates,
-        "of transformers": ratios,
-    }  # fmt: skip
+    return seconds
 
 
 def _llama_cpp(prompt: list[int], output: int) -> Callable[[], None] | None:
