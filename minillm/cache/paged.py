@@ -1,7 +1,7 @@
 """The cache in blocks: one pool of slots a layer, written by slot and read through block tables.
 
 `blocks.py` decides which block is whose; here are the tensors. Block b covers the slots b · block_size ...
-(b + 1) · block_size - 1. In a dtype of 8 bits each head of a token's key and value has a scale (`quantize_rows`). Every
+(b + 1) · block_size - 1. In a dtype of 8 bits a token's key and value have a scale a head (`quantize_heads`). Every
 token is attended to as it is stored, in its own step too: a chunk of a prompt sees what a whole one does.
 """
 

@@ -14,7 +14,7 @@ product, which reads each key once for all of them; and when there are fewer seq
 the context is split among programs, and a second kernel joins their results by their log-sum-exp. The number of splits
 follows from the shapes alone, never from lengths: a CUDA graph replays whatever was captured.
 
-A cache of 8 bits halves the bytes. It has a scale for every token and head (`quantize_rows` in rope.py makes them), and
+A cache of 8 bits halves the bytes. It has a scale a token and head (`quantize_heads` in rope.py makes them), and
 nothing need be multiplied out: q · (k s) = (q · k) s, one number a key, and Σ p (v s) = Σ (p s) v.
 
 Sources: Kwon et al., 2023, "Efficient Memory Management for Large Language Model Serving with PagedAttention"; Dao et

@@ -22,14 +22,14 @@ from .common import arguments, ceil_div, next_power_of_2, operation, pdl, previo
 from .rms_norm import reference as norm_reference
 from .rms_norm import torch_path as norm_torch_path
 
-__all__ = ["QUANTIZED_DTYPES", "apply_rope", "quantize_rows", "rope", "rope_and_cache", "rope_factors", "store_rows"]
+__all__ = ["QUANTIZED_DTYPES", "apply_rope", "quantize_heads", "rope", "rope_and_cache", "rope_factors", "store_rows"]
 
 # Of a cache that has scales: the half of what all its numbers span. For int8 that is half of 255 steps.
 QUANTIZED_DTYPES = {torch.int8: 127.5, torch.float8_e4m3fn: 448.0}
 SCALE_DTYPES = (torch.float16, torch.float32)
 
 
-def quantize_rows(x: Tensor, dtype: torch.dtype, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def quantize_heads(x: Tensor, dtype: torch.dtype, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Each row over its own scale, to the nearest number of dtype.  x [..., D] -> [..., D] int8 or fp8, scale [...]
 
     scale = max|x| / QUANTIZED_DTYPES[dtype], 1 for a row of zeros, rounded to its dtype before x is divided by it. Rows
@@ -50,7 +50,7 @@ def store_rows(x: Tensor, cache: Tensor, scale: Tensor | None, slots: slice | Te
     if scale is None:
         cache[slots] = x.to(cache.dtype)
     else:
-        cache[slots], scale[slots] = quantize_rows(x, cache.dtype, scale.dtype)
+        cache[slots], scale[slots] = quantize_heads(x, cache.dtype, scale.dtype)
 
 
 def rope_factors(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -211,7 +211,7 @@ def check_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | N
 
 @triton.jit
 def quantized(first, second, scale_dtype: tl.constexpr, dtype: tl.constexpr):
-    """`quantize_rows` of rows whose halves these are.  [..., HALF] twice -> the same of dtype, scale [..., 1]"""
+    """`quantize_heads` of rows whose halves these are.  [..., HALF] twice -> the same of dtype, scale [..., 1]"""
     first, second = first.to(tl.float32), second.to(tl.float32)
     size = tl.maximum(tl.abs(first), tl.abs(second))
     size = tl.where((first != first) | (second != second), float("inf"), size)  # a maximum takes no notice of NaN
@@ -353,7 +353,7 @@ def rope_and_cache(
 
     q, k, cos and sin as for `rope`; v [N, H_kv, D]; k_cache and v_cache [slots, H_kv, D]; slots [N] int: the row of
     each token, no two alike; -1 writes nowhere. Caches of int8 or float8_e4m3fn have k_scale and v_scale [slots, H_kv],
-    fp16 or fp32, and get what `quantize_rows` makes of each head. With q_weight and k_weight [D] every head of q and k
+    fp16 or fp32, and get what `quantize_heads` makes of each head. With q_weight and k_weight [D] every head of q and k
     goes through RMSNorm first (Qwen3).
     """
     weights = None if q_weight is None or k_weight is None else (q_weight, k_weight)

@@ -77,10 +77,13 @@ class QuantLinear(Linear):
     def set(
         self, weight: QuantizedTensor, bias: Tensor | None, device: torch.device, order: Tensor | None = None
     ) -> None:
-        """Take a weight [N, K], whose scheme is the format's."""
+        """Take a weight [N, K], whose scheme is the format's. Raises ValueError for zero points between integers."""
+        zero = weight.grid.zero
+        if zero is not None and not torch.equal(zero, zero.round()):
+            raise ValueError("zero: expected whole numbers, got others (GGUF's Q4_1 has them); dequantize this weight")
         self.weight = (pack(weight.q, 4) if self._is_packed else weight.q).to(device)
         self.scale = weight.grid.scale.to(device)
-        self.zero = None if weight.grid.zero is None else weight.grid.zero.to(device, torch.int8)
+        self.zero = None if zero is None else zero.to(device, torch.int8)
         if self._is_packed and device.type == "cuda":
             self.weight, self.scale, self.zero = repack(self.weight, self.scale, self.zero)
         self.order = None if order is None else order.to(device)

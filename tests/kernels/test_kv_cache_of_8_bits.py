@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillm.kernels import KERNELS, AttentionPlan, paged_attention, rope_and_cache, use
-from minillm.kernels.rope import quantize_rows
+from minillm.kernels.rope import quantize_heads
 from minillm.quant.rtn import Scheme, minmax_grid, quantize
 
 from .conftest import GPU, TOLERANCE, error
@@ -48,7 +48,7 @@ def same_bits(got: torch.Tensor, expected: torch.Tensor) -> bool:
 )  # fmt: skip
 def rows_are_rounded(stored, rows, factor, scale_dtype):
     x = torch.tensor(rows) * factor
-    for got, expected in zip(quantize_rows(x, stored, scale_dtype), rounded(x, stored, scale_dtype), strict=True):
+    for got, expected in zip(quantize_heads(x, stored, scale_dtype), rounded(x, stored, scale_dtype), strict=True):
         assert torch.equal(got.float(), expected.float())
 
 
@@ -57,7 +57,7 @@ def test_rows_are_rounded_as_rtn_rounds(stored):
 
 
 def test_ties_go_to_the_even_and_zeros_stay(stored):
-    q, scale = quantize_rows(torch.tensor([[255.0, 1.0, 3.0, 5.0], [0.0] * 4]), torch.int8, torch.float32)
+    q, scale = quantize_heads(torch.tensor([[255.0, 1.0, 3.0, 5.0], [0.0] * 4]), torch.int8, torch.float32)
     assert scale.tolist() == [2.0, 1.0]
     assert q.tolist() == [[127, 0, 2, 2], [0, 0, 0, 0]]  # 127.5, 0.5, 1.5, 2.5
 

@@ -121,3 +121,13 @@ def test_the_engine_serves_it_as_the_oracle_generates(name):
             engine.step()
         for request, prompt in zip(requests, prompts, strict=True):
             assert request.output_token_ids == [int(token) for token in naive(model, prompt, params)]
+
+
+def test_zero_points_between_integers_are_refused():
+    """They would be cut to integers without a word."""
+    format = FORMATS["int4 asymmetric"]
+    layer = layer_of(format)
+    weight = layer.quantized()
+    weight.grid.zero[3, 0] += 0.5
+    with pytest.raises(ValueError, match="zero: expected whole numbers"):
+        layer.set(weight, None, torch.device("cpu"))
