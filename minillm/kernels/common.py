@@ -54,6 +54,7 @@ __all__ = [
     "arguments",
     "ceil_div",
     "dependent_launch",
+    "divided",
     "fits_descriptor",
     "next_power_of_2",
     "operation",
@@ -282,6 +283,11 @@ def ceil_div(a: int, b: int) -> int:
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << max(0, n - 1).bit_length()
+
+
+def divided(x: Tensor, number: float) -> Tensor:
+    """x / number with a CPU's bits: on a GPU torch multiplies by 1 / number, and the last bit may differ."""
+    return x / x.new_full((), number)
 
 
 def fits_descriptor(*tensors: Tensor) -> bool:

@@ -21,7 +21,7 @@ Source: the scheme is LLM.int8's without its outliers (Dettmers et al., 2022); M
 import torch
 from torch import Tensor
 
-from .common import arguments, ceil_div, next_power_of_2, operation, pdl, previous_done, tl, triton, tuned
+from .common import arguments, ceil_div, divided, next_power_of_2, operation, pdl, previous_done, tl, triton, tuned
 from .rms_norm import add_reference, add_torch_path
 from .rms_norm import check as norm_check
 from .rms_norm import reference as norm_reference
@@ -48,7 +48,7 @@ def reference(x: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tenso
 def torch_path(x: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
     """In fp32."""
     x = x.float()
-    scale = x.abs().amax(-1, keepdim=True).div_(127.5 if dtype == torch.int8 else 448)
+    scale = divided(x.abs().amax(-1, keepdim=True), 127.5 if dtype == torch.int8 else 448)
     scale.masked_fill_(scale == 0, 1.0)
     y = x / scale
     return (y.round_().clamp_(-128, 127) if dtype == torch.int8 else y.clamp_(-448, 448)).to(dtype), scale

@@ -18,7 +18,7 @@ Sources: Su et al., 2021, "RoFormer", with Hugging Face's layout of pairs (the h
 import torch
 from torch import Tensor
 
-from .common import arguments, ceil_div, next_power_of_2, operation, pdl, previous_done, tl, triton, tuned
+from .common import arguments, ceil_div, divided, next_power_of_2, operation, pdl, previous_done, tl, triton, tuned
 from .rms_norm import reference as norm_reference
 from .rms_norm import torch_path as norm_torch_path
 
@@ -38,7 +38,7 @@ def quantize_heads(x: Tensor, dtype: torch.dtype, scale_dtype: torch.dtype) -> t
     """
     x = x.float()
     largest = x.abs().amax(-1, keepdim=True)
-    scale = (2 * largest / 255 if dtype == torch.int8 else largest / 448).to(scale_dtype)
+    scale = (divided(2 * largest, 255) if dtype == torch.int8 else divided(largest, 448)).to(scale_dtype)
     scale = torch.where(scale == 0, 1, scale)
     x = x / scale.float()
     q = x.round().clamp(-128, 127).nan_to_num() if dtype == torch.int8 else x.clamp(-448, 448)

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minillm.kernels.common import divided
+
 __all__ = [
     "NF4",
     "Grid",
@@ -132,9 +134,9 @@ def minmax_grid(w: Tensor, scheme: Scheme, scale_dtype: torch.dtype = torch.floa
     first, last = scheme.limits
     largest = torch.maximum(-low, high)
     if scheme.kind == "int":
-        scale = (high - low if not scheme.symmetric else 2 * largest) / (last - first)
+        scale = divided(high - low if not scheme.symmetric else 2 * largest, last - first)
     else:
-        scale = largest / (FP8_MAX if scheme.kind == "float" else 1.0)
+        scale = divided(largest, FP8_MAX) if scheme.kind == "float" else largest
     scale = _stored(scale, scale_dtype)
     if scheme.symmetric:
         return Grid(scale)

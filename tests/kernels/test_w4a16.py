@@ -15,7 +15,7 @@ from minillm.quant.rtn import Scheme, minmax_grid, quantize
 from .conftest import GPU, TOLERANCE, error
 
 OP = KERNELS["w4a16"]
-EXAMPLES = settings(max_examples=60 if GPU else 10)
+EXAMPLES = settings(max_examples=20 if GPU else 10)
 VARIANTS = {
     "as tuned": {},
     "one by one": {"BLOCK_M": 1, "BLOCK_N": 64, "PROGRAMS": 4},
