@@ -11,6 +11,7 @@ First of all, greedy tokens of a small fp32 model must be the oracle's; on bf16,
 workload   nano-vllm's: 256 requests at once, 133,966 output tokens. The better of two runs after a warm-up.
 stream     one request alone. Median of five.
 special    256 requests and one, with top-p, top-k, min-p, penalties, log probabilities, against plain ones in turn.
+quantized  the workload and one stream with weights of 4 and 8 bits, on the fly, against the same engine's in full.
 idle       the GPU's idle time while a steady batch decodes, out of torch.profiler.
 poisson    requests that arrive at fractions of the saturated rate: TTFT, ITL, goodput.
 chat       conversations with a common beginning, prefix caching on and off. Median of five.
@@ -44,14 +45,15 @@ from engine_parts import (
     check_tokens,
     idle,
     poisson,
+    quantized,
     special,
     stream,
     workload,
 )
 
 PARTS: dict[str, Callable[[Bench], dict | None]] = {
-    "chat": chat, "workload": workload, "stream": stream, "special": special, "idle": idle, "poisson": poisson,
-    "peers": peers.against_transformers,
+    "chat": chat, "workload": workload, "stream": stream, "special": special, "quantized": quantized, "idle": idle,
+    "poisson": poisson, "peers": peers.against_transformers,
 }  # fmt: skip
 CPU: dict[str, tuple[Callable[[w.Sizes], dict], str]] = {  # and the suite under which each is recorded
     "cpu16": (peers.cpu16, "engine_cpu"), "cpu_stream": (peers.cpu_stream, "engine_cpu_stream"),
@@ -68,6 +70,9 @@ DEFINITIONS = {
     },
     "special": {
         "of plain": "the better of several runs each, in turn; of greedy ones where the special ones are greedy",
+    },
+    "quantized": {
+        "runs": "the workload once, after a short warm-up; of one stream the best of three, its first token left out",
     },
     "idle": {
         "idle": "1 - (union of kernels, copies and fills) / (last end - first start), in a torch.profiler trace of the"

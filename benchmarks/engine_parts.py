@@ -164,6 +164,40 @@ def stream(bench: Bench) -> dict:
     return row
 
 
+QUANTIZED = {
+    "bf16": {}, "int4": {"quantization": "int4"}, "w8a8": {"quantization": "w8a8"}, "fp8": {"quantization": "fp8"},
+    "int4, cache of int8": {"quantization": "int4", "kv_cache_dtype": "int8"},
+}  # fmt: skip
+
+
+def quantized(bench: Bench) -> dict:
+    """The workload and one stream with fewer bits, on the fly, against the same engine's in full."""
+    rows: dict[str, dict] = {}
+    prompt, output = bench.sizes.stream
+    jobs = w.workload(*bench.sizes.workload)
+    for name, options in QUANTIZED.items():
+        bench.free()
+        llm = LLM(bench.directory, load_format="dummy", enable_prefix_caching=False, **LIMITS, **options)  # type: ignore[arg-type]
+        run(llm, jobs[:8])
+        seconds = min(run(llm, jobs)[0] for _ in range(bench.sizes.quantized_runs))
+        alone = []
+        for seed in range(3):
+            took, [out] = run(llm, w.random_jobs(1, (prompt, prompt), (output, output), seed))
+            alone.append((output - 1) / (took - out.metrics.time_to_first_token))
+        rows[name] = {
+            "output tokens/s": sum(job.max_tokens for job in jobs) / seconds, "decoding tokens/s": max(alone),
+        }  # fmt: skip
+        of = {key: rows[name][key] / rows["bf16"][key] for key in ("output tokens/s", "decoding tokens/s")}
+        rows[name]["of bf16"] = of
+        print(
+            f"  {name:20} {rows[name]['output tokens/s']:9,.0f} tokens/s ({of['output tokens/s']:.2f}), one stream"
+            f" {rows[name]['decoding tokens/s']:7,.0f} ({of['decoding tokens/s']:.2f})", flush=True,
+        )  # fmt: skip
+        del llm
+    bench.free()
+    return rows
+
+
 SPECIAL = {
     "greedy": {"temperature": 0.0}, "top_p 0.9": {"top_p": 0.9}, "top_k 50": {"top_k": 50},
     "min_p 0.05": {"min_p": 0.05}, "top_k 20, top_p 0.95": {"top_k": 20, "top_p": 0.95},

@@ -65,6 +65,7 @@ class Sizes:
     special: tuple[int, int] = (64, 256)
     special_requests: int = 256
     special_runs: int = 2
+    quantized_runs: int = 1
     idle_batches: tuple[int, ...] = (1, 64, 256)
     idle_steps: int = 20
     peers: tuple[int, int, int] = (64, 256, 64)  # requests, prompt, output

@@ -211,7 +211,7 @@ def _sizes(device: torch.device, m: int, n: int, k: int) -> dict[str, int]:
 
     Enough pieces to give each program one; and parts of 2,048 or more, for each must fill its pipeline.
     """
-    shape_class = "large" if m > 1024 else next(str(size) for size in (64, 128, 256, 1024) if m <= size)
+    shape_class = "large" if m > 1024 else next(str(size) for size in (16, 64, 128, 256, 1024) if m <= size)
     few = m <= 64
     sizes = tuned(
         device, f"w8a8 {shape_class}{' wide' if m <= 256 and n >= 12_288 else ''}", BLOCK_M=64 if few else 128,
