@@ -166,7 +166,6 @@ def stream(bench: Bench) -> dict:
 
 QUANTIZED = {
     "bf16": {}, "int4": {"quantization": "int4"}, "w8a8": {"quantization": "w8a8"}, "fp8": {"quantization": "fp8"},
-    "int4, cache of int8": {"quantization": "int4", "kv_cache_dtype": "int8"},
 }  # fmt: skip
 
 

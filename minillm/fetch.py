@@ -30,7 +30,20 @@ from torch import Tensor
 from .config import ModelConfig
 from .files import atomic_directory, byte_level_bpe, cache_dir, write_json, write_model
 
-__all__ = ["KNOWN", "NO_PIP", "Source", "convert_gguf", "fetch", "has_pip", "verify"]
+__all__ = [
+    "KNOWN",
+    "MANIFEST",
+    "NO_PIP",
+    "Source",
+    "alone",
+    "convert_gguf",
+    "fetch",
+    "gguf_config",
+    "has_pip",
+    "hugging_face_names",
+    "verify",
+    "write_tokenizer",
+]
 
 
 @dataclass(frozen=True)
@@ -81,7 +94,7 @@ def fetch(name: str, say: Any = print, again: bool = False) -> Path:
     if (target / MANIFEST).is_file() and not again:
         return target
     _expect_writable(target.parent)
-    with _alone(target.parent / f".{name}.lock", say):
+    with alone(target.parent / f".{name}.lock", say):
         if (target / MANIFEST).is_file() and not again:  # meanwhile, by another process
             return target
         _expect_space(target.parent, source.disk_bytes, name)
@@ -95,7 +108,7 @@ def fetch(name: str, say: Any = print, again: bool = False) -> Path:
 
 
 @contextmanager
-def _alone(path: Path, say: Any) -> Iterator[None]:
+def alone(path: Path, say: Any) -> Iterator[None]:
     """Hold the lock file `path`, which the last to leave removes. Where there are no locks (Windows, some network
     disks) nobody waits: two then download, and the first to finish is kept.
     """
@@ -229,7 +242,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
         raise ValueError(f"{gguf.name}: expected the architecture llama, got {kind!r}")
     config = gguf_config(gguf.name, fields, tensors)
     write_model(folder, config, hugging_face_names(gguf.name, config, tensors))
-    _write_tokenizer(folder, gguf.name, fields, config)
+    write_tokenizer(folder, gguf.name, fields, config)
     files = sorted(path.name for path in folder.iterdir())
     write_json(folder / MANIFEST, {"source": gguf.name, "sha256": {name: sha256(folder / name) for name in files}})
 
@@ -323,7 +336,7 @@ def _unpermute(weight: np.ndarray, head_dim: int) -> np.ndarray:
     return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(rows, columns))
 
 
-def _write_tokenizer(folder: Path, file: str, fields: dict[str, Any], config: ModelConfig) -> None:
+def write_tokenizer(folder: Path, file: str, fields: dict[str, Any], config: ModelConfig) -> None:
     """tokenizer.json and tokenizer_config.json from GGUF's metadata."""
     write_json(folder / "tokenizer.json", _tokenizer_json(file, fields))
     tokens = fields["tokenizer.ggml.tokens"]

@@ -187,16 +187,16 @@ class TestFetch:
         assert list((tmp_path / "cache").iterdir()) == []
 
     def test_interrupted_is_simply_repeated(self, index, tmp_path, monkeypatch):
-        real = fetch._write_tokenizer
+        real = fetch.write_tokenizer
 
         def interrupt(*_):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(fetch, "_write_tokenizer", interrupt)
+        monkeypatch.setattr(fetch, "write_tokenizer", interrupt)
         with pytest.raises(KeyboardInterrupt):
             fetch.fetch("small")
         assert list((tmp_path / "cache").iterdir()) == []
-        monkeypatch.setattr(fetch, "_write_tokenizer", real)
+        monkeypatch.setattr(fetch, "write_tokenizer", real)
         assert fetch.fetch("small").is_dir()
 
     def test_killed_leaves_only_what_the_next_one_sweeps(self, index, tmp_path):

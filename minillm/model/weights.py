@@ -36,9 +36,10 @@ QUANTIZED: dict[str, Callable[[dict[str, Any]], LinearFactory]] = {}
 
 
 def model_path(name: str | os.PathLike) -> Path:
-    """The local Hugging Face directory behind `name`: a known name, a directory, or a Hugging Face id.
+    """The local Hugging Face directory behind `name`: a known name, a directory, a GGUF file, or a Hugging Face id.
 
-    A known name is fetched when it is not there yet; an id is downloaded by `huggingface_hub` into its own cache.
+    A known name is fetched when it is not there yet, a GGUF file is laid out anew in the cache; an id is downloaded by
+    `huggingface_hub` into its own cache.
     Raises ValueError for a name that is none of these (with the nearest known names), FileNotFoundError for a
     directory without a model.
     """
@@ -53,8 +54,10 @@ def model_path(name: str | os.PathLike) -> Path:
             f"name: {path.name} is a pickled checkpoint; reading it would run code stored in it."
             " Convert it to safetensors first"
         )
+    if path.suffix == ".gguf" and path.is_file():
+        return import_module("minillm.quant.gguf").opened(path)
     if path.exists():
-        raise ValueError(f"name: expected a directory, got the file {path}")
+        raise ValueError(f"name: expected a directory or a .gguf file, got the file {path}")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not text.startswith((".", "/")):
         return _from_hub(text)
     near = difflib.get_close_matches(text.lower(), fetch.KNOWN, n=3, cutoff=0.4)
@@ -123,8 +126,8 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
 def load(
     name: str | os.PathLike, device: str = "auto", dtype: str = "auto", linear: LinearFactory | None = None
 ) -> Transformer:
-    """Read a model: a known name, a Hugging Face directory or id. `linear` makes its layers; by default they are what
-    the checkpoint needs.
+    """Read a model: a known name, a Hugging Face directory or id, a GGUF file. `linear` makes its layers; by default
+    they are what the checkpoint needs.
 
     What need not be merged or converted stays mapped from the file. Raises ValueError that names the tensor or file
     when one is corrupt, missing, surplus, of a wrong shape, or quantized in a way that is not supported.

@@ -2,6 +2,7 @@
 
 from ..model.weights import QUANTIZED
 from .formats import CompressedTensors
+from .gguf import factory as gguf_factory
 from .importers import parse
 from .linear import QuantLinear, factory, imported
 from .methods import METHODS, ON_THE_FLY, on_the_fly, quantize_checkpoint, quantize_model, round_model
@@ -28,5 +29,6 @@ __all__ = [
 
 # What `weights.load` makes of the quantization_config of a checkpoint.
 QUANTIZED["compressed-tensors"] = lambda about: factory(CompressedTensors.from_config(about), about.get("ignore") or [])
+QUANTIZED["gguf"] = gguf_factory
 for _method in ("gptq", "awq"):
     QUANTIZED[_method] = lambda about: imported(parse(about))

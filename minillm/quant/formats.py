@@ -32,14 +32,16 @@ def pack(q: Tensor, bits: int) -> Tensor:
 
     A number may lie across two words, if bits do not divide 32.  int8 [N, K] -> int32 [N, ceil(K · bits / 32)]
     """
-    count = _words(q.shape[1], bits)
-    digits, width = (q.to(torch.int64) + 2 ** (bits - 1)) & (2**bits - 1), bits  # [N, K]
-    if 32 % bits:  # bit by bit
-        digits, width = ((digits[..., None] >> torch.arange(bits, device=q.device)) & 1).flatten(1), 1  # [N, K · bits]
-    each = 32 // width
-    digits = F.pad(digits, (0, count * each - digits.shape[1])).unflatten(1, (count, each))
-    words = (digits << torch.arange(0, 32, width, device=q.device)).sum(-1)  # [N, words]
-    return words.where(words < 2**31, words - 2**32).to(torch.int32)
+    digits, width = (q.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8) & (2**bits - 1), bits  # [N, K]
+    if 8 % bits:  # bit by bit
+        bit = torch.arange(bits, dtype=torch.uint8, device=q.device)
+        digits, width = ((digits[..., None] >> bit) & 1).flatten(1), 1  # [N, K · bits]
+    each = 8 // width  # in a byte; an int32 is four, the first the lowest
+    digits = F.pad(digits, (0, 4 * each * _words(q.shape[1], bits) - digits.shape[1])).unflatten(1, (-1, each))
+    octets = digits[..., 0]
+    for i in range(1, each):
+        octets = octets | digits[..., i] << (i * width)
+    return octets.contiguous().view(torch.int32)
 
 
 def _words(k: int, bits: int) -> int:

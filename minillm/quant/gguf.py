@@ -15,11 +15,19 @@ numbers are equal has d = 0; it becomes q = 0, s = 1, z = -m.
 Numbers of 16 or 32 bits remain as they are. Of other types whatever the package `gguf` decodes becomes fp32, with a
 warning.
 
+`load` and `LLM` take such a file by its name: `opened` makes, once, a Hugging Face directory of it in the cache, whose
+layers keep their blocks. Those of 4 bits are computed with as they are; of 8 bits there is no product in groups of 32,
+so `load` decodes them.
+
 Source: ggml's `ggml-quants.c` and the GGUF specification.
 """
 
+import dataclasses
+import hashlib
 import os
 import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +36,14 @@ import torch
 from torch import Tensor
 
 from ..config import ModelConfig
-from ..fetch import gguf_config, hugging_face_names
+from ..fetch import MANIFEST, alone, gguf_config, hugging_face_names, write_tokenizer
+from ..files import atomic_directory, cache_dir, write_json, write_model
+from ..model.linear import Dense, Linear, LinearFactory, dense
+from .formats import CompressedTensors
+from .linear import QuantLinear
 from .rtn import Grid, QuantizedTensor, Scheme
 
-__all__ = ["blocks", "read_gguf"]
+__all__ = ["Blocks", "blocks", "factory", "opened", "read_gguf"]
 
 BLOCK = 32
 BYTES = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}  # of a block
@@ -66,9 +78,9 @@ def blocks(name: str, kind: str, raw: Tensor) -> QuantizedTensor:
     least, flat = numbers[..., 1], scale == 0
     scale = torch.where(flat, 1.0, scale)
     zero = -least / scale - torch.where(flat, 0.0, 8.0)
-    return QuantizedTensor(
-        q.masked_fill_(flat[..., None], 0).flatten(1), Grid(scale, zero), Scheme(4, "int", False, group_size=BLOCK)
-    )
+    if bool(flat.any()):
+        q = q.masked_fill(flat[..., None], 0)
+    return QuantizedTensor(q.flatten(1), Grid(scale, zero), Scheme(4, "int", False, group_size=BLOCK))
 
 
 def read_gguf(path: str | os.PathLike) -> tuple[ModelConfig, dict[str, QuantizedTensor | Tensor]]:
@@ -77,6 +89,15 @@ def read_gguf(path: str | os.PathLike) -> tuple[ModelConfig, dict[str, Quantized
     Raises ValueError for a file that is corrupt, cut off, or of another architecture, naming the tensor or field.
     """
     file = Path(path)
+    config, tensors, kinds, _ = _contents(file)
+    return config, {
+        name: blocks(f"{file.name}: {called}", kind, tensors[name]) if kind in BYTES else tensors[name]
+        for name, (called, kind) in kinds.items()
+    }
+
+
+def _contents(file: Path) -> tuple[ModelConfig, dict[str, Tensor], dict[str, tuple[str, str]], dict[str, Any]]:
+    """Shape, tensors (blocks as bytes) under Hugging Face's names, (name in the file, type) of each, the metadata."""
     fields, kinds, raw = _read(file)
     if (found := fields.get("general.architecture")) != "llama":
         raise ValueError(f"{file.name}: general.architecture: expected llama, got {found!r}")
@@ -93,10 +114,108 @@ def read_gguf(path: str | os.PathLike) -> tuple[ModelConfig, dict[str, Quantized
     _check(file.name, config, {name: tuple(array.shape) for name, array in raw.items()}, kinds)
     # Rows are what is reordered; whether a row holds numbers or blocks does not matter.
     named = hugging_face_names(file.name, config, raw)
-    tensors: dict[str, QuantizedTensor | Tensor] = {}
-    for (name, tensor), (original, kind) in zip(named.items(), kinds.items(), strict=True):
-        tensors[name] = blocks(f"{file.name}: {original}", kind, tensor) if kind in BYTES else tensor
-    return config, tensors
+    return config, named, dict(zip(named, kinds.items(), strict=True)), fields
+
+
+# ---- a file as a directory -------------------------------------------------------------------------------------------
+
+
+def opened(path: str | os.PathLike) -> Path:
+    """The Hugging Face directory of this file, in the cache: made when it is not there, or the file is another now.
+
+    Raises as `read_gguf`, and for a tokenizer that is not supported.
+    """
+    file = Path(path).resolve()
+    about = file.stat()
+    state = hashlib.sha256(f"{file} {about.st_size} {about.st_mtime_ns}".encode()).hexdigest()[:12]
+    target = cache_dir() / "gguf" / f"{file.stem}-{state}"
+    if (target / MANIFEST).is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with alone(target.parent / f".{target.name}.lock", print), atomic_directory(target, keep=MANIFEST) as folder:
+        config, tensors, kinds, fields = _contents(file)
+        write_tokenizer(folder, file.name, fields, config)
+        stored = {}
+        for name, (called, kind) in kinds.items():
+            if kind in BYTES:
+                weight = blocks(f"{file.name}: {called}", kind, tensors[name])  # damage is found here, and named
+                part = name.removesuffix(".weight")
+                if ".layers." in name:
+                    tensors[f"{part}.blocks"], stored[part] = tensors.pop(name), kind
+                else:
+                    tensors[name] = weight.dequantize(torch.float32)
+        if stored:
+            config = dataclasses.replace(config, quantization_config={"quant_method": "gguf", "kinds": stored})
+        write_model(folder, config, tensors)
+        write_json(folder / MANIFEST, {"source": str(file)})
+    return target
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A `Format` (see `formats.py`) that is read only: a part is `blocks`, uint8 [N, K / 32 · bytes of a block]."""
+
+    kind: str
+    activations: bool = False
+
+    @property
+    def scheme(self) -> Scheme:
+        """Of the weight."""
+        return Scheme(8 if self.kind == "Q8_0" else 4, "int", self.kind != "Q4_1", group_size=BLOCK)
+
+    def wanted(self, rows: int, k: int) -> dict[str, torch.Size]:
+        """The bytes alone."""
+        return {"blocks": torch.Size((rows, k // BLOCK * BYTES[self.kind]))}
+
+    def read(self, tensors: Mapping[str, Tensor], rows: int, k: int) -> tuple[QuantizedTensor, Tensor | None]:
+        """As `blocks`."""
+        return blocks("blocks", self.kind, tensors["blocks"]), None
+
+
+class Decoded(Dense):
+    """A dense layer that is stored in blocks, and decoded as it is loaded. `kinds`: of each part."""
+
+    def __init__(self, in_features: int, parts: dict[str, int], kinds: dict[str, str]) -> None:
+        super().__init__(in_features, parts, False)
+        self.kinds = kinds
+
+    def wanted(self) -> dict[str, torch.Size]:
+        """Blocks, or the weight of a part that has none."""
+        found = super().wanted()
+        for part, kind in self.kinds.items():
+            del found[f"{part}.weight"]
+            found[f"{part}.blocks"] = Blocks(kind).wanted(self.parts[part], self.in_features)["blocks"]
+        return found
+
+    def load(self, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
+        """As `Dense`."""
+        plain = dict(tensors)
+        for part, kind in self.kinds.items():
+            plain[f"{part}.weight"] = blocks(f"{part}.blocks", kind, plain.pop(f"{part}.blocks")).dequantize(dtype)
+        super().load(plain, device, dtype)
+
+
+def factory(about: Mapping[str, Any]) -> LinearFactory:
+    """Of a model whose config says, under "kinds", which parts lie in blocks of which type."""
+    kinds = about.get("kinds")
+    if not isinstance(kinds, dict) or not all(kind in BYTES for kind in kinds.values()):
+        raise ValueError(f"kinds: expected {{part: {' or '.join(BYTES)}}}, got {kinds!r:.60}")
+
+    def make(name: str, in_features: int, parts: dict[str, int], bias: bool) -> Linear:
+        above = name.rpartition(".")[0]
+        own = {part: kinds[f"model.{above}.{part}"] for part in parts if f"model.{above}.{part}" in kinds}
+        if not own:
+            return dense(name, in_features, parts, bias)
+        alike = len(own) == len(parts) and len(set(own.values())) == 1
+        if not alike or "Q8_0" in own.values():
+            return Decoded(in_features, parts, own)
+        stored = Blocks(next(iter(own.values())))
+        return QuantLinear(in_features, parts, CompressedTensors(stored.scheme), bias, stored)
+
+    return make
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, str], dict[str, np.ndarray]]:

@@ -36,12 +36,14 @@ class QuantLinear(Linear):
 
     Buffers: `weight`, int8 or fp8 [N, K], or int4 packed as int32 [N, K/8] (on a GPU in tiles, see `repack`); `scale`
     fp32 [N, G]; `zero` int8 [N, G] or None; `order` int64 [K], which column of x each column multiplies, or None;
+    `offset` floating [N, G] or None: what is added to each weight of a group, of zero points between integers;
     `bias` [N] or None.
     """
 
     weight: Tensor
     scale: Tensor
     zero: Tensor | None
+    offset: Tensor | None
     order: Tensor | None
     bias: Tensor | None
 
@@ -52,7 +54,7 @@ class QuantLinear(Linear):
         super().__init__(in_features, parts)
         self.format, self.source, self.has_bias = format, source or format, bias
         self._packed: tuple[Tensor, ...] | None = None  # the weight once more, as torch's operations want it on a CPU
-        for name in ("weight", "scale", "zero", "order", "bias"):
+        for name in ("weight", "scale", "zero", "offset", "order", "bias"):
             self.register_buffer(name, None)
 
     @classmethod
@@ -63,7 +65,7 @@ class QuantLinear(Linear):
         return layer
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "QuantLinear":
-        """`to`, `half` and the like move everything, and convert the bias alone."""
+        """`to`, `half` and the like move everything, and convert the offset and the bias alone."""
         kept = {name: getattr(self, name) for name in ("weight", "scale", "zero")}
         super()._apply(fn, recurse)
         for name, tensor in kept.items():
@@ -77,10 +79,10 @@ class QuantLinear(Linear):
     def set(
         self, weight: QuantizedTensor, bias: Tensor | None, device: torch.device, order: Tensor | None = None
     ) -> None:
-        """Take a weight [N, K], whose scheme is the format's. Raises ValueError for zero points between integers."""
-        zero = weight.grid.zero
-        if zero is not None and not torch.equal(zero, zero.round()):
-            raise ValueError("zero: expected whole numbers, got others (GGUF's Q4_1 has them); dequantize this weight")
+        """Take a weight [N, K], whose scheme is the format's."""
+        zero, self.offset = weight.grid.zero, None
+        if zero is not None and not torch.equal(zero, zero.round()):  # (q - z) s is q s and, for a group, - z s
+            self.offset, zero = (-zero * weight.grid.scale).to(device), None
         self.weight = (pack(weight.q, 4) if self._is_packed else weight.q).to(device)
         self.scale = weight.grid.scale.to(device)
         self.zero = None if zero is None else zero.to(device, torch.int8)
@@ -93,9 +95,10 @@ class QuantLinear(Linear):
     def quantized(self) -> QuantizedTensor:
         """The weight [N, K] as it was set; its columns in `order`."""
         q = unpack(self.weight, self.in_features) if self._is_packed else self.weight
-        return QuantizedTensor(
-            q, Grid(self.scale, None if self.zero is None else self.zero.float()), self.format.scheme
-        )
+        zero = None if self.zero is None else self.zero.float()
+        if self.offset is not None:
+            zero = -self.offset.float() / self.scale.float()
+        return QuantizedTensor(q, Grid(self.scale, zero), self.format.scheme)
 
     @property
     def _is_packed(self) -> bool:
@@ -133,11 +136,14 @@ class QuantLinear(Linear):
         if self.has_bias:
             bias = torch.cat([floating(f"{part}.bias", tensors[f"{part}.bias"]) for part in self.parts]).to(dtype)
         self.set(_joined(parts), bias, device, orders[0])
+        self.offset = None if self.offset is None else self.offset.to(dtype)
 
     def tensors(self) -> dict[str, Tensor]:
         """What `load` takes, in the format. Raises ValueError for columns out of order, which it has no place for."""
         if self.order is not None:
             raise ValueError("g_idx: a checkpoint quantized in order of activations (desc_act) cannot be written anew")
+        if self.offset is not None:
+            raise ValueError("zero: expected whole zero points to write, got others (GGUF's Q4_1 has them)")
         found: dict[str, Tensor] = {}
         whole, first = self.quantized(), 0
         for part, rows in self.parts.items():
@@ -162,7 +168,10 @@ class QuantLinear(Linear):
         if KERNELS["w4a16"].path(x) == "torch" and x.device.type == "cpu" and self._prepare():
             return self._on_cpu(x)
         if self._is_packed:
-            return w4a16(x, self.weight, self.scale, self.zero, self.bias)
+            y = w4a16(x, self.weight, self.scale, self.zero, self.bias)
+            if self.offset is None:
+                return y
+            return y + F.linear(x.unflatten(-1, (self.offset.shape[1], -1)).sum(-1), self.offset.to(x.dtype))
         return F.linear(x, self.quantized().dequantize(x.dtype), self.bias)
 
     def add_norm(
@@ -191,6 +200,7 @@ class QuantLinear(Linear):
             q = unpack(self.weight, k).to(torch.int32) + 8
             # (q - 8) s + z there, (q - 8 - z) s here
             zero = torch.zeros_like(self.scale) if self.zero is None else -self.zero * self.scale
+            zero = zero if self.offset is None else self.offset.to(zero.dtype)
             both = torch.stack((self.scale, zero), -1).transpose(0, 1).contiguous().bfloat16()  # [G, N, 2]
             self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1), both
         return self._packed is not None

@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from minillm import fetch
-from minillm.quant import QuantizedTensor
-from minillm.quant.gguf import BYTES, blocks, read_gguf
+from minillm import LLM, SamplingParams, fetch
+from minillm.kernels import use
+from minillm.model.weights import load
+from minillm.quant import QuantizedTensor, QuantLinear
+from minillm.quant.gguf import BYTES, blocks, opened, read_gguf
 
 SHAPES = {
     "token_embd": (64, 32), "output_norm": (32,), "blk.0.attn_norm": (32,), "blk.0.ffn_norm": (32,),
@@ -194,3 +196,65 @@ class TestFile:
         for tensor in tensors.values():
             w = tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor
             assert w.shape[-1] in (config.hidden_size, config.intermediate_size)
+
+
+class TestModel:
+    """A file in the place of a model's name."""
+
+    @pytest.fixture(autouse=True)
+    def cache(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("MINILLM_CACHE", str(tmp_path / "cache"))
+        return tmp_path / "cache" / "gguf"
+
+    @staticmethod
+    def logits(model) -> torch.Tensor:
+        tokens = torch.arange(20).view(2, 10)
+        with use("reference"), torch.inference_mode():
+            return model(tokens)
+
+    @staticmethod
+    def mixed(tensors: dict) -> dict:
+        """One part of two in another type than its neighbor, and a layer in a third."""
+        change = {"blk.0.attn_k.weight": Kind.Q8_0, "blk.0.ffn_up.weight": Kind.F16, "blk.0.ffn_down.weight": Kind.Q4_1}
+        for name, kind in change.items():
+            tensors[name] = (gguf.quantize(gguf.dequantize(*tensors[name]), kind), kind)
+        return tensors
+
+    @pytest.mark.parametrize("change", [None, "mixed"])
+    @pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.F16])
+    def test_logits_are_those_of_the_converted_model(self, tmp_path, kind, change):
+        write(tmp_path / "m.gguf", kind, change and self.mixed)
+        (tmp_path / "dense").mkdir()
+        fetch.convert_gguf(tmp_path / "m.gguf", tmp_path / "dense")
+        model, right = load(tmp_path / "m.gguf"), load(tmp_path / "dense")
+        packed = [layer for layer in model.modules() if isinstance(layer, QuantLinear)]
+        expected = {None: {"Q4_0": 4, "Q4_1": 4}, "mixed": {"Q4_0": 2, "Q4_1": 2, "Q8_0": 1, "F16": 1}}
+        assert len(packed) == expected[change].get(kind.name, 0)
+        torch.testing.assert_close(self.logits(model), self.logits(right), rtol=1e-4, atol=1e-4)
+
+    def test_it_generates_with_its_tokenizer(self, tmp_path):
+        write(tmp_path / "m.gguf", Kind.Q4_1)
+        llm = LLM(tmp_path / "m.gguf", dtype="float32")
+        [output] = llm.generate(["abab"], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True), use_tqdm=False)
+        assert len(output.token_ids) == 4
+        with pytest.raises(ValueError, match="is quantized already"):
+            LLM(tmp_path / "m.gguf", quantization="int4")
+
+    def test_it_is_laid_out_once_and_anew_when_it_changes(self, tmp_path, cache, monkeypatch):
+        file = tmp_path / "m.gguf"
+        write(file, Kind.Q4_0)
+        first = opened(file)
+        monkeypatch.setattr("minillm.quant.gguf._contents", None)  # not read again
+        assert opened(file) == first
+        monkeypatch.undo()
+        monkeypatch.setenv("MINILLM_CACHE", str(cache.parent))
+        write(file, Kind.Q8_0)
+        assert opened(file) != first
+
+    def test_of_a_damaged_file_nothing_stays(self, tmp_path, cache):
+        file = tmp_path / "m.gguf"
+        write(file, Kind.Q4_0)
+        file.write_bytes(file.read_bytes()[:-400])
+        with pytest.raises(ValueError, match=r"m.gguf: "):
+            load(file)
+        assert not [path for path in cache.iterdir() if not path.name.endswith(".lock")]
