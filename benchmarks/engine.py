@@ -24,11 +24,13 @@ one token's (workloads.step_bytes), all at the copy rate measured in this run. P
 """
 
 import argparse
+import json
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import peers
 import torch
@@ -97,6 +99,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a tiny shape, nothing recorded")
     parser.add_argument("--only", default=",".join(PARTS) if GPU else "", help=f"some of {', '.join((*PARTS, *CPU))}")
     parser.add_argument("--shapes", default="", help=f"some of {', '.join(w.SHAPES)}")
+    parser.add_argument(
+        "--beside", type=Path, help="JSON of what others reach on this machine, {part: {shape: {engine: tokens/s}}}"
+    )
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs (enforce_eager); nothing recorded")
     parser.add_argument("--sync", action="store_true", help="async_scheduling=False; nothing recorded")
     chosen = parser.parse_args(arguments)
@@ -127,6 +132,8 @@ def ceilings() -> dict[str, float]:
 def main(arguments: list[str]) -> int:
     """Run the parts for every shape; the exit status says whether all went well."""
     chosen = parse(arguments)
+    if chosen.beside:
+        w.measured_beside(json.loads(chosen.beside.read_text(encoding="utf-8")))
     sizes = w.QUICK if chosen.quick or not GPU else w.FULL
     options = ({"enforce_eager": True} if chosen.eager else {}) | ({"async_scheduling": False} if chosen.sync else {})
     kept = not (chosen.quick or options)

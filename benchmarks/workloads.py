@@ -29,19 +29,32 @@ NAMES = {
     "llama8b": "Llama-3.1-8B",
     "tiny": "tiny",
 }
-PUBLISHED_LABEL = "other engines, tokens/s: one H100 80GB HBM3, 2026-11-22, vLLM 0.24, torch 2.11; not in this run"
-PUBLISHED = {
+PUBLISHED_LABEL = "other engines, tokens/s: one H100 80GB HBM3, 2026-11-27, vLLM 0.26, torch 2.11; not in this run"
+BESIDE = "other engines, tokens/s: on the same machine, in turn"
+PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
     "workload": {
-        "qwen3": {"vLLM": 17_735, "nano-vllm": 16_868, "transformers generate, batch 64": 730},
-        "smollm2": {"vLLM": 33_170},
-        "llama1b": {"vLLM": 31_924},
+        "qwen3": {"vLLM": 19_004, "nano-vllm": 16_868, "transformers generate, batch 64": 730},
+        "smollm2": {"vLLM": 30_151},
+        "llama1b": {"vLLM": 30_509},
+        "llama8b": {"vLLM": 8_042},
     },
     "stream": {
-        "qwen3": {"vLLM": 361, "nano-vllm": 466, "transformers eager": 15, "transformers compiled": 225},
-        "smollm2": {"vLLM": 642},
-        "llama1b": {"vLLM": 638},
+        "qwen3": {"vLLM": 477, "nano-vllm": 466, "transformers eager": 15, "transformers compiled": 225},
+        "smollm2": {"vLLM": 578},
+        "llama1b": {"vLLM": 636},
+        "llama8b": {"vLLM": 149},
     },
 }
+
+
+def measured_beside(figures: dict[str, dict[str, dict[str, float]]]) -> None:
+    """Take what other engines reached on the same machine, in turn with ours, in the place of what was published."""
+    global PUBLISHED, PUBLISHED_LABEL
+    for part, shapes in figures.items():
+        if part not in PUBLISHED or not set(shapes) <= set(SHAPES):
+            raise ValueError(f"figures: expected parts {', '.join(PUBLISHED)} of known shapes, got {part!r}")
+    PUBLISHED = {part: figures.get(part, {}) for part in PUBLISHED}
+    PUBLISHED_LABEL = BESIDE
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ after the other. Both orders are taken; the first is repacked in every call on a
 
 For few tokens the kernel computes yᵀ = w xᵀ: rows of w fill the 64 rows of a tensor-core product, which tokens could
 not, and unpacked weights stay in registers, where only the left operand may be. When N gives too few programs, K is
-split among them, and a second kernel adds up, always in the same order.
+split among them, and a second kernel adds up, always in the same order. For many tokens, whose product is bound by
+arithmetic, the weight is turned into numbers once, by a kernel of its own, and cuBLAS multiplies.
 
 Sources: Kim et al., 2022, "Who Says Elephants Can't Run" (numbers by OR); Frantar et al., 2024, "MARLIN" (the order).
 """
@@ -35,6 +36,7 @@ __all__ = ["repack", "unpack", "w4a16"]
 
 TILE = 64  # weights of a row in a tile
 ONE_SCALE = 1 << 30  # the group size, for the kernel, where a row has one scale
+WHOLE_ABOVE = 256  # tokens for which the weight is written out, 2 N K bytes and more, and multiplied by cuBLAS
 
 
 def unpack(packed: Tensor, k: int) -> Tensor:
@@ -251,6 +253,30 @@ def w4a16_one_kernel(
 
 
 @triton.jit
+def dequantize_kernel(
+    w_ptr, scale_ptr, zero_ptr, out_ptr, n, k, group, stride_sn, stride_sg,
+    ZEROS: tl.constexpr, PER: tl.constexpr, PDL: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """The weight itself, [N, K] in out's dtype: BLOCK_N rows of TILES tiles, which have one scale or are one tile."""
+    previous_done(PDL)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile, inside = tl.program_id(1) * TILES, offs_n < n
+    word, column = tl.arange(0, 8 * TILES), tl.arange(0, 16 * TILES)
+    columns = tile * 64 + column // 16 * 64 + column % 16
+    there = inside[:, None] & (tile + word // 8 < tl.cdiv(k, 64))[None, :]
+    at = ((tile + word // 8) * n * 8)[None, :] + (offs_n * 8)[:, None] + (word % 8)[None, :]
+    words = tl.load(w_ptr + at, mask=there, other=0)
+    for i in tl.static_range(4):
+        if i % PER == 0:
+            of_group = tl.minimum(tile * 64 + i * 16, k - 1) // group * stride_sg
+            scale, zero = scale_of(scale_ptr + of_group, zero_ptr + of_group, offs_n * stride_sn, inside, ZEROS)
+        q = sixteenths(words, zero.to(tl.float32), i, tl.float32, BLOCK_N, 8 * TILES)
+        to = out_ptr + offs_n.to(tl.int64)[:, None] * k + (columns + i * 16)[None, :]
+        keep = inside[:, None] & (columns + i * 16 < k)[None, :]
+        tl.store(to, (q * scale[:, None]).to(out_ptr.dtype.element_ty), mask=keep)
+
+
+@triton.jit
 def add_parts_kernel(
     parts_ptr, bias_ptr, y_ptr, n, size, BIAS: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -291,6 +317,20 @@ def _parts(steps: int, programs: int, wanted: int) -> int:
     """Among how many programs to split `steps`, each at least 4, for `wanted` programs in all: by shapes alone."""
     parts = max(1, min(wanted // programs, steps // 4, 16))
     return ceil_div(steps, ceil_div(steps, parts))  # none is empty
+
+
+def _whole(tiles: Tensor, scales: Tensor, zeros: Tensor | None, k: int, dtype: torch.dtype, early: dict) -> Tensor:
+    """The weight [N, K]."""
+    n, size = tiles.shape[1], k // scales.shape[1]
+    w = torch.empty((n, k), dtype=dtype, device=tiles.device)
+    together = 2 if scales.shape[1] == 1 or size % (2 * TILE) == 0 else 1
+    per = 4 if scales.shape[1] == 1 or size % 64 == 0 else 2 if size % 32 == 0 else 1
+    group = ONE_SCALE if scales.shape[1] == 1 else size
+    dequantize_kernel[(ceil_div(n, 64), ceil_div(ceil_div(k, TILE), together))](
+        tiles, scales, scales if zeros is None else zeros, w, n, k, group, *scales.stride(),
+        ZEROS=zeros is not None, PER=per, BLOCK_N=64, TILES=together, num_warps=4, **early,
+    )  # fmt: skip
+    return w
 
 
 def _launch(x: Tensor, tiles: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, early: dict) -> Tensor:
@@ -356,4 +396,7 @@ def w4a16(
     rows = x.reshape(-1, k)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     bias = None if bias is None else bias.contiguous()
-    return _launch(rows, packed.contiguous(), scales, zeros, bias, early).view(*x.shape[:-1], n)
+    tiles = packed.contiguous()
+    if len(rows) > WHOLE_ABOVE:
+        return F.linear(rows, _whole(tiles, scales, zeros, k, x.dtype, early), bias).view(*x.shape[:-1], n)
+    return _launch(rows, tiles, scales, zeros, bias, early).view(*x.shape[:-1], n)

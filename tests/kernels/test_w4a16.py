@@ -67,6 +67,23 @@ def test_against_the_reference(device, dtype, triton, monkeypatch, variant):
     products(device, dtype)
 
 
+def test_many_tokens_have_the_weight_written_out(device, dtype, triton, monkeypatch):
+    monkeypatch.setattr(module(), "WHOLE_ABOVE", 0)
+    products(device, dtype)
+
+
+@pytest.mark.parametrize("k", [64, 576, 72, 1024])
+def test_the_weight_written_out_is_the_weight(device, dtype, triton, monkeypatch, k):
+    """Rounded to x's dtype once, nothing left unwritten."""
+    monkeypatch.setattr(module(), "WHOLE_ABOVE", 0)
+    args = weight(7, 70, k, k if k % 128 else 128, True, device, dtype, torch.float32)
+    empty = torch.empty
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", lambda *a, **kw: empty(*a, **kw).fill_(float("nan")))
+        got = w4a16(torch.eye(k, dtype=dtype, device=device), *repack(*args))
+    assert torch.equal(got.T, module().dequantize(*args, k, dtype, torch.float32))
+
+
 def test_one_token_is_not_mistaken_for_several(device, triton, monkeypatch):
     """A size that only one token may have is set right for more."""
     sized(monkeypatch, {"BLOCK_M": 1, "BLOCK_N": 16})
@@ -201,6 +218,8 @@ def test_compiles_for_an_h100(dtype, zeros):
         found = compile_kernel(kernels.w4a16_kernel, *pointers, m, n, 4096, 128, 32, 4096, 1, n, **flags, **sizes)
         assert found.local_bytes == 0, (m, n, found)
     sizes = {"BLOCK_N": 64, "TILES": 2, "num_warps": 4}
+    whole = (index, dtype, torch.int8, dtype, n, 4096, 128, 1, n)
+    assert compile_kernel(kernels.dequantize_kernel, *whole, ZEROS=zeros, PER=4, PDL=False, **sizes).local_bytes == 0
     one = compile_kernel(kernels.w4a16_one_kernel, *pointers, n, 4096, 128, 32, 1, n, 0x41800000, **flags, **sizes)
     assert one.local_bytes == 0
     parts = (torch.float32, dtype, dtype, n, n)
