@@ -137,7 +137,7 @@ def workload(bench: Bench) -> dict:
 
 
 def published(part: str, shape: str, rate: float) -> dict:
-    """Ratios to figures of other engines: from elsewhere, marked as such, on the same kind of GPU; or measured beside."""
+    """Ratios to other engines: figures from elsewhere, marked as such, on the same kind of GPU; or measured beside."""
     comparable = device()[0] == "h100" or w.PUBLISHED_LABEL == w.BESIDE
     figures = w.PUBLISHED[part].get(shape, {}) if comparable else {}
     return {"published": figures, "against published": {name: rate / figure for name, figure in figures.items()}}

@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from .model import Transformer
 from .model.tokenizer_hf import load_tokenizer
 from .model.weights import load, model_path, resolve_device, resolve_dtype
 from .progress import progress_bar
-from .quant import ON_THE_FLY, CompressedTensors, on_the_fly, round_model
+from .quant import ON_THE_FLY, CompressedTensors, load_on_the_fly, on_the_fly, round_model
 from .sampling import SamplingParams
 
 __all__ = ["LLM", "Completion", "Metrics", "RequestOutput", "TextStream"]
@@ -177,9 +178,7 @@ class LLM:
         self.default_params()
         self.tokenizer = load_tokenizer(path) if (path / "tokenizer.json").is_file() else None
         try:
-            self.model = load(path, device, dtype) if load_format == "auto" else _random(config, device, dtype)
-            if quantization is not None:
-                on_the_fly(self.model, quantization)
+            self.model = _loaded(path, config, load_format, quantization, device, dtype)
         except torch.OutOfMemoryError as error:
             needed = config.weight_bytes() / 1e9
             raise MemoryError(
@@ -357,6 +356,17 @@ def _engine_config(options: dict[str, Any]) -> EngineConfig:
     if unknown := sorted(options.keys() - set(known)):
         raise TypeError(f"{unknown[0]}: no such argument; expected some of {', '.join(known)}")
     return EngineConfig(**options)
+
+
+def _loaded(
+    path: Path, config: ModelConfig, load_format: str, quantization: str | None, device: str, dtype: str
+) -> Transformer:  # fmt: skip
+    if load_format == "dummy":
+        model = _random(config, device, dtype)
+        return model if quantization is None else on_the_fly(model, quantization)
+    if quantization is None:
+        return load(path, device, dtype)
+    return load_on_the_fly(path, quantization, device, dtype)
 
 
 def _random(config: ModelConfig, device: str, dtype: str) -> Transformer:

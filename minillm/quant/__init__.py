@@ -5,7 +5,15 @@ from .formats import CompressedTensors
 from .gguf import factory as gguf_factory
 from .importers import parse
 from .linear import QuantLinear, factory, imported
-from .methods import METHODS, ON_THE_FLY, on_the_fly, quantize_checkpoint, quantize_model, round_model
+from .methods import (
+    METHODS,
+    ON_THE_FLY,
+    load_on_the_fly,
+    on_the_fly,
+    quantize_checkpoint,
+    quantize_model,
+    round_model,
+)
 from .rtn import Grid, QuantizedTensor, Scheme, dequantize, error_grid, fake_quantize, minmax_grid, quantize
 
 __all__ = [
@@ -19,6 +27,7 @@ __all__ = [
     "dequantize",
     "error_grid",
     "fake_quantize",
+    "load_on_the_fly",
     "minmax_grid",
     "on_the_fly",
     "quantize",

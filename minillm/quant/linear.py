@@ -10,6 +10,7 @@ slow path), so x is rounded to bf16 on the way. `use("reference")` computes with
 """
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,12 +21,12 @@ from ..kernels import KERNELS, norm_quantize_rows, quantize_rows, repack, swiglu
 from ..model.linear import Dense, Linear, LinearFactory, dense, floating
 from .formats import CompressedTensors, Format, pack
 from .importers import Imported, Recipe
-from .rtn import Grid, QuantizedTensor
+from .rtn import Grid, QuantizedTensor, Scheme, minmax_grid
 
 if TYPE_CHECKING:
     from ..model.layers import Batch, RMSNorm
 
-__all__ = ["QuantLinear", "factory", "imported"]
+__all__ = ["QuantLinear", "factory", "imported", "rounding"]
 
 ATEN_GROUPS = (32, 64, 128, 256)  # that torch's product with packed int4 takes on a CPU
 
@@ -227,6 +228,34 @@ def _joined(parts: list[QuantizedTensor]) -> QuantizedTensor:
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b if a is None or b is None else torch.equal(a, b)
+
+
+@dataclass(frozen=True)
+class _Rounding:
+    """A `Format` that is read only: plain weights, rounded to the nearest of `format` as they come, on `device`."""
+
+    format: CompressedTensors
+    device: torch.device
+
+    @property
+    def scheme(self) -> Scheme:
+        return self.format.scheme
+
+    @property
+    def activations(self) -> bool:
+        return self.format.activations
+
+    def wanted(self, rows: int, k: int) -> dict[str, torch.Size]:
+        return {"weight": torch.Size((rows, k))}
+
+    def read(self, tensors: Mapping[str, Tensor], rows: int, k: int) -> tuple[QuantizedTensor, Tensor | None]:
+        weight = floating("weight", tensors["weight"]).to(self.device)
+        return QuantizedTensor.round(weight, minmax_grid(weight, self.scheme), self.scheme), None
+
+
+def rounding(format: CompressedTensors, device: torch.device) -> LinearFactory:
+    """Of a model whose layers, but for its head, are rounded to the nearest as they are loaded, one after another."""
+    return _factory(format, _Rounding(format, device), lambda name, parts: True)
 
 
 def factory(format: CompressedTensors, ignore: Collection[str] = ("lm_head",)) -> LinearFactory:

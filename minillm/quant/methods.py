@@ -19,15 +19,23 @@ from ..files import atomic_directory, copy_tokenizer
 from ..model import Transformer
 from ..model.linear import Dense
 from ..model.tokenizer_hf import load_tokenizer
-from ..model.weights import load, model_path, save_into
+from ..model.weights import load, model_path, resolve_device, save_into
 from .awq import awq_model
 from .calibrate import gptq_model, sites
 from .formats import CompressedTensors
-from .linear import QuantLinear
+from .linear import QuantLinear, rounding
 from .rtn import QuantizedTensor, Scheme, minmax_grid
 from .smoothquant import activation_maxima, best_alphas, smooth
 
-__all__ = ["METHODS", "ON_THE_FLY", "on_the_fly", "quantize_checkpoint", "quantize_model", "round_model"]
+__all__ = [
+    "METHODS",
+    "ON_THE_FLY",
+    "load_on_the_fly",
+    "on_the_fly",
+    "quantize_checkpoint",
+    "quantize_model",
+    "round_model",
+]
 
 # What each is for, in a line.
 METHODS: Mapping[str, str] = MappingProxyType({
@@ -91,14 +99,37 @@ def round_model(model: Transformer, format: CompressedTensors, progress: Progres
 
 
 def on_the_fly(model: Transformer, quantization: str) -> Transformer:
-    """What `LLM(quantization=...)` does to a model: one of ON_THE_FLY. Raises ValueError for another.
+    """What `LLM(quantization=...)` does to a model without a checkpoint: one of ON_THE_FLY. -> the model
 
-    On a CPU the head is in 8 bits, too: of a small model's bytes for a token it is the largest part.
+    Raises ValueError for another.
     """
+    return _with_head(round_model(model, _format_on_the_fly(quantization, _rows(model))))
+
+
+def load_on_the_fly(
+    name: str | os.PathLike, quantization: str, device: str = "auto", dtype: str = "auto"
+) -> Transformer:  # fmt: skip
+    """A model of which each layer is rounded as it is read: of the unrounded ones there is never more than one.
+
+    quantization: of ON_THE_FLY. Raises as `load`, and ValueError for another quantization.
+    """
+    config = ModelConfig.from_pretrained(model_path(name))
+    attention = config.num_attention_heads * config.head_dim
+    rows = {"qkv_proj, gate_up_proj": config.hidden_size, "o_proj": attention, "down_proj": config.intermediate_size}
+    format = _format_on_the_fly(quantization, rows)
+    model = load(name, device, dtype, rounding(format, resolve_device(device)))
+    return _with_head(_described(model, format))
+
+
+def _format_on_the_fly(quantization: str, rows: Mapping[str, int]) -> CompressedTensors:
     if quantization not in ON_THE_FLY:
         raise ValueError(f"quantization: expected one of {', '.join(ON_THE_FLY)}, got {quantization!r}")
     method, bits = ON_THE_FLY[quantization]
-    round_model(model, format_of(method, bits, None, True, _rows(model)))
+    return format_of(method, bits, None, True, rows)
+
+
+def _with_head(model: Transformer) -> Transformer:
+    """On a CPU the head is in 8 bits, too: of a small model's bytes for a token it is the largest part."""
     if model.device.type == "cpu" and isinstance(model.lm_head, Dense):
         weight, format = model.lm_head.weight.detach(), CompressedTensors(Scheme(8, strategy="channel"))
         rounded = QuantizedTensor.round(weight, minmax_grid(weight, format.scheme), format.scheme)

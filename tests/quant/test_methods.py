@@ -12,8 +12,17 @@ from minillm.cli import app
 from minillm.config import ModelConfig
 from minillm.kernels import use
 from minillm.model import Transformer
+from minillm.model.linear import Dense
 from minillm.model.weights import load, save
-from minillm.quant import METHODS, QuantLinear, quantize_checkpoint, quantize_model
+from minillm.quant import (
+    METHODS,
+    ON_THE_FLY,
+    QuantLinear,
+    load_on_the_fly,
+    on_the_fly,
+    quantize_checkpoint,
+    quantize_model,
+)
 
 CONFIG = ModelConfig(400, 96, 192, 2, 6, 2, 16, max_position_embeddings=128)
 TEXT = torch.randint(0, 400, (4, 32), generator=torch.Generator().manual_seed(0))
@@ -90,6 +99,21 @@ def test_on_the_fly_equals_the_checkpoint(folder, tmp_path, quantization):
     assert (
         len(llm.generate([[5, 6, 7]], SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False)[0].token_ids) == 4
     )
+
+
+@pytest.mark.parametrize("quantization", ON_THE_FLY)
+def test_rounded_as_it_is_read_it_is_the_same(folder, quantization, monkeypatch):
+    """And of unrounded layers there is the head alone, at any time."""
+    made = []
+    init = Dense.__init__
+    monkeypatch.setattr(
+        Dense, "__init__", lambda self, *args, **more: (made.append(args), init(self, *args, **more))[1]
+    )
+    model = load_on_the_fly(folder, quantization, device="cpu")
+    assert [parts for _, parts, *_ in made] == [{"lm_head": CONFIG.vocab_size}]
+    expected = on_the_fly(load(folder, device="cpu"), quantization)
+    assert torch.equal(model(TEXT), expected(TEXT))
+    assert model.config.quantization_config == expected.config.quantization_config
 
 
 def test_what_llm_refuses(folder, tmp_path):
