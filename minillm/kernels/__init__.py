@@ -19,6 +19,7 @@ from .swiglu import swiglu
 from .top_logprobs import top_logprobs
 from .w4a16 import repack, unpack, w4a16
 from .w8a8 import w8a8
+from .w8a16 import w8a16
 
 __all__ = [
     "GREEDY_BELOW",
@@ -60,4 +61,5 @@ __all__ = [
     "use",
     "w4a16",
     "w8a8",
+    "w8a16",
 ]

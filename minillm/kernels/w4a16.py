@@ -313,7 +313,7 @@ def _sizes(x: Tensor, m: int, n: int, k: int, group: int) -> dict:
     return sizes
 
 
-def _parts(steps: int, programs: int, wanted: int) -> int:
+def split(steps: int, programs: int, wanted: int) -> int:
     """Among how many programs to split `steps`, each at least 4, for `wanted` programs in all: by shapes alone."""
     parts = max(1, min(wanted // programs, steps // 4, 16))
     return ceil_div(steps, ceil_div(steps, parts))  # none is empty
@@ -342,7 +342,7 @@ def _launch(x: Tensor, tiles: Tensor, scales: Tensor, zeros: Tensor | None, bias
     wanted, first, block_m = sizes.pop("PROGRAMS") * sm_count(x.device.index), sizes.pop("FIRST"), sizes.pop("BLOCK_M")
     across = ceil_div(n, sizes["BLOCK_N"])
     steps = ceil_div(k, TILE) // sizes["TILES"]
-    parts = _parts(steps, across * ceil_div(m, block_m), wanted)
+    parts = split(steps, across * ceil_div(m, block_m), wanted)
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
     out = y if parts == 1 else torch.empty((parts, m, n), dtype=torch.float32, device=x.device)
     options = dict(

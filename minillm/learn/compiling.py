@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,12 +61,14 @@ def compile_kernel(kernel: Any, *args: Any, num_warps: int = 4, num_stages: int 
     fn = getattr(kernel, "fn", None)
     if not callable(fn):
         raise TypeError(f"kernel: expected a function under `@triton.jit`, got {type(kernel).__name__}")
-    signature, constants = _signature(fn, args, sizes)
+    kept = getattr(kernel, "do_not_specialize", None) or ()
+    signature, constants, aligned = _signature(fn, args, sizes, kept)
     request = {
         "module": _module(fn),
         "name": fn.__name__,
         "signature": signature,
         "constants": constants,
+        "aligned": aligned,
         "options": {"num_warps": num_warps, "num_stages": num_stages},
     }
     answer = _cached(request)
@@ -75,18 +77,26 @@ def compile_kernel(kernel: Any, *args: Any, num_warps: int = 4, num_stages: int 
     return Compiled(**answer)
 
 
-def _signature(fn: Callable, args: tuple, sizes: dict) -> tuple[dict[str, str], dict[str, Any]]:
-    """Triton's names of the arguments' types, and the values of those that are constants."""
+def _signature(
+    fn: Callable, args: tuple, sizes: dict, kept: Collection[str | int]
+) -> tuple[dict[str, str], dict[str, Any], list[int]]:
+    """Triton's names of the arguments' types, the values of those that are constants, and which are multiples of 16.
+
+    A launch tells the compiler which addresses and integers are such multiples, unless a kernel asks it not to look.
+    """
     parameters = inspect.signature(fn).parameters
     bound = inspect.signature(fn).bind(*args, **sizes)
     bound.apply_defaults()
-    signature, constants = {}, {}
-    for name, value in bound.arguments.items():
+    signature, constants, aligned = {}, {}, []
+    for i, (name, value) in enumerate(bound.arguments.items()):
         if value is None or "constexpr" in str(parameters[name].annotation):
             signature[name], constants[name] = "constexpr", value
         else:
             signature[name] = _type(name, value)
-    return signature, constants
+            is_multiple = type(value) is int and value % 16 == 0 and not {name, i} & set(kept)
+            if is_multiple or signature[name].startswith("*"):
+                aligned.append(i)
+    return signature, constants, aligned
 
 
 def _type(name: str, value: Any) -> str:
@@ -217,7 +227,8 @@ def _work(request: dict) -> dict:
         name: triton.language.dtype(value["dtype"]) if isinstance(value, dict) else value
         for name, value in request["constants"].items()
     }
-    source = ASTSource(getattr(module, request["name"]), request["signature"], constants)
+    attributes = {(i,): [["tt.divisibility", 16]] for i in request["aligned"]}
+    source = ASTSource(getattr(module, request["name"]), request["signature"], constants, attributes)
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=request["options"])
     except Exception as e:

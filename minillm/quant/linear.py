@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import KERNELS, norm_quantize_rows, quantize_rows, repack, swiglu, unpack, w4a16, w8a8
+from ..kernels import KERNELS, norm_quantize_rows, quantize_rows, repack, swiglu, unpack, w4a16, w8a8, w8a16
 from ..model.linear import Dense, Linear, LinearFactory, dense, floating
 from .formats import CompressedTensors, Format, pack
 from .importers import Imported, Recipe
@@ -107,6 +107,12 @@ class QuantLinear(Linear):
         return scheme.kind == "int" and scheme.bits == 4 and self.in_features % 8 == 0
 
     @property
+    def _is_w8a16(self) -> bool:
+        """Whether these are integers of 8 bits with one scale a row."""
+        scheme = self.format.scheme
+        return scheme.kind == "int" and scheme.bits == 8 and self.zero is None and self.scale.shape[1] == 1
+
+    @property
     def quantization_config(self) -> dict[str, Any]:
         """As the format says."""
         return self.format.to_config()
@@ -173,6 +179,8 @@ class QuantLinear(Linear):
             if self.offset is None:
                 return y
             return y + F.linear(x.unflatten(-1, (self.offset.shape[1], -1)).sum(-1), self.offset.to(x.dtype))
+        if self._is_w8a16:
+            return w8a16(x, self.weight, self.scale, self.bias)
         return F.linear(x, self.quantized().dequantize(x.dtype), self.bias)
 
     def add_norm(
@@ -195,7 +203,7 @@ class QuantLinear(Linear):
             return True
         scheme, (n, k) = self.format.scheme, (self.out_features, self.in_features)
         size = scheme.group_size or k
-        if scheme.kind == "int" and scheme.bits == 8 and self.zero is None and self.scale.shape[1] == 1:
+        if self._is_w8a16:
             self._packed = self.weight, self.scale[:, 0].bfloat16()
         elif self._is_packed and size in ATEN_GROUPS and n % 16 == 0:
             q = unpack(self.weight, k).to(torch.int32) + 8
