@@ -108,11 +108,11 @@ def bits(model: Transformer, scheme: Scheme) -> dict[str, float]:
 # ---- the ladder ------------------------------------------------------------------------------------------------------
 
 
-def mean_damped(site: Site, scheme: Scheme, share: float, **options: str) -> QuantizedTensor:
+def mean_damped(site: Site, scheme: Scheme, share: float, order: str | None, grid: str) -> QuantizedTensor:
     """GPTQ as in the paper: the share of the mean diagonal, added to all columns alike."""
     h = site.hessian
     h.diagonal().add_(share * h.diagonal().mean())
-    return gptq(site.linear.weight, h, scheme, damping=0.0, **options)[0]
+    return gptq(site.linear.weight, h, scheme, damping=0.0, order=order, grid=grid)[0]
 
 
 def quantized(
@@ -257,12 +257,12 @@ def outlier_part(bench: Bench, save: Callable[[dict], None]) -> None:
 
     mean = torch.eye(len(h), device=h.device) * h.diagonal().mean()
     shares = (0.001, 0.01, 0.1)
-    options = {"order": "activations", "grid": "minmax"}
+    by_order = partial(gptq, scheme=ASYMMETRIC, order="activations")
     ways = {"RTN": QuantizedTensor.round(w, minmax_grid(w, ASYMMETRIC), ASYMMETRIC)}
     for share in shares:
-        ways[f"{share} of the mean"] = gptq(w, h + share * mean, ASYMMETRIC, damping=0.0, **options)[0]
-        ways[f"{share} of its own"] = gptq(w, h, ASYMMETRIC, damping=share, **options)[0]
-    ways["0.01, without first tokens"] = gptq(w, others, ASYMMETRIC, damping=0.01, **options)[0]
+        ways[f"{share} of the mean"] = by_order(w, h + share * mean, damping=0.0)[0]
+        ways[f"{share} of its own"] = by_order(w, h, damping=share)[0]
+    ways["0.01, without first tokens"] = by_order(w, others, damping=0.01)[0]
     damping = {key: losses(q) for key, q in ways.items()}
     diagonal = h.diagonal().sort(descending=True).values
     print(name, found[name], damping, flush=True)
@@ -275,9 +275,9 @@ def outlier_part(bench: Bench, save: Callable[[dict], None]) -> None:
 REACH = (-1, 0, 1, 2)  # above the integer below a weight: which ones are tried
 
 
-def enumeration_part(bench: Bench, save: Callable[[dict], None], layer: str = "layers.10.mlp.gate_up_proj") -> None:
+def enumeration_part(bench: Bench, save: Callable[[dict], None], layer: str = "layers.10.self_attn.o_proj") -> None:
     """Rows of K weights of one layer and their block of its Hessian: all roundings, and where each method lands."""
-    layer = "layers.2.mlp.gate_up_proj" if SMALL else layer
+    layer = "layers.2.self_attn.o_proj" if SMALL else layer
     site = next(s for s in walk(bench.base, bench.look[:16].split(8)) if s.name == layer)
     whole = site.hessian.double().cpu()
     w = site.linear.weight.detach().double().cpu()
