@@ -36,7 +36,7 @@ from minillm.model.weights import load, model_path
 from minillm.quant.awq import awq_model
 from minillm.quant.calibrate import Site, gptq_model, quantize_layers, replace_weight, rtn_model, sites, walk
 from minillm.quant.formats import CompressedTensors
-from minillm.quant.gptq import gptq
+from minillm.quant.gptq import Hessian, gptq
 from minillm.quant.linear import QuantLinear
 from minillm.quant.methods import quantize_model
 from minillm.quant.rotation import rotate_model
@@ -108,16 +108,23 @@ def bits(model: Transformer, scheme: Scheme) -> dict[str, float]:
 # ---- the ladder ------------------------------------------------------------------------------------------------------
 
 
-def mean_damped(site: Site, scheme: Scheme, share: float, order: str | None, grid: str) -> QuantizedTensor:
-    """GPTQ as in the paper: the share of the mean diagonal, added to all columns alike."""
-    h = site.hessian
-    h.diagonal().add_(share * h.diagonal().mean())
-    return gptq(site.linear.weight, h, scheme, damping=0.0, order=order, grid=grid)[0]
+def otherwise(
+    site: Site, scheme: Scheme, damping: float, order: str | None, grid: str, of_mean: bool, skip: int
+) -> QuantizedTensor:
+    """GPTQ with damping as in the paper, a share of the mean diagonal, added to all columns alike; or blind to the
+    first `skip` tokens of each window.
+    """
+    h = Hessian(site.linear.in_features, site.linear.weight.device)
+    for x in site.inputs:
+        h.add(x.unflatten(0, (-1, LENGTH))[:, skip:])
+    if of_mean:
+        h.matrix.diagonal().add_(damping * h.matrix.diagonal().mean())
+    return gptq(site.linear.weight, h.matrix, scheme, damping=0 if of_mean else damping, order=order, grid=grid)[0]
 
 
 def quantized(
     bench: Bench, scheme: Scheme, *, first: str = "", method: str = "rtn", grid: str = "minmax",
-    order: str | None = None, seen: bool = True, damping: float = 0.01, of_mean: bool = False,
+    order: str | None = None, seen: bool = True, damping: float = 0.01, of_mean: bool = False, skip: int = 0,
     look: Tensor | None = None,
 ) -> tuple[Transformer, dict]:  # fmt: skip
     """A copy of the model, quantized. first: "awq" or "rotate" before it. seen: whether grids by error count a column's
@@ -130,8 +137,9 @@ def quantized(
         awq_model(model, batches, scheme, grid=grid)
     if method == "rtn":
         rtn_model(model, scheme, grid, batches if grid == "error" and seen else None)
-    elif of_mean:
-        quantize_layers(model, batches, partial(mean_damped, scheme=scheme, share=damping, order=order, grid=grid))
+    elif of_mean or skip:
+        how = {"damping": damping, "order": order, "grid": grid, "of_mean": of_mean, "skip": skip}
+        quantize_layers(model, batches, partial(otherwise, scheme=scheme, **how))
     else:
         _, reports = gptq_model(model, batches, scheme, damping=damping, order=order, grid=grid)
         about["loss of RTN's"] = statistics.median(r.loss / r.rtn_loss for r in reports.values())
@@ -189,7 +197,7 @@ def show(row: dict) -> None:
 def choices_part(bench: Bench, save: Callable[[dict], None]) -> None:
     """The last step of the ladder by damping and by the text that it looks at; judged as the ladder is."""
     rows: list[dict] = []
-    ways: list[dict] = [{"damping": 0.001}, {"damping": 0.1}, {"damping": 0.01, "of_mean": True}]
+    ways: list[dict] = [{"damping": 0.001}, {"damping": 0.1}, {"damping": 0.01, "of_mean": True}, {"skip": 1}]
     ways += [{"windows": count} for count in ((4, 16) if GPU else (1,) if SMALL else (4,))]
     for way in ways:
         how = BEST | {key: value for key, value in way.items() if key != "windows"}
@@ -251,8 +259,7 @@ def outlier_part(bench: Bench, save: Callable[[dict], None]) -> None:
     tokens = LENGTH * count
     first = (h * tokens - others * (tokens - count)) / count  # of the first tokens alone
 
-    def losses(q: QuantizedTensor) -> dict[str, float]:
-        e = w - q.dequantize()
+    def losses(e: Tensor) -> dict[str, float]:
         return {key: float(((e @ m) * e).sum()) for key, m in (("first token", first), ("others", others))}
 
     mean = torch.eye(len(h), device=h.device) * h.diagonal().mean()
@@ -263,10 +270,10 @@ def outlier_part(bench: Bench, save: Callable[[dict], None]) -> None:
         ways[f"{share} of the mean"] = by_order(w, h + share * mean, damping=0.0)[0]
         ways[f"{share} of its own"] = by_order(w, h, damping=share)[0]
     ways["0.01, without first tokens"] = by_order(w, others, damping=0.01)[0]
-    damping = {key: losses(q) for key, q in ways.items()}
+    damping = {key: losses(w - q.dequantize()) for key, q in ways.items()}
     diagonal = h.diagonal().sort(descending=True).values
     print(name, found[name], damping, flush=True)
-    save({"layers": found, "worst": name, "damping": damping, "windows": count,
+    save({"layers": found, "worst": name, "damping": damping, "output": losses(w), "windows": count,
           "largest column of the trace": float(diagonal[0] / diagonal.sum())})  # fmt: skip
 
 
