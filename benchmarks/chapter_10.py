@@ -302,7 +302,10 @@ def enumeration_part(bench: Bench, save: Callable[[dict], None], layer: str = "l
             "is the least": {n: sum(r[n] <= r["least"] * (1 + 1e-9) for r in rows) / len(rows) for n in names},
         })  # fmt: skip
         print(by_k[-1], flush=True)
-    picked = sorted(rows, key=lambda r: r["RTN"] / r["least"])[len(rows) // 2]  # the middle one of K = 8
+    apart = [
+        r for r in rows if r["RTN"] > r["back to front"] > r["front to back"]
+    ] or rows  # of K = 8; all of them differ
+    picked = sorted(apart, key=lambda r: r["RTN"] / r["least"])[len(apart) // 2]
     best = {key: picked[key] for key in ("RTN", "front to back", "back to front", "least")}
     ranks = {key: sum(x < value * (1 - 1e-9) for x in picked["nearest two"]) for key, value in best.items()}
     correlation = h / h.diagonal().outer(h.diagonal()).sqrt()
@@ -383,9 +386,42 @@ def speed_part(bench: Bench, save: Callable[[dict], None], n: int = 4096, k: int
         save({"shape": [n, k], "rows": rows})
 
 
+def crossover_part(bench: Bench, save: Callable[[dict], None]) -> None:
+    """One layer of an 8B model on a GPU, by tokens: in bf16 by cuBLAS; 4-bit weights by the kernel, and decoded whole in
+    every call, for cuBLAS; 8-bit weights and activations, with the rounding of these.
+    """
+    import kernels as suites  # benchmarks/kernels.py
+
+    from minillm import kernels
+
+    k, n = (512, 256) if SMALL else (4096, 14_336)
+    w8 = kernels.quantize_rows(suites.randn(n, k), torch.int8)
+
+    def eight(x: Tensor, w: Tensor, scale: Tensor) -> Tensor:
+        return kernels.w8a8(*kernels.quantize_rows(x, torch.int8), w, scale, None, x.dtype)
+
+    ceilings, rows = {}, []
+    if GPU:
+        from gpu import ceilings as measure
+
+        ceilings = measure()
+    for m in (1, 8) if SMALL else (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048):
+        case = suites.w4a16_case(m, k, n)
+        runs = {
+            "bf16": case.runs["cuBLAS bf16" if GPU else "torch"],
+            "W4A16": case.runs["minillm"],
+            "W4A16, decoded first": lambda x, tiles, scales, w: kernels.KERNELS["w4a16"].torch(x, tiles, scales),
+        }
+        seconds = {name: suites.timed(case, run) for name, run in runs.items()}
+        case8 = suites.Case("w8a8", "", (case.inputs[0], *w8), {}, 0.0)
+        rows.append({"tokens": m, "seconds": seconds | {"W8A8": suites.timed(case8, eight)}})
+        print(m, {name: f"{1e6 * s:.1f} µs" for name, s in rows[-1]["seconds"].items()}, flush=True)
+        save({"k": k, "n": n, "group": 128, "ceilings": ceilings, "rows": rows})
+
+
 PARTS = {
     "outlier": outlier_part, "ladder": ladder_part, "bos": bos_part, "choices": choices_part,
-    "enumeration": enumeration_part, "speed": speed_part,
+    "crossover": crossover_part, "enumeration": enumeration_part, "speed": speed_part,
 }  # fmt: skip
 
 
@@ -394,7 +430,7 @@ def main() -> None:
     wanted = [a for a in sys.argv[1:] if not a.startswith("--")]
     if unknown := set(wanted) - set(PARTS):
         raise SystemExit(f"part: expected some of {', '.join(PARTS)}, got {', '.join(unknown)}")
-    wanted = wanted or [name for name in PARTS if not GPU or name not in ("enumeration", "speed")]
+    wanted = wanted or [x for x in PARTS if x not in (("enumeration", "speed") if GPU else ("crossover",))]
     path = ROOT / "benchmarks" / "results" / device()[0] / "chapter_10.json"
     results = json.loads(path.read_text(encoding="utf-8"))["results"] if path.is_file() else {}
     bench, begin = Bench(), time.perf_counter()
