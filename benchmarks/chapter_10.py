@@ -47,7 +47,7 @@ GPU, SMALL = torch.cuda.is_available(), "--small" in sys.argv[1:]
 LENGTH = 128 if SMALL else 512
 DEVICE = "cuda" if GPU else "cpu"
 # windows: to look at, to choose by, to judge by
-LOOK, CHOOSE, JUDGE = (2, 2, 2) if SMALL else (64, 24, 24) if GPU else (16, 4, 6)
+LOOK, CHOOSE, JUDGE = (2, 2, 2) if SMALL else (64, 24, 24) if GPU else (8, 2, 4)
 SYMMETRIC, ASYMMETRIC = Scheme(4, "int", True, "group", 64), Scheme(4, "int", False, "group", 64)
 BOS = 1
 
@@ -387,8 +387,8 @@ def speed_part(bench: Bench, save: Callable[[dict], None], n: int = 4096, k: int
 
 
 def crossover_part(bench: Bench, save: Callable[[dict], None]) -> None:
-    """One layer of an 8B model on a GPU, by tokens: in bf16 by cuBLAS; 4-bit weights by the kernel, and decoded whole in
-    every call, for cuBLAS; 8-bit weights and activations, with the rounding of these.
+    """One layer of an 8B model on a GPU, by tokens: in bf16 by cuBLAS; 4-bit weights by the kernel, and decoded whole
+    in every call, for cuBLAS; 8-bit weights and activations, with the rounding of these.
     """
     import kernels as suites  # benchmarks/kernels.py
 
