@@ -109,14 +109,15 @@ def bits(model: Transformer, scheme: Scheme) -> dict[str, float]:
 
 
 def otherwise(
-    site: Site, scheme: Scheme, damping: float, order: str | None, grid: str, of_mean: bool, skip: int
+    site: Site, scheme: Scheme, damping: float, order: str | None, grid: str, of_mean: bool, skip: int, even: bool
 ) -> QuantizedTensor:
     """GPTQ with damping as in the paper, a share of the mean diagonal, added to all columns alike; or blind to the
-    first `skip` tokens of each window.
+    first `skip` tokens of each window; or with inputs of one length, so that every token counts alike.
     """
     h = Hessian(site.linear.in_features, site.linear.weight.device)
     for x in site.inputs:
-        h.add(x.unflatten(0, (-1, LENGTH))[:, skip:])
+        x = x.unflatten(0, (-1, LENGTH))[:, skip:]
+        h.add(x / x.norm(dim=-1, keepdim=True).clamp(min=1e-6) if even else x)
     if of_mean:
         h.matrix.diagonal().add_(damping * h.matrix.diagonal().mean())
     return gptq(site.linear.weight, h.matrix, scheme, damping=0 if of_mean else damping, order=order, grid=grid)[0]
@@ -125,7 +126,7 @@ def otherwise(
 def quantized(
     bench: Bench, scheme: Scheme, *, first: str = "", method: str = "rtn", grid: str = "minmax",
     order: str | None = None, seen: bool = True, damping: float = 0.01, of_mean: bool = False, skip: int = 0,
-    look: Tensor | None = None,
+    even: bool = False, look: Tensor | None = None,
 ) -> tuple[Transformer, dict]:  # fmt: skip
     """A copy of the model, quantized. first: "awq" or "rotate" before it. seen: whether grids by error count a column's
     errors by its inputs, where nothing else is calibrated.
@@ -137,8 +138,8 @@ def quantized(
         awq_model(model, batches, scheme, grid=grid)
     if method == "rtn":
         rtn_model(model, scheme, grid, batches if grid == "error" and seen else None)
-    elif of_mean or skip:
-        how = {"damping": damping, "order": order, "grid": grid, "of_mean": of_mean, "skip": skip}
+    elif of_mean or skip or even:
+        how = {"damping": damping, "order": order, "grid": grid, "of_mean": of_mean, "skip": skip, "even": even}
         quantize_layers(model, batches, partial(otherwise, scheme=scheme, **how))
     else:
         _, reports = gptq_model(model, batches, scheme, damping=damping, order=order, grid=grid)
@@ -197,7 +198,13 @@ def show(row: dict) -> None:
 def choices_part(bench: Bench, save: Callable[[dict], None]) -> None:
     """The last step of the ladder by damping and by the text that it looks at; judged as the ladder is."""
     rows: list[dict] = []
-    ways: list[dict] = [{"damping": 0.001}, {"damping": 0.1}, {"damping": 0.01, "of_mean": True}, {"skip": 1}]
+    ways: list[dict] = [
+        {"damping": 0.001},
+        {"damping": 0.1},
+        {"damping": 0.01, "of_mean": True},
+        {"skip": 1},
+        {"even": True},
+    ]
     ways += [{"windows": count} for count in ((4, 16) if GPU else (1,) if SMALL else (4,))]
     for way in ways:
         how = BEST | {key: value for key, value in way.items() if key != "windows"}
@@ -239,7 +246,7 @@ def outlier_part(bench: Bench, save: Callable[[dict], None]) -> None:
     found: dict[str, dict] = {}
     count = min(16, len(bench.look))
     worst: tuple[float, str] = (0.0, "")
-    kept: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    kept: dict[str, tuple[Tensor, ...]] = {}
     for site in walk(bench.base, bench.look[:count].split(8)):
         x = torch.cat(site.inputs).unflatten(0, (count, -1))  # [windows, tokens, K]
         energy = x.square().sum((0, 2))  # [tokens]
@@ -252,10 +259,11 @@ def outlier_part(bench: Bench, save: Callable[[dict], None]) -> None:
         found[site.name] = about
         if site.name.endswith("down_proj") and about["mean over median of the diagonal"] > worst[0]:
             worst = about["mean over median of the diagonal"], site.name
-            rest = x[:, 1:].flatten(0, 1)
-            kept = {site.name: (site.hessian, rest.T @ rest / len(rest), site.linear.weight.detach().float())}
+            rest, alike = x[:, 1:].flatten(0, 1), F.normalize(x.flatten(0, 1), dim=-1)
+            w = site.linear.weight.detach().float()
+            kept = {site.name: (site.hessian, rest.T @ rest / len(rest), alike.T @ alike / len(alike), w)}
     name = worst[1]
-    h, others, w = kept[name]
+    h, others, alike, w = kept[name]
     tokens = LENGTH * count
     first = (h * tokens - others * (tokens - count)) / count  # of the first tokens alone
 
@@ -270,6 +278,7 @@ def outlier_part(bench: Bench, save: Callable[[dict], None]) -> None:
         ways[f"{share} of the mean"] = by_order(w, h + share * mean, damping=0.0)[0]
         ways[f"{share} of its own"] = by_order(w, h, damping=share)[0]
     ways["0.01, without first tokens"] = by_order(w, others, damping=0.01)[0]
+    ways["0.01, tokens of one length"] = by_order(w, alike, damping=0.01)[0]
     damping = {key: losses(w - q.dequantize()) for key, q in ways.items()}
     diagonal = h.diagonal().sort(descending=True).values
     print(name, found[name], damping, flush=True)

@@ -29,26 +29,31 @@ def arrow(ax: plt.Axes, begin: tuple, end: tuple, color: str, **options: object)
 
 def plane() -> None:
     """Two weights: lines of equal loss, the nearest point of the grid, and the one that is found by repairing."""
-    figure, ax = plt.subplots(figsize=(5.2, 3.6))
-    h, w = np.array([[1.0, 0.8], [0.8, 1.0]]), np.array([0.4, 0.3])
+    figure, ax = plt.subplots(figsize=(5.4, 3.4))
+    h, w = np.array([[1.0, 0.8], [0.8, 1.0]]), np.array([0.3, 0.4])
+    mended = w[1] + h[0, 1] / h[1, 1] * w[0]  # where the second should be once the first is 0
+
+    def loss(*q: np.ndarray | float) -> np.ndarray:
+        d = np.stack((w[0] - q[0], w[1] - q[1]))
+        return np.einsum("i...,ij,j...->...", d, h, d)
+
     a, b = np.meshgrid(np.linspace(-1.4, 2.4, 300), np.linspace(-1.0, 1.9, 300))
-    d = np.stack((w[0] - a, w[1] - b))
-    loss = np.einsum("iyx,ij,jyx->yx", d, h, d)
-    ax.contour(a, b, loss, [0.09, 0.186, 0.442, 1, 2], colors=GRAY, linewidths=0.7)
+    nearest, found = float(loss(0.0, 0.0)), float(loss(0.0, 1.0))
+    ax.contour(a, b, loss(a, b), [0.05, found, nearest, 1, 2], colors=GRAY, linewidths=0.7)
     x, y = np.meshgrid(range(-1, 3), range(-1, 2))
-    ax.plot(x.ravel(), y.ravel(), "o", color="white", mec=BLACK, ms=6)
     ax.plot([0, 0], [-1, 1.9], color=SKY, lw=1.2, zorder=0)
+    ax.plot(x.ravel(), y.ravel(), "o", color="white", mec=BLACK, ms=6, clip_on=False, zorder=3)
     ax.plot(*w, "o", color=BLACK, ms=5)
-    ax.text(w[0] + 0.06, w[1] + 0.05, "w", va="bottom")
-    ax.plot(0, 0, "o", color=WINE, ms=7)
-    ax.text(-0.1, -0.12, "nearest: 0.442", color=WINE, ha="right", va="top")
-    ax.plot(0, 1, "o", color=BLUE, ms=7)
-    ax.text(-0.1, 1.09, "repaired: 0.186", color=BLUE, ha="right", va="bottom")
-    arrow(ax, tuple(w), (0, 0.62), ORANGE)
-    ax.plot(0, 0.62, "x", color=ORANGE, ms=6, mew=1.6)
-    ax.text(0.27, 0.56, "first weight is rounded,\nthe second makes up for it", color=ORANGE, fontsize=8, va="bottom")
-    arrow(ax, (0, 0.66), (0, 0.93), BLUE)
-    ax.set(xlabel="first weight, in steps", ylabel="second weight", xlim=(-1.4, 2.4), ylim=(-1.0, 1.75))
+    ax.text(w[0] + 0.06, w[1] + 0.02, "w", va="bottom")
+    ax.plot(0, 0, "o", color=WINE, ms=8, zorder=4)
+    ax.text(-0.12, -0.14, f"nearest: {nearest:.3f}", color=WINE, ha="right", va="top")
+    ax.plot(0, 1, "o", color=BLUE, ms=8, zorder=4)
+    ax.text(-0.12, 1.1, f"repaired: {found:.3f}", color=BLUE, ha="right", va="bottom")
+    arrow(ax, tuple(w), (0, mended), ORANGE)
+    ax.plot(0, mended, "x", color=ORANGE, ms=6, mew=1.6)
+    ax.text(0.62, 0.62, "the first is rounded,\nthe second makes up for it", color=ORANGE, fontsize=8, va="bottom")
+    arrow(ax, (0, mended + 0.04), (0, 0.92), BLUE)
+    ax.set(xlabel="first weight, in steps of the grid", ylabel="second weight", xlim=(-1.4, 2.4), ylim=(-1.0, 1.75))
     ax.set_xticks(range(-1, 3))
     ax.set_yticks(range(-1, 2))
     ax.set_aspect("equal")
@@ -194,14 +199,13 @@ def crossover() -> None:
     beta, pi = ceilings["copy bytes/s"], ceilings["matmul FLOP/s"]
     k, n = 4096, 14_336
     tokens = 2.0 ** np.linspace(0, 11, 200)
-    figure, axes = plt.subplots(1, 2, figsize=(8.6, 3.1), sharey=False)
+    figure, axes = plt.subplots(1, 2, figsize=(8.6, 3.1))
     kinds = {"bf16": (BLACK, 16, 1, "s"), "W4A16": (BLUE, 4.125, 1, "o"), "W8A8": (WINE, 8, 2, "^")}
     for name, (color, bits, speed, marker) in kinds.items():
         moved = n * k * bits / 8 + tokens * (k * (1 if name == "W8A8" else 2) + 2 * n)
         floor = np.maximum(moved / beta, 2 * n * k * tokens / (speed * pi))
-        axes[0].loglog(tokens, 1e6 * floor, color=color, lw=1.2, ls="--", label=f"{name}, predicted")
-        found = measured(name, k, n)
-        if found:
+        axes[0].loglog(tokens, 1e6 * floor, color=color, lw=1.2, ls="--", label=f"{name}, floor")
+        if found := measured(name, k, n):
             axes[0].loglog(list(found), [1e6 * s for s in found.values()], marker=marker, ms=4, color=color, lw=1,
                            label=f"{name}, measured")  # fmt: skip
     axes[0].set(xlabel="tokens", ylabel="µs", title="H100, 4,096 to 14,336")
@@ -214,25 +218,25 @@ def crossover() -> None:
     axes[1].legend(fontsize=7)
     for ax, ticks in ((axes[0], (1, 4, 16, 64, 256, 1024)), (axes[1], (1, 4, 16, 64, 256))):
         ax.set_xticks(ticks, [f"{t:,}" for t in ticks])
+    axes[0].set_yticks([10, 20, 50, 100, 200], ["10", "20", "50", "100", "200"])
+    axes[1].set_yticks([1, 3, 10, 30, 100], ["1", "3", "10", "30", "100"])
+    for ax in axes:
         ax.minorticks_off()
     figure.tight_layout()
     save(figure, "10_crossover")
 
 
 def measured(name: str, k: int, n: int) -> dict[int, float]:
-    """Seconds by tokens, of the kernels' suites on an H100; empty where they are not recorded."""
+    """Seconds by tokens on an H100, of this chapter's run or of the kernels' suites; empty where none is recorded."""
+    if "crossover" in recorded():
+        return {row["tokens"]: row["seconds"][name] for row in recorded()["crossover"]["rows"]}
     found = {}
     for row in results("kernels", "h100")["rows"]:
-        case = row["case"]
-        if row["suite"] == "w4a16" and case.startswith(f"w4a16 {k} x {n}, ") and name != "W8A8":
-            seconds = row["seconds"]["minillm" if name == "W4A16" else "cuBLAS bf16"]
-            found[int(case.split(", ")[1].split()[0])] = seconds
-        if row["suite"] == "w8a8" and case.startswith("w8a8 int8 ") and case.endswith(f" x {n} x {k}"):
-            tokens = int(case.split()[2])
-            if name == "W8A8":
-                found[tokens] = row["seconds"]["minillm"]
-            elif name == "bf16" and tokens > 256:
-                found[tokens] = row["seconds"]["bf16"]
+        case, seconds = row["case"], row["seconds"]
+        if case.startswith(f"w4a16 {k} x {n}, ") and name in ("bf16", "W4A16"):
+            found[int(case.split(", ")[1].split()[0])] = seconds["minillm" if name == "W4A16" else "cuBLAS bf16"]
+        if case.startswith("w8a8 int8 ") and case.endswith(f" x {n} x {k}") and name == "W8A8":
+            found[int(case.split()[2])] = seconds["minillm"]
     return dict(sorted((m, s) for m, s in found.items() if m <= 2048))
 
 
