@@ -106,8 +106,11 @@ def enumeration() -> None:
     for i, (key, (color, label)) in enumerate(places.items()):
         x = r["picked"][key] / r["picked"]["least"]
         axes[0].plot([x, x], [0, most * (0.62 + 0.16 * i)], color=color, lw=1.6)
-        axes[0].text(x, most * (0.64 + 0.16 * i), f" {label}", color=color, ha="left", va="bottom", fontsize=8)
+        axes[0].text(x, most * (0.66 + 0.16 * i), f" {label}", color=color, va="bottom", fontsize=8).set_bbox(
+            {"fc": "white", "ec": "none", "pad": 0.5, "alpha": 0.85}
+        )
     axes[0].set(xlabel="loss / least loss", ylabel="of 256 roundings", ylim=(0, most * 1.15))
+    axes[0].set_yticks(range(0, int(most) + 1, 5))
     ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if t <= losses.max() * 1.05]
     axes[0].set_xticks(ticks, [f"{t:,}" for t in ticks])
     axes[0].minorticks_off()
