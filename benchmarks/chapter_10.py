@@ -289,6 +289,31 @@ def outlier_part(bench: Bench, save: Callable[[dict], None]) -> None:
           "largest column of the trace": float(diagonal[0] / diagonal.sum())})  # fmt: skip
 
 
+def rotation_part(bench: Bench, save: Callable[[dict], None]) -> None:
+    """Errors of the outputs by rounding to nearest, as shares of these, before and after rotation; and the largest
+    channel's share of a norm's output, with and without the norm's weight, which rotation moves into the readers.
+    First tokens are left out.
+    """
+    count = min(8, len(bench.look))
+    found: dict[str, dict] = {}
+    shares: dict[str, list[float]] = {"with": [], "without": []}
+    for name, model in (("as it is", bench.base), ("rotated", rotate_model(bench.base))):
+        kinds: dict[str, list[float]] = {}
+        for site in walk(model, [bench.look[:count]]):
+            x = torch.cat(site.inputs).unflatten(0, (count, -1))[:, 1:].flatten(0, 1)
+            h, w = x.T @ x / len(x), site.linear.weight.detach()
+            e = w - QuantizedTensor.round(w, minmax_grid(w, ASYMMETRIC), ASYMMETRIC).dequantize()
+            kind = site.name.split(".")[-1]
+            kinds.setdefault(kind, []).append(float(((e @ h) * e).sum() / ((w @ h) * w).sum()))
+            if name == "as it is" and kind == "gate_up_proj":
+                norm = model.layers[int(site.name.split(".")[1])].post_attention_layernorm
+                for key, energy in (("with", h.diagonal()), ("without", h.diagonal() / norm.weight**2)):
+                    shares[key].append(float(energy.max() / energy.sum()))
+        found[name] = {kind: statistics.median(values) for kind, values in kinds.items()}
+    print(found, {key: statistics.median(x) for key, x in shares.items()}, flush=True)
+    save({"errors": found, "largest channel": {key: statistics.median(x) for key, x in shares.items()}})
+
+
 # ---- all roundings of few weights ------------------------------------------------------------------------------------
 
 REACH = (-1, 0, 1, 2)  # above the integer below a weight: which ones are tried
@@ -432,7 +457,7 @@ def crossover_part(bench: Bench, save: Callable[[dict], None]) -> None:
 
 
 PARTS = {
-    "outlier": outlier_part, "ladder": ladder_part, "bos": bos_part, "choices": choices_part,
+    "outlier": outlier_part, "rotation": rotation_part, "ladder": ladder_part, "bos": bos_part, "choices": choices_part,
     "crossover": crossover_part, "enumeration": enumeration_part, "speed": speed_part,
 }  # fmt: skip
 
