@@ -1,0 +1,488 @@
+"""What chapter 10 quotes: every way to 4 bits on SmolLM2, what it is worth to choose, the first token, all roundings of
+few weights.
+
+    python benchmarks/chapter_10.py                  all parts for this device; a GPU needs some three minutes
+    python benchmarks/chapter_10.py ladder choices   these parts again; the rest of the recorded file stays
+    python benchmarks/chapter_10.py --small          three layers, few windows: does it run? Nothing is recorded
+
+Three texts, of which no two share a window: what methods look at (`data.calibration`), other windows of the same topics
+to choose settings by, and held-out topics, 24 windows of 512 tokens, to judge by. Weights are rounded by
+`minillm.quant` and computed with in fp32; embedding and head stay. On a CPU there are fewer windows, and the ladder
+has asymmetric schemes alone, without its slowest row: half an hour on a core of one's own.
+"""
+
+import copy
+import itertools
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from chapter_09 import thread_seconds
+from common import ROOT, device, record
+from torch import Tensor
+
+from minillm.data import calibration, held_out
+from minillm.evaluate import Comparison, compare
+from minillm.model import Transformer
+from minillm.model.linear import Dense
+from minillm.model.tokenizer_hf import load_tokenizer
+from minillm.model.weights import load, model_path
+from minillm.quant.awq import awq_model
+from minillm.quant.calibrate import Site, gptq_model, quantize_layers, replace_weight, rtn_model, sites, walk
+from minillm.quant.formats import CompressedTensors
+from minillm.quant.gptq import Hessian, gptq
+from minillm.quant.linear import QuantLinear
+from minillm.quant.methods import quantize_model
+from minillm.quant.rotation import rotate_model
+from minillm.quant.rtn import QuantizedTensor, Scheme, minmax_grid
+
+MODEL = "smollm2-135m-instruct"
+GPU, SMALL = torch.cuda.is_available(), "--small" in sys.argv[1:]
+LENGTH = 128 if SMALL else 512
+DEVICE = "cuda" if GPU else "cpu"
+# windows: to look at, to choose by, to judge by
+LOOK, CHOOSE, JUDGE = (2, 2, 2) if SMALL else (64, 24, 24) if GPU else (8, 2, 4)
+SYMMETRIC, ASYMMETRIC = Scheme(4, "int", True, "group", 64), Scheme(4, "int", False, "group", 64)
+BOS = 1
+
+
+class Bench:
+    """The model in fp32 and its texts, read once; quantized models that more than one part looks at."""
+
+    def __init__(self) -> None:
+        self.base = load(MODEL, DEVICE, "float32")
+        if SMALL:
+            self.base.layers = self.base.layers[:3]
+        tokenizer = load_tokenizer(model_path(MODEL))
+        ids = calibration(tokenizer, LOOK + CHOOSE, LENGTH).to(DEVICE)
+        self.look, self.choose = ids[:LOOK], ids[LOOK:]
+        self.judge = held_out(tokenizer, JUDGE, LENGTH).to(DEVICE)
+        self.kept: dict[str, Transformer] = {}
+
+    def scores(self, model: Transformer) -> dict:
+        """On the text to judge by and on that to choose by."""
+        return {name: summary(self.compared(model, ids)) for name, ids in self.texts().items()}
+
+    def texts(self) -> dict[str, Tensor]:
+        return {"judge": self.judge, "choose": self.choose}
+
+    def compared(self, model: Transformer, ids: Tensor, bos: int | None = None) -> Comparison:
+        return compare(outputs(self.base), {"": outputs(model)}, ids, bos)[""]
+
+
+def outputs(model: Transformer) -> Callable[[Tensor], Tensor]:
+    return lambda ids: model.logits(model(ids))
+
+
+def summary(c: Comparison) -> dict:
+    """Beside the same model in fp32; losses in nats a token, errors paired over windows."""
+    return {
+        "fp32": c.reference_perplexity, "perplexity": c.perplexity, "nats": c.log_ratio, "error": c.log_ratio_error,
+        "unpaired error": c.perplexity_error / c.perplexity, "kl": c.kl.mean().item(), "flips": c.flips.mean().item(),
+        "nats by window": (c.nll - c.reference_nll).tolist(),
+    }  # fmt: skip
+
+
+def clock() -> float:
+    if GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def bits(model: Transformer, scheme: Scheme) -> dict[str, float]:
+    """Bits a weight: of those that were rounded, and of the whole file, whose embedding and head have 16."""
+    shapes = [layer.weight.shape for layer in sites(model).values()]
+    inside = sum(n * k for n, k in shapes)
+    stored = sum(n * k * scheme.bits_per_weight(n, k) for n, k in shapes)
+    others = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values()) - inside
+    count = model.config.num_parameters()
+    return {"bits a weight": stored / inside, "of the file": (stored + 16 * others) / count}
+
+
+# ---- the ladder ------------------------------------------------------------------------------------------------------
+
+
+def otherwise(
+    site: Site, scheme: Scheme, damping: float, order: str | None, grid: str, of_mean: bool, skip: int, even: bool
+) -> QuantizedTensor:
+    """GPTQ with damping as in the paper, a share of the mean diagonal, added to all columns alike; or blind to the
+    first `skip` tokens of each window; or with inputs of one length, so that every token counts alike.
+    """
+    h = Hessian(site.linear.in_features, site.linear.weight.device)
+    for x in site.inputs:
+        x = x.unflatten(0, (-1, LENGTH))[:, skip:]
+        h.add(x / x.norm(dim=-1, keepdim=True).clamp(min=1e-6) if even else x)
+    if of_mean:
+        h.matrix.diagonal().add_(damping * h.matrix.diagonal().mean())
+    return gptq(site.linear.weight, h.matrix, scheme, damping=0 if of_mean else damping, order=order, grid=grid)[0]
+
+
+def quantized(
+    bench: Bench, scheme: Scheme, *, first: str = "", method: str = "rtn", grid: str = "minmax",
+    order: str | None = None, seen: bool = True, damping: float = 0.01, of_mean: bool = False, skip: int = 0,
+    even: bool = False, look: Tensor | None = None,
+) -> tuple[Transformer, dict]:  # fmt: skip
+    """A copy of the model, quantized. first: "awq" or "rotate" before it. seen: whether grids by error count a column's
+    errors by its inputs, where nothing else is calibrated.
+    """
+    ids, start = bench.look if look is None else look, clock()
+    model = rotate_model(bench.base) if first == "rotate" else copy.deepcopy(bench.base)
+    batches, about = ids.split(8), {}
+    if first == "awq":
+        awq_model(model, batches, scheme, grid=grid)
+    if method == "rtn":
+        rtn_model(model, scheme, grid, batches if grid == "error" and seen else None)
+    elif of_mean or skip or even:
+        how = {"damping": damping, "order": order, "grid": grid, "of_mean": of_mean, "skip": skip, "even": even}
+        quantize_layers(model, batches, partial(otherwise, scheme=scheme, **how))
+    else:
+        _, reports = gptq_model(model, batches, scheme, damping=damping, order=order, grid=grid)
+        about["loss of RTN's"] = statistics.median(r.loss / r.rtn_loss for r in reports.values())
+        about["fallbacks"] = sum(r.fallback is not None for r in reports.values())
+    return model, about | {"seconds": clock() - start}
+
+
+BEST = {"method": "gptq", "order": "activations", "grid": "error"}
+LADDER: dict[str, dict] = {
+    "RTN": {},
+    "RTN, grid by error": {"grid": "error", "seen": False},
+    "RTN, grid by the output's error": {"grid": "error"},
+    "AWQ": {"first": "awq"},
+    "AWQ, grid by the output's error": {"first": "awq", "grid": "error"},
+    "GPTQ": {"method": "gptq"},
+    "GPTQ, act-order": {"method": "gptq", "order": "activations"},
+    "GPTQ, act-order, grid by error": BEST,
+    "rotation, RTN": {"first": "rotate"},
+    "rotation, GPTQ": BEST | {"first": "rotate"},
+}
+AT_LAST = "GPTQ, act-order, grid by error"
+SLOW = ("AWQ, grid by the output's error",)  # on a CPU
+
+
+def ladder_part(bench: Bench, save: Callable[[dict], None]) -> None:
+    """Every method, and what `quantize_model` makes of the model: packed, and computed by the kernels."""
+    rows: list[dict] = []
+    result = {"look": list(bench.look.shape), "judge": list(bench.judge.shape), "choose": list(bench.choose.shape)}
+    quantized(bench, SYMMETRIC, look=bench.look[:1], **BEST | {"method": "rtn"})  # kernels are compiled now
+    for scheme in (ASYMMETRIC, SYMMETRIC) if GPU or SMALL else (ASYMMETRIC,):
+        for name, how in LADDER.items():
+            if name in SLOW and not (GPU or SMALL):
+                continue
+            model, about = quantized(bench, scheme, **how)
+            row = {"name": name, "symmetric": scheme.symmetric, **about, **bits(model, scheme), **bench.scores(model)}
+            rows.append(row)
+            show(row)
+            save(result | {"rows": rows})
+            if not scheme.symmetric and name in ("RTN", AT_LAST):
+                bench.kept[name] = model
+    model, start = copy.deepcopy(bench.base), clock()
+    quantize_model(model, "gptq", bits=4, group_size=64, calibration=bench.look)
+    seconds = clock() - start
+    if GPU:
+        model = model.to(torch.bfloat16)
+    row = {"name": "quantize_model", "symmetric": True, "dtype": str(model.dtype).removeprefix("torch.")}
+    rows.append(row | {"seconds": seconds, "fallbacks": 0, **bench.scores(model)})
+    show(rows[-1])
+    save(result | {"rows": rows})
+
+
+def show(row: dict) -> None:
+    about = {key: round(value, 3) for key, value in row.items() if isinstance(value, float)}
+    score = {key: round(value, 4) for key, value in row["judge"].items() if isinstance(value, float)}
+    print(row["name"], "symmetric" if row.get("symmetric") else "", about, score, flush=True)
+
+
+def choices_part(bench: Bench, save: Callable[[dict], None]) -> None:
+    """The last step of the ladder by damping and by the text that it looks at; judged as the ladder is."""
+    rows: list[dict] = []
+    ways: list[dict] = [
+        {"damping": 0.001},
+        {"damping": 0.1},
+        {"damping": 0.01, "of_mean": True},
+        {"skip": 1},
+        {"even": True},
+    ]
+    ways += [{"windows": count} for count in ((4, 16) if GPU else (1,) if SMALL else (4,))]
+    for way in ways:
+        how = BEST | {key: value for key, value in way.items() if key != "windows"}
+        model, about = quantized(bench, ASYMMETRIC, look=bench.look[: way.get("windows")], **how)
+        rows.append({"name": str(way), **way, **about, **bench.scores(model)})
+        show(rows[-1])
+        save({"rows": rows})
+
+
+# ---- the first token -------------------------------------------------------------------------------------------------
+
+
+def bos_part(bench: Bench, save: Callable[[dict], None]) -> None:
+    """Perplexity with and without a token in front of each window; GPTQ that looked at either."""
+    for name, how in (("RTN", {}), (AT_LAST, BEST)):
+        if name not in bench.kept:
+            bench.kept[name], _ = quantized(bench, ASYMMETRIC, **how)
+    front = torch.full((len(bench.look), 1), BOS, device=DEVICE)
+    models = {
+        "RTN": bench.kept["RTN"],
+        "GPTQ": bench.kept[AT_LAST],
+        "GPTQ, looked at text with BOS": quantized(bench, ASYMMETRIC, look=torch.cat((front, bench.look), 1), **BEST)[
+            0
+        ],
+    }
+    plain, with_bos = (
+        compare(outputs(bench.base), {k: outputs(m) for k, m in models.items()}, bench.judge, bos)
+        for bos in (None, BOS)
+    )
+    gap = with_bos["RTN"].reference_nll - plain["RTN"].reference_nll
+    found = {"fp32": {"nats": gap.mean().item(), "error": gap.std().item() / math.sqrt(len(gap))}}
+    rows = {name: {"without": summary(plain[name]), "with": summary(with_bos[name])} for name in models}
+    print({name: [round(x["nats"], 4) for x in row.values()] for name, row in rows.items()}, found, flush=True)
+    save({"models": rows, **found})
+
+
+def outlier_part(bench: Bench, save: Callable[[dict], None]) -> None:
+    """How much of every layer's Hessian the first token of a window is; what damping makes of the worst layer."""
+    found: dict[str, dict] = {}
+    count = min(16, len(bench.look))
+    worst: tuple[float, str] = (0.0, "")
+    kept: dict[str, tuple[Tensor, ...]] = {}
+    for site in walk(bench.base, bench.look[:count].split(8)):
+        x = torch.cat(site.inputs).unflatten(0, (count, -1))  # [windows, tokens, K]
+        energy = x.square().sum((0, 2))  # [tokens]
+        mean_square = x.square().mean((0, 1))
+        about = {
+            "of the first token": float(energy[0] / energy.sum()),
+            "mean over median of the diagonal": float(mean_square.mean() / mean_square.median()),
+            "largest": float(x.abs().max()), "median of |x|": float(x.abs().median()),
+        }  # fmt: skip
+        found[site.name] = about
+        if site.name.endswith("down_proj") and about["mean over median of the diagonal"] > worst[0]:
+            worst = about["mean over median of the diagonal"], site.name
+            rest, alike = x[:, 1:].flatten(0, 1), F.normalize(x.flatten(0, 1), dim=-1)
+            w = site.linear.weight.detach().float()
+            kept = {site.name: (site.hessian, rest.T @ rest / len(rest), alike.T @ alike / len(alike), w)}
+    name = worst[1]
+    h, others, alike, w = kept[name]
+    tokens = LENGTH * count
+    first = (h * tokens - others * (tokens - count)) / count  # of the first tokens alone
+
+    def losses(e: Tensor) -> dict[str, float]:
+        return {key: float(((e @ m) * e).sum()) for key, m in (("first token", first), ("others", others))}
+
+    mean = torch.eye(len(h), device=h.device) * h.diagonal().mean()
+    shares = (0.001, 0.01, 0.1)
+    by_order = partial(gptq, scheme=ASYMMETRIC, order="activations")
+    ways = {"RTN": QuantizedTensor.round(w, minmax_grid(w, ASYMMETRIC), ASYMMETRIC)}
+    for share in shares:
+        ways[f"{share} of the mean"] = by_order(w, h + share * mean, damping=0.0)[0]
+        ways[f"{share} of its own"] = by_order(w, h, damping=share)[0]
+    ways["0.01, without first tokens"] = by_order(w, others, damping=0.01)[0]
+    ways["0.01, tokens of one length"] = by_order(w, alike, damping=0.01)[0]
+    damping = {key: losses(w - q.dequantize()) for key, q in ways.items()}
+    diagonal = h.diagonal().sort(descending=True).values
+    print(name, found[name], damping, flush=True)
+    save({"layers": found, "worst": name, "damping": damping, "output": losses(w), "windows": count,
+          "largest column of the trace": float(diagonal[0] / diagonal.sum())})  # fmt: skip
+
+
+def rotation_part(bench: Bench, save: Callable[[dict], None]) -> None:
+    """Errors of the outputs by rounding to nearest, as shares of these, before and after rotation; and the largest
+    channel's share of a norm's output, with and without the norm's weight, which rotation moves into the readers.
+    First tokens are left out.
+    """
+    count = min(8, len(bench.look))
+    found: dict[str, dict] = {}
+    shares: dict[str, list[float]] = {"with": [], "without": []}
+    for name, model in (("as it is", bench.base), ("rotated", rotate_model(bench.base))):
+        kinds: dict[str, list[float]] = {}
+        for site in walk(model, [bench.look[:count]]):
+            x = torch.cat(site.inputs).unflatten(0, (count, -1))[:, 1:].flatten(0, 1)
+            h, w = x.T @ x / len(x), site.linear.weight.detach()
+            e = w - QuantizedTensor.round(w, minmax_grid(w, ASYMMETRIC), ASYMMETRIC).dequantize()
+            kind = site.name.split(".")[-1]
+            kinds.setdefault(kind, []).append(float(((e @ h) * e).sum() / ((w @ h) * w).sum()))
+            if name == "as it is" and kind == "gate_up_proj":
+                norm = model.layers[int(site.name.split(".")[1])].post_attention_layernorm
+                for key, energy in (("with", h.diagonal()), ("without", h.diagonal() / norm.weight**2)):
+                    shares[key].append(float(energy.max() / energy.sum()))
+        found[name] = {kind: statistics.median(values) for kind, values in kinds.items()}
+    print(found, {key: statistics.median(x) for key, x in shares.items()}, flush=True)
+    save({"errors": found, "largest channel": {key: statistics.median(x) for key, x in shares.items()}})
+
+
+# ---- all roundings of few weights ------------------------------------------------------------------------------------
+
+REACH = (-1, 0, 1, 2)  # above the integer below a weight: which ones are tried
+
+
+def enumeration_part(bench: Bench, save: Callable[[dict], None], layer: str = "layers.10.self_attn.o_proj") -> None:
+    """Rows of K weights of one layer and their block of its Hessian: all roundings, and where each method lands."""
+    layer = "layers.2.self_attn.o_proj" if SMALL else layer
+    site = next(s for s in walk(bench.base, bench.look[:16].split(8)) if s.name == layer)
+    whole = site.hessian.double().cpu()
+    w = site.linear.weight.detach().double().cpu()
+    scale = minmax_grid(w, SYMMETRIC).scale[:, :1].double()  # the first group has all columns below
+    columns = whole.diagonal()[:64].argsort(descending=True)[:8]
+    by_k = []
+    for k in range(2, 9):
+        chosen = columns[:k]
+        h = whole[chosen][:, chosen]
+        rows = [one_row(w[i, chosen] / scale[i], h) for i in range(0, len(w), len(w) // (16 if SMALL else 256))]
+        names = ("RTN", "front to back", "back to front")
+        by_k.append({
+            "k": k, "rows": len(rows), "same as Babai": sum(r["same as Babai"] for r in rows),
+            "over the least": {n: statistics.mean(r[n] / r["least"] for r in rows) for n in names},
+            "is the least": {n: sum(r[n] <= r["least"] * (1 + 1e-9) for r in rows) / len(rows) for n in names},
+        })  # fmt: skip
+        print(by_k[-1], flush=True)
+    apart = [
+        r for r in rows if r["RTN"] > r["back to front"] > r["front to back"]
+    ] or rows  # of K = 8; all of them differ
+    picked = sorted(apart, key=lambda r: r["RTN"] / r["least"])[len(apart) // 2]
+    best = {key: picked[key] for key in ("RTN", "front to back", "back to front", "least")}
+    ranks = {key: sum(x < value * (1 - 1e-9) for x in picked["nearest two"]) for key, value in best.items()}
+    correlation = h / h.diagonal().outer(h.diagonal()).sqrt()
+    off = correlation[~torch.eye(8, dtype=torch.bool)].abs()
+    save({
+        "layer": layer, "by k": by_k, "losses": sorted(picked["nearest two"]), "picked": best, "rank": ranks,
+        "tried": len(REACH) ** 8, "correlation": {"median": float(off.median()), "largest": float(off.max())},
+    })  # fmt: skip
+
+
+def one_row(w: Tensor, h: Tensor) -> dict:
+    """w [K] in units of the grid. Losses of all roundings, and of three ways to one."""
+    v = torch.linalg.cholesky(h.flip(0, 1)).flip(0, 1)  # upper, h = v vᵀ
+    offsets = torch.tensor(list(itertools.product(REACH, repeat=len(w))), dtype=torch.float64)
+    q = w.floor() + offsets  # [4^K, K]
+    loss = ((w - q) @ v).square().sum(1)
+    two = ((offsets >= 0) & (offsets <= 1)).all(1)
+    back = column_by_column(w.flip(0), h.flip(0, 1)).flip(0)
+    found = {
+        "least": float(loss.min()), "nearest two": loss[two].tolist(), "RTN": loss_of(w, w.round(), h),
+        "front to back": loss_of(w, column_by_column(w, h), h), "back to front": loss_of(w, back, h),
+    }  # fmt: skip
+    return found | {"same as Babai": torch.equal(back, babai(w, h))}
+
+
+def loss_of(w: Tensor, q: Tensor, h: Tensor) -> float:
+    return float((w - q) @ h @ (w - q))
+
+
+def column_by_column(w: Tensor, h: Tensor) -> Tensor:
+    """GPTQ, with the factor of the inverse, on a grid of all integers."""
+    upper = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
+    w, q = w.clone(), torch.empty_like(w)
+    for j in range(len(w)):
+        q[j] = w[j].round()
+        w[j:] -= (w[j] - q[j]) / upper[j, j] * upper[j, j:]
+    return q
+
+
+def babai(w: Tensor, h: Tensor) -> Tensor:
+    """The nearest plane, without an inverse: columns of R, h = Rᵀ R, are the basis; the last is decided first."""
+    r = torch.linalg.cholesky(h, upper=True)
+    target, q = r @ w, torch.empty_like(w)
+    for j in reversed(range(len(w))):
+        q[j] = (target[j] / r[j, j]).round()
+        target -= q[j] * r[:, j]
+    return q
+
+
+# ---- products on a CPU -----------------------------------------------------------------------------------------------
+
+
+def speed_part(bench: Bench, save: Callable[[dict], None], n: int = 4096, k: int = 4096) -> None:
+    """x Wᵀ on a CPU, one thread: in fp32 and bf16, and as `QuantLinear` does it with 4-bit weights, and 8-bit both."""
+    torch.set_num_threads(1)
+    rows: list[dict] = []
+    n, k = (256, 256) if SMALL else (n, k)
+    dense = Dense(k, {"y": n}, False)
+    replace_weight(bench.base, dense, torch.randn(n, k) / math.sqrt(k))
+    w, half = dense.weight.detach(), dense.weight.detach().bfloat16()
+    layers = {}
+    for name, scheme in (("W4A16", SYMMETRIC), ("W8A8", Scheme(8, strategy="channel"))):
+        format = CompressedTensors(scheme, name == "W8A8")
+        layers[name] = QuantLinear.of(dense, QuantizedTensor.round(w, minmax_grid(w, scheme), scheme), format)
+    ways: dict[str, Callable[[Tensor], Tensor]] = {
+        "fp32": lambda x: F.linear(x, w), "bf16": lambda x: F.linear(x.bfloat16(), half), **layers,
+    }  # fmt: skip
+    for m in (1, 4, 16, 64, 256):
+        x = torch.randn(m, k)
+        expected = F.linear(x, w)
+        seconds = {}
+        for name, way in ways.items():
+            close = float((way(x).float() - expected).norm() / expected.norm())
+            assert close < (0.2 if name == "W4A16" else 0.03), (name, close)
+            seconds[name] = thread_seconds(lambda way=way, x=x: way(x), 25 if m < 64 else 9)
+        rows.append({"rows": m, "seconds": seconds})
+        print(rows[-1], flush=True)
+        save({"shape": [n, k], "rows": rows})
+
+
+def crossover_part(bench: Bench, save: Callable[[dict], None]) -> None:
+    """One layer of an 8B model on a GPU, by tokens: in bf16 by cuBLAS; 4-bit weights by the kernel, and decoded whole
+    in every call, for cuBLAS; 8-bit weights and activations, with the rounding of these.
+    """
+    import kernels as suites  # benchmarks/kernels.py
+
+    from minillm import kernels
+
+    k, n = (512, 256) if SMALL else (4096, 14_336)
+    w8 = kernels.quantize_rows(suites.randn(n, k), torch.int8)
+
+    def eight(x: Tensor, w: Tensor, scale: Tensor) -> Tensor:
+        return kernels.w8a8(*kernels.quantize_rows(x, torch.int8), w, scale, None, x.dtype)
+
+    ceilings, rows = {}, []
+    if GPU:
+        from gpu import ceilings as measure
+
+        ceilings = measure()
+    for m in (1, 8) if SMALL else (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048):
+        case = suites.w4a16_case(m, k, n)
+        runs = {
+            "bf16": case.runs["cuBLAS bf16" if GPU else "torch"],
+            "W4A16": case.runs["minillm"],
+            "W4A16, decoded first": lambda x, tiles, scales, w: kernels.KERNELS["w4a16"].torch(x, tiles, scales),
+        }
+        seconds = {name: suites.timed(case, run) for name, run in runs.items()}
+        case8 = suites.Case("w8a8", "", (case.inputs[0], *w8), {}, 0.0)
+        rows.append({"tokens": m, "seconds": seconds | {"W8A8": suites.timed(case8, eight)}})
+        print(m, {name: f"{1e6 * s:.1f} µs" for name, s in rows[-1]["seconds"].items()}, flush=True)
+        save({"k": k, "n": n, "group": 128, "ceilings": ceilings, "rows": rows})
+
+
+PARTS = {
+    "outlier": outlier_part, "rotation": rotation_part, "ladder": ladder_part, "bos": bos_part, "choices": choices_part,
+    "crossover": crossover_part, "enumeration": enumeration_part, "speed": speed_part,
+}  # fmt: skip
+
+
+@torch.no_grad()
+def main() -> None:
+    wanted = [a for a in sys.argv[1:] if not a.startswith("--")]
+    if unknown := set(wanted) - set(PARTS):
+        raise SystemExit(f"part: expected some of {', '.join(PARTS)}, got {', '.join(unknown)}")
+    wanted = wanted or [x for x in PARTS if x not in (("enumeration", "speed") if GPU else ("crossover",))]
+    path = ROOT / "benchmarks" / "results" / device()[0] / "chapter_10.json"
+    results = json.loads(path.read_text(encoding="utf-8"))["results"] if path.is_file() else {}
+    bench, begin = Bench(), time.perf_counter()
+    for name in wanted:
+        start = time.perf_counter()
+
+        def save(found: dict, name: str = name) -> None:
+            results[name] = found
+            if not SMALL:
+                record("chapter_10", results)
+
+        PARTS[name](bench, save)
+        now = time.perf_counter()
+        print(f"{name}: {now - start:.0f} s, {now - begin:.0f} s in all", flush=True)
+
+
+if __name__ == "__main__":
+    main()
