@@ -542,7 +542,7 @@ check("11.7", Int8Cache)
 # **Why.** D + 4 bytes instead of 2 D (bf16) a head: 0.53 for D = 64, and paged decode, whose time is those bytes, gains
 # nearly as much. Scales a token and head need no calibration, and a token that is written never changes others: with
 # one scale a head, kept for all time, a later and larger token would be cut, or all earlier ones would have to be
-# rounded anew. It would be worse besides: tokens differ in size, and the lab's table shows two to three times the error.
+# rounded anew. It would be worse besides, as tokens differ in size: the lab's table shows about twice the error.
 #
 # The scale leaves the product q · k as it did in exercise 11.5, so a kernel multiplies S scores instead of S · D keys.
 # A few large *channels* of the keys are left: 8 bits take them; with 4 bits people scale keys by channel (KIVI) or

@@ -538,7 +538,7 @@ class QAlone(RightFold):
 
 
 @fold_variant(wrong("11.4", "o_proj is taken for a reader"))
-class WithO(RightFold):
+class ReadsO(RightFold):
     FIRST = (*RightFold.FIRST, "o_proj")
 
 
