@@ -153,7 +153,7 @@ class TestSmoothingFactors:
         expect_close("s for negative weights", s, [0.5, 0.5])
 
     def test_by_hand(self, impl):
-        """the two channels of exercise 11.2, with three strengths"""
+        """the two channels of exercise 11.2, with four strengths"""
         x = torch.tensor([[[-16.0, 1.0]], [[8.0, 0.5]]])
         w = torch.tensor([[0.25, -1.0], [-0.125, 0.5], [0.0, 0.0]])
         for alpha, expected in ((0.5, [8.0, 1.0]), (1.0, [16.0, 1.0]), (0.0, [4.0, 1.0]), (0.25, [32**0.5, 1.0])):

@@ -732,6 +732,25 @@ def int8_matmul_kernel(
     tl.store(y_ptr + rows[:, None] * n + columns[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
+@alternative("11.5", "int32 by itself, and scales by promotion; the store casts")
+@triton.jit
+def int8_matmul_kernel(
+    x_ptr, w_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, y_ptr, m, n, k, stride_x, stride_w,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
+    columns = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[None, :]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.int32)
+    for step in tl.range(0, tl.cdiv(k, BLOCK_K)):
+        ks = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + rows * stride_x + ks[None, :], mask=(rows < m) & (ks[None, :] < k), other=0)
+        w = tl.load(w_ptr + columns * stride_w + ks[:, None], mask=(columns < n) & (ks[:, None] < k), other=0)
+        acc += tl.dot(x, w)
+    y = acc * tl.load(x_scale_ptr + rows, mask=rows < m) * tl.load(w_scale_ptr + columns, mask=columns < n)
+    y += tl.load(bias_ptr + columns, mask=columns < n)
+    tl.store(y_ptr + rows * n + columns, y, mask=(rows < m) & (columns < n))
+
+
 @triton.jit
 def flawed_kernel(
     x_ptr, w_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, y_ptr, m, n, k, stride_x, stride_w,
@@ -932,6 +951,20 @@ class Mended(RightLayer):
         parts = [cls.quantize(token[None], bits) for sequence in x for token in sequence]
         q, scale = torch.cat([q for q, _ in parts]), torch.cat([scale for _, scale in parts])
         return q.view(x.shape), scale.view(*x.shape[:-1], 1)
+
+
+@alternative("11.6", "multiplies by the inverse of the scale; products in fp64")
+class Mended(RightLayer):
+    @classmethod
+    def quantize(cls, rows, bits):
+        largest = rows.abs().max(1, keepdim=True).values
+        return cls.whole(rows * (cls.half(bits) / largest), bits), largest / cls.half(bits)
+
+    @classmethod
+    def product(cls, x, w, s, bits):
+        x_q, x_scale = cls.quantize_tokens(x / s, bits)
+        w_q, w_scale = cls.quantize(w * s, bits)
+        return (x_q.double() @ w_q.double().T * x_scale * w_scale[:, 0]).float()
 
 
 class SequenceScales(RightLayer):
