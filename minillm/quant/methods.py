@@ -43,9 +43,9 @@ METHODS: Mapping[str, str] = MappingProxyType({
     "gptq": "round column by column, the most used first, and let those to come make up for it (calibrated)",
     "awq": "scale up what meets large activations, then round (calibrated)",
     "smoothquant": "8-bit weights and activations, outliers moved from these into those (calibrated)",
-    "fp8": "fp8 weights and activations",
+    "fp8": "fp8 weights and activations, rounded as by gptq (calibrated)",
 })  # fmt: skip
-CALIBRATED = ("gptq", "awq", "smoothquant")
+CALIBRATED = ("gptq", "awq", "smoothquant", "fp8")
 # LLM(quantization=...): weights alone in 8 or 4 bits; weights and activations in 8.
 ON_THE_FLY = {"int8": ("rtn", 8), "int4": ("rtn", 4), "w8a8": ("w8a8", 8), "fp8": ("fp8", 8)}
 GROUPS = (128, 64, 32, 96, 48)  # sizes that torch has a product for on a CPU first
@@ -72,7 +72,7 @@ def quantize_model(
         if calibration is None:
             raise ValueError(f"calibration: expected token ids [windows, T] for method {method!r}, got none")
         ids = calibration.to(model.device)
-        if method == "gptq":
+        if method in ("gptq", "fp8"):
             weights, _ = gptq_model(
                 model, ids.split(8), format.scheme, order="activations", grid="error", progress=progress
             )
