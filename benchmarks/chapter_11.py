@@ -143,14 +143,6 @@ def static(maxima: dict[str, Tensor], kind: str = "int") -> dict[str, Change]:
 # ---- what the activations are ----------------------------------------------------------------------------------------
 
 
-def quantiles(x: Tensor, count: int = 64) -> list[float]:
-    """Largest first, evenly drawn: the shape of a distribution in few numbers."""
-    ordered = x.flatten().sort(descending=True).values
-    return ordered[
-        torch.linspace(0, len(ordered) - 1, min(count, len(ordered)), device=x.device).round().long()
-    ].tolist()
-
-
 def outliers_part(lab: Lab) -> dict:
     """Channels and tokens whose activations are far larger than others'; who has them; how large a crest rows have."""
     model, result = lab.model, {}
@@ -163,25 +155,16 @@ def outliers_part(lab: Lab) -> dict:
             "weight, largest over median": float(w.max() / w.median()),
         }  # fmt: skip
     result["layers"] = layers
-    # One window: how large is each token's largest number, and the crest factor of rows: largest over root mean square.
-    tokens: dict[str, Tensor] = {}
-    crest: dict[str, Tensor] = {}
-
-    def see(name: str, x: Tensor) -> None:
-        x = x.flatten(0, -2)
-        tokens[name] = x.abs().amax(-1)
-        crest[name] = tokens[name] / x.square().mean(-1).sqrt()
-
-    with torch.inference_mode(), use("torch"), watched(model, see):
-        model(lab.calibration[:1])
-    weights = {name: linear.weight for name, linear in sites(model).items()}
+    smoothed = lab.new()
+    smooth(smoothed, lab.maxima, 0.5)
+    tokens, crest = crests(model, lab.calibration[:1])
+    smoother = crests(smoothed, lab.calibration[:1])[1]
     for name, entry in layers.items():
-        w = weights[name]
         entry["tokens"] = {"first": float(tokens[name][0]), "median": float(tokens[name].median())}
-        entry["crest"] = {
-            "activations": float(crest[name].median()),
-            "weights": float((w.abs().amax(1) / w.square().mean(1).sqrt()).median()),
-        }
+        entry["crest"] = {"activations": float(crest[name].median()), "weights": of_rows(sites(model)[name].weight)}
+        entry["crest, smoothed"] = {
+            "activations": float(smoother[name].median()), "weights": of_rows(sites(smoothed)[name].weight),
+        }  # fmt: skip
     with torch.inference_mode(), use("torch"):
         streams = residual_streams(model, lab.calibration[:1])[:, 0].abs()  # [layers + 1, T, hidden]
     result["streams"] = [
@@ -193,6 +176,26 @@ def outliers_part(lab: Lab) -> dict:
     ]  # fmt: skip
     result["picture"] = picture(lab)
     return result
+
+
+def of_rows(w: Tensor) -> float:
+    """The crest factor of the middle row: its largest number over its root mean square."""
+    return float((w.abs().amax(-1) / w.square().mean(-1).sqrt()).median())
+
+
+def crests(model: Transformer, ids: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Of each layer's inputs, token by token: the largest number, and the crest factor."""
+    tokens: dict[str, Tensor] = {}
+    crest: dict[str, Tensor] = {}
+
+    def see(name: str, x: Tensor) -> None:
+        x = x.flatten(0, -2)
+        tokens[name] = x.abs().amax(-1)
+        crest[name] = tokens[name] / x.square().mean(-1).sqrt()
+
+    with torch.inference_mode(), use("torch"), watched(model, see):
+        model(ids)
+    return tokens, crest
 
 
 def picture(lab: Lab, layer: str = "layers.15.self_attn.qkv_proj", deep: str = "layers.11.mlp.down_proj") -> dict:
