@@ -157,11 +157,12 @@ def outliers_part(lab: Lab) -> dict:
     result["layers"] = layers
     smoothed = lab.new()
     smooth(smoothed, lab.maxima, 0.5)
-    tokens, crest = crests(model, lab.calibration[:1])
+    tokens, crest, power = crests(model, lab.calibration[:1])
     smoother = crests(smoothed, lab.calibration[:1])[1]
     for name, entry in layers.items():
         entry["tokens"] = {"first": float(tokens[name][0]), "median": float(tokens[name].median())}
         entry["crest"] = {"activations": float(crest[name].median()), "weights": of_rows(sites(model)[name].weight)}
+        entry["noise of fp8, rotated over plain"] = rotated_noise(power[name], sites(model)[name].weight)
         entry["crest, smoothed"] = {
             "activations": float(smoother[name].median()), "weights": of_rows(sites(smoothed)[name].weight),
         }  # fmt: skip
@@ -183,19 +184,31 @@ def of_rows(w: Tensor) -> float:
     return float((w.abs().amax(-1) / w.square().mean(-1).sqrt()).median())
 
 
-def crests(model: Transformer, ids: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Of each layer's inputs, token by token: the largest number, and the crest factor."""
+def rotated_noise(power: Tensor, w: Tensor) -> float:
+    """An error in proportion to each number adds noise like sum_k x_k² |w_k|² to the outputs; after a rotation that
+    evens out both, like |x|² |W|² / K. power [K]: mean x_k². -> the second over the first
+    """
+    columns = w.square().sum(0)  # [K]
+    return float(power.mean() * columns.sum() / (power * columns).sum())
+
+
+def crests(model: Transformer, ids: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Of each layer's inputs: each token's largest number and crest factor; each channel's mean square, without the
+    first token's.
+    """
     tokens: dict[str, Tensor] = {}
     crest: dict[str, Tensor] = {}
+    power: dict[str, Tensor] = {}
 
     def see(name: str, x: Tensor) -> None:
         x = x.flatten(0, -2)
         tokens[name] = x.abs().amax(-1)
         crest[name] = tokens[name] / x.square().mean(-1).sqrt()
+        power[name] = x[1:].square().mean(0)
 
     with torch.inference_mode(), use("torch"), watched(model, see):
         model(ids)
-    return tokens, crest
+    return tokens, crest, power
 
 
 def picture(lab: Lab, layer: str = "layers.15.self_attn.qkv_proj", deep: str = "layers.11.mlp.down_proj") -> dict:

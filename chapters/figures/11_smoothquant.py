@@ -83,10 +83,10 @@ def by_hand() -> None:
         for x0, pairs, color in ((1.55, x, BLUE), (3.95, w, ORANGE)):
             for i, (exact, back) in enumerate(pairs):
                 ax.add_patch(Rectangle((x0 + 0.8 * i, y - 0.22), 0.76, 0.44, fc="white", ec=color))
-                ax.text(x0 + 0.8 * i + 0.38, y + 0.06, exact, ha="center", va="center")
+                ax.text(x0 + 0.8 * i + 0.38, y, exact, ha="center", va="center")
                 ax.text(x0 + 0.8 * i + 0.38, y - 0.36, back, ha="center", va="center", fontsize=8, color=WINE)
         ax.text(7.1, y, answer, ha="center", va="center", color=WINE, fontsize=11)
-        ax.text(5.95, y - 0.36, "read back", va="center", fontsize=8, color=WINE)
+        ax.text(1.5, y - 0.36, "read back", ha="right", va="center", fontsize=8, color=WINE)
     save(figure, "11_by_hand")
 
 
@@ -154,7 +154,7 @@ def formats() -> None:
             ax.plot([values[0], values[-1]], [y, y], color=color, lw=1)
             ax.plot(middle, y, marker, color=color, ms=5)
             name = {"activations": "inputs", "weights": "weights"}[kind]
-            ax.text(values[-1] * 1.05, y, f"{name} of {slot}", fontsize=6.5, va="center", color=color)
+            ax.text(values[-1] * 1.05, y, f"{name} of {slot}", fontsize=7, va="center", color=GRAY)
     ax.set(xlabel="largest number of a row over its root mean square", ylabel="SQNR, dB", ylim=(8, 48))
     ax.set_xticks([2, 4, 8, 12, 16, 32], ["2", "4", "8", "12", "16", "32"])
     ax.minorticks_off()
