@@ -154,7 +154,12 @@ def test_the_command(folder, tmp_path):
     ours = load(tmp_path / "q", device="cpu", dtype="float32")
     with torch.inference_mode():
         expected = theirs(TEXT).logits
-        assert (ours.logits(ours(TEXT)) - expected).abs().max() < 1e-4 * expected.abs().max()
+        off = (ours.logits(ours(TEXT)) - expected).abs().amax(-1)  # [windows, T]
+    # A sum in another order may round an activation to its neighbor in fp8, which the rest of that window then sees.
+    assert off.median() < 1e-4 * expected.abs().max() > off.max() / 100
+    for part in ("self_attn.o_proj", "mlp.down_proj"):
+        weight = ours.layers[1].get_submodule(part).quantized().dequantize()
+        assert torch.equal(weight, theirs.model.layers[1].get_submodule(part).weight)
     run = CliRunner().invoke(app, ["quantize", str(folder), "--out", str(tmp_path / "r"), "--group-size", "50",
                                    "--method", "rtn"])  # fmt: skip
     assert run.exit_code == 1
