@@ -33,9 +33,8 @@ from minillm.model.layers import NoCache, NoCacheLayer
 from minillm.model.linear import Dense
 from minillm.model.tokenizer_hf import load_tokenizer
 from minillm.model.weights import load, model_path
-from minillm.quant import Grid, QuantizedTensor, Scheme, fake_quantize, minmax_grid, quantize_model
-from minillm.quant.calibrate import Site, gptq_model, quantize_layers, replace_weight, sites
-from minillm.quant.gptq import Hessian, gptq
+from minillm.quant import Grid, Scheme, fake_quantize, minmax_grid, quantize_model
+from minillm.quant.calibrate import gptq_model, replace_weight, sites
 from minillm.quant.rotation import rotate_model
 from minillm.quant.smoothquant import (
     ALL,
@@ -296,55 +295,23 @@ def fp8_roads(lab: Lab) -> None:
     lab.simulate("fp8: rotated", nearest(rotate_model(lab.model), FP8), token)
 
 
-def repaired(lab: Lab, scheme: Scheme, inputs: str, model: Transformer | None = None) -> Transformer:
-    """A model whose weights GPTQ rounded: "exact", on inputs as they are; "rounded", on inputs rounded as they will be,
-    and so are those of all layers before; "corrected": and first changed to the weight that does best on those.
-    """
-    model, token = model or lab.new(), per_token(scheme)
-    options = {"order": "activations", "grid": "error"}
-    if inputs == "exact":
-        with use("torch"):
-            gptq_model(model, lab.calibration.split(8), scheme, **options)
-        return model
-    for linear in sites(model).values():
-        linear.change = token
-
-    def method(site: Site) -> QuantizedTensor:
-        w, k = site.linear.weight.float(), site.linear.in_features
-        hessian, cross, count = Hessian(k, DEVICE), torch.zeros(k, k, device=DEVICE), 0
-        for x in site.inputs:
-            x_read = token(x)
-            hessian.add(x_read)
-            cross += (x - x_read).T @ x_read
-            count += len(x)
-        h = hessian.matrix
-        if inputs == "corrected":  # the w' of the least mean((w x - w' x_read)²)
-            damped = h + torch.diag(0.01 * h.diagonal() + 1e-12)
-            w = w + torch.linalg.solve(damped, (w @ cross / count).T).T
-        return gptq(w, h, scheme, **options)[0]
-
-    with use("torch"):
-        quantize_layers(model, lab.calibration.split(8), method)
-    return model
-
-
 def repaired_roads(lab: Lab) -> None:
-    for name, scheme in (("fp8", FP8), ("int8", INT8)):
-        for inputs in ("exact", "rounded", "corrected"):
-            start = time.perf_counter()
-            if name == "fp8":
-                model = repaired(lab, scheme, inputs)
-            elif inputs == "exact":
-                continue
-            else:
-                model = lab.new()
-                with use("torch"):
-                    smooth(model, lab.maxima, best_alphas(model, lab.calibration[:2], lab.maxima))
-                repaired(lab, scheme, inputs, model)
-            seconds = time.perf_counter() - start
-            lab.simulate(f"{name}: GPTQ, inputs {inputs}, weights", model, None)
-            lab.simulate(f"{name}: GPTQ, inputs {inputs}", model, per_token(scheme))
-            lab.found[f"{name}: GPTQ, inputs {inputs}"]["seconds"] = seconds
+    """Weights rounded by GPTQ, on inputs as they are ("exact") or rounded as they will be, and so those of all layers
+    before ("rounded"). For int8 after migration.
+    """
+    for name, scheme, inputs in (("fp8", FP8, "exact"), ("fp8", FP8, "rounded"), ("int8", INT8, "rounded")):
+        start, model, token = time.perf_counter(), lab.new(), per_token(scheme)
+        with use("torch"):
+            if name == "int8":
+                smooth(model, lab.maxima, best_alphas(model, lab.calibration[:2], lab.maxima))
+            gptq_model(
+                model, lab.calibration.split(8), scheme, order="activations", grid="error",
+                read=token if inputs == "rounded" else None,
+            )  # fmt: skip
+        seconds = time.perf_counter() - start
+        lab.simulate(f"{name}: GPTQ, inputs {inputs}, weights", model, None)
+        lab.simulate(f"{name}: GPTQ, inputs {inputs}", model, token)
+        lab.found[f"{name}: GPTQ, inputs {inputs}"]["seconds"] = seconds
 
 
 def package_roads(lab: Lab) -> None:
