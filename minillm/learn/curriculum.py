@@ -4,7 +4,7 @@ from .paths import root
 
 __all__ = ["PARTS", "chapter_map", "exists", "is_draft"]
 
-NAMES = {"gpu": "GPU", "triton": "Triton", "kv": "KV", "gptq": "GPTQ", "lora": "LoRA"}
+NAMES = {"gpu": "GPU", "triton": "Triton", "kv": "KV", "gptq": "GPTQ", "lora": "LoRA", "smoothquant": "SmoothQuant"}
 # Part -> chapters: (stem, what the reader builds, where it is in minillm)
 PARTS: dict[str, list[tuple[str, str, str]]] = {
     "I. Foundations": [

@@ -24,6 +24,7 @@ from .rtn import QuantizedTensor, Scheme
 __all__ = ["Site", "gptq_model", "quantize_layers", "replace_weight", "rtn_model", "sites", "walk", "windows"]
 
 Batches = Iterable[Tensor | tuple[Tensor, PaddedBatch]]
+Read = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -67,39 +68,41 @@ def sites(model: Transformer) -> dict[str, Dense]:
 
 
 @torch.no_grad()
-def walk(model: Transformer, batches: Batches) -> Iterator[Site]:
+def walk(model: Transformer, batches: Batches, read: Read | None = None) -> Iterator[Site]:
     """Every linear layer with its inputs, one after another; the walk goes on with the weights as they are by then.
 
-    batches: token ids [B, T] int64, or (token ids, `PaddedBatch`). Raises ValueError where there are none.
+    batches: token ids [B, T] int64, or (token ids, `PaddedBatch`). read: what layers will make of an input before they
+    multiply, such as rounding it to 8 bits; they are shown what comes of it. Raises ValueError where there are none.
     """
+    read = read or _as_it_is
     texts = _texts(model, batches)
     caches = NoCache(model.config).layers
     xs = [model.embed_tokens(text.token_ids) for text in texts]  # [B, T, hidden] each: the residual stream
     for i, layer in enumerate(model.layers):
         attn, mlp = layer.self_attn, layer.mlp
-        between = [layer.input_layernorm(x) for x in xs]
+        between = [read(layer.input_layernorm(x)) for x in xs]
         yield _site(f"layers.{i}.self_attn.qkv_proj", attn.qkv_proj, texts, between)
-        between = [_attend(attn, x, text, caches[i]) for x, text in zip(between, texts, strict=True)]
+        between = [read(_attend(attn, x, text, caches[i])) for x, text in zip(between, texts, strict=True)]
         yield _site(f"layers.{i}.self_attn.o_proj", attn.o_proj, texts, between)
         xs = [x + attn.o_proj(y) for x, y in zip(xs, between, strict=True)]
-        between = [layer.post_attention_layernorm(x) for x in xs]
+        between = [read(layer.post_attention_layernorm(x)) for x in xs]
         yield _site(f"layers.{i}.mlp.gate_up_proj", mlp.gate_up_proj, texts, between)
-        between = [swiglu(mlp.gate_up_proj(x)) for x in between]
+        between = [read(swiglu(mlp.gate_up_proj(x))) for x in between]
         yield _site(f"layers.{i}.mlp.down_proj", mlp.down_proj, texts, between)
         xs = [x + mlp.down_proj(y) for x, y in zip(xs, between, strict=True)]
 
 
 def quantize_layers(
     model: Transformer, batches: Batches, method: Callable[[Site], QuantizedTensor],
-    progress: Callable[[str], object] | None = None,
+    progress: Callable[[str], object] | None = None, read: Read | None = None,
 ) -> dict[str, QuantizedTensor]:  # fmt: skip
     """Ask `method` for each layer's quantized weight, and go on with it.  -> {name: weight [N, K], parts merged}
 
     Changes `model`: afterwards its weights are the quantized ones, in its dtype. `progress` is called with the name of
-    each layer that is done; there are `len(sites(model))`.
+    each layer that is done; there are `len(sites(model))`. `read`: as for `walk`.
     """
     done = {}
-    for site in walk(model, batches):
+    for site in walk(model, batches, read):
         done[site.name] = method(site)
         replace_weight(model, site.linear, done[site.name].dequantize())
         if progress is not None:
@@ -135,7 +138,7 @@ def rtn_model(
 def gptq_model(
     model: Transformer, batches: Batches, scheme: Scheme, *, damping: float = 0.01, order: str | None = None,
     grid: str = "minmax", block: int = 128, scale_dtype: torch.dtype = torch.float32,
-    progress: Callable[[str], object] | None = None,
+    progress: Callable[[str], object] | None = None, read: Read | None = None,
 ) -> tuple[dict[str, QuantizedTensor], dict[str, Report]]:  # fmt: skip
     """`gptq` on every layer, as `quantize_layers`.  -> {name: weight}, {name: how it went}"""
     reports: dict[str, Report] = {}
@@ -147,7 +150,7 @@ def gptq_model(
         )  # fmt: skip
         return weight
 
-    return quantize_layers(model, batches, method, progress), reports
+    return quantize_layers(model, batches, method, progress, read), reports
 
 
 def replace_weight(model: Transformer, linear: Dense, weight: Tensor) -> None:
@@ -157,6 +160,10 @@ def replace_weight(model: Transformer, linear: Dense, weight: Tensor) -> None:
     """
     linear.weight = nn.Parameter(weight.to(linear.weight), requires_grad=False)
     model.revision += 1
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 # ---- parts of the walk ---------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ LLM("smollm2-135m-instruct", quantization="int8")                   # on the fly
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -25,7 +26,7 @@ from .calibrate import gptq_model, sites
 from .formats import CompressedTensors
 from .linear import QuantLinear, rounding
 from .rtn import QuantizedTensor, Scheme, minmax_grid
-from .smoothquant import activation_maxima, best_alphas, smooth
+from .smoothquant import activation_maxima, best_alphas, round_activations, smooth
 
 __all__ = [
     "METHODS",
@@ -43,9 +44,9 @@ METHODS: Mapping[str, str] = MappingProxyType({
     "gptq": "round column by column, the most used first, and let those to come make up for it (calibrated)",
     "awq": "scale up what meets large activations, then round (calibrated)",
     "smoothquant": "8-bit weights and activations, outliers moved from these into those (calibrated)",
-    "fp8": "fp8 weights and activations",
+    "fp8": "fp8 weights and activations; weights rounded as by gptq, for inputs in fp8 (calibrated)",
 })  # fmt: skip
-CALIBRATED = ("gptq", "awq", "smoothquant")
+CALIBRATED = ("gptq", "awq", "smoothquant", "fp8")
 # LLM(quantization=...): weights alone in 8 or 4 bits; weights and activations in 8.
 ON_THE_FLY = {"int8": ("rtn", 8), "int4": ("rtn", 4), "w8a8": ("w8a8", 8), "fp8": ("fp8", 8)}
 GROUPS = (128, 64, 32, 96, 48)  # sizes that torch has a product for on a CPU first
@@ -72,9 +73,10 @@ def quantize_model(
         if calibration is None:
             raise ValueError(f"calibration: expected token ids [windows, T] for method {method!r}, got none")
         ids = calibration.to(model.device)
-        if method == "gptq":
+        if method in ("gptq", "fp8"):
+            read = partial(round_activations, scheme=format.scheme) if format.activations else None
             weights, _ = gptq_model(
-                model, ids.split(8), format.scheme, order="activations", grid="error", progress=progress
+                model, ids.split(8), format.scheme, order="activations", grid="error", progress=progress, read=read
             )
             for name, weight in weights.items():
                 _replace(model, name, QuantLinear.of(layers[name], weight, format))

@@ -79,6 +79,22 @@ class TestWalk:
         for name in ALL:
             torch.testing.assert_close(shown[name], expected[name].flatten(0, 1))
 
+    def test_layers_are_shown_what_they_will_read(self, model):
+        """Not only the first: what a layer gives comes of the rounded input, too."""
+
+        def coarse(x: torch.Tensor) -> torch.Tensor:
+            return (4 * x).round() / 4
+
+        rounding = copy.deepcopy(model)
+        handles = [m.register_forward_pre_hook(lambda _, x: (coarse(x[0]), *x[1:])) for m in sites(rounding).values()]
+        expected = hooked(rounding, text())
+        for site in walk(model, text().split(4), coarse):
+            x = torch.cat(site.inputs)
+            assert torch.equal(x, coarse(x)), site.name
+            agree = torch.isclose(x, coarse(expected[site.name].flatten(0, 1))).float().mean()
+            assert agree > 0.99, (site.name, agree)  # sums in another order may fall to the other side of a tie
+        assert len(handles) == len(ALL)
+
     @pytest.mark.parametrize("side", ["left", "right"])
     def test_padding_is_left_out(self, model, side):
         lengths = torch.tensor([12, 3, 7])

@@ -10,18 +10,23 @@ from typer.testing import CliRunner
 from minillm import LLM, SamplingParams
 from minillm.cli import app
 from minillm.config import ModelConfig
+from minillm.data import reference_text
 from minillm.kernels import use
 from minillm.model import Transformer
 from minillm.model.linear import Dense
+from minillm.model.tokenizer import Tokenizer
 from minillm.model.weights import load, save
 from minillm.quant import (
     METHODS,
     ON_THE_FLY,
+    CompressedTensors,
     QuantLinear,
+    Scheme,
     load_on_the_fly,
     on_the_fly,
     quantize_checkpoint,
     quantize_model,
+    round_model,
 )
 
 CONFIG = ModelConfig(400, 96, 192, 2, 6, 2, 16, max_position_embeddings=128)
@@ -89,11 +94,11 @@ def test_default_groups_are_those_that_a_cpu_has_a_product_for(folder, tmp_path)
 
 @pytest.mark.parametrize("quantization", ["int8", "int4", "w8a8", "fp8"])
 def test_on_the_fly_equals_the_checkpoint(folder, tmp_path, quantization):
-    method, bits = {"int8": ("rtn", 8), "int4": ("rtn", 4), "w8a8": ("w8a8", None), "fp8": ("fp8", None)}[quantization]
+    bits = {"int8": 8, "int4": 4}.get(quantization)  # the others have no method that rounds to the nearest
     llm = LLM(folder, device="cpu", quantization=quantization, max_model_len=64)
     model = load(folder, device="cpu")
-    if method != "w8a8":
-        quantize_checkpoint(folder, tmp_path / "q", method, bits=bits, device="cpu")
+    if bits is not None:
+        quantize_checkpoint(folder, tmp_path / "q", "rtn", bits=bits, device="cpu")
         model = load(tmp_path / "q", device="cpu")
         assert torch.equal(model(TEXT), llm.model(TEXT))
     assert (
@@ -126,7 +131,22 @@ def test_what_llm_refuses(folder, tmp_path):
     assert isinstance(dummy.model.layers[0].mlp.down_proj, QuantLinear)
 
 
+def test_fp8_loses_less_than_rounding_to_the_nearest():
+    """On text like the one it was calibrated on, and with the activations rounded, too."""
+    exact, repaired, nearest = model_of(), model_of(), model_of()
+    text = torch.randint(0, 400, (8, 64), generator=torch.Generator().manual_seed(1))
+    quantize_model(repaired, "fp8", calibration=text)
+    round_model(nearest, CompressedTensors(Scheme(8, "float", strategy="channel"), True))
+    assert repaired.config.quantization_config == nearest.config.quantization_config
+    assert repaired.layers[0].mlp.down_proj.weight.dtype == torch.float8_e4m3fn
+    with use("reference"):
+        expected = exact(TEXT)
+        errors = [(model(TEXT) - expected).square().mean() for model in (repaired, nearest)]
+    assert errors[0] < 0.9 * errors[1], errors
+
+
 def test_the_command(folder, tmp_path):
+    Tokenizer.train(reference_text().values(), 100).save(folder)
     run = CliRunner().invoke(app, ["quantize", str(folder), "--out", str(tmp_path / "q"), "--method", "fp8"])
     assert run.exit_code == 0, run.output
     assert "MB of weights" in run.output
@@ -134,7 +154,12 @@ def test_the_command(folder, tmp_path):
     ours = load(tmp_path / "q", device="cpu", dtype="float32")
     with torch.inference_mode():
         expected = theirs(TEXT).logits
-        assert (ours.logits(ours(TEXT)) - expected).abs().max() < 1e-4 * expected.abs().max()
+        off = (ours.logits(ours(TEXT)) - expected).abs().amax(-1)  # [windows, T]
+    # A sum in another order may round an activation to its neighbor in fp8, which the rest of that window then sees.
+    assert off.median() < 1e-4 * expected.abs().max() > off.max() / 100
+    for part in ("self_attn.o_proj", "mlp.down_proj"):
+        weight = ours.layers[1].get_submodule(part).quantized().dequantize()
+        assert torch.equal(weight, theirs.model.layers[1].get_submodule(part).weight)
     run = CliRunner().invoke(app, ["quantize", str(folder), "--out", str(tmp_path / "r"), "--group-size", "50",
                                    "--method", "rtn"])  # fmt: skip
     assert run.exit_code == 1
