@@ -1,6 +1,7 @@
 """Every kernel against its peers, its floor and its ceiling, in one run.
 
-    python benchmarks/kernels.py                    all suites, recorded under results/<device>/kernels.json
+    python benchmarks/kernels.py                    in full precision, recorded under results/<device>/kernels.json
+    python benchmarks/kernels.py bits               in fewer bits, recorded as kernels_bits.json
     python benchmarks/kernels.py memory attention   these suites
     python benchmarks/kernels.py --quick            a minute's worth; on a CPU the torch paths, nothing recorded
 
@@ -18,12 +19,14 @@ from common import median_seconds, record
 from torch import Tensor
 
 from minillm import kernels
+from minillm.kernels.rope import quantize_heads
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 DTYPE = torch.bfloat16 if GPU else torch.float32
 EPS = 1e-5
-SUITES = ("memory", "matmul", "w4a16", "w8a8", "attention", "paged")
+SUITES = ("memory", "matmul", "attention", "paged")
+BITS = ("w4a16", "w8a16", "w8a8", "cache")
 L2_HOLDS = 40e6  # of an H100's 50 MB
 
 
@@ -328,6 +331,58 @@ def paged_case(heads: int, kv: int, size: int, sequences: int, context: int, blo
     return Case("paged", name, (q, k, v, k_blocks, v_blocks), runs, nbytes(k, v), flops)
 
 
+def cache_cases(quick: bool) -> list[Case]:
+    """Decoding with keys and values of 8 bits, against the same kernel with bf16 ones."""
+    shapes = [(4, 256)] if quick else [(1, 8192), (1, 32_768), (64, 2048), (128, 4096)]
+    layouts = [(9, 3, 64)] if quick else [(32, 8, 128), (9, 3, 64)]
+    return [
+        cache_case(dtype, *layout, *shape)
+        for layout in layouts
+        for shape in shapes
+        for dtype in (torch.int8, torch.float8_e4m3fn)
+    ]
+
+
+def cache_case(dtype: torch.dtype, heads: int, kv: int, size: int, sequences: int, context: int) -> Case:
+    block_size, slots = 16, sequences * context
+    q, k, v = randn(sequences, heads, size), randn(slots, kv, size), randn(slots, kv, size)
+    (k_q, k_scale), (v_q, v_scale) = (quantize_heads(x, dtype, torch.float16) for x in (k, v))
+    k_scale, v_scale = (x.T.contiguous().T for x in (k_scale, v_scale))  # as the engine's cache has them
+    k, v = ((x.float() * s.float()[..., None]).to(DTYPE) for x, s in ((k_q, k_scale), (v_q, v_scale)))
+    tables = torch.randperm(slots // block_size, device=DEVICE).view(sequences, -1).int()
+    lengths = torch.full((sequences,), context, dtype=torch.int32, device=DEVICE)
+    bounds = torch.arange(sequences + 1, dtype=torch.int32, device=DEVICE)
+    rest = (tables, lengths, bounds, 1, block_size)
+
+    def ours(q: Tensor, k_q: Tensor, v_q: Tensor, k_scale: Tensor, v_scale: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return kernels.paged_attention(q, k_q, v_q, *rest, k_scale=k_scale, v_scale=v_scale)
+
+    runs = {"minillm": ours, "our bf16": lambda q, *x: kernels.paged_attention(q, *x[-2:], *rest)}
+    kind = str(dtype).removeprefix("torch.").split("_")[0]
+    name = f"paged decode {kind} d{size} h{heads}/{kv} {sequences} x {context}"
+    inputs = (q, k_q, v_q, k_scale, v_scale, k, v)
+    return Case("cache", name, inputs, runs, nbytes(*inputs[1:5]), 4.0 * slots * heads * size, 2e-2)
+
+
+def w8a16_cases(quick: bool) -> list[Case]:
+    """Products with 8-bit weights, a scale a row, from one token to 256."""
+    shapes = [(256, 512)] if quick else [(4096, 4096), (4096, 14_336), (14_336, 4096)]
+    return [w8a16_case(m, k, n) for k, n in shapes for m in ((1, 8) if quick else (1, 8, 16, 64, 256))]
+
+
+def w8a16_case(m: int, k: int, n: int) -> Case:
+    """Against the bf16 product with the same weight."""
+    q = torch.randint(-128, 128, (n, k), device=DEVICE, dtype=torch.int8)
+    x, scale = randn(m, k), torch.rand(n, 1, device=DEVICE) / 128
+    runs = {
+        "minillm": lambda x, q, scale, w: kernels.w8a16(x, q, scale),
+        "cuBLAS bf16" if GPU else "torch": lambda x, q, scale, w: F.linear(x, w),
+    }
+    inputs = (x, q, scale, (q.float() * scale).to(DTYPE))
+    moved = nbytes(x, q, scale) + m * n * x.element_size()
+    return Case("w8a16", f"w8a16 {k} x {n}, {m} tokens", inputs, runs, moved, 2.0 * m * n * k)
+
+
 def w4a16_cases(quick: bool) -> list[Case]:
     """Products with 4-bit weights in groups of 128, from one token to 256."""
     shapes = [(256, 512)] if quick else [(4096, 4096), (4096, 14_336), (14_336, 4096), (4096, 28_672)]
@@ -378,18 +433,18 @@ def measure(case: Case, ceiling: dict[str, float]) -> dict:
         "of the ceiling": floor / times["minillm"], "against the best peer": best / times["minillm"],
         "difference": found, "skipped": case.skipped,
     }  # fmt: skip
-    if case.suite == "paged" and GPU:
-        row |= paged_extras(case, peers)
+    if case.suite in ("paged", *BITS) and GPU:
+        row |= extras_of(case, peers)
     show(row)
     return row
 
 
-def paged_extras(case: Case, peers: list[str]) -> dict:
-    """The same with inputs left in the L2 cache, where they fit; and with launches that overlap, as in an engine."""
+def extras_of(case: Case, peers: list[str]) -> dict:
+    """With launches that overlap, as in an engine; attention also with inputs left in the L2 cache, where they fit."""
     from gpu import seconds
 
     extras: dict = {}
-    if case.bytes < L2_HOLDS:
+    if case.suite == "paged" and case.bytes < L2_HOLDS:
         calls = {name: lambda run=case.runs[name]: run(*case.inputs) for name in ("minillm", *peers)}
         extras["seconds, inputs in L2"] = {name: seconds([call] * 2) for name, call in calls.items()}
     with kernels.dependent_launch():
@@ -440,15 +495,16 @@ def main(arguments: list[str]) -> None:
     """Measure the suites named, show a table, record it."""
     quick = "--quick" in arguments
     wanted = [a for a in arguments if not a.startswith("--")] or list(SUITES)
-    if unknown := set(wanted) - set(SUITES):
-        raise SystemExit(f"suite: expected some of {', '.join(SUITES)}, got {', '.join(unknown)}")
+    wanted = list(BITS) if wanted == ["bits"] else wanted
+    if unknown := set(wanted) - {*SUITES, *BITS}:
+        raise SystemExit(f"suite: expected bits or some of {', '.join(SUITES + BITS)}, got {', '.join(unknown)}")
     if GPU:
         from gpu import ceilings
     ceiling = ceilings() if GPU else cpu_ceilings()
     print({name: f"{value:.3e}" for name, value in ceiling.items()}, flush=True)
     makers = {
-        "memory": memory_cases, "matmul": matmul_cases, "w4a16": w4a16_cases, "w8a8": w8a8_cases,
-        "attention": attention_cases, "paged": paged_cases,
+        "memory": memory_cases, "matmul": matmul_cases, "attention": attention_cases, "paged": paged_cases,
+        "w4a16": w4a16_cases, "w8a16": w8a16_cases, "w8a8": w8a8_cases, "cache": cache_cases,
     }  # fmt: skip
     torch.manual_seed(0)
     rows = []
@@ -457,7 +513,8 @@ def main(arguments: list[str]) -> None:
             rows.append(measure(case, ceiling))
             torch.compiler.reset()
     if GPU and not quick:
-        name = "kernels" if wanted == list(SUITES) else "kernels_" + "_".join(wanted)
+        joined = {SUITES: "kernels", BITS: "kernels_bits"}
+        name = joined.get(tuple(wanted), "kernels_" + "_".join(wanted))
         print(record(name, {"ceilings": ceiling, "rows": rows}, packages=("torch", "triton", "liger-kernel")))
 
 
