@@ -1,0 +1,71 @@
+"""Every lab on this machine's GPU, top to bottom, as a reader there would run it: does each cell run, how long does it
+take, and what do the cells say that time kernels?
+
+    python benchmarks/labs.py             all labs, recorded under results/<device>/labs.json
+    python benchmarks/labs.py 09 10       these alone
+
+Cells run in IPython, without a notebook server; what cells that ask for a GPU printed is kept. On a CPU, where
+`make test-notebooks` holds every output, nothing is recorded.
+"""
+
+import contextlib
+import io
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import torch
+from common import ROOT, record
+
+
+def run(path: Path) -> dict:
+    """Its seconds, cells, and what the cells printed that ask for a GPU. Raises RuntimeError that names a cell."""
+    from IPython.core.interactiveshell import InteractiveShell
+
+    InteractiveShell.clear_instance()
+    shell = InteractiveShell.instance()
+    cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    start, said = time.perf_counter(), {}
+    for i, cell in enumerate(cells):
+        source, printed = "".join(cell["source"]), io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            done = shell.run_cell(source)
+        expected = "raises-exception" in cell["metadata"].get("tags", [])
+        if not done.success and not expected:
+            why = done.error_before_exec or done.error_in_exec
+            raise RuntimeError(f"{path.name}, code cell {i}: {type(why).__name__}: {why}\n{source[:300]}")
+        if "cuda" in source and printed.getvalue().strip():
+            said[str(i)] = printed.getvalue()[-3000:]
+    return {"seconds": time.perf_counter() - start, "cells": len(cells), "printed": said}
+
+
+def main(wanted: list[str]) -> int:
+    """Run, show, record; the exit status says whether all ran."""
+    failed, results = False, {}
+    for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
+        if wanted and path.stem[:2] not in wanted:
+            continue
+        os.chdir(path.parent)
+        try:
+            found = run(path)
+        except RuntimeError as error:
+            failed, found = True, {"failed": str(error)}
+        results[path.stem] = found
+        print(
+            path.stem,
+            {k: v for k, v in found.items() if k != "printed"},
+            *found.get("printed", {}).values(),
+            flush=True,
+        )
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            record("labs", results, ("torch", "triton"))
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
