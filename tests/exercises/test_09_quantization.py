@@ -649,10 +649,13 @@ class TestMended:
     def test_reads(self, impl):
         """files that another program wrote are read"""
         for symmetric in (True, False):
-            file = self.file(random_tensor(3, 48, seed=6) + (0 if symmetric else 0.4), 12, symmetric)
-            got = impl.read({name: x.clone() for name, x in file.items()}, 12)
-            expect_tensor("w", got, torch.float32, (3, 48))
-            expect_close(f"w, {'symmetric' if symmetric else 'asymmetric'}", got, self.value(file, 12))
+            for group in (12, 8, 48):
+                file = self.file(random_tensor(3, 48, seed=6) + (0 if symmetric else 0.4), group, symmetric)
+                expected = self.value(file, group)
+                got = impl.read({name: x.clone() for name, x in file.items()}, group)
+                expect_tensor("w", got, torch.float32, (3, 48))
+                kind = "symmetric" if symmetric else "asymmetric"
+                expect_close(f"w, {kind}, groups of {group}", got, expected)
 
     def test_round_trip(self, impl):
         """reading what was written loses at most half a scale"""
