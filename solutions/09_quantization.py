@@ -10,7 +10,8 @@
 #
 # Conventions, in all of them: integers are **signed**, of b bits from -2^(b-1) to 2^(b-1) - 1. A weight w is stored as
 # `q = clamp(round(w / scale) + zero)` and read back as `(q - zero) * scale`. Rounding is to the nearest, ties to the
-# even integer, as `torch.round` does.
+# even integer, as `torch.round` does. Tensors may have any strides (a transposed view). What is passed in stays as it
+# is, and what comes back shares no memory with it.
 
 # %%
 import math
@@ -350,7 +351,7 @@ check("9.6", Int4)
 # - Backward to `scale`, with the same pretense: differentiate `clamp(w / scale) * scale` with the rounding error held
 #   fixed. For x = w / scale inside the limits the slope is `round(x) - x`; where it was cut, `first` or `last`. Summed
 #   over the row: [N, 1].
-# - In fp32 and fp64. Inputs stay as they are.
+# - In fp32 and fp64: computed and returned in w's dtype. Inputs stay as they are.
 
 
 # %%

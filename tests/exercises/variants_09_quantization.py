@@ -58,6 +58,21 @@ def by_hand():
     return scale, zero, q[:4], back[:4], back[4]
 
 
+@wrong("9.1", "floats where integers are stored")
+def by_hand():
+    return 0.3, -2, [-4.0, -2.0, -1.0, 3.0], [-0.6, 0.0, 0.3, 1.5], 1.5
+
+
+@wrong("9.1", "one number where four are asked for")
+def by_hand():
+    return 0.3, -2, 3, [-0.6, 0.0, 0.3, 1.5], 1.5
+
+
+@alternative("9.1", "tensors of integers and of numbers")
+def by_hand():
+    return 0.3, -2, torch.tensor([-4, -2, -1, 3]), torch.tensor([-0.6, 0.0, 0.3, 1.5]), 1.5
+
+
 # ---- 9.2 ------------------------------------------------------------------------------------------------------------
 
 
@@ -113,6 +128,39 @@ def bits_per_weight(bits, group, has_zero, rounded, kept=0):
     if has_zero:
         total += rounded / group * bits
     return total / (rounded + kept)
+
+
+@wrong("9.2", "3 bits stored in 4")
+def bits_per_weight(bits, group, has_zero, rounded, kept=0):
+    held = 4 if bits == 3 else bits
+    return ((held + (16 + bits * has_zero) / group) * rounded + 16 * kept) / (rounded + kept)
+
+
+@wrong("9.2", "zero points of a power of two of bits")
+def bits_per_weight(bits, group, has_zero, rounded, kept=0):
+    held = 1 << (bits - 1).bit_length()
+    return ((bits + (16 + held * has_zero) / group) * rounded + 16 * kept) / (rounded + kept)
+
+
+@wrong("9.2", "no zero points where weights are kept")
+def bits_per_weight(bits, group, has_zero, rounded, kept=0):
+    return ((bits + (16 + bits * (has_zero and not kept)) / group) * rounded + 16 * kept) / (rounded + kept)
+
+
+@wrong("9.2", "rounded to four places")
+def bits_per_weight(bits, group, has_zero, rounded, kept=0):
+    return round(((bits + (16 + bits * has_zero) / group) * rounded + 16 * kept) / (rounded + kept), 4)
+
+
+@wrong("9.2", "few kept weights do not count as 16 bits")
+def bits_per_weight(bits, group, has_zero, rounded, kept=0):
+    each = 16 if kept > rounded / 10 else bits
+    return ((bits + (16 + bits * has_zero) / group) * rounded + each * kept) / (rounded + kept)
+
+
+@alternative("9.2", "16 less what each rounded weight saves")
+def bits_per_weight(bits, group, has_zero, rounded, kept=0):
+    return 16 - (16 - bits - (16 + bits * has_zero) / group) * (rounded / (rounded + kept))
 
 
 # ---- 9.3 ------------------------------------------------------------------------------------------------------------
@@ -205,6 +253,59 @@ def sqnr(w, back):
 def sqnr(w, back):
     noise = float((w.double() - back.double()).norm())
     return 20 * math.log10(float(w.double().norm()) / noise) if noise else math.inf
+
+
+@wrong("9.3", "computes in fp32")
+def sqnr(w, back):
+    return decibel(w.float().square().sum(), (w.float() - back.float()).square().sum())
+
+
+@wrong("9.3", "subtracts in the inputs' common dtype")
+def sqnr(w, back):
+    return decibel(w.double().square().sum(), (w - back).double().square().sum())
+
+
+@wrong("9.3", "infinite where torch.allclose sees no error")
+def sqnr(w, back):
+    if torch.allclose(w.double(), back.double()):
+        return math.inf
+    return decibel(w.double().square().sum(), (w.double() - back.double()).square().sum())
+
+
+@wrong("9.3", "infinite where the noise is small")
+def sqnr(w, back):
+    noise = (w.double() - back.double()).square().sum()
+    return math.inf if noise < 1e-20 else decibel(w.double().square().sum(), noise)
+
+
+@wrong("9.3", "adds 1e-12 to the noise")
+def sqnr(w, back):
+    noise = (w.double() - back.double()).square().sum()
+    return math.inf if noise == 0 else decibel(w.double().square().sum(), noise + 1e-12)
+
+
+@wrong("9.3", "NaN for zeros")
+def sqnr(w, back):
+    signal = w.double().square().sum()
+    return decibel(signal, (w.double() - back.double()).square().sum()) if signal else math.nan
+
+
+@wrong("9.3", "subtracts in place what fp64 does not copy")
+def sqnr(w, back):
+    signal = w.double().square().sum()
+    return decibel(signal, w.double().sub_(back).square().sum())
+
+
+@wrong("9.3", "views what is not contiguous")
+def sqnr(w, back):
+    return decibel(w.double().view(-1).square().sum(), (w.double() - back.double()).view(-1).square().sum())
+
+
+@alternative("9.3", "NumPy")
+def sqnr(w, back):
+    a, b = w.double().numpy(), back.double().numpy()
+    noise = float(((a - b) ** 2).sum())
+    return 10 * math.log10(float((a * a).sum()) / noise) if noise else float("inf")
 
 
 # ---- 9.4 ------------------------------------------------------------------------------------------------------------
@@ -343,6 +444,81 @@ def grid(w, bits):
         scales.append(scale)
         zeros.append(round(-(2 ** (bits - 1)) - low / scale))
     return torch.tensor(scales), torch.tensor(zeros, dtype=torch.int32)
+
+
+def _more_grids():
+    finite = torch.isfinite
+    checks = {
+        "asks whether the sum is finite": lambda w: finite(w.sum()),
+        "looks at the last row alone": lambda w: finite(w[-1]).all(),
+        "looks at all columns but the first": lambda w: finite(w[:, 1:]).all(),
+        "what fp16 does not hold is infinite": lambda w: (w.abs().float() <= 65504).all(),
+        "looks at fp32 alone": lambda w: w.dtype != torch.float32 or finite(w).all(),
+        "refuses zeros": lambda w: finite(w).all() and w.any(),
+    }
+    for words, fine in checks.items():
+
+        def grid(w, bits, fine=fine):
+            if not bool(fine(w)):
+                raise ValueError("w: expected finite numbers")
+            return make(w, bits, "no check")
+
+        wrong("9.4", words)(grid)
+
+    ones = {
+        "scale 1 below 1e-20": lambda x, scale: scale > 1e-20,
+        "scale 1 where the sum is 0": lambda x, scale: x.sum(1) != 0,
+        "scale 1 where the first number is 0": lambda x, scale: x[:, 0] != 0,
+    }
+    for words, keep in ones.items():
+
+        def grid(w, bits, keep=keep):
+            scale, zero = make(w, bits)
+            return torch.where(keep(w.float(), scale), scale, 1.0), zero
+
+        wrong("9.4", words)(grid)
+
+
+_more_grids()
+
+
+@wrong("9.4", "rounds the zero point's ties away from zero")
+def grid(w, bits):
+    scale, _ = make(w, bits)
+    zero = ends(bits)[0] - w.float().amin(1).clamp(max=0) / scale
+    return scale, (zero.sign() * (zero.abs() + 0.5).floor()).int()
+
+
+@wrong("9.4", "rounds the zero point's ties up")
+def grid(w, bits):
+    scale, _ = make(w, bits)
+    return scale, (ends(bits)[0] - w.float().amin(1).clamp(max=0) / scale + 0.5).floor().int()
+
+
+@wrong("9.4", "takes the upper end in place")
+def grid(w, bits):
+    made = make(w, bits)
+    w.float().clamp_(min=0)
+    return made
+
+
+@wrong("9.4", "views what is not contiguous")
+def grid(w, bits):
+    return make(w.view(-1).view(w.shape), bits)
+
+
+@alternative("9.4", "times the reciprocal of the scale")
+def grid(w, bits):
+    scale, _ = make(w, bits)
+    first, last = ends(bits)
+    return scale, (first - w.float().amin(1).clamp(max=0) * scale.reciprocal()).round().clamp(first, last).int()
+
+
+@alternative("9.4", "the zero point from the upper end; 0 for rows of zeros")
+def grid(w, bits):
+    scale, _ = make(w, bits)
+    zero = (ends(bits)[1] - w.float().amax(1).clamp(min=0) / scale).round()
+    return scale, zero.masked_fill(~w.any(1), 0).int()
 
 
 # ---- 9.5 ------------------------------------------------------------------------------------------------------------
@@ -484,6 +660,81 @@ def fake_quantize(w, bits, group):
     scale = torch.stack([part.abs().amax(-1) for part in x.split(group, -1)], -1) * 2 / (last - first)
     scale = scale.masked_fill(scale == 0, 1.0).repeat_interleave(group, -1)
     return ((x / scale).round().clamp(first, last) * scale).to(w.dtype)
+
+
+@wrong("9.5", "computes in fp64")
+def fake_quantize(w, bits, group):
+    if w.shape[-1] % group:
+        raise ValueError("group: does not fill a row")
+    first, last = ends(bits)
+    x = w.double().unflatten(-1, (-1, group))
+    scale = x.abs().amax(-1, keepdim=True) / ((last - first) / 2)
+    return ((x / torch.where(scale > 0, scale, 1.0)).round().clamp(first, last) * scale).reshape(w.shape).to(w.dtype)
+
+
+@wrong("9.5", "returns fp32 for fp64")
+def fake_quantize(w, bits, group):
+    return fake(w, bits, group, "fp32" if w.dtype == torch.float64 else "")
+
+
+@wrong("9.5", "scale 1 below 1e-20")
+def fake_quantize(w, bits, group):
+    return torch.where(w.abs() < 1e-20, 0.0, fake(w, bits, group)).to(w.dtype)
+
+
+@wrong("9.5", "views three dimensions as two")
+def fake_quantize(w, bits, group):
+    return fake(w.view(-1, w.shape[-1]), bits, group).view(w.shape)
+
+
+def _in_place():
+    branches = {
+        "a group is a row": lambda w, group: group == w.shape[-1],
+        "w has one dimension": lambda w, group: w.dim() == 1,
+        "w is transposed": lambda w, group: not w.is_contiguous(),
+        "w is fp16": lambda w, group: w.dtype == torch.float16,
+        "w is fp64": lambda w, group: w.dtype == torch.float64,
+    }
+    for words, here in branches.items():
+
+        def fake_quantize(w, bits, group, here=here):
+            out = fake(w, bits, group)
+            if here(w, group):
+                w.copy_(out)
+            return out
+
+        wrong("9.5", f"in place where {words}")(fake_quantize)
+
+
+_in_place()
+
+
+@wrong("9.5", "hands zeros back as they came")
+def fake_quantize(w, bits, group):
+    return fake(w, bits, group) if w.any() or w.shape[-1] % group else w
+
+
+@alternative("9.5", "cut first, then rounded; never below the first integer anyway")
+def fake_quantize(w, bits, group):
+    if w.shape[-1] % group:
+        raise ValueError("group: does not fill a row")
+    out = torch.empty(w.shape, dtype=w.dtype)
+    for begin in range(0, w.shape[-1], group):
+        x = w[..., begin : begin + group].float()
+        scale = x.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 0.5)
+        scale = scale + (scale == 0)
+        out[..., begin : begin + group] = (x / scale).clamp(max=ends(bits)[1]).round() * scale
+    return out
+
+
+@alternative("9.5", "times the reciprocal of the scale")
+def fake_quantize(w, bits, group):
+    if w.shape[-1] % group:
+        raise ValueError("group: does not fill a row")
+    x = w.float().reshape(-1, group)
+    scale = x.abs().amax(1, keepdim=True) / (2**bits - 1) * 2
+    inverse = torch.where(scale == 0, 0.0, 1 / scale)
+    return ((x * inverse).round().clamp(*ends(bits)) * scale).reshape(w.shape).type_as(w)
 
 
 # ---- 9.6 ------------------------------------------------------------------------------------------------------------
@@ -667,6 +918,104 @@ class Int4(RightInt4):
         return super()._pack(q.t()).t()
 
 
+def _checks():
+    parts = {
+        "the last row": lambda q: q[-1:],
+        "the first word": lambda q: q[:, :8],
+        "full words": lambda q: q[:, : q.shape[1] // 8 * 8],
+        "the first row": lambda q: q[:1],
+    }
+    for words, part in parts.items():
+
+        class Int4(RightInt4):
+            PART = staticmethod(part)
+
+            @classmethod
+            def pack(cls, q):
+                some = cls.PART(q)
+                if bool(((some < -8) | (some > 7)).any()):
+                    raise ValueError("q: expected -8 to 7")
+                return cls._pack(q)
+
+        wrong("9.6", f"looks for numbers that are too large in {words} alone")(Int4)
+
+
+_checks()
+
+
+@wrong("9.6", "adds the offset in place where the last word is not full")
+class Int4(RightInt4):
+    @classmethod
+    def _pack(cls, q):
+        words = super()._pack(q)
+        if q.shape[1] % 8:
+            q += 8
+        return words
+
+
+@wrong("9.6", "a vector for one row")
+class Int4(RightInt4):
+    @classmethod
+    def unpack(cls, words, k):
+        return super().unpack(words, k).squeeze(0)
+
+
+@wrong("9.6", "a vector for one number a row")
+class Int4(RightInt4):
+    @classmethod
+    def unpack(cls, words, k):
+        return super().unpack(words, k).squeeze(1)
+
+
+@wrong("9.6", "leaves out rows that pack to zeros")
+class Int4(RightInt4):
+    @classmethod
+    def _pack(cls, q):
+        words = super()._pack(q)
+        return words[words.any(1)] if len(words) else words
+
+
+@wrong("9.6", "packs views alone")
+class Int4(RightInt4):
+    @classmethod
+    def _pack(cls, q):
+        return super()._pack(q.view(-1).view(q.shape))
+
+
+@wrong("9.6", "unpacks the order of memory")
+class Int4(RightInt4):
+    @classmethod
+    def unpack(cls, words, k):
+        return super().unpack(words.as_strided(words.shape, (words.shape[1], 1)), k)
+
+
+@alternative("9.6", "a loop over the eight places, in int32")
+class Int4(RightInt4):
+    @classmethod
+    def _pack(cls, q):
+        words = torch.zeros(len(q), -(-q.shape[1] // 8), dtype=torch.int32)
+        for i in range(8):
+            part = q[:, i::8].int() + 8
+            words[:, : part.shape[1]] |= part << 4 * i
+        return words
+
+    @classmethod
+    def unpack(cls, words, k):
+        q = torch.empty(len(words), words.shape[1] * 8, dtype=torch.int8)
+        for i in range(8):
+            q[:, i::8] = ((words >> 4 * i) & 15) - 8
+        return q[:, :k]
+
+
+@alternative("9.6", "a product with powers of 16, in fp64")
+class Int4(RightInt4):
+    @classmethod
+    def _pack(cls, q):
+        digits = torch.nn.functional.pad(q.double() + 8, (0, -q.shape[1] % 8))
+        powers = 16.0 ** torch.arange(8, dtype=torch.float64)
+        return (digits.unflatten(1, (-(-q.shape[1] // 8), 8)) @ powers).long().to(torch.int32)
+
+
 # ---- 9.7 ------------------------------------------------------------------------------------------------------------
 
 
@@ -837,6 +1186,103 @@ def fake_quantize_ste(w, scale, bits):
     return out
 
 
+def ste(w, scale, bits):
+    x = (w / scale).clamp(*ends(bits))
+    return (x + (x.round() - x).detach()) * scale
+
+
+@wrong("9.7", "computes in fp32, returns w's dtype")
+def fake_quantize_ste(w, scale, bits):
+    return Function.apply(w.float(), scale.float(), bits).to(w.dtype)
+
+
+@wrong("9.7", "computes in fp64 and returns it")
+def fake_quantize_ste(w, scale, bits):
+    return Function.apply(w.double(), scale.double(), bits)
+
+
+@wrong("9.7", "rounds what fp16 holds of the quotient")
+def fake_quantize_ste(w, scale, bits):
+    x = (w / scale).clamp(*ends(bits))
+    return (x + (x.half().round().to(x.dtype) - x).detach()) * scale
+
+
+@wrong("9.7", "no scale below 1e-8")
+def fake_quantize_ste(w, scale, bits):
+    return ste(w, scale.clamp(min=1e-8), bits)
+
+
+@wrong("9.7", "adds 1e-8 to the scale")
+def fake_quantize_ste(w, scale, bits):
+    return ste(w, scale + 1e-8, bits)
+
+
+@wrong("9.7", "multiplies by the reciprocal: ties fall elsewhere")
+def fake_quantize_ste(w, scale, bits):
+    x = (w * (1 / scale)).clamp(*ends(bits))
+    return (x + (x.round() - x).detach()) * scale
+
+
+@wrong("9.7", "not exactly: w is added and taken off again")
+def fake_quantize_ste(w, scale, bits):
+    return w.detach() + (ste(w, scale, bits) - w.detach())
+
+
+@wrong("9.7", "ties away from zero")
+def fake_quantize_ste(w, scale, bits):
+    x = (w / scale).clamp(*ends(bits))
+    return (x + (x.sign() * (x.abs() + 0.5).floor() - x).detach()) * scale
+
+
+@wrong("9.7", "8 bits as 7")
+def fake_quantize_ste(w, scale, bits):
+    return ste(w, scale, min(bits, 7))
+
+
+@wrong("9.7", "raises small scales in place")
+def fake_quantize_ste(w, scale, bits):
+    scale.data.clamp_(min=1e-8)
+    return ste(w, scale, bits)
+
+
+@wrong("9.7", "cuts large weights in place")
+def fake_quantize_ste(w, scale, bits):
+    w.data.clamp_(-1000, 1000)
+    return ste(w, scale, bits)
+
+
+@wrong("9.7", "a little gradient for cut numbers")
+def fake_quantize_ste(w, scale, bits):
+    return ste(w, scale, bits) + 0.001 * (w - w.detach())
+
+
+@wrong("9.7", "views what is not contiguous")
+def fake_quantize_ste(w, scale, bits):
+    return ste(w.view(-1).view(w.shape), scale, bits)
+
+
+@alternative("9.7", "a Function that rounds and passes the gradient")
+def fake_quantize_ste(w, scale, bits):
+    class Round(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.round()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    return Round.apply(torch.clip(w / scale, *ends(bits))) * scale
+
+
+@alternative("9.7", "the integers, and a zero that has the gradient")
+def fake_quantize_ste(w, scale, bits):
+    first, last = ends(bits)
+    x = w / scale
+    soft = torch.where((x >= first) & (x <= last), x, x.detach())
+    return (x.detach().round().clamp(first, last) + (soft - soft.detach())) * scale
+
+
 # ---- 9.8 ------------------------------------------------------------------------------------------------------------
 
 
@@ -964,3 +1410,109 @@ class Mended(RightCodec):
     @classmethod
     def read(cls, file, group):
         return super().read(file | {"zero": file["zero"]}, group)
+
+
+def rounds(mistake):
+    class Mended(RightCodec):
+        @classmethod
+        def write(cls, w, group, symmetric):
+            groups = w.unflatten(1, (-1, group))
+            scale, zero = cls.grid(groups, symmetric)
+            file = super().write(w, group, symmetric)
+            q = mistake(groups / scale[..., None], zero[..., None]).clamp(-8, 7).long().flatten(1) + 8
+            words = (q.unflatten(1, (-1, 8)) << torch.tensor(cls.UP)).sum(-1)
+            return file | {"packed": words.to(torch.int32)}
+
+    return Mended
+
+
+wrong("9.8", "adds the zero point before it rounds")(rounds(lambda x, z: (x + z).round()))
+wrong("9.8", "weights' ties away from zero")(rounds(lambda x, z: x.sign() * (x.abs() + 0.5).floor() + z))
+wrong("9.8", "weights' ties up")(rounds(lambda x, z: (x + 0.5).floor() + z))
+wrong("9.8", "never the lowest integer if symmetric")(rounds(lambda x, z: (x.round() + z).clamp(min=-7 - 99 * z.any())))
+
+
+def zeros(mistake):
+    class Mended(RightCodec):
+        @classmethod
+        def grid(cls, groups, symmetric):
+            scale, zero = super().grid(groups, symmetric)
+            if symmetric:
+                return scale, zero
+            return scale, mistake(-8 - groups.amin(-1).clamp(max=0) / scale).clamp(-8, 7)
+
+    return Mended
+
+
+wrong("9.8", "zero points' ties up")(zeros(lambda z: (z + 0.5).floor()))
+wrong("9.8", "zero points' ties away from zero")(zeros(lambda z: z.sign() * (z.abs() + 0.5).floor()))
+
+
+@wrong("9.8", "takes it that groups fill words")
+class Mended(RightCodec):
+    @classmethod
+    def write(cls, w, group, symmetric):
+        return super().write(w, group if group % 8 == 0 else 8, symmetric)
+
+
+@wrong("9.8", "views what is not contiguous")
+class Mended(RightCodec):
+    @classmethod
+    def write(cls, w, group, symmetric):
+        return super().write(w.view(-1).view(w.shape), group, symmetric)
+
+
+def eats(words, what):
+    class Mended(RightCodec):
+        @classmethod
+        def read(cls, file, group):
+            w = super().read(file, group)
+            what(file)
+            return w
+
+    wrong("9.8", words)(Mended)
+
+
+eats("takes the zero point out of the file", lambda file: file.pop("zero", None))
+eats("adds a zero point to the file", lambda file: file.setdefault("zero", torch.zeros_like(file["scale"]).int()))
+eats("shifts the words in place", lambda file: file["packed"].bitwise_right_shift_(4))
+eats("doubles the scale in place", lambda file: file["scale"].mul_(2))
+
+
+@wrong("9.8", "divides w in place")
+class Mended(RightCodec):
+    @classmethod
+    def write(cls, w, group, symmetric):
+        file = super().write(w, group, symmetric)
+        w.div_(file["scale"].repeat_interleave(group, 1))
+        return file
+
+
+@wrong("9.8", "reads groups of words: three axes")
+class Mended(RightCodec):
+    @classmethod
+    def read(cls, file, group):
+        return super().read(file, group).unflatten(1, (-1, group))
+
+
+@alternative("9.8", "bytes first, zero points from the upper end, scales repeated")
+class Mended:
+    @staticmethod
+    def write(w, group, symmetric):
+        x = w.reshape(len(w), -1, group)
+        largest = x.abs().amax(2)
+        low, high = (-largest, largest) if symmetric else (x.amin(2).clamp(max=0), x.amax(2).clamp(min=0))
+        scale = (high - low) / 15
+        zero = torch.zeros_like(scale) if symmetric else (7 - high / scale).round()
+        q = (torch.round(x / scale[..., None]) + zero[..., None]).clamp(-8, 7).reshape(w.shape)
+        nibbles = (q + 8).to(torch.uint8)
+        file = {"scale": scale, "packed": (nibbles[:, ::2] | nibbles[:, 1::2] << 4).contiguous().view(torch.int32)}
+        return file if symmetric else {**file, "zero": zero.to(torch.int32)}
+
+    @staticmethod
+    def read(file, group):
+        data = file["packed"].contiguous().view(torch.uint8)
+        q = torch.stack((data & 15, data >> 4), -1).flatten(1).float() - 8
+        if "zero" in file:
+            q -= file["zero"].repeat_interleave(group, 1)
+        return q * file["scale"].repeat_interleave(group, 1)
