@@ -3,7 +3,7 @@
 #
 # Eight exercises on [chapter 9](../chapters/09_quantization.md) and its [lab](../notebooks/09_quantization.ipynb):
 # three **warm-ups** of five minutes (9.1 to 9.3), the **core** (9.4 and 9.5), and three steps **beyond** (9.6 to 9.8,
-# optional), which neither chapter nor lab shows.
+# optional), which go on where chapter and lab stop: rows that end within a word, a scale that learns, bugs in earnest.
 #
 # Run the next cell, then take the exercises in any order. Replace `raise NotImplementedError(...)` by your code and
 # run the `check` cell under it: it says which contracts hold, and on a failure what was expected and what came.
@@ -146,7 +146,7 @@ check("9.3", sqnr)
 # %% [markdown]
 # <details><summary>Hint 2</summary>
 #
-# `math.log10` raises an error for infinity over 0: look at the noise first.
+# Python refuses to divide a float by 0.0, and torch makes NaN of 0 / 0: look at the noise first.
 # </details>
 
 # %% [markdown] tags=["solution"]
@@ -263,8 +263,8 @@ check("9.5", fake_quantize)
 
 # %% [markdown] tags=["solution"]
 # **Why 7.5.** With max|w| / 7 the integer -8 is never used: 15 of 16 levels. With 7.5 all are, the step is 7 % smaller,
-# and so is the rounding error of every weight; the largest one pays, by up to half a step, if it is positive. What
-# matters more is that all tools that touch a checkpoint agree: torchao had three different answers in one pipeline
+# and so is the rounding error of every other weight; the largest one pays with half a step, cut to 7 or moved to -8.
+# What matters more is that all tools that touch a checkpoint agree: torchao had three different answers in one pipeline
 # (7.5 against 7 or 8), and models that were trained for one grid were exported on another.
 
 # %% [markdown]

@@ -60,27 +60,27 @@ def formats() -> None:
 def by_hand() -> None:
     """Four weights, their grid of 3 bits, and what is read back."""
     figure, ax = plt.subplots(figsize=(7.6, 1.9))
-    scale, zero = 0.3, -2
+    scale, zero = 0.5, -1
     for q in range(-4, 4):
         x = (q - zero) * scale
         ax.plot([x, x], [-0.12, 0.12], color=BLACK, lw=1.2)
         ax.text(x, -0.28, f"{q}", ha="center", va="top")
-        ax.text(x, -0.72, f"{x:.1f}" if x else "0", ha="center", va="top", color=GRAY, fontsize=8)
-    ax.plot([-0.85, 1.85], [0, 0], color=GRAY, lw=0.6)
-    for w, q in ((-0.5, -4), (0.0, -2), (0.4, -1), (1.6, 3)):
+        ax.text(x, -0.72, f"{x:g}", ha="center", va="top", color=GRAY, fontsize=8)
+    ax.plot([-1.9, 2.4], [0, 0], color=GRAY, lw=0.6)
+    for w, q in ((-1.6, -4), (0.0, -1), (0.7, 0), (1.9, 3)):
         x = (q - zero) * scale
         ax.plot(w, 0.75, "o", color=BLUE, ms=6)
         ax.text(w, 0.92, f"{w:g}", ha="center", va="bottom", color=BLUE)
         ax.add_patch(
             FancyArrowPatch((w, 0.68), (x, 0.14), arrowstyle="-|>", mutation_scale=9, color=BLUE, shrinkA=0, shrinkB=0)
         )
-    ax.text(-0.95, 0.75, "weights", ha="right", va="center", color=BLUE)
-    ax.text(-0.95, -0.4, "stored", ha="right", va="center")
-    ax.text(-0.95, -0.84, "read back", ha="right", va="center", color=GRAY)
-    ax.annotate("", (0.3, 0.3), (0.0, 0.3), arrowprops={"arrowstyle": "<->", "color": ORANGE})
-    ax.text(0.15, 0.36, "Δ", ha="center", color=ORANGE)
+    ax.text(-2.1, 0.75, "weights", ha="right", va="center", color=BLUE)
+    ax.text(-2.1, -0.4, "stored", ha="right", va="center")
+    ax.text(-2.1, -0.84, "read back", ha="right", va="center", color=GRAY)
+    ax.annotate("", (0.5, 0.3), (0.0, 0.3), arrowprops={"arrowstyle": "<->", "color": ORANGE})
+    ax.text(0.25, 0.36, "Δ", ha="center", color=ORANGE)
     ax.text(0, -1.12, "zero point", ha="center", va="top", fontsize=8, color=WINE)
-    ax.set(xlim=(-1.35, 1.95), ylim=(-1.4, 1.25))
+    ax.set(xlim=(-2.75, 2.5), ylim=(-1.4, 1.25))
     ax.axis("off")
     save(figure, "09_by_hand")
 
@@ -119,14 +119,13 @@ def sharing() -> None:
     """A weight of 4 rows and 8 columns: who shares a scale."""
     figure, ax = canvas(7.6, 1.75)
     colors = (SKY, "#f6dca8", "#e3b7c6", "#dddddd")
+    halves = ((SKY, BLUE), ("#f6dca8", ORANGE), ("#e3b7c6", WINE), ("#dddddd", GRAY))  # a color a scale, so eight
     for i, (name, group) in enumerate((("tensor", 0), ("channel", 8), ("group of 4", 4))):
         x0 = 0.2 + 2.55 * i
         for row in range(4):
             for column in range(8):
-                color = SKY if not group else colors[row] if group == 8 else colors[(2 * row + column // 4) % 4]
+                color = SKY if not group else colors[row] if group == 8 else halves[row][column // 4]
                 ax.add_patch(Rectangle((x0 + 0.26 * column, 1.08 - 0.26 * row), 0.26, 0.26, fc=color, ec="white"))
-        if group == 4:
-            ax.plot([x0 + 1.04] * 2, [0.3, 1.34], color=BLACK, lw=1.2)
         count = {0: "1 scale", 8: "4 scales", 4: "8 scales"}[group]
         ax.text(x0 + 1.04, 1.45, f"{name}: {count}", ha="center")
     ax.text(0.1, 0.82, "N rows", rotation=90, ha="center", va="center", fontsize=8)
@@ -158,7 +157,7 @@ def ladder() -> None:
     ):  # fmt: skip
         chosen = [x for x in r["rows"] if x["who"] == who and x["scheme"] == "minmax" and not x["symmetric"]]
         chosen = [x for x in chosen if x["perplexity"] < 2000]
-        label = who if who in ("tensor", "channel") else f"groups of {who}"
+        label = {"tensor": "tensor (4 bits: far off)", "channel": who}.get(who, f"groups of {who}")
         ax.semilogy(
             [x["bits a weight"] for x in chosen], [x["perplexity"] for x in chosen], marker=marker, color=color,
             label=label, lw=1, ms=5,
