@@ -158,13 +158,27 @@ def outliers_part(lab: Lab) -> dict:
     smooth(smoothed, lab.maxima, 0.5)
     tokens, crest, power = crests(model, lab.calibration[:1])
     smoother = crests(smoothed, lab.calibration[:1])[1]
+    rotated = rotate_model(model)
+    turned = crests(rotated, lab.calibration[:1])[1]
+    norms = {
+        f"layers.{i}.{slot}": norm.weight
+        for i, layer in enumerate(model.layers)
+        for slot, norm in (
+            ("self_attn.qkv_proj", layer.input_layernorm), ("mlp.gate_up_proj", layer.post_attention_layernorm),
+        )
+    }  # fmt: skip
     for name, entry in layers.items():
         entry["tokens"] = {"first": float(tokens[name][0]), "median": float(tokens[name].median())}
         entry["crest"] = {"activations": float(crest[name].median()), "weights": of_rows(sites(model)[name].weight)}
-        entry["noise of fp8, rotated over plain"] = rotated_noise(power[name], sites(model)[name].weight)
         entry["crest, smoothed"] = {
             "activations": float(smoother[name].median()), "weights": of_rows(sites(smoothed)[name].weight),
         }  # fmt: skip
+        entry["crest, rotated"] = {
+            "activations": float(turned[name].median()), "weights": of_rows(sites(rotated)[name].weight),
+        }  # fmt: skip
+        if name in norms:
+            weight = sites(model)[name].weight
+            entry["noise of fp8, rotated over plain"] = rotated_noise(power[name], norms[name], weight)
     with torch.inference_mode(), use("torch"):
         streams = residual_streams(model, lab.calibration[:1])[:, 0].abs()  # [layers + 1, T, hidden]
     result["streams"] = [
@@ -183,12 +197,13 @@ def of_rows(w: Tensor) -> float:
     return float((w.abs().amax(-1) / w.square().mean(-1).sqrt()).median())
 
 
-def rotated_noise(power: Tensor, w: Tensor) -> float:
-    """An error in proportion to each number adds noise like sum_k x_k² |w_k|² to the outputs; after a rotation that
-    evens out both, like |x|² |W|² / K. power [K]: mean x_k². -> the second over the first
+def rotated_noise(power: Tensor, norm: Tensor, w: Tensor) -> float:
+    """An error in proportion to each number adds noise like sum_k x_k² |w_k|² to the outputs of a norm's reader. A
+    rotation moves the norm's weight g [K] into the reader and evens out both: |x / g|² |g W|² / K. power [K]: mean
+    x_k². -> the second over the first
     """
     columns = w.square().sum(0)  # [K]
-    return float(power.mean() * columns.sum() / (power * columns).sum())
+    return float((power / norm**2).mean() * (norm**2 * columns).sum() / (power * columns).sum())
 
 
 def crests(model: Transformer, ids: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
@@ -512,7 +527,8 @@ def needles(lab: Lab, length: int, ways: dict[str, tuple[Change, Change]]) -> di
         who = NAMES[i % len(NAMES)]
         said = encode(f"\n\nThe secret number of {who} is {digits}.\n\n", add_special_tokens=False)
         asked = encode(f"\n\nThe secret number of {who} is", add_special_tokens=False)
-        answer = encode(f" {digits}.", add_special_tokens=False)[:-1]
+        space, *answer, _ = encode(f" {digits}.", add_special_tokens=False)  # scored are the digits alone
+        asked.append(space)
         room = length - len(said) - len(asked) - len(answer)
         at = int(room * (i + 0.5) / NEEDLES)
         row = text[:at] + said + text[at:room] + asked + answer

@@ -467,7 +467,7 @@ check("11.6", Mended)
 # small s, and stays an outlier; nothing crashes, which a missing `abs` otherwise brings about by a NaN. (2) `/ 7`
 # leaves the integer -8 unused: 7 % larger steps; and whoever reads the file with the other convention is off by as much
 # (exercise 9.8 had it in a writer). (3) One scale for a whole sequence: the largest number of any token sets it.
-# Perplexity falls a little; worse is that tokens see *later* ones, so that a prompt read at once and the same prompt
+# Perplexity rises a little; worse is that tokens see *later* ones, so that a prompt read at once and the same prompt
 # read token by token give different answers, and a prefix cache holds numbers that depend on who came after.
 
 # %% [markdown]

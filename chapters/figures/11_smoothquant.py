@@ -1,5 +1,7 @@
 """Draw the figures of chapter 11: `python chapters/figures/11_smoothquant.py` writes 11_*.svg beside this file."""
 
+import math
+
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
@@ -127,13 +129,15 @@ def strength() -> None:
         if name.startswith("int8: all, ") and name[-1].isdigit()
     )
     figure, ax = plt.subplots(figsize=(6.6, 2.9))
-    ax.errorbar([a for a, _ in found], [100 * x["loss"] for _, x in found], [100 * x["error"] for _, x in found],
+    lost = [100 * math.expm1(x["loss"]) for _, x in found]
+    errors = [100 * math.exp(x["loss"]) * x["error"] for _, x in found]
+    ax.errorbar([a for a, _ in found], lost, errors,
                 color=BLUE, marker="o", ms=4, capsize=2, label="one strength for all layers")  # fmt: skip
     for name, label, color, ls in (
         ("int8: plain", "no migration", WINE, "-"), ("int8: rotated", "rotated", ORANGE, "--"),
         ("int8: all, a strength a layer", "a strength for each layer", BLACK, ":"),
     ):  # fmt: skip
-        ax.axhline(100 * r[name]["loss"], color=color, ls=ls, lw=1.2, label=label)
+        ax.axhline(100 * math.expm1(r[name]["loss"]), color=color, ls=ls, lw=1.2, label=label)
     ax.set(xlabel="strength α", ylabel="perplexity lost, %", ylim=(-0.3, None))
     ax.legend(fontsize=8)
     save(figure, "11_strength")
@@ -142,23 +146,24 @@ def strength() -> None:
 def formats() -> None:
     """Signal to noise by how far a row's largest number sticks out: int8 against fp8."""
     layers = recorded()["outliers"]["layers"]
-    figure, ax = plt.subplots(figsize=(6.8, 2.9))
+    figure, (ax, below) = plt.subplots(2, 1, figsize=(6.8, 4.2), sharex=True, height_ratios=(1, 1))
     crest = np.geomspace(2, 40, 100)
     ax.semilogx(crest, 20 * np.log10(127.5 * np.sqrt(12) / crest), color=BLUE, label="int8")
     ax.axhline(31.5, color=ORANGE, label="fp8 E4M3")
-    for i, (slot, (color, marker)) in enumerate(SLOTS.items()):
-        chosen = [x["crest"] for name, x in layers.items() if name.endswith(slot)]
-        for kind, y in (("activations", 16 - 2.2 * i), ("weights", 27.5 - 2.2 * i)):
-            values = sorted(x[kind] for x in chosen)
-            middle = values[len(values) // 2]
-            ax.plot([values[0], values[-1]], [y, y], color=color, lw=1)
-            ax.plot(middle, y, marker, color=color, ms=5)
-            name = {"activations": "inputs", "weights": "weights"}[kind]
-            ax.text(values[-1] * 1.05, y, f"{name} of {slot}", fontsize=7, va="center", color=GRAY)
-    ax.set(xlabel="largest number of a row over its root mean square", ylabel="SQNR, dB", ylim=(8, 48))
-    ax.set_xticks([2, 4, 8, 12, 16, 32], ["2", "4", "8", "12", "16", "32"])
-    ax.minorticks_off()
+    ax.set(ylabel="SQNR, dB")
     ax.legend(fontsize=8, loc="upper right")
+    rows = [(kind, slot) for kind in ("weights", "activations") for slot in SLOTS]
+    for y, (kind, slot) in enumerate(rows):
+        color, marker = SLOTS[slot]
+        values = sorted(x["crest"][kind] for name, x in layers.items() if name.endswith(slot))
+        below.plot([values[0], values[-1]], [-y, -y], color=color, lw=1)
+        below.plot(values[len(values) // 2], -y, marker, color=color, ms=5)
+    names = [f"{'inputs' if kind == 'activations' else kind} of {slot}" for kind, slot in rows]
+    below.set_yticks(-np.arange(len(rows)), names, fontsize=8)
+    below.set(xlabel="crest factor (lines: all layers; marks: the middle one)")
+    below.set_xticks([2, 4, 8, 12, 16, 32], ["2", "4", "8", "12", "16", "32"])
+    below.minorticks_off()
+    figure.tight_layout()
     save(figure, "11_formats")
 
 
