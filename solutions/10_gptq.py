@@ -10,7 +10,7 @@
 #
 # Conventions, in all of them: a layer computes `y = x wᵀ` with a weight w [N, K]; a row of w is one output. **H**
 # [K, K] is the **mean** of xᵀ x over the layer's inputs x [K]. Integers of b bits are signed, from -2^(b-1) to
-# 2^(b-1) - 1.
+# 2^(b-1) - 1. Tensors need not be contiguous, unless an exercise says that they are.
 #
 # Without a GPU, exercise 10.7 runs in Triton's interpreter. The variable that turns it on is read when Triton is
 # imported: that is why it stands above the imports.
@@ -148,7 +148,8 @@ check("10.2", bits_per_weight)
 # - `matrix` [K, K] is at any time the mean over all **real tokens** seen so far, each counted alike: it does not
 #   depend on how tokens are cut into batches. It stays fp32.
 # - What stands at padding does not count, be it NaN. A batch of padding alone, or of no token, changes nothing.
-# - x may be fp32, fp16 or bf16; the squares of large fp16 numbers must not overflow. Inputs stay as they are.
+# - x may be fp32, fp16 or bf16; the squares of large fp16 numbers must not overflow. Inputs stay as they are, and the
+#   caller may overwrite them once `add` has returned.
 
 
 # %%
@@ -206,7 +207,7 @@ check("10.3", Hessian)
 # Round w [N, K], for inputs with Hessian h [K, K], to integers: `q · scale` is read back, one scale a row, [N, 1].
 #
 # - First h is **damped**: each number of its diagonal grows by `damping` times **itself**.
-# - Columns are rounded from the first to the last: `q = clamp(round(w / scale))` in `bits` bits. After each, the
+# - Columns are rounded from the first to the last: `q = clamp(round(w / scale))` in 1 to 8 `bits`. After each, the
 #   columns to its right move to where they make up best for its error: where the loss (w - q · scale) H
 #   (w - q · scale)ᵀ is smallest, if all that is rounded stays and they were free. The error is what it is after
 #   clamping.
@@ -464,9 +465,10 @@ check("10.6", convert_awq)
 #
 # Program i does BLOCK_N rows of the weight for all tokens: y's columns i · BLOCK_N and after, with M padded to BLOCK_M
 # rows. It goes through K in steps of BLOCK_K and turns the weights of each step into x's dtype where it computes; no
-# weight is written to memory. M and N are any numbers; K is a multiple of `group`, and `group` of BLOCK_K. Sums are
-# fp32. `tl.dot` gets `input_precision="ieee"`. Nothing is written beyond y, nor read beyond the inputs (the check
-# cannot see reads). The launch is written, but for its `grid`.
+# weight is written to memory. M and N are any numbers; K is a multiple of `group`, and `group` of BLOCK_K. A scale may
+# be negative, 0, or too small for fp16. Sums are fp32. `tl.dot` multiplies in x's dtype, with
+# `input_precision="ieee"`. Nothing is written beyond y, nor read beyond the inputs (the check cannot see reads). The
+# launch is written, but for its `grid`.
 
 
 # %%

@@ -4,6 +4,9 @@ bugs, another tool's nibbles, a kernel that dequantizes, AWQ's search.
 
 import itertools
 import math
+import os
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -132,6 +135,11 @@ class TestHessian:
             hessian = impl(4)
             hessian.add(x, mask)
             expect_close(f"matrix, {filled} at padding", self.matrix(hessian, 4), kept)
+        x, mask = random_tensor(1, 9, 4), torch.ones(1, 9, dtype=torch.bool)
+        mask[0, 2] = False
+        hessian = impl(4)
+        hessian.add(x, mask)
+        expect_close("matrix, padding at one place of nine", self.matrix(hessian, 4), mean_product(x[mask]))
 
     def test_batches(self, impl):
         """each token counts alike, however they are cut into batches"""
@@ -141,6 +149,38 @@ class TestHessian:
             hessian.add(tokens[seen : seen + b * t].view(b, t, 5))
             seen += b * t
             expect_close(f"matrix after {seen} tokens", self.matrix(hessian, 5), mean_product(tokens[:seen]))
+
+    def test_equal_tokens(self, impl):
+        """a token counts as often as it is seen, and one whose numbers are all 0 like any other"""
+        x = random_tensor(1, 4, 3, seed=3)
+        x[0, 1:3] = 0
+        x[0, 3] = x[0, 0]
+        hessian = impl(3)
+        for _ in range(2):
+            hessian.add(x)
+            expect_close("matrix", self.matrix(hessian, 3), mean_product(x[0]))
+
+    def test_shapes(self, impl):
+        """one channel, one token; a batch that is not contiguous"""
+        hessian = impl(1)
+        hessian.add(torch.tensor([[[2.0]]]))
+        hessian.add(torch.tensor([[[4.0], [1.0]]]))
+        expect_close("matrix of one channel", self.matrix(hessian, 1), [[7.0]])
+        x, mask = random_tensor(6, 5, 4, seed=4).transpose(0, 1), random_tensor(6, 5, seed=5).T > 0
+        hessian = impl(4)
+        hessian.add(x)
+        hessian.add(x, mask)
+        both = torch.cat((x.flatten(0, 1), x[mask]))
+        expect_close("matrix of a transposed batch", self.matrix(hessian, 4), mean_product(both))
+
+    def test_with_and_without(self, impl):
+        """a mask holds for its own batch alone"""
+        x, mask = random_tensor(2, 3, 4, seed=6), torch.tensor([[True, False, False], [True, True, False]])
+        hessian, seen = impl(4), []
+        for given in (None, mask, None):
+            hessian.add(x, given)
+            seen.append(x.flatten(0, 1) if given is None else x[given])
+            expect_close("matrix", self.matrix(hessian, 4), mean_product(torch.cat(seen)))
 
     def test_batches_with_padding(self, impl):
         """a batch weighs as much as it has real tokens, not places"""
@@ -168,13 +208,16 @@ class TestHessian:
     def test_half(self, impl):
         """fp16 and bf16 are multiplied and summed in fp32"""
         for dtype in (torch.float16, torch.bfloat16):
-            x = (random_tensor(4, 50, 3, seed=2) * 400).to(dtype)  # squares beyond fp16
+            x = (random_tensor(5, 701, 3, seed=2) * 400).to(dtype)  # squares beyond fp16, counts beyond its integers
             hessian = impl(3)
             for part in x:
                 hessian.add(part[None])
             got = self.matrix(hessian, 3)
             expected = mean_product(x.flatten(0, 1))
             expect_close(f"matrix of {dtype}", got / 160_000, expected / 160_000, atol=1e-5)
+        hessian = impl(1)
+        hessian.add(torch.full((1, 2, 1), 2.0**20, dtype=torch.bfloat16))
+        expect_close("matrix of bf16 numbers beyond fp16", self.matrix(hessian, 1), [[2.0**40]])
 
     def test_many_batches(self, impl):
         """hundreds of batches lose no digits"""
@@ -200,6 +243,15 @@ class TestHessian:
         impl(4).add(x, mask)
         expect_kept("x", x, kept)
         expect_kept("mask", mask, kept_mask)
+
+    def test_reused(self, impl):
+        """what the caller writes into x and mask afterwards does not reach the matrix"""
+        x, mask = random_tensor(2, 3, 4, seed=7), torch.tensor([[True, True, False], [True, False, False]])
+        kept, hessian = mean_product(x[mask]), impl(4)
+        hessian.add(x, mask)
+        x.fill_(9.0)
+        mask.fill_(True)
+        expect_close("matrix", self.matrix(hessian, 4), kept)
 
 
 # ---- 10.4
@@ -287,8 +339,20 @@ class TestGptq:
 
     def test_repairs(self, impl):
         """each column's error moves all columns to its right, so as to serve the output best"""
-        for seed, n, k in ((0, 1, 3), (1, 6, 10), (0, 8, 24)):
+        for seed, n, k in ((0, 1, 3), (1, 6, 10), (0, 8, 24), (2, 1, 24), (0, 5, 1)):
             self.expect_case(impl, f"q of {n} x {k}", *case(n, k, 200, seed=seed), 4, 0.0)
+
+    def test_far(self, impl):
+        """the error of the first of 140 columns reaches the last"""
+        self.expect_case(impl, "q of 4 x 140", *case(4, 140, 400, seed=0), 4, 0.01)
+
+    def test_not_contiguous(self, impl):
+        """w, h and scale may be parts of larger tensors"""
+        w, h, scale = case(6, 10, 100, seed=1)
+        around = torch.zeros(12, 12)
+        around[:10, :10] = h
+        got = impl(w.T.contiguous().T, around[:10, :10], scale.repeat(1, 2)[:, :1], 4, 0.0)
+        expect_q("q", got, one_by_one(w, h, scale, 4, 0.0))
 
     def test_better(self, impl):
         """the output's error is smaller than that of rounding to the nearest"""
@@ -298,13 +362,15 @@ class TestGptq:
         expect(ours < 0.8 * nearest, f"expected a loss below 0.8 of {nearest:,.0f}, to the nearest\n  got {ours:,.0f}")
 
     def test_bits(self, impl):
-        """integers of 2, 3 and 8 bits"""
-        for bits, seed in ((2, 0), (3, 0), (8, 1)):
+        """integers of 1, 2, 3 and 8 bits"""
+        for bits, seed in ((1, 0), (2, 0), (3, 0), (8, 1)):
             self.expect_case(impl, f"q in {bits} bits", *case(6, 12, 100, bits=max(bits, 3), seed=seed), bits, 0.0)
+        self.expect_case(impl, "q of 10 x 40 in 8 bits", *case(10, 40, 200, bits=8, seed=13), 8, 0.0)
 
     def test_clamped(self, impl):
         """weights beyond the grid: the error that is made up for is the one after clamping"""
         self.expect_case(impl, "q on a grid of half the range", *case(10, 14, 100, seed=0, reach=0.5), 4, 0.0)
+        self.expect_case(impl, "q in 8 bits, half", *case(10, 14, 100, bits=8, seed=0, reach=0.5), 8, 0.0)
 
     def test_damping(self, impl):
         """each number of the diagonal grows by a share of itself; with 1 it doubles"""
@@ -328,12 +394,16 @@ class TestGptq:
         """a multiple of h gives the same"""
         w, h, scale = case(8, 16, 100, seed=2)
         expected = one_by_one(w, h, scale, 4, 0.01)
-        for factor in (2.0**-20, 2.0**20):
+        for factor in (2.0**-40, 2.0**-20, 2.0**20):
             expect_q(f"q for h times {factor:g}", impl(w, h * factor, scale, 4, 0.01), expected)
 
     def test_dead(self, impl):
         """a column whose input was always 0 becomes 0, the others are as without it"""
-        w, h, scale = case(9, 12, 100, seed=1)
+        w, h, scale = case(9, 12, 100, seed=2)
+        for alone in (0, 11):
+            one_less = h.clone()
+            one_less[alone], one_less[:, alone] = 0, 0
+            self.expect_case(impl, f"q with dead column {alone}", w, one_less, scale, 4)
         dead = torch.tensor([0, 5, 11])
         h[dead], h[:, dead] = 0, 0
         self.expect_case(impl, "q with dead columns", w, h, scale, 4)
@@ -343,15 +413,25 @@ class TestGptq:
     def test_small_is_not_dead(self, impl):
         """a column with tiny inputs is rounded like any other"""
         w, h, scale = case(9, 12, 100, seed=2)
-        size = torch.ones(12)
-        size[4] = 1e-4
-        self.expect_case(impl, "q with a tiny channel", w, h * size * size[:, None], scale, 4)
+        for tiny in (1e-4, 1e-6):
+            size = torch.ones(12)
+            size[4] = tiny
+            self.expect_case(impl, f"q with a channel times {tiny}", w, h * size * size[:, None], scale, 4)
 
     def test_half(self, impl):
         """w and h in fp16 or bf16 are computed with in fp32 or fp64"""
         for dtype in (torch.float16, torch.bfloat16):
             w, h, scale = case(8, 12, 200, bits=8, seed=0)
             self.expect_case(impl, f"q of {dtype}", w.to(dtype), (h * 0.5).to(dtype), scale, 8, 0.05)
+
+    def test_half_beside_fp32(self, impl):
+        """w in fp16 with h in fp32, beyond what fp16 holds; damping of a bf16 h that bf16 would round away"""
+        w, h, scale = case(8, 12, 200, bits=8, seed=0)
+        self.expect_case(impl, "q of w in fp16, a large h", w.half(), h * 2.0**20, scale, 8, 0.05)
+        tokens = random_integers(-2, 3, (7, 16))
+        h = mean_product(torch.cat((tokens, tokens[:1] * 0))).to(torch.bfloat16)  # eighths: exact
+        w = random_tensor(4, 16, seed=4)
+        self.expect_case(impl, "q of h in bf16", w, h, w.abs().amax(1, keepdim=True) / 7, 4, 0.0015)
 
     def test_input(self, impl):
         """w, h and scale stay as they are, in fp32 and in fp64"""
@@ -399,7 +479,8 @@ class TestQuantizeStack:
         return impl(weights, batches, quantize), calls
 
     def expect_stack(self, impl, what, weights, batches):
-        got, calls = self.run(impl, [w.clone() for w in weights], [(x.clone(), m.clone()) for x, m in batches])
+        given = [w.clone() for w in weights], [(x.clone(), mask.clone()) for x, mask in batches]  # strides are kept
+        got, calls = self.run(impl, *given)
         expect_equal(f"{what}: calls of quantize", len(calls), len(weights))
         tokens = torch.cat([x[mask] for x, mask in batches]).double()
         for i, (w, (seen, h)) in enumerate(zip(weights, calls, strict=True)):
@@ -410,6 +491,7 @@ class TestQuantizeStack:
         expect(isinstance(got, list), f"{what}: expected a list of weights, got {type(got).__name__}")
         expect_equal(f"{what}: number of weights", len(got), len(weights))
         for i, (w, new) in enumerate(zip(weights, got, strict=True)):
+            expect_tensor(f"{what}: layer {i}'s new weight", new, torch.float32, tuple(w.shape))
             expect_close(f"{what}: layer {i}'s new weight", new, nearest_half(w, None))
 
     def test_one_layer(self, impl):
@@ -423,10 +505,14 @@ class TestQuantizeStack:
             self.expect_stack(impl, f"{filled} at padding", weights, batches)
 
     def test_batches(self, impl):
-        """each token counts alike, in batches of different sizes"""
+        """each token counts alike, in batches of different sizes, contiguous or not"""
         weights, batches = stack_case((5, 7), ((6, 6, 6), (1,), (2, 2)), filled=0.0)
         batches = [(x[:, :t], mask[:, :t]) for (x, mask), t in zip(batches, (6, 1, 2), strict=True)]
         self.expect_stack(impl, "batches of 18, 1 and 4 tokens", weights, batches)
+        x, mask = batches[0]
+        self.expect_stack(impl, "the same batch twice", weights, [*batches, (x, mask)])
+        parts = [(x.transpose(0, 1).contiguous().transpose(0, 1), mask.T.contiguous().T) for x, mask in batches]
+        self.expect_stack(impl, "batches that are not contiguous", weights, parts)
 
     def test_quantized_inputs(self, impl):
         """a layer sees what the quantized layers before it give, after relu"""
@@ -436,8 +522,10 @@ class TestQuantizeStack:
         """several layers, batches and lengths, padding on both sides; a batch of padding alone"""
         self.expect_stack(impl, "all together", *stack_case())
         weights, batches = stack_case(seed=3)
-        batches.insert(1, (torch.full((2, 3, 5), math.nan), torch.zeros(2, 3, dtype=torch.bool)))
-        self.expect_stack(impl, "with a batch of padding", weights, batches)
+        alone = torch.full((2, 3, 5), math.nan), torch.zeros(2, 3, dtype=torch.bool)
+        for place in (1, 0):
+            texts = [*batches[:place], alone, *batches[place:]]
+            self.expect_stack(impl, f"with a batch of padding at {place}", weights, texts)
 
     def test_input(self, impl):
         """weights and batches stay as they are"""
@@ -532,8 +620,23 @@ class TestConvertAwq:
 
     def test_shapes(self, impl):
         """any N and K, any groups"""
-        for seed, (n, k, group) in enumerate(((8, 8, 8), (24, 16, 16), (16, 40, 8), (40, 96, 32))):
+        for seed, (n, k, group) in enumerate(((8, 8, 8), (24, 16, 16), (16, 40, 8), (40, 96, 32), (8, 64, 8))):
             self.expect_case(impl, f"N {n}, K {k}, groups of {group}", *self.awq_case(n, k, group, 10 * seed))
+
+    def test_scales(self, impl):
+        """scales come over exactly: 0, negative ones, fp16's smallest and largest"""
+        q, z, scales = self.awq_case(8, 16, 8, seed=6)
+        scales[0] = torch.tensor([0.0, -1.5, 6e-8, -6e-8, 65504.0, 6e-5, 0.1, 1.0])
+        self.expect_case(impl, "scales of any size", q, z, scales)
+
+    def test_not_contiguous(self, impl):
+        """some outputs of a larger layer: inputs that are not contiguous"""
+        q, z, scales = self.awq_case(32, 16, 8, seed=8)
+        parts = awq_words(q)[:, 1:3], awq_words(z)[:, 1:3], scales[:, 8:24]
+        got = expect_parts(impl(*parts), *self.NAMES)
+        expected = plain_words(q.T)[8:24], scales.float().T[8:24], (z.T - 8)[8:24]
+        for name, part, right in zip(self.NAMES, got, expected, strict=True):
+            expect_equal(f"{name} of outputs 8 to 23", part.tolist(), right.tolist())
 
     def test_read_by_the_package(self, impl):
         """`minillm.kernels.w4a16` computes with what comes out as the file says"""
@@ -561,22 +664,28 @@ class TestConvertAwq:
 # ---- 10.7
 
 MARGIN = 4096  # elements around a tensor, so that a kernel that leaves it is reported and does not end the process
+DOTS_IN = {torch.float32: "fp32", torch.float16: "fp16"}
 ARITHMETIC = ("mm", "bmm", "matmul", "mul", "add", "sub", "bitwise", "sum", "linear", "einsum", "rshift", "and")
 
 
 class Watch(TorchFunctionMode):
-    """Notes torch operations that compute, and gives what torch.empty allocates a margin."""
+    """Notes torch operations that compute, the largest tensor that torch makes, and gives what torch.empty allocates a
+    margin.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.found: set[str] = set()
         self.given: list[torch.Tensor] = []
+        self.largest = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", "").strip("_")
         if name.startswith(ARITHMETIC):
             self.found.add(name)
         got = func(*args, **(kwargs or {}))
+        if isinstance(got, torch.Tensor):
+            self.largest = max(self.largest, got.numel())
         if func is torch.empty and got.is_contiguous():
             got = within(got, 77)
             self.given.append(got)
@@ -610,11 +719,37 @@ def w4_case(m, n, k, group, dtype=torch.float32, seed=0, q=None, x=None):
     return [within(t.to(device), a) for t, a in zip(given, around, strict=True)], x.double() @ w.T
 
 
+@contextmanager
+def dots():
+    """-> the operands' dtypes and the precision of each tl.dot of the interpreter's; nothing on a GPU"""
+    found: set[tuple[str, str, str]] = set()
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield found
+        return
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    create = InterpreterBuilder.create_dot
+
+    def noted(self, a, b, d, input_precision, *args):
+        found.add((str(a.dtype), str(b.dtype), str(input_precision).rpartition(".")[2].lower()))
+        return create(self, a, b, d, input_precision, *args)
+
+    with patch.object(InterpreterBuilder, "create_dot", noted):
+        yield found
+
+
 def expect_w4(impl, what, args, expected, watch=None):
     kept = [t.clone() for t in args]
     watch = watch or Watch()
-    with watch:
+    with watch, dots() as multiplied:
         got = impl(*args)
+    name = DOTS_IN[args[0].dtype]
+    for *operands, precision in sorted(multiplied):
+        expect(
+            operands == [name, name],
+            f"{what}: expected tl.dot to multiply {name} by {name}, the dtype of x\n  got {' by '.join(operands)}",
+        )
+        expect(precision == "ieee", f'{what}: expected tl.dot with input_precision="ieee"\n  got "{precision}"')
     expect(not watch.touched(), f"{what}: expected nothing written outside of the output\n  got values beside it")
     expect_tensor(f"{what}: y", got, args[0].dtype, tuple(expected.shape))
     exact = args[0].dtype == torch.float32
@@ -672,6 +807,20 @@ class TestW4Linear:
         expect_w4(impl, "4 tokens", args, expected, watch)
         expect(not watch.found, f"expected no arithmetic in torch\n  got {', '.join(sorted(watch.found))}")
 
+        expect(watch.largest < 32 * 64, "expected no tensor of as many numbers as the weight has\n  got one")
+
+    def test_any_scale(self, impl):
+        """w is turned into x's dtype, not its factors: scales too small for fp16, negative ones and 0"""
+        for dtype in (torch.float32, torch.float16):
+            q = random_integers(0, 4, (32, 64), seed=3) * 4
+            args, _ = w4_case(3, 32, 64, 32, dtype, q=q)
+            args[3].fill_(-8)
+            args[2].fill_(2.0**-26)  # a quarter of fp16's smallest number; times 4 it is exact
+            args[2][1::3].neg_()
+            args[2][2::3, 1] = 0.0
+            w = (q.unflatten(1, (2, 32)) * args[2].cpu().double()[..., None]).flatten(1)
+            expect_w4(impl, f"{dtype}", [args[0].mul_(1000), *args[1:]], args[0].cpu().double() @ w.T)
+
     @last
     def test_compiles(self, impl):
         """it compiles for a GPU, in fp16"""
@@ -710,6 +859,20 @@ def searched(w, x, quantize, steps):
     return tries
 
 
+def landscape(w, x, errors):
+    """A quantizer that knows the tries: it makes the loss of try i errors[i]² times what all tries share, and that of
+    any other α, or of another weight, 0.
+    """
+    tries = torch.stack([s for s, _ in searched(w, x, lambda v: v, len(errors) - 1)])  # [tries, K]
+
+    def quantize(v):
+        s = (v / w).double()
+        at = ((s / tries[:, None]).log().abs().amax((1, 2)) < 1e-3).nonzero()
+        return v + errors[int(at[0])] * s.float() if len(at) else v
+
+    return quantize
+
+
 @exercise("10.8", "awq_scale")
 class TestAwqScale:
     def awq_case(self, n, k, tokens, seed=0, outliers=2, dtype=torch.float32):
@@ -718,6 +881,15 @@ class TestAwqScale:
         size[random_integers(0, k, (outliers,), seed)] *= 12
         x = random_tensor(tokens, k, seed=seed + 1) * size
         return random_tensor(n, k, seed=seed + 2), x.to(dtype)
+
+    def expect_errors(self, impl, what, errors, dtype=torch.float32, tiny=1.0):
+        """tiny: the size of one channel"""
+        w, x = self.awq_case(6, 16, 30, seed=14, dtype=dtype)
+        x[:, 4] *= tiny
+        best, steps = errors.index(min(errors)), len(errors) - 1
+        s, strength = expect_parts(impl(w.clone(), x.clone(), landscape(w, x, errors), steps), "s", "α")
+        expect_close(f"{what}: α", strength, best / steps)
+        expect_close(f"{what}: s", s, searched(w, x, lambda v: v, steps)[best][0], atol=0, rtol=1e-4)
 
     def expect_case(self, impl, what, w, x, quantize, steps=20):
         tries = searched(w, x, quantize, steps)
@@ -744,6 +916,31 @@ class TestAwqScale:
         fixed = lambda v: (v * 2).round() / 2  # noqa: E731  # a grid that does not follow the weights
         self.expect_case(impl, "a fixed grid", w, x, fixed, 10)
 
+        best = self.awq_case(12, 32, 60, seed=3)
+        s, strength = expect_parts(impl(*best, by_groups(3, 16)), "s", "α")
+        tries = searched(*best, by_groups(3, 16), 20)
+        found = min(range(21), key=lambda i: tries[i][1])
+        expect_close("α of 20 steps, unless given", strength, found / 20)
+        expect_close("s of 20 steps, unless given", s, tries[found][0], atol=1e-5, rtol=1e-4)
+
+    def test_all_tries(self, impl):
+        """the smallest of all losses: not the first dip, nor a coarse search's, nor what nearly is the smallest"""
+        dips = [1.0, 0.9, 0.95, 1.2, 1.1, 1.0, 1.3, 0.5, 1.2, 0.8, 1.1]
+        self.expect_errors(impl, "several dips", dips)
+        self.expect_errors(impl, "the last is best", [3.0, 2.5, 2.0, 1.5, 1.0])
+        self.expect_errors(impl, "the first is best", [1.0, 1.5, 2.0, 2.5, 3.0])
+        self.expect_errors(impl, "huge losses", [3e5, 2e5, 1e5, 4e5])
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            self.expect_errors(impl, f"a loss 0.0004 smaller, {dtype}", [1.0, 0.9998, 1.1, 1.2, 1.3], dtype)
+
+    def test_zeros(self, impl):
+        """tokens and channels with some zeros count in full; a single token is enough"""
+        w, x = self.awq_case(12, 32, 60, seed=3)
+        x[0], x[-1], x[1:51, 5], x[10:40, 7] = 0, 0, 0, 0
+        self.expect_case(impl, "zeros here and there", w, x, by_groups(3, 16))
+        w, x = self.awq_case(12, 32, 1, seed=15)
+        self.expect_case(impl, "one token", w, x, by_groups(3, 16))
+
     def test_size(self, impl):
         """mean |x|: neither |mean x|, which is near 0 here, nor the root of the mean square, nor the maximum"""
         w, x = self.awq_case(8, 16, 100, seed=5)
@@ -763,6 +960,12 @@ class TestAwqScale:
         w, x = self.awq_case(10, 24, 80, seed=7)
         x[:, [2, 9]] = 0
         self.expect_case(impl, "two dead channels", w, x, by_groups(3, 8))
+        for size in (0.01, 100):
+            self.expect_case(impl, f"two dead channels, {size} times the input", w, x * size, by_groups(3, 8))
+
+    def test_small_is_not_dead(self, impl):
+        """a channel whose input is tiny takes part like any other"""
+        self.expect_errors(impl, "a tiny channel", [3.0, 2.5, 2.0, 1.5, 1.0], tiny=1e-7)
 
     def test_all_dead(self, impl):
         """inputs of 0 alone: s = 1, and of equal losses the smallest α"""

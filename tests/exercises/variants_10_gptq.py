@@ -135,6 +135,20 @@ def bits_per_weight(n, k, group, zeros, order):
     return bits / (n * k)
 
 
+@wrong("10.2", "each group begins a new word")
+def bits_per_weight(n, k, group, zeros, order):
+    groups, group = k // (group or k), group or k
+    bits = 32 * n * groups * words(group) + 16 * n * groups + (32 * words(n) * groups if zeros else 0)
+    return (bits + (32 * k if order else 0)) / (n * k)
+
+
+@wrong("10.2", "no order where there is one group")
+def bits_per_weight(n, k, group, zeros, order):
+    groups = k // (group or k)
+    bits = 32 * n * words(k) + 16 * n * groups + (32 * words(n) * groups if zeros else 0)
+    return (bits + (32 * k if order and groups > 1 else 0)) / (n * k)
+
+
 # ---- 10.3
 
 
@@ -390,6 +404,103 @@ class Hessian(RightHessian):
         self.sum, self.count = kept.sum, kept.count
 
 
+@wrong("10.3", "leaves out tokens whose numbers are all 0")
+class Hessian(RightHessian):
+    def rows(self, x, mask):
+        rows = super().rows(x, mask)
+        return rows[(rows != 0).any(1)]
+
+
+@wrong("10.3", "counts a token once, however often it comes")
+class Hessian(RightHessian):
+    def rows(self, x, mask):
+        return super().rows(x, mask).unique(dim=0)
+
+
+@wrong("10.3", "takes a batch that is the last one's object for seen")
+class Hessian(RightHessian):
+    before = None
+
+    def add(self, x, mask=None):
+        if x is not self.before:
+            super().add(x, mask)
+        self.before = x
+
+
+@wrong("10.3", "uses the last mask where none is given")
+class Hessian(RightHessian):
+    mask = None
+
+    def add(self, x, mask=None):
+        if mask is None and self.mask is not None and self.mask.shape == x.shape[:2]:
+            mask = self.mask
+        self.mask = mask
+        super().add(x, mask)
+
+
+@wrong("10.3", "needs contiguous batches")
+class Hessian(RightHessian):
+    def rows(self, x, mask):
+        rows = x.view(-1, self.k)
+        return (rows if mask is None else rows[mask.view(-1)]).float()
+
+
+@wrong("10.3", "squeezes: one channel is taken for one token")
+class Hessian(RightHessian):
+    def rows(self, x, mask):
+        return torch.atleast_2d(super().rows(x, mask).squeeze())
+
+
+@wrong("10.3", "keeps the batches themselves and computes when asked")
+class Hessian(RightHessian):
+    def __init__(self, k):
+        super().__init__(k)
+        self.seen = []
+
+    def add(self, x, mask=None):
+        self.seen.append((x, mask))
+
+    @property
+    def matrix(self):
+        rows = torch.cat([torch.zeros(0, self.k), *(self.rows(x, mask) for x, mask in self.seen)])
+        return rows.T @ rows / max(len(rows), 1)
+
+
+@alternative("10.3", "keeps real tokens and computes when asked")
+class Hessian(RightHessian):
+    def __init__(self, k):
+        super().__init__(k)
+        self.seen = torch.zeros(0, k)
+
+    def add(self, x, mask=None):
+        self.seen = torch.cat((self.seen, self.rows(x, mask)))
+
+    @property
+    def matrix(self):
+        return self.seen.T @ self.seen / max(len(self.seen), 1)
+
+
+@wrong("10.3", "counts in fp16")
+class Hessian(RightHessian):
+    def add(self, x, mask=None):
+        super().add(x, mask)
+        self.count = float(torch.tensor(float(self.count)).half())
+
+
+@wrong("10.3", "cuts bf16 to fp16's range")
+class Hessian(RightHessian):
+    def rows(self, x, mask):
+        return super().rows(x, mask).clamp(-65504, 65504)
+
+
+@wrong("10.3", "a batch of one sequence has its padding at the end")
+class Hessian(RightHessian):
+    def rows(self, x, mask):
+        if mask is not None and len(x) == 1:
+            x, mask = x[:, : int(mask.sum())], None
+        return super().rows(x, mask)
+
+
 # ---- 10.4
 
 
@@ -627,6 +738,72 @@ def gptq(w, h, scale, bits, damping=0.01):
     return torch.cat([right_gptq(w[:, part], h[part, part], scale, bits, damping) for part in parts], 1)
 
 
+@wrong("10.4", "blocks of 128 whose errors never leave their block")
+def gptq(w, h, scale, bits, damping=0.01):
+    parts = [slice(begin, begin + 128) for begin in range(0, w.shape[1], 128)]
+    return torch.cat([right_gptq(w[:, part], h[part, part], scale, bits, damping) for part in parts], 1)
+
+
+@wrong("10.4", "a plain 1e-8 on top of the damping")
+def gptq(w, h, scale, bits, damping=0.01):
+    return right_gptq(w, h + 1e-8 * torch.diag((h.diagonal() != 0).to(h.dtype)), scale, bits, damping)
+
+
+@wrong("10.4", "takes channels a billion times smaller for dead")
+def gptq(w, h, scale, bits, damping=0.01):
+    h = h.clone()
+    dead = h.diagonal() < 1e-9 * h.diagonal().max()
+    h[dead], h[:, dead] = 0, 0
+    return right_gptq(w, h, scale, bits, damping)
+
+
+@wrong("10.4", "h in the dtype of w")
+def gptq(w, h, scale, bits, damping=0.01):
+    return right_gptq(w, h.to(w.dtype), scale, bits, damping)
+
+
+@wrong("10.4", "damps in the dtype of h")
+def gptq(w, h, scale, bits, damping=0.01):
+    h = h.clone()
+    h.diagonal().mul_(1 + damping)
+    return right_gptq(w, h, scale, bits, 0.0)
+
+
+@wrong("10.4", "rounds to the nearest where there is one row")
+def gptq(w, h, scale, bits, damping=0.01):
+    return right_gptq(w, h, scale, bits, damping, "nearest" if len(w) == 1 and len(h) > 2 else "")
+
+
+@wrong("10.4", "needs contiguous tensors")
+def gptq(w, h, scale, bits, damping=0.01):
+    return right_gptq(w.view(-1).view(w.shape), h.view(-1).view(h.shape), scale, bits, damping)
+
+
+@wrong("10.4", "-127 to 127 in 8 bits")
+def gptq(w, h, scale, bits, damping=0.01):
+    return right_gptq(w, h, scale, bits, damping, "-7 to 7" if bits == 8 else "")
+
+
+@wrong("10.4", "no integers of one bit")
+def gptq(w, h, scale, bits, damping=0.01):
+    return right_gptq(w, h, scale, max(bits, 2), damping)
+
+
+@alternative("10.4", "errors are kept apart, each column gathers what it should make up for, in fp32")
+def gptq(w, h, scale, bits, damping=0.01):
+    w, h = w.float(), h.float()
+    dead = h.diagonal() == 0
+    w = w.masked_fill(dead, 0)
+    h = h + torch.diag(h.diagonal() * damping + dead)
+    upper = torch.linalg.cholesky(h.flip(0, 1)).flip(0, 1)  # h = upper upperᵀ
+    errors, q = torch.zeros_like(w), torch.zeros_like(w)
+    for j in range(len(h)):
+        at = w[:, j] + errors[:, :j] @ upper[:j, j] / upper[j, j]
+        q[:, j] = (at / scale[:, 0]).round().clamp(*limits(bits))
+        errors[:, j] = w[:, j] - q[:, j] * scale[:, 0]  # from the original: h already knows how errors add up
+    return q.to(torch.int8)
+
+
 # ---- 10.5
 
 
@@ -762,6 +939,50 @@ def quantize_stack(weights, batches, quantize):
     return done
 
 
+@wrong("10.5", "counts a token once, however often it comes")
+def quantize_stack(weights, batches, quantize):
+    rows = torch.cat([x[mask] for x, mask in batches]).unique(dim=0)
+    return stack(weights, [(rows[None], torch.ones(1, len(rows), dtype=torch.bool))], quantize)
+
+
+@wrong("10.5", "needs contiguous batches")
+def quantize_stack(weights, batches, quantize):
+    rows = torch.cat([x.view(-1, x.shape[-1])[mask.view(-1)] for x, mask in batches])
+    return stack(weights, [(rows[None], torch.ones(1, len(rows), dtype=torch.bool))], quantize)
+
+
+@wrong("10.5", "means weighted by tokens: a batch of padding gives NaN")
+def quantize_stack(weights, batches, quantize):
+    inputs, done = [x[mask] for x, mask in batches], []
+    for w in weights:
+        shares = [len(x) * (x.T @ x / len(x)) for x in inputs]
+        done.append(quantize(w, sum(shares) / sum(len(x) for x in inputs)))
+        inputs = [torch.relu(x @ done[-1].T) for x in inputs]
+    return done
+
+
+@wrong("10.5", "starts from a first batch that has real tokens")
+def quantize_stack(weights, batches, quantize):
+    return stack(weights, batches if batches[0][1].any() else batches[:1], quantize)
+
+
+@wrong("10.5", "returns the new weights in bf16")
+def quantize_stack(weights, batches, quantize):
+    return [w.bfloat16() for w in stack(weights, batches, quantize)]
+
+
+@wrong("10.5", "returns a tuple")
+def quantize_stack(weights, batches, quantize):
+    return tuple(stack(weights, batches, quantize))
+
+
+@wrong("10.5", "empties the caller's list of weights")
+def quantize_stack(weights, batches, quantize):
+    done = stack(weights, batches, quantize)
+    weights.clear()
+    return done
+
+
 # ---- 10.6
 
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
@@ -887,6 +1108,36 @@ def convert_awq(qweight, qzeros, scales):
     return found
 
 
+for change, why in (
+    (lambda s: s.abs(), "scales without their sign"),
+    (lambda s: s.clamp(min=1e-6), "scales of 1e-6 at least"),
+    (lambda s: torch.where(s.abs() < 6.2e-5, 0, s), "small scales become 0"),
+    (lambda s: s.bfloat16().float(), "scales by way of bf16"),
+):
+
+    @wrong("10.6", why)
+    def convert_awq(qweight, qzeros, scales, change=change):
+        packed, scales, zeros = convert(qweight, qzeros, scales)
+        return packed, change(scales), zeros
+
+
+@wrong("10.6", "needs contiguous words")
+def convert_awq(qweight, qzeros, scales):
+    return convert(qweight.view(-1).view(qweight.shape), qzeros.view(-1).view(qzeros.shape), scales)
+
+
+@wrong("10.6", "zeros are not turned around where they are square")
+def convert_awq(qweight, qzeros, scales):
+    packed, found, zeros = convert(qweight, qzeros, scales)
+    return packed, found, zeros.T if zeros.shape[0] == zeros.shape[1] else zeros
+
+
+@wrong("10.6", "words of which the first bit is set are cut")
+def convert_awq(qweight, qzeros, scales):
+    packed, scales, zeros = convert(qweight, qzeros, scales)
+    return (packed.long() & 0xFFFFFFFF).clamp(max=2**31 - 1).int(), scales, zeros
+
+
 # ---- 10.7
 
 
@@ -946,7 +1197,18 @@ def switched_kernel(
             w = (q + zero[:, None]).to(tl.float32) * scale[:, None] - zero[:, None].to(tl.float32)
         if WRONG == "no scale":
             w = q.to(tl.float32)
-        part = tl.dot(x, tl.trans(w.to(x.dtype)), input_precision="ieee")
+        if WRONG == "scale in fp16":
+            w = q.to(tl.float32) * scale.to(tl.float16).to(tl.float32)[:, None]
+        if WRONG == "size of the scale":
+            w = q.to(tl.float32) * tl.abs(scale)[:, None]
+        if WRONG == "no scale of 0":
+            w = q.to(tl.float32) * tl.where(scale == 0, 1.0, scale)[:, None]
+        if WRONG == "fp32":
+            part = tl.dot(x.to(tl.float32), tl.trans(w), input_precision="ieee")
+        elif WRONG == "tf32":
+            part = tl.dot(x, tl.trans(w.to(x.dtype)))
+        else:
+            part = tl.dot(x, tl.trans(w.to(x.dtype)), input_precision="ieee")
         if WRONG == "not added":
             acc = part
         elif WRONG == "sums in fp16":
@@ -1004,6 +1266,11 @@ for what, why in (
     ("rows unmasked", "stores rows beyond y"),
     ("columns unmasked", "stores columns beyond y"),
     ("y transposed", "stores y as [N, M]"),
+    ("scale in fp16", "a scale in fp16"),
+    ("size of the scale", "a scale without its sign"),
+    ("no scale of 0", "a scale of 0 counts as 1"),
+    ("fp32", "fp16 is multiplied in fp32"),
+    ("tf32", "no input_precision"),
     ("grid", "a program too few where N is no multiple"),
     ("fp32 out", "y in fp32 for fp16"),
 ):
@@ -1076,6 +1343,25 @@ def w4_linear(x, packed, scales, zeros):
     q = (packed[..., None] >> torch.arange(0, 32, 4, device=x.device, dtype=torch.int32)) & 15
     q = q.flatten(1).unflatten(1, (scales.shape[1], -1)) - 8 - zeros[..., None]
     return launch(x, (q * scales[..., None]).flatten(1).to(x.dtype), scales, zeros, kernel=multiply_kernel)
+
+
+@triton.jit
+def unpack_kernel(packed_ptr, scale_ptr, zero_ptr, w_ptr, k, group, BLOCK_K: tl.constexpr):
+    """One row of the weight, into memory."""
+    row = tl.program_id(0)
+    for begin in range(0, k, BLOCK_K):
+        columns = begin + tl.arange(0, BLOCK_K)
+        at = row * (k // group) + begin // group
+        scale, zero = tl.load(scale_ptr + at), tl.load(zero_ptr + at)
+        q = ((tl.load(packed_ptr + row * (k // 8) + columns // 8) >> (columns % 8 * 4)) & 15) - 8 - zero
+        tl.store(w_ptr + row * k + columns, (q.to(tl.float32) * scale).to(w_ptr.dtype.element_ty))
+
+
+@wrong("10.7", "a kernel unpacks into memory, another multiplies")
+def w4_linear(x, packed, scales, zeros):
+    w = torch.empty(len(packed), x.shape[1], dtype=x.dtype, device=x.device)
+    unpack_kernel[(len(w),)](packed, scales, zeros, w, x.shape[1], x.shape[1] // scales.shape[1], BLOCK_K=32)
+    return launch(x, w, scales, zeros, kernel=multiply_kernel)
 
 
 @triton.jit
@@ -1301,3 +1587,138 @@ def awq_scale(w, x, quantize, steps=20):
     found = search(w, x, quantize, steps)
     x.abs_()
     return found
+
+
+def first_dip(patience):
+    def awq_scale(w, x, quantize, steps=20):
+        best, strength, least, bad = None, 0.0, math.inf, 0
+        for step in range(steps + 1):
+            s, alpha = search(w, x, quantize, steps, alphas=lambda steps, step=step: [step / steps])
+            loss = float(((x.float() / s) @ quantize(w * s).T - x.float() @ w.T).square().mean())
+            bad += loss >= least
+            if bad == patience:
+                break
+            if loss < least:
+                best, strength, least, bad = s, alpha, loss, 0
+        return best, strength
+
+    return awq_scale
+
+
+wrong("10.8", "stops where the loss rises")(first_dip(1))
+wrong("10.8", "stops after three tries that are no better")(first_dip(3))
+
+
+@wrong("10.8", "a coarse search, then its neighbors")
+def awq_scale(w, x, quantize, steps=20):
+    _, near = search(w, x, quantize, steps, alphas=lambda steps: [i / steps for i in range(0, steps + 1, 2)])
+    around = [i for i in range(steps + 1) if abs(i - near * steps) < 1.5]
+    return search(w, x, quantize, steps, alphas=lambda steps: [i / steps for i in around])
+
+
+@wrong("10.8", "another default")
+def awq_scale(w, x, quantize, steps=10):
+    return search(w, x, quantize, steps)
+
+
+@wrong("10.8", "needs a loss below 1e9")
+def awq_scale(w, x, quantize, steps=20):
+    def loss(w, x, s):
+        found = ((x / s) @ quantize(w * s).T - x @ w.T).square().mean()
+        return found if found < 1e9 else math.inf
+
+    return search(w, x, quantize, steps, loss=loss)
+
+
+@wrong("10.8", "one token tells nothing")
+def awq_scale(w, x, quantize, steps=20):
+    return search(w, x, quantize, steps) if len(x) > 1 else (torch.ones(x.shape[1]), 0.0)
+
+
+for switches, why in (
+    ({"alphas": lambda steps: [i / steps for i in range(steps + 2)]}, "goes beyond α = 1"),
+    ({"size": lambda x: x.abs().sum(0) / (x != 0).sum(0).clamp(min=1)}, "the mean over what is not 0"),
+    ({"size": lambda x: x.abs().mean(0).clamp(min=1e-4) * (x != 0).any(0)}, "sizes of 1e-4 at least"),
+    (
+        {"spread": lambda s: (s.max().clamp(min=1) * s.min().clamp(max=1)).sqrt()},
+        "1 takes part in largest and smallest",
+    ),
+):
+    wrong("10.8", why)(searcher(**switches))
+
+for error, why in (
+    (
+        lambda w, x, s, quantize: ((x / s) @ quantize(w * s).T - x @ w.T).square().mean().bfloat16(),
+        "compares losses in bf16",
+    ),
+    (
+        lambda w, x, s, quantize: ((x / s) @ quantize(w * s).T - x @ w.T)[:32].square().mean(),
+        "the loss of the first 32 tokens",
+    ),
+    (
+        lambda w, x, s, quantize: ((x / s) @ quantize(w * s).T - x @ w.T)[:, :8].square().mean(),
+        "of the first 8 outputs",
+    ),
+):
+    wrong("10.8", why)(weight_error(error))
+
+
+@wrong("10.8", "an equal loss is one within 0.1 %")
+def awq_scale(w, x, quantize, steps=20):
+    tries = []
+    for step in range(steps + 1):
+        found = search(w, x, quantize, steps, alphas=lambda steps, step=step: [step / steps])
+        tries.append(
+            (float(((x.float() / found[0]) @ quantize(w * found[0]).T - x.float() @ w.T).square().mean()), found)
+        )
+    least = min(loss for loss, _ in tries)
+    return next(found for loss, found in tries if loss <= 1.001 * least)
+
+
+for alive, why in (
+    (lambda x: x.float().abs().mean(0) > 1e-5, "takes small channels for dead"),
+    (lambda x: x[0] != 0, "takes channels for dead whose first token is 0"),
+    (lambda x: (x != 0).all(0), "takes channels with some zeros for dead"),
+):
+
+    @wrong("10.8", why)
+    def awq_scale(w, x, quantize, steps=20, alive=alive):
+        kept, tries = alive(x), []
+        for step in range(steps + 1):
+            s = torch.ones(x.shape[1])
+            if kept.any():
+                s[kept] = x.float().abs().mean(0)[kept] ** (step / steps)
+                s[kept] /= (s[kept].max() * s[kept].min()).sqrt()
+            loss = float(((x.float() / s) @ quantize(w * s).T - x.float() @ w.T).square().mean())
+            tries.append((loss, step, s))
+        _, step, s = min(tries, key=lambda found: found[:2])
+        return s, step / steps
+
+
+@wrong("10.8", "products in the dtype of x")
+def awq_scale(w, x, quantize, steps=20):
+    def loss(w, _, s):
+        read = quantize(w * s).to(x.dtype)
+        return (x @ w.to(x.dtype).T - (x / s.to(x.dtype)) @ read.T).float().square().mean()
+
+    return search(w, x, quantize, steps, loss=loss)
+
+
+@wrong("10.8", "w in the dtype of x")
+def awq_scale(w, x, quantize, steps=20):
+    return search(w.to(x.dtype), x, quantize, steps)
+
+
+@alternative("10.8", "s by logarithms, in fp64")
+def awq_scale(w, x, quantize, steps=20):
+    live = x.ne(0).any(0)
+    size, best = x.double().abs().mean(0)[live].log(), None
+    for step in range(steps + 1):
+        s, powers = torch.ones(x.shape[1]), step / steps * size
+        if len(powers):
+            s[live] = (powers - (powers.max() + powers.min()) / 2).exp().float()
+        error = (w - quantize(w * s) / s).double()
+        loss = (x.double() @ error.T).square().sum().item()
+        if best is None or loss < best[0]:
+            best = loss, s, step / steps
+    return list(best[1:])
