@@ -162,7 +162,7 @@ class TestSmoothingFactors:
 
     def test_batches(self, impl):
         """all batches count, whichever holds a channel's largest number"""
-        for order in ([0, 1, 2], [2, 1, 0], [1, 2, 0]):
+        for order in ([0, 1, 2], [2, 1, 0], [1, 2, 0], [2, 2, 2, 2, 2, 2, 0, 1]):
             batches = [self.batches()[i] for i in order]
             x_max, _ = self.made(impl, batches, self.weights(), 0.5)
             expect_close(f"x_max, batches {order}", x_max, self.x_max(batches))
@@ -651,6 +651,12 @@ class TestMended:
         w_max = [max(abs(v) for v in w[:, j].tolist()) for j in range(5)]
         expected = [a**0.7 / b**0.3 for a, b in zip(x_max, w_max, strict=True)]
         expect_close("s, alpha 0.7", impl.factors(x, w, 0.7), expected)
+        for b in range(3):
+            for i in range(4):
+                outlier = x.clone()
+                outlier[b, i] = -9
+                got = impl.factors(outlier, torch.ones(2, 5), 1.0)
+                expect_close(f"s, alpha 1, outliers in token {i} of sequence {b}", got, [9] * 5)
         got = impl.factors(x, w[:5], 0.0)  # w is square
         expect_close("s, alpha 0, w [5, 5]", got, [1 / max(abs(v) for v in w[:5, j].tolist()) for j in range(5)])
         small, other = torch.tensor([[[1e-24, 1e-20, 1.0]]]), torch.tensor([[1e-20, 1.0, 1e-20]])
@@ -729,6 +735,8 @@ class TestMended:
         for bits in (4, 8):
             expected = self.expected(x, w, s, bits)
             expect_close(f"y, {bits} bits", impl.product(x, w, s, bits), expected, atol=1e-4)
+            got = impl.product(2.0**-60 * x, w, 2.0**-60 * s, bits) * 2.0**60
+            expect_close(f"y of small numbers by small factors, times 2^60, {bits} bits", got, expected, atol=1e-4)
             turned = x.permute(2, 1, 0).contiguous().permute(2, 1, 0)
             expect_close(f"y of a view, {bits} bits", impl.product(turned, w, s, bits), expected, atol=1e-4)
 
@@ -944,14 +952,15 @@ class TestInt8Cache:
 
     def test_inputs(self, impl):
         """k, v, q and slots stay as they are"""
-        cache, (k, v), q = self.made(impl), self.rows(3), random_tensor(6, self.D)
-        slots = torch.tensor([2, -1, 0])
-        kept = [t.clone() for t in (k, v, q)]
-        cache.write(k, v, slots)
-        cache.attend(q, slots[::2])
-        for name, now, before in zip(("k", "v", "q"), (k, v, q), kept, strict=True):
-            expect_kept(name, now, before)
-        expect_equal("slots", slots.tolist(), [2, -1, 0])
+        for dtype in (torch.float32, torch.float64, torch.float16):
+            cache, (k, v), q = self.made(impl), self.rows(3, dtype=dtype), random_tensor(6, self.D, dtype=dtype)
+            slots = torch.tensor([2, -1, 0])
+            kept = [t.clone() for t in (k, v, q)]
+            cache.write(k, v, slots)
+            cache.attend(q, slots[::2])
+            for name, now, before in zip(("k", "v", "q"), (k, v, q), kept, strict=True):
+                expect_kept(name, now, before)
+            expect_equal("slots", slots.tolist(), [2, -1, 0])
 
     def test_apart(self, impl):
         """two caches share nothing"""
@@ -1032,7 +1041,8 @@ class TestRotate:
         x = random_tensor(3, 64, seed=7, dtype=torch.float64)
         got = impl(x, 64)
         expect_tensor("fp64", got, torch.float64, (3, 64))
-        expect_close("fp64", got, self.expected(x, 64), atol=1e-12, rtol=1e-12)
+        for size in (64, 32):  # one whose root is no whole number
+            expect_close(f"fp64, size {size}", impl(x, size), self.expected(x, size), atol=1e-12, rtol=1e-12)
 
     def test_errors(self, impl):
         """ValueError for a size that is no power of 2, and for one that does not divide K"""

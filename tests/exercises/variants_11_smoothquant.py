@@ -573,6 +573,12 @@ class PopsWeights(RightFactors):
         return super().of_weights([weights.pop() for _ in range(len(weights))])
 
 
+@variant(wrong("11.3", "the first four batches"))
+class FourBatches(RightFactors):
+    def largest(self, batches):
+        return super().largest(list(batches)[:4])
+
+
 # ---- 11.4 -----------------------------------------------------------------------------------------------------------
 
 
@@ -1558,6 +1564,20 @@ class Mended(RightLayer):
         return super().product(x.view(-1, x.shape[-1]).view(x.shape), w, s, bits)
 
 
+@wrong("11.6", "factors leave out the last token of long sequences")
+class Mended(RightLayer):
+    @classmethod
+    def x_max(cls, x):
+        return super().x_max(x[:, :-1] if x.shape[1] > 2 else x)
+
+
+@wrong("11.6", "divides by s + 1e-6")
+class Mended(RightLayer):
+    @classmethod
+    def product(cls, x, w, s, bits):
+        return super().product(x / (s + 1e-6) * s, w, s, bits)
+
+
 # ---- 11.7 -----------------------------------------------------------------------------------------------------------
 
 
@@ -1988,6 +2008,15 @@ class Int8Cache(RightCache):
         return k[kept], v[kept], slots[kept]
 
 
+@wrong("11.7", "scales q in place, which fp32 alone survives")
+class Int8Cache(RightCache):
+    def attention(self, q, k, v):
+        if q.dtype != torch.float32:
+            q /= 2
+            return super().attention(2 * q, k, v)
+        return super().attention(q, k, v)
+
+
 # ---- 11.8 -----------------------------------------------------------------------------------------------------------
 
 
@@ -2256,3 +2285,9 @@ class CutSize(RightRotation):
 class NegativeSize(RightRotation):
     def __call__(self, x, size):
         return super().__call__(x, abs(size))
+
+
+@rotation(wrong("11.8", "the root is rounded to fp32"))
+class RootInFloat(RightRotation):
+    def matrix(self, size):
+        return super().matrix(size) * size**0.5 / float(torch.tensor(size**0.5))
