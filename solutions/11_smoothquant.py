@@ -153,8 +153,9 @@ check("11.2", migrate)
 # - `s = x_max ** alpha / w_max ** (1 - alpha)`, where `w_max` is the largest size in each column over **all** weights.
 # - s is 1 where x_max or w_max is 0. (Numbers that are small and not 0 are not touched.)
 # - ValueError unless 0 <= alpha <= 1, and if there was no token at all.
-# - `batches` may be a generator, which can be walked through once; x and the weights may be fp32, fp16 or bf16, and
-#   K, T and B differ from case to case (T and B from batch to batch). Inputs stay as they are.
+# - `batches` may be a generator, which can be walked through once; x and the weights may be fp32, fp16 or bf16, mixed
+#   too, with any strides, and K, T and B differ from case to case (T and B from batch to batch). Inputs stay as they
+#   are.
 
 
 # %%
@@ -377,7 +378,7 @@ check("11.5", int8_matmul_kernel)
 # - `quantize(rows, bits)`: rows [R, K] -> (int8 [R, K], scale [R, 1]). Each row has a scale of its own, its largest
 #   size over half the number of steps, (2^bits - 1) / 2. Cut to -2^(bits-1) ... 2^(bits-1) - 1. No row is all zeros.
 # - `product(x, w, s, bits)`: x [B, T, K] -> y [B, T, N], the product of x / s and w · s, both quantized, in which
-#   **what a token gets depends on that token alone**.
+#   **what a token gets depends on that token alone**. Strides may be any.
 #
 # Three mistakes were planted. One shows only for some signs, one makes everything a little worse, and one lets the last
 # word of a sentence change the first. Write the mended class, with the same methods.
@@ -485,7 +486,7 @@ check("11.6", Mended)
 #   is all zeros. A slot of **-1** means that this token is not kept. All other slots stay as they are.
 # - `attend(q, slots)`: attention of one token over those in `slots` [S] (in any order, each once), and no others.
 #   q [H · G, D]; query head h reads key/value head `h // G`. Scores are divided by √D. -> fp32 [H · G, D]
-# - Compute in fp32. Inputs stay as they are.
+# - Strides may be any. Compute in fp32. Inputs stay as they are.
 
 
 # %%

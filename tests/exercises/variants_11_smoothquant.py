@@ -447,6 +447,138 @@ class FillsInPlace(RightFactors):
         return super().real(x, lengths)
 
 
+@variant(wrong("11.3", "alpha may be NaN"))
+class NanAlpha(RightFactors):
+    def refuse(self, alpha):
+        if alpha < 0 or alpha > 1:
+            raise ValueError("alpha")
+
+
+@variant(wrong("11.3", "alpha is checked roughly"))
+class RoughAlpha(RightFactors):
+    def refuse(self, alpha):
+        super().refuse(round(alpha, 1) if abs(alpha) < 2 else alpha)
+
+
+@variant(wrong("11.3", "a batch of padding alone is an error"))
+class NoEmptyBatch(RightFactors):
+    def real(self, x, lengths):
+        if not lengths.any():
+            raise ValueError("batches: no token")
+        return super().real(x, lengths)
+
+
+@variant(wrong("11.3", "a batch of padding alone ends the walk"))
+class EmptyBatchEnds(RightFactors):
+    def largest(self, batches):
+        pairs = []
+        for x, lengths in batches:
+            if not lengths.any():
+                break
+            pairs.append((x, lengths))
+        return super().largest(pairs)
+
+
+@variant(wrong("11.3", "zeros are taken for no token"))
+class ZerosAreNothing(RightFactors):
+    def largest(self, batches):
+        x_max = super().largest(batches)
+        if not x_max.any():
+            raise ValueError("batches: no token")
+        return x_max
+
+
+@variant(wrong("11.3", "an empty sequence counts with a token if its batch has a full one"))
+class OneAtLeast(RightFactors):
+    def real(self, x, lengths):
+        return super().real(x, lengths.clamp(min=1) if lengths.max() == x.shape[1] else lengths)
+
+
+@variant(wrong("11.3", "dead channels are those of the first batch"))
+class DeadAtFirst(RightFactors):
+    def largest(self, batches):
+        pairs = list(batches)
+        self.first = super().largest(pairs[:1]) if pairs else None
+        return super().largest(pairs)
+
+    def result(self, x_max, w_max, alpha):
+        return x_max, torch.where(self.first == 0, 1.0, super().result(x_max, w_max, alpha)[1])
+
+
+@variant(wrong("11.3", "maxima are 1e-12 at least"))
+class TinyClamped(RightFactors):
+    def result(self, x_max, w_max, alpha):
+        _, s = super().result(x_max.clamp(min=1e-12), w_max.clamp(min=1e-12), alpha)
+        return x_max, torch.where((x_max == 0) | (w_max == 0), 1.0, s)
+
+
+@variant(wrong("11.3", "1e-12 is added to w_max"))
+class TinyAdded(RightFactors):
+    def result(self, x_max, w_max, alpha):
+        _, s = super().result(x_max, w_max + 1e-12, alpha)
+        return x_max, torch.where(w_max == 0, 1.0, s)
+
+
+@variant(wrong("11.3", "s is 1e-5 at least"))
+class FactorFloor(RightFactors):
+    def result(self, x_max, w_max, alpha):
+        x_max, s = super().result(x_max, w_max, alpha)
+        return x_max, s.clamp(min=1e-5)
+
+
+@variant(wrong("11.3", "s is 1e4 at most"))
+class FactorCeiling(RightFactors):
+    def result(self, x_max, w_max, alpha):
+        x_max, s = super().result(x_max, w_max, alpha)
+        return x_max, s.clamp(max=1e4)
+
+
+@variant(wrong("11.3", "sizes by way of squares, which underflow"))
+class BySquares(RightFactors):
+    def size(self, x):
+        return x.float().square().sqrt()
+
+
+@variant(wrong("11.3", "a single channel loses its axis"))
+class Squeezed(RightFactors):
+    def result(self, x_max, w_max, alpha):
+        x_max, s = super().result(x_max, w_max, alpha)
+        return x_max.squeeze(), s.squeeze()
+
+
+@variant(wrong("11.3", "all weights in the dtype of the first"))
+class FirstWeightsDtype(RightFactors):
+    def of_weights(self, weights):
+        return super().of_weights([w.to(weights[0].dtype) for w in weights])
+
+
+@variant(wrong("11.3", "all batches in the dtype of the first"))
+class FirstBatchsDtype(RightFactors):
+    dtype = None
+
+    def real(self, x, lengths):
+        self.dtype = self.dtype or x.dtype
+        return super().real(x, lengths).to(self.dtype)
+
+
+@variant(wrong("11.3", "contiguous activations alone"))
+class ContiguousX(RightFactors):
+    def real(self, x, lengths):
+        return x.view(-1, x.shape[-1])[(torch.arange(x.shape[1]) < lengths[:, None]).flatten()]
+
+
+@variant(wrong("11.3", "empties the list of weights"))
+class PopsWeights(RightFactors):
+    def of_weights(self, weights):
+        return super().of_weights([weights.pop() for _ in range(len(weights))])
+
+
+@variant(wrong("11.3", "the first four batches"))
+class FourBatches(RightFactors):
+    def largest(self, batches):
+        return super().largest(list(batches)[:4])
+
+
 # ---- 11.4 -----------------------------------------------------------------------------------------------------------
 
 
@@ -684,6 +816,121 @@ class ChangedAlone(RightFold):
         return {name: x for name, x in out.items() if x is not layer[name]}
 
 
+@fold_variant(wrong("11.4", "hands back the given dictionary where nothing changes"))
+class SameIfNone(RightFold):
+    def __call__(self, layer, s_attention, s_mlp):
+        return layer if s_attention is None and s_mlp is None else super().__call__(layer, s_attention, s_mlp)
+
+
+@fold_variant(wrong("11.4", "into the given dictionary if the second half stays"))
+class SameIfOne(RightFold):
+    def __call__(self, layer, s_attention, s_mlp):
+        out = super().__call__(layer, s_attention, s_mlp)
+        if s_mlp is None:
+            layer.update(out)
+        return out
+
+
+class FoldNames(RightFold):
+    """Computes some tensors in another way than the rest."""
+
+    def __call__(self, layer, s_attention, s_mlp):
+        out = super().__call__(layer, s_attention, s_mlp)
+        for name, x in layer.items():
+            if out[name] is not x:
+                s = s_attention if name.startswith("input") or name.split(".")[0] in self.FIRST else s_mlp
+                out[name] = self.again(name, x, s, out[name], layer)
+        return out
+
+
+@fold_variant(wrong("11.4", "a norm's bias in fp32"))
+class BiasToFloat(FoldNames):
+    def again(self, name, x, s, y, layer):
+        return x.float() / s if name.endswith("bias") else y
+
+
+@fold_variant(wrong("11.4", "a norm's bias is divided in its dtype"))
+class BiasRounded(FoldNames):
+    def again(self, name, x, s, y, layer):
+        return x / s.to(x.dtype) if name.endswith("bias") else y
+
+
+@fold_variant(wrong("11.4", "the second norm is divided in its dtype"))
+class SecondRounded(FoldNames):
+    def again(self, name, x, s, y, layer):
+        return x / s.to(x.dtype) if name.startswith("post") else y
+
+
+@fold_variant(wrong("11.4", "k, up and router are scaled in their dtype"))
+class SomeRounded(FoldNames):
+    def again(self, name, x, s, y, layer):
+        return x * s.to(x.dtype) if name[0] in "kur" else y
+
+
+@fold_variant(wrong("11.4", "the router in fp32"))
+class RouterToFloat(FoldNames):
+    def again(self, name, x, s, y, layer):
+        return x.float() * s if name.startswith("router") else y
+
+
+@fold_variant(wrong("11.4", "everything in q_proj's dtype"))
+class DtypeOfQ(FoldNames):
+    def again(self, name, x, s, y, layer):
+        return y.to(layer["q_proj.weight"].dtype)
+
+
+@fold_variant(wrong("11.4", "readers in the dtype of their norm"))
+class DtypeOfNorm(FoldNames):
+    def again(self, name, x, s, y, layer):
+        return y.to(layer["input_layernorm.weight"].dtype)
+
+
+@fold_variant(wrong("11.4", "biases of norms if the first norm has one"))
+class FirstNormsBias(FoldNames):
+    def again(self, name, x, s, y, layer):
+        return x if name.endswith("bias") and "input_layernorm.bias" not in layer else y
+
+
+@fold_variant(wrong("11.4", "the second norm's bias stays where there is a router"))
+class BiasBesideRouter(FoldNames):
+    def again(self, name, x, s, y, layer):
+        return x if name == "post_attention_layernorm.bias" and "router.weight" in layer else y
+
+
+@fold_variant(wrong("11.4", "a square down_proj is scaled, too"))
+class SquareDown(RightFold):
+    def __call__(self, layer, s_attention, s_mlp):
+        out = super().__call__(layer, s_attention, s_mlp)
+        down = out["down_proj.weight"]
+        if s_mlp is not None and down.shape[0] == down.shape[1]:
+            out["down_proj.weight"] = self.times(down, s_mlp)
+        return out
+
+
+@fold_variant(wrong("11.4", "up_proj's bias is divided where it fits"))
+class UpBias(RightFold):
+    def __call__(self, layer, s_attention, s_mlp):
+        out = super().__call__(layer, s_attention, s_mlp)
+        if s_mlp is not None and len(out.get("up_proj.bias", [])) == len(s_mlp):
+            out["up_proj.bias"] = self.divide(out["up_proj.bias"], s_mlp)
+        return out
+
+
+@fold_variant(wrong("11.4", "a router's bias is divided"))
+class RouterBias(RightFold):
+    def __call__(self, layer, s_attention, s_mlp):
+        out = super().__call__(layer, s_attention, s_mlp)
+        if s_mlp is not None and "router.bias" in out:
+            out["router.bias"] = self.divide(out["router.bias"], s_mlp[: len(out["router.bias"])])
+        return out
+
+
+@fold_variant(alternative("11.4", "times the inverse, in fp32"))
+class TimesInverse(RightFold):
+    def divide(self, x, s):
+        return (x.float() * (1 / s)).to(x.dtype)
+
+
 # ---- 11.5 -----------------------------------------------------------------------------------------------------------
 
 
@@ -779,12 +1026,21 @@ def flawed_kernel(
     else:
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     end = k
+    x_end = k
+    w_end = k
+    if MISTAKE == "masks x along k by the rows' distance" or MISTAKE == "masks both along k by the rows' distance":
+        x_end = stride_x
+    if MISTAKE == "masks both along k by the rows' distance":
+        w_end = stride_w
+    if MISTAKE == "walks to the rows' distance":
+        x_end = stride_x
+        end = stride_x
     if MISTAKE == "whole blocks of k alone":
         end = k // BLOCK_K * BLOCK_K
     for start in range(0, end, BLOCK_K):
         ks = start + tl.arange(0, BLOCK_K)
-        x_mask = (rows[:, None] < m) & (ks[None, :] < k)
-        w_mask = (ks[:, None] < k) & (columns[None, :] < n)
+        x_mask = (rows[:, None] < m) & (ks[None, :] < x_end)
+        w_mask = (ks[:, None] < w_end) & (columns[None, :] < n)
         if MISTAKE == "no mask along k":
             x_mask = (rows[:, None] < m) & (ks[None, :] >= 0)
             w_mask = (columns[None, :] < n) & (ks[:, None] >= 0)
@@ -810,6 +1066,19 @@ def flawed_kernel(
         else:
             acc = tl.dot(x, w, acc, out_dtype=tl.int32)
     sums = acc.to(tl.float32)
+    if MISTAKE == "24 bits of the sums":
+        sums = ((acc << 8) >> 8).to(tl.float32)
+    if MISTAKE == "the bias rounded to y's dtype":
+        bias = bias.to(y_ptr.dtype.element_ty).to(tl.float32)
+    if MISTAKE == "x's scales rounded to y's dtype":
+        x_scale = x_scale.to(y_ptr.dtype.element_ty).to(tl.float32)
+    if MISTAKE == "w's scales rounded to y's dtype":
+        w_scale = w_scale.to(y_ptr.dtype.element_ty).to(tl.float32)
+    if y_ptr.dtype.element_ty == tl.bfloat16:
+        if MISTAKE == "x's scales rounded to bf16":
+            x_scale = x_scale.to(tl.bfloat16).to(tl.float32)
+        if MISTAKE == "the bias rounded to bf16":
+            bias = bias.to(tl.bfloat16).to(tl.float32)
     if MISTAKE == "sums to y's dtype before the scales":
         sums = acc.to(y_ptr.dtype.element_ty).to(tl.float32)
     y = sums * x_scale[:, None] * w_scale[None, :] + bias[None, :]
@@ -828,6 +1097,8 @@ def flawed_kernel(
         y = (sums * x_scale[:, None] * w_scale[None, :]).to(y_ptr.dtype.element_ty).to(tl.float32) + bias[None, :]
     if MISTAKE == "rounds y to whole numbers":
         y = y.to(tl.int32).to(tl.float32)
+    if MISTAKE == "bf16 by way of fp16" and y_ptr.dtype.element_ty == tl.bfloat16:
+        y = y.to(tl.float16).to(tl.float32)
     inside = (rows[:, None] < m) & (columns[None, :] < n)
     if MISTAKE == "stores without a mask of rows":
         inside = (rows[:, None] >= 0) & (columns[None, :] < n)
@@ -853,9 +1124,34 @@ for mistake in (
     "keeps the last step", "sums wrap in int16", "sums to y's dtype before the scales", "no bias",
     "the bias is scaled", "no scales of x", "no scales of w", "divides by the scales", "rounds before the bias",
     "rounds y to whole numbers", "stores without a mask of rows", "stores without a mask of columns",
+    "masks x along k by the rows' distance", "masks both along k by the rows' distance", "walks to the rows' distance",
+    "24 bits of the sums", "the bias rounded to y's dtype", "x's scales rounded to y's dtype",
+    "w's scales rounded to y's dtype", "x's scales rounded to bf16", "the bias rounded to bf16", "bf16 by way of fp16",
 ):  # fmt: skip
     wrong("11.5", mistake)(Flawed(mistake))
 alternative("11.5", "the kernel of the mistakes, without one")(Flawed(""))
+
+
+@alternative("11.5", "block pointers")
+@triton.jit
+def int8_matmul_kernel(
+    x_ptr, w_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, y_ptr, m, n, k, stride_x, stride_w,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    top, left = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
+    xs = tl.make_block_ptr(x_ptr, (m, k), (stride_x, 1), (top, 0), (BLOCK_M, BLOCK_K), (1, 0))
+    ws = tl.make_block_ptr(w_ptr, (k, n), (1, stride_w), (0, left), (BLOCK_K, BLOCK_N), (0, 1))
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    for _ in range(0, k, BLOCK_K):
+        x = tl.load(xs, boundary_check=(0, 1), padding_option="zero")
+        w = tl.load(ws, boundary_check=(0, 1), padding_option="zero")
+        acc = tl.dot(x, w, acc, out_dtype=tl.int32)
+        xs, ws = tl.advance(xs, (0, BLOCK_K)), tl.advance(ws, (BLOCK_K, 0))
+    rows, columns = top + tl.arange(0, BLOCK_M), left + tl.arange(0, BLOCK_N)
+    y = acc * tl.load(x_scale_ptr + rows, mask=rows < m)[:, None]
+    y = y * tl.load(w_scale_ptr + columns, mask=columns < n) + tl.load(bias_ptr + columns, mask=columns < n)
+    ys = tl.make_block_ptr(y_ptr, (m, n), (n, 1), (top, left), (BLOCK_M, BLOCK_N), (1, 0))
+    tl.store(ys, y.to(y_ptr.dtype.element_ty), boundary_check=(0, 1))
 
 
 @wrong("11.5", "does not compile: an accumulator that is a number before the loop")
@@ -1166,6 +1462,122 @@ class Mended(RightLayer):
         return y
 
 
+@wrong("11.6", "a step is 1e-8 at least")
+class Mended(RightLayer):
+    @classmethod
+    def quantize(cls, rows, bits):
+        scale = (rows.abs().amax(1, keepdim=True) / cls.half(bits)).clamp(min=1e-8)
+        return cls.whole(rows / scale, bits), scale
+
+
+@wrong("11.6", "1e-8 is added to a step")
+class Mended(RightLayer):
+    @classmethod
+    def quantize(cls, rows, bits):
+        scale = rows.abs().amax(1, keepdim=True) / cls.half(bits) + 1e-8
+        return cls.whole(rows / scale, bits), scale
+
+
+@wrong("11.6", "steps of 6 bits are rounded to bf16")
+class Mended(RightLayer):
+    @classmethod
+    def quantize(cls, rows, bits):
+        q, scale = super().quantize(rows, bits)
+        return q, scale.bfloat16().float() if bits == 6 else scale
+
+
+@wrong("11.6", "scales without their axis")
+class Mended(RightLayer):
+    @classmethod
+    def quantize(cls, rows, bits):
+        q, scale = super().quantize(rows, bits)
+        return q, scale[:, 0]
+
+    @classmethod
+    def product(cls, x, w, s, bits):
+        return RightLayer.product(x, w, s, bits)
+
+
+@wrong("11.6", "a single row by its largest number, sign and all")
+class Mended(RightLayer):
+    @classmethod
+    def quantize(cls, rows, bits):
+        if len(rows) > 1:
+            return super().quantize(rows, bits)
+        scale = rows.amax(1, keepdim=True) / cls.half(bits)
+        return cls.whole(rows / scale, bits), scale
+
+
+@wrong("11.6", "ties away from zero")
+class Mended(RightLayer):
+    @classmethod
+    def whole(cls, x, bits):
+        return super().whole(x.sign() * (x.abs() + 0.5).floor(), bits)
+
+
+@wrong("11.6", "cut to the ends of 2, 4 and 8 bits alone")
+class Mended(RightLayer):
+    @classmethod
+    def whole(cls, x, bits):
+        return super().whole(x, bits if bits in (2, 4) else 8)
+
+
+@wrong("11.6", "maxima of factors are 1e-5 at least")
+class Mended(RightLayer):
+    @classmethod
+    def x_max(cls, x):
+        return super().x_max(x).clamp(min=1e-5)
+
+    @classmethod
+    def w_max(cls, w):
+        return super().w_max(w).clamp(min=1e-5)
+
+
+@wrong("11.6", "factors are 1e-5 at least")
+class Mended(RightLayer):
+    @classmethod
+    def factors(cls, x, w, alpha):
+        return super().factors(x, w, alpha).clamp(min=1e-5)
+
+
+@wrong("11.6", "a square w by its rows")
+class Mended(RightLayer):
+    @classmethod
+    def w_max(cls, w):
+        return super().w_max(w.T if w.shape[0] == w.shape[1] else w)
+
+
+@wrong("11.6", "one scale for the batch where sequences have one token")
+class Mended(RightLayer):
+    @classmethod
+    def quantize_tokens(cls, x, bits):
+        if x.shape[1] > 1:
+            return super().quantize_tokens(x, bits)
+        q, scale = cls.quantize(x.reshape(1, -1), bits)
+        return q.view(x.shape), scale
+
+
+@wrong("11.6", "contiguous activations alone")
+class Mended(RightLayer):
+    @classmethod
+    def product(cls, x, w, s, bits):
+        return super().product(x.view(-1, x.shape[-1]).view(x.shape), w, s, bits)
+
+
+@wrong("11.6", "factors leave out the last token of long sequences")
+class Mended(RightLayer):
+    @classmethod
+    def x_max(cls, x):
+        return super().x_max(x[:, :-1] if x.shape[1] > 2 else x)
+
+
+@wrong("11.6", "divides by s + 1e-6")
+class Mended(RightLayer):
+    @classmethod
+    def product(cls, x, w, s, bits):
+        return super().product(x / (s + 1e-6) * s, w, s, bits)
+
+
 # ---- 11.7 -----------------------------------------------------------------------------------------------------------
 
 
@@ -1471,6 +1883,140 @@ class Int8Cache(RightCache):
         )
 
 
+@wrong("11.7", "scales are 1e-8 at least")
+class Int8Cache(RightCache):
+    def scale(self, x):
+        return super().scale(x).clamp(min=1e-8)
+
+
+@wrong("11.7", "a head of small numbers counts as zeros")
+class Int8Cache(RightCache):
+    def scale(self, x):
+        scale = super().scale(x)
+        return scale.masked_fill(scale < 1e-8, 1)
+
+
+@wrong("11.7", "ties away from zero")
+class Int8Cache(RightCache):
+    def whole(self, x):
+        return super().whole(x.sign() * (x.abs() + 0.5).floor())
+
+
+@wrong("11.7", "cut to -127")
+class Int8Cache(RightCache):
+    def whole(self, x):
+        return super().whole(x).clamp(min=-127)
+
+
+@wrong("11.7", "one token at least comes in")
+class Int8Cache(RightCache):
+    def kept(self, k, v, slots):
+        slots.max()
+        return super().kept(k, v, slots)
+
+
+@wrong("11.7", "fp64 is not turned into fp32")
+class Int8Cache(RightCache):
+    def write(self, k, v, slots):
+        k, v, slots = self.kept(k, v, slots)
+        for name, x in (("k", k), ("v", v)):
+            x = x.float() if x.element_size() < 4 else x
+            scale = self.scale(x)
+            getattr(self, name)[slots] = self.whole(x / scale[..., None])
+            getattr(self, f"{name}_scale")[slots] = scale
+
+
+@wrong("11.7", "values are cast to the keys' dtype")
+class Int8Cache(RightCache):
+    def write(self, k, v, slots):
+        super().write(k, v.to(k.dtype), slots)
+
+
+@wrong("11.7", "the root of 8, whatever D")
+class Int8Cache(RightCache):
+    def attention(self, q, k, v):
+        return super().attention(q * (q.shape[-1] / 8) ** 0.5, k, v)
+
+
+@wrong("11.7", "three key heads, whatever H")
+class Int8Cache(RightCache):
+    def spread(self, x, groups):
+        return super().spread(x, groups * x.shape[1] // 3)
+
+
+@wrong("11.7", "one key head is read by one query head")
+class Int8Cache(RightCache):
+    def attention(self, q, k, v):
+        return super().attention(q[:1] if k.shape[1] == 1 else q, k, v)
+
+
+@wrong("11.7", "eight slots a read at most")
+class Int8Cache(RightCache):
+    def attend(self, q, slots):
+        return super().attend(q, slots[:8])
+
+
+@wrong("11.7", "contiguous rows alone")
+class Int8Cache(RightCache):
+    def kept(self, k, v, slots):
+        return super().kept(k.view(len(k), -1).view(k.shape), v, slots)
+
+
+@wrong("11.7", "remembers what it read back")
+class Int8Cache(RightCache):
+    def attend(self, q, slots):
+        self.memory = getattr(self, "memory", {})
+        key = tuple(slots.tolist())
+        if key not in self.memory:
+            self.memory[key] = (
+                self.k[slots] * self.k_scale[slots][..., None],
+                self.v[slots] * self.v_scale[slots][..., None],
+            )
+        return self.attention(q, *self.memory[key])
+
+
+class KeepsSome(RightCache):
+    """Puts some of what was there before a write back."""
+
+    def write(self, k, v, slots):
+        old = {name: getattr(self, name).clone() for name in ("k", "v", "k_scale", "v_scale")}
+        super().write(k, v, slots)
+        self.put_back(old, slots)
+
+
+@wrong("11.7", "a slot that held numbers keeps its scale when zeros come")
+class Int8Cache(KeepsSome):
+    def put_back(self, old, slots):
+        for name in ("k", "v"):
+            zeros = ~getattr(self, name).any(-1) & old[name].any(-1)
+            getattr(self, f"{name}_scale")[zeros] = old[f"{name}_scale"][zeros]
+
+
+@wrong("11.7", "a head of zeros does not replace what was there")
+class Int8Cache(KeepsSome):
+    def put_back(self, old, slots):
+        for name in ("k", "v"):
+            zeros = ~getattr(self, name).any(-1)
+            for part in (name, f"{name}_scale"):
+                getattr(self, part)[zeros] = old[part][zeros]
+
+
+@wrong("11.7", "a token of slot -1 is kept in the last slot if that is free")
+class Int8Cache(RightCache):
+    def kept(self, k, v, slots):
+        kept = (slots >= 0) | ((slots == -1) & ~self.k[-1].any())
+        return k[kept], v[kept], slots[kept]
+
+
+@wrong("11.7", "scales q in place, which fp32 alone survives")
+class Int8Cache(RightCache):
+    def attention(self, q, k, v):
+        if q.dtype != torch.float32:
+            q /= 2
+            return super().attention(2 * q, k, v)
+        return super().attention(q, k, v)
+
+
 # ---- 11.8 -----------------------------------------------------------------------------------------------------------
 
 
@@ -1681,3 +2227,67 @@ class NotOne(RightRotation):
 class RotatesInPlace(RightRotation):
     def __call__(self, x, size):
         return x.copy_(super().__call__(x, size))
+
+
+@rotation(wrong("11.8", "six steps at most"))
+class SixSteps(RightRotation):
+    def matrix(self, size):
+        half = min(size, 64)
+        return torch.block_diag(*[super().matrix(half)] * (size // half))
+
+
+@rotation(wrong("11.8", "seven steps at most"))
+class SevenSteps(RightRotation):
+    def matrix(self, size):
+        half = min(size, 128)
+        return torch.block_diag(*[super().matrix(half)] * (size // half))
+
+
+@rotation(wrong("11.8", "contiguous tensors alone where there are more than two axes"))
+class ContiguousDeep(RightRotation):
+    def __call__(self, x, size):
+        return (
+            super().__call__(x.view(-1, x.shape[-1]), size).view(x.shape) if x.ndim > 2 else super().__call__(x, size)
+        )
+
+
+@rotation(wrong("11.8", "divided by the root before, in the input's dtype"))
+class DividesFirst(RightRotation):
+    def __call__(self, x, size):
+        root = size**0.5 if size > 0 else 1.0
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return (super().__call__((x / root).to(wide), size) * root).to(x.dtype)
+
+
+@rotation(wrong("11.8", "fp64 in place"))
+class DoubleInPlace(RightRotation):
+    def __call__(self, x, size):
+        turned = super().__call__(x, size)
+        return x.copy_(turned) if x.dtype == torch.float64 else turned
+
+
+@rotation(wrong("11.8", "fp16 is scaled in place"))
+class HalfInPlace(RightRotation):
+    def __call__(self, x, size):
+        turned = super().__call__(x, size)
+        if x.dtype == torch.float16:
+            x *= 0.5
+        return turned
+
+
+@rotation(wrong("11.8", "a size beyond K is cut to K"))
+class CutSize(RightRotation):
+    def __call__(self, x, size):
+        return super().__call__(x, min(size, x.shape[-1]))
+
+
+@rotation(wrong("11.8", "a negative size is taken for a positive one"))
+class NegativeSize(RightRotation):
+    def __call__(self, x, size):
+        return super().__call__(x, abs(size))
+
+
+@rotation(wrong("11.8", "the root is rounded to fp32"))
+class RootInFloat(RightRotation):
+    def matrix(self, size):
+        return super().matrix(size) * size**0.5 / float(torch.tensor(size**0.5))
