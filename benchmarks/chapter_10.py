@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -245,13 +246,16 @@ def bos_part(bench: Bench, save: Callable[[dict], None]) -> None:
 
 
 def outlier_part(bench: Bench, save: Callable[[dict], None]) -> None:
-    """How much of every layer's Hessian the first token of a window is; what damping makes of the worst layer."""
+    """How much of every layer's Hessian the first token of a window is; what damping makes of the worst layer, on the
+    text to judge by. There a first token that comes twice is huge twice: tokens are told apart by their energy.
+    """
     found: dict[str, dict] = {}
     count = min(16, len(bench.look))
     worst: tuple[float, str] = (0.0, "")
     kept: dict[str, tuple[Tensor, ...]] = {}
-    for site in walk(bench.base, bench.look[:count].split(8)):
-        x = torch.cat(site.inputs).unflatten(0, (count, -1))  # [windows, tokens, K]
+    for site in walk(bench.base, [*bench.look[:count].split(8), *bench.judge.split(8)]):
+        x = torch.cat(site.inputs).unflatten(0, (-1, LENGTH))  # [windows, tokens, K]
+        x, unseen = x[:count], x[count:].flatten(0, 1)
         energy = x.square().sum((0, 2))  # [tokens]
         mean_square = x.square().mean((0, 1))
         about = {
@@ -262,13 +266,12 @@ def outlier_part(bench: Bench, save: Callable[[dict], None]) -> None:
         found[site.name] = about
         if site.name.endswith("down_proj") and about["mean over median of the diagonal"] > worst[0]:
             worst = about["mean over median of the diagonal"], site.name
-            rest, alike = x[:, 1:].flatten(0, 1), F.normalize(x.flatten(0, 1), dim=-1)
-            w = site.linear.weight.detach().float()
-            kept = {site.name: (site.hessian, rest.T @ rest / len(rest), alike.T @ alike / len(alike), w)}
+            size = unseen.square().sum(1)
+            texts = (x.flatten(0, 1), x[:, 1:].flatten(0, 1), F.normalize(x.flatten(0, 1), dim=-1),
+                     unseen[size > 100 * size.median()], unseen[size <= 100 * size.median()])  # fmt: skip
+            kept = {site.name: (site.linear.weight.detach().float(), *(y.T @ y / len(y) for y in texts))}
     name = worst[1]
-    h, others, alike, w = kept[name]
-    tokens = LENGTH * count
-    first = (h * tokens - others * (tokens - count)) / count  # of the first tokens alone
+    w, h, no_first, alike, first, others = kept[name]
 
     def losses(e: Tensor) -> dict[str, float]:
         return {key: float(((e @ m) * e).sum()) for key, m in (("first token", first), ("others", others))}
@@ -280,7 +283,7 @@ def outlier_part(bench: Bench, save: Callable[[dict], None]) -> None:
     for share in shares:
         ways[f"{share} of the mean"] = by_order(w, h + share * mean, damping=0.0)[0]
         ways[f"{share} of its own"] = by_order(w, h, damping=share)[0]
-    ways["0.01, without first tokens"] = by_order(w, others, damping=0.01)[0]
+    ways["0.01, without first tokens"] = by_order(w, no_first, damping=0.01)[0]
     ways["0.01, tokens of one length"] = by_order(w, alike, damping=0.01)[0]
     damping = {key: losses(w - q.dequantize()) for key, q in ways.items()}
     diagonal = h.diagonal().sort(descending=True).values
@@ -289,29 +292,70 @@ def outlier_part(bench: Bench, save: Callable[[dict], None]) -> None:
           "largest column of the trace": float(diagonal[0] / diagonal.sum())})  # fmt: skip
 
 
+def groups_part(bench: Bench, save: Callable[[dict], None]) -> None:
+    """GPTQ that fits each group's grid as the group begins, by either damping: in every layer the group that becomes
+    the widest, beside what it is to nearest, and the loss, of that of rounding to nearest; then the model's.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for site in walk(bench.base, bench.look[:16].split(8)):
+        w, h = site.linear.weight.detach().float(), site.hessian
+        diagonal, plain = h.diagonal(), minmax_grid(w, ASYMMETRIC)
+        e = w - QuantizedTensor.round(w, plain, ASYMMETRIC).dequantize()
+        rtn_loss = ((e @ h) * e).sum()
+        found[site.name] = {"smallest over median of the diagonal": float(diagonal.min() / diagonal.median())}
+        mean = 0.01 * diagonal.mean() * torch.eye(len(h), device=h.device)
+        for name, (damped, share) in {"its own": (h, 0.01), "the mean": (h + mean, 0.0)}.items():
+            q, _ = gptq(w, damped, ASYMMETRIC, damping=share)
+            wider, e = q.grid.scale / plain.scale, w - q.dequantize()  # [N, G], [N, K]
+            found[site.name][name] = {
+                "wider": float(wider.median(0).values.max()), "loss of RTN's": float(((e @ h) * e).sum() / rtn_loss)
+            }  # fmt: skip
+    worst = max(found, key=lambda name: found[name]["its own"]["loss of RTN's"])
+    print(worst, found[worst], flush=True)
+    save({"layers": found, "worst": worst})
+    model, about = quantized(bench, ASYMMETRIC, method="gptq", of_mean=True)
+    row = {"name": "GPTQ, damping 0.01 of the mean", **about, **bench.scores(model)}
+    show(row)
+    save({"layers": found, "worst": worst, "of the mean": row})
+
+
 def rotation_part(bench: Bench, save: Callable[[dict], None]) -> None:
-    """Errors of the outputs by rounding to nearest, as shares of these, before and after rotation; and the largest
-    channel's share of a norm's output, with and without the norm's weight, which rotation moves into the readers.
-    First tokens are left out.
+    """Rounding to nearest before and after rotation: errors of the outputs, as shares of these, on first tokens and on
+    all others; the model's loss where one kind of layers alone is rounded; and how many times as large the error of
+    gate and up should become: rotation moves the norm's weight from their inputs into their columns, and noise that is
+    alike in all columns goes as mean w² · mean x².
     """
     count = min(8, len(bench.look))
     found: dict[str, dict] = {}
-    shares: dict[str, list[float]] = {"with": [], "without": []}
+    nats: dict[str, dict] = {}
+    predicted: list[float] = []
     for name, model in (("as it is", bench.base), ("rotated", rotate_model(bench.base))):
-        kinds: dict[str, list[float]] = {}
+        kinds: dict[str, dict[str, list[float]]] = {}
+        rounded = {}
         for site in walk(model, [bench.look[:count]]):
-            x = torch.cat(site.inputs).unflatten(0, (count, -1))[:, 1:].flatten(0, 1)
-            h, w = x.T @ x / len(x), site.linear.weight.detach()
-            e = w - QuantizedTensor.round(w, minmax_grid(w, ASYMMETRIC), ASYMMETRIC).dequantize()
-            kind = site.name.split(".")[-1]
-            kinds.setdefault(kind, []).append(float(((e @ h) * e).sum() / ((w @ h) * w).sum()))
+            x = torch.cat(site.inputs).unflatten(0, (count, -1))
+            kind, w = site.name.split(".")[-1], site.linear.weight.detach()
+            rounded[site.name] = QuantizedTensor.round(w, minmax_grid(w, ASYMMETRIC), ASYMMETRIC).dequantize()
+            for tokens, y in (("first token", x[:, 0]), ("others", x[:, 1:].flatten(0, 1))):
+                share = F.linear(y, w - rounded[site.name]).square().sum() / F.linear(y, w).square().sum()
+                kinds.setdefault(kind, {}).setdefault(tokens, []).append(float(share))
             if name == "as it is" and kind == "gate_up_proj":
-                norm = model.layers[int(site.name.split(".")[1])].post_attention_layernorm
-                for key, energy in (("with", h.diagonal()), ("without", h.diagonal() / norm.weight**2)):
-                    shares[key].append(float(energy.max() / energy.sum()))
-        found[name] = {kind: statistics.median(values) for kind, values in kinds.items()}
-    print(found, {key: statistics.median(x) for key, x in shares.items()}, flush=True)
-    save({"errors": found, "largest channel": {key: statistics.median(x) for key, x in shares.items()}})
+                norm = model.layers[int(site.name.split(".")[1])].post_attention_layernorm.weight.square()
+                energy, squares = x[:, 1:].square().mean((0, 1)), w.square().mean(0)
+                predicted.append(
+                    float((energy / norm).mean() * (norm * squares).mean() / energy.mean() / squares.mean())
+                )
+        found[name] = {kind: {t: statistics.median(v) for t, v in by.items()} for kind, by in kinds.items()}
+        nats[name] = {}
+        for kind in kinds:
+            alone = copy.deepcopy(model)
+            for site_name, linear in sites(alone).items():
+                if site_name.endswith(kind):
+                    replace_weight(alone, linear, rounded[site_name])
+            score = bench.compared(alone, bench.judge)
+            nats[name][kind] = {"nats": score.log_ratio, "error": score.log_ratio_error}
+    print(found, nats, statistics.median(predicted), flush=True)
+    save({"errors": found, "nats": nats, "predicted for gate and up": statistics.median(predicted)})
 
 
 # ---- all roundings of few weights ------------------------------------------------------------------------------------
@@ -457,8 +501,8 @@ def crossover_part(bench: Bench, save: Callable[[dict], None]) -> None:
 
 
 PARTS = {
-    "outlier": outlier_part, "rotation": rotation_part, "ladder": ladder_part, "bos": bos_part, "choices": choices_part,
-    "crossover": crossover_part, "enumeration": enumeration_part, "speed": speed_part,
+    "outlier": outlier_part, "rotation": rotation_part, "groups": groups_part, "ladder": ladder_part, "bos": bos_part,
+    "choices": choices_part, "crossover": crossover_part, "enumeration": enumeration_part, "speed": speed_part,
 }  # fmt: skip
 
 
