@@ -2,7 +2,7 @@
 
 Bytes: the weight once, N K / 2, and a scale (and zero point) a group; at group 128 in bf16 0.516 a weight, 30.3 MB for
 4096 x 14336 where bf16 has 117. FLOPs: 2 M N K, 4 M a byte: up to about M = 64 memory is the limit on an H100.
-Next comes arithmetic: at 3 TB/s 5.9e12 weights arrive a second, and 132 multiprocessors issue 28e12 instructions, one a
+Next comes arithmetic: at 3 TB/s 5.8e12 weights arrive a second, and 132 multiprocessors issue 28e12 instructions, one a
 lane: 4.8 a weight, for everything.
 
 Turning 4 bits into a number takes 1.9 of them. The bits of a bf16 from 128 to 256 count in ones, so OR-ing a nibble
