@@ -229,12 +229,20 @@ def crossover() -> None:
     save(figure, "10_crossover")
 
 
+def bits_rows() -> list[dict]:
+    """The kernels' suite in few bits on an H100; empty where none is recorded."""
+    try:
+        return results("kernels_bits", "h100")["rows"]
+    except FileNotFoundError:
+        return []
+
+
 def measured(name: str, k: int, n: int) -> dict[int, float]:
     """Seconds by tokens on an H100, of this chapter's run or of the kernels' suites; empty where none is recorded."""
     if "crossover" in recorded():
         return {row["tokens"]: row["seconds"][name] for row in recorded()["crossover"]["rows"]}
     found = {}
-    for row in results("kernels", "h100")["rows"]:
+    for row in bits_rows():
         case, seconds = row["case"], row["seconds"]
         if case.startswith(f"w4a16 {k} x {n}, ") and name in ("bf16", "W4A16"):
             found[int(case.split(", ")[1].split()[0])] = seconds["minillm" if name == "W4A16" else "cuBLAS bf16"]
