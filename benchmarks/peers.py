@@ -210,7 +210,9 @@ def cpu_stream(sizes: w.Sizes) -> dict:
         _in_turn(peer | {f"minillm, {q}": partial(ours, quantized) for q, quantized in fewer.items()}, passes)
     )
     if llama := _llama_cpp(prompt, output):
-        rounds.append(_in_turn(peer | {"llama.cpp, 4 bits": llama}, passes))
+        same = LLM(os.environ["GGUF"], **options)
+        both = {"llama.cpp, 4 bits": llama, "minillm, the same file": partial(ours, same)}
+        rounds.append(_in_turn(peer | both, passes))
     rates = {name: output / statistics.median(times) for seconds in rounds for name, times in seconds.items()}
     rates["transformers"] = output / statistics.median(rounds[0]["transformers"])
     ratios = {
