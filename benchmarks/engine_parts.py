@@ -177,7 +177,7 @@ def quantized(bench: Bench) -> dict:
     jobs = w.workload(*bench.sizes.workload)
     for name, options in QUANTIZED.items():
         bench.free()
-        llm = LLM(bench.directory, load_format="dummy", enable_prefix_caching=False, **LIMITS, **options)  # type: ignore[arg-type]
+        llm = LLM(bench.directory, load_format="dummy", enable_prefix_caching=False, **LIMITS, **options)
         run(llm, jobs[:8])
         seconds = min(run(llm, jobs)[0] for _ in range(bench.sizes.quantized_runs))
         alone = []

@@ -132,7 +132,14 @@ def opened(path: str | os.PathLike) -> Path:
     if (target / MANIFEST).is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with alone(target.parent / f".{target.name}.lock", print), atomic_directory(target, keep=MANIFEST) as folder:
+    with alone(target.parent / f".{target.name}.lock", print):
+        if not (target / MANIFEST).is_file():  # meanwhile, by another process
+            _lay_out(file, target)
+    return target
+
+
+def _lay_out(file: Path, target: Path) -> None:
+    with atomic_directory(target, keep=MANIFEST) as folder:
         config, tensors, kinds, fields = _contents(file)
         write_tokenizer(folder, file.name, fields, config)
         stored = {}
@@ -148,7 +155,6 @@ def opened(path: str | os.PathLike) -> Path:
             config = dataclasses.replace(config, quantization_config={"quant_method": "gguf", "kinds": stored})
         write_model(folder, config, tensors)
         write_json(folder / MANIFEST, {"source": str(file)})
-    return target
 
 
 @dataclass(frozen=True)
