@@ -308,8 +308,9 @@ def _sizes(x: Tensor, m: int, n: int, k: int, group: int) -> dict:
     fills = TILE * ceil_div(k, TILE) if group == ONE_SCALE else group
     while sizes["TILES"] > 1 and fills % (TILE * sizes["TILES"]):
         sizes["TILES"] //= 2
-    if sizes["TILES"] == 1 and sizes["BLOCK_M"] > 1:  # Triton 3.6 miscompiles products of K = 16 for 8 tokens
+    if sizes["TILES"] == 1 and sizes["BLOCK_M"] > 1:  # Triton 3.6 miscompiles a warp's product of K = 16 for 8 tokens
         sizes["BLOCK_M"] = max(16, sizes["BLOCK_M"])
+        sizes["num_warps"] = min(sizes["num_warps"], max(1, sizes["BLOCK_N"] // 16))  # more would share the tokens
     return sizes
 
 

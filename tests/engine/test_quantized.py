@@ -7,7 +7,7 @@ from minillm.engine.engine import Engine
 from minillm.quant.methods import ON_THE_FLY, on_the_fly
 
 from .conftest import assert_home, run
-from .test_gpu import add_all, assert_oracles, jobs, model_of
+from .test_gpu import DEVICES, GREEDY, add_all, assert_explained, assert_oracles, jobs, model_of, rounded_and_exact
 
 OPTIONS = {"num_blocks": 40, "max_num_seqs": 8, "max_num_batched_tokens": 60}
 
@@ -44,12 +44,23 @@ def test_every_request_comes_home(kind):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ON_THE_FLY)
-def test_graphs_change_no_token(kind, dtype):
+@pytest.mark.parametrize("kind", ["int4", "int8", "w8a8"])
+def test_graphs_change_no_token(kind):
     """One after another, so that a step without graphs has the tiles of one with them."""
-    if kind == "fp8" and torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("no fp8 on this GPU")
-    model, todo = quantized("cuda", kind, dtype), jobs(6, 60, 20)
+    model, todo = quantized("cuda", kind), jobs(6, 60, 20)
     alone = [served(model, [one], max_num_batched_tokens=200) for one in todo]
     assert alone == [served(model, [one], max_num_batched_tokens=200, enforce_eager=True) for one in todo]
+
+
+@DEVICES
+@pytest.mark.parametrize("kind", ON_THE_FLY)
+def test_bf16_greedy_is_explained_by_rounding(kind, device):
+    """What is rounded to 8 bits in every layer turns another order of sums into another eighth bit."""
+    if kind == "fp8" and device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no fp8 on this GPU")
+    rounded, exact = (on_the_fly(model, kind) for model in rounded_and_exact(device))
+    engine = Engine(rounded, num_blocks=600, max_num_seqs=24, max_num_batched_tokens=200)
+    requests = add_all(engine, [(p, GREEDY) for p, _ in (jobs(32) if device == "cuda" else jobs(6, longest=40))])
+    run(engine)
+    assert_home(engine)
+    assert_explained(rounded, exact, requests, largest=0.6)
