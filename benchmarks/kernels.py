@@ -346,7 +346,7 @@ def cache_cases(quick: bool) -> list[Case]:
 def cache_case(dtype: torch.dtype, heads: int, kv: int, size: int, sequences: int, context: int) -> Case:
     block_size, slots = 16, sequences * context
     q, k, v = randn(sequences, heads, size), randn(slots, kv, size), randn(slots, kv, size)
-    (k_q, k_scale), (v_q, v_scale) = (quantize_heads(x, dtype, torch.float16) for x in (k, v))
+    (k_q, k_scale), (v_q, v_scale) = (quantize_heads(x, dtype, torch.float32) for x in (k, v))
     k_scale, v_scale = (x.T.contiguous().T for x in (k_scale, v_scale))  # as the engine's cache has them
     k, v = ((x.float() * s.float()[..., None]).to(DTYPE) for x, s in ((k_q, k_scale), (v_q, v_scale)))
     tables = torch.randperm(slots // block_size, device=DEVICE).view(sequences, -1).int()

@@ -140,29 +140,37 @@ def w8a8_plans() -> dict:
 
 
 def w4a16_plans() -> dict:
-    """For 1 to 256 tokens and 4,096 or 14,336 columns. BLOCK_M 1: without tensor cores."""
-    few = [
-        (64, 2, 4, 4),
-        (64, 4, 4, 4),
-        (128, 4, 4, 2),
-        (128, 2, 4, 4),
-        (32, 1, 4, 8),
-    ]  # BLOCK_N, warps, stages, PROGRAMS
-    some = [(64, 4, 4, 2), (64, 4, 4, 3), (128, 4, 3, 1), (128, 8, 3, 1)]
-    many = [(128, 8, 3, 1), (128, 4, 3, 1), (64, 4, 3, 2)]
+    """For up to 256 tokens and 4,096 or 14,336 columns. Few tokens have a kernel of their own."""
+    names = ("BLOCK_M", "BLOCK_N", "TILES", "num_warps", "num_stages", "PROGRAMS")
+    few = [(64, 2, 4, 4, 4), (64, 2, 2, 4, 4), (128, 2, 4, 4, 2), (128, 2, 2, 4, 4), (32, 2, 1, 4, 8)]
+    some = [
+        (128, 2, 4, 4, 2),
+        (64, 2, 4, 4, 3),
+        (64, 2, 4, 5, 3),
+        (64, 2, 4, 4, 2),
+        (128, 2, 8, 4, 2),
+        (128, 1, 4, 5, 3),
+    ]
+    many = [
+        (128, 1, 8, 4, 1),
+        (64, 1, 4, 5, 2),
+        (128, 2, 8, 3, 1),
+        (128, 1, 4, 4, 2),
+        (128, 1, 8, 4, 2),
+        (256, 1, 8, 4, 1),
+    ]
     found: dict = {}
-    for tokens, wide in itertools.product((1, 8, 16, 32, 64, 128, 256), (False, True)):
-        block_m, before = min(128, max(8, tokens)), (False,) if tokens <= 16 else (False, True)
-        choices = [
-            {"BLOCK_M": block_m, "BLOCK_N": n, "TILES": 2, "FIRST": f, "PROGRAMS": p, "num_warps": w, "num_stages": s}
-            for (n, w, s, p), f in itertools.product(few if tokens <= 16 else some if tokens <= 64 else many, before)
-        ]
-        if tokens == 1:
-            choices += [choices[0] | {"BLOCK_M": 1, "BLOCK_N": n, "num_warps": w} for n, w in ((64, 2), (128, 4))]
-        found[f"w4a16 {tokens}{' wide' if wide else ''}"] = (
+    for tokens, wide in itertools.product((8, 16, 32, 64, 128, 256), (False, True)):
+        blocks = (tokens,) if tokens <= 128 else (128, 256)
+        choices = itertools.product(blocks, few if tokens == 8 else some if tokens <= 64 else many)
+        kind = "" if tokens == 8 else "many "
+        found[f"w4a16 {kind}{tokens}{' wide' if wide else ''}"] = (
             lambda m=tokens, n=14_336 if wide else 4096: w4a16_case(m, 4096, n).inputs[:3],
             lambda x, tiles, scales: kernels.w4a16(x, tiles, scales),
-            choices,
+            [
+                dict(zip(names, (block, *sizes), strict=True)) | ({} if kind else {"FIRST": False})
+                for block, sizes in choices
+            ],
         )
     return found
 

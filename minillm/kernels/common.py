@@ -56,6 +56,7 @@ __all__ = [
     "dependent_launch",
     "divided",
     "fits_descriptor",
+    "has_copy_engine",
     "next_power_of_2",
     "operation",
     "pdl",
@@ -288,6 +289,11 @@ def next_power_of_2(n: int) -> int:
 def divided(x: Tensor, number: float) -> Tensor:
     """x / number with a CPU's bits: on a GPU torch multiplies by 1 / number, and the last bit may differ."""
     return x / x.new_full((), number)
+
+
+def has_copy_engine(x: Tensor) -> bool:
+    """Whether kernels on x's device may read by descriptors: from Hopper on, and in the interpreter."""
+    return INTERPRETED or torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
 def fits_descriptor(*tensors: Tensor) -> bool:

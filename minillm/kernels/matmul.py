@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .common import (
-    INTERPRETED,
     TensorDescriptor,
     arguments,
     ceil_div,
     fits_descriptor,
+    has_copy_engine,
     next_power_of_2,
     operation,
     sm_count,
@@ -157,7 +157,7 @@ def _launch(x: Tensor, w: Tensor, fused: bool) -> Tensor:
     shape_class = "large" if m > 1024 else next(str(size) for size in (64, 128, 256, 1024) if m <= size)
     if m <= 256 and n >= 12_288:  # enough columns to give large tiles to every multiprocessor
         shape_class += " wide"
-    if k and x.dtype != torch.float32 and fits_descriptor(rows, w, y) and _has_copy_engine(x):
+    if k and x.dtype != torch.float32 and fits_descriptor(rows, w, y) and has_copy_engine(x):
         _launch_tma(rows, w, y, fused, tuned(x.device, f"{name} tma {shape_class}", **_TMA))
     else:
         block_m = min(128, max(16, next_power_of_2(m)))
@@ -187,10 +187,6 @@ def _launch_tma(x: Tensor, w: Tensor, y: Tensor, fused: bool, sizes: dict) -> No
         TensorDescriptor.from_tensor(y, [block_m, block_n // 2 if fused else block_n]),
         m, n, k, SWIGLU=fused, PROGRAMS=programs, **sizes,
     )  # fmt: skip
-
-
-def _has_copy_engine(x: Tensor) -> bool:
-    return INTERPRETED or torch.cuda.get_device_capability(x.device)[0] >= 9
 
 
 @operation(

@@ -7,8 +7,7 @@ lane: 4.8 a weight, for everything.
 
 Turning 4 bits into a number takes 1.9 of them. The bits of a bf16 from 128 to 256 count in ones, so OR-ing a nibble
 into 128's bits gives 128 + nibble; shift, AND and OR do that for both halves of a 32-bit word, and a subtraction takes
-128 + 8 + z from both, exactly (fp16 has 1024 + nibble). Products with q - z are summed by tensor cores, and the sum of
-a group is scaled, in fp32.
+128 + 8 + z from both, exactly (fp16 has 1024 + nibble).
 
 That wants neighbors in k in the two halves of a word. A checkpoint (compressed-tensors) has nibble i of word j =
 weight 8 j + i. `repack` makes tiles [K / 64, N, 8]: of 64 weights of a row, nibble i of half h of word j is weight
@@ -18,10 +17,12 @@ weight 8 j + i. `repack` makes tiles [K / 64, N, 8]: of 64 weights of a row, nib
 so nibbles i of the 8 words are 16 neighbors in k, the depth of one tensor-core product, and rows of a tile lie one
 after the other. Both orders are taken; the first is repacked in every call on a GPU.
 
-For few tokens the kernel computes yᵀ = w xᵀ: rows of w fill the 64 rows of a tensor-core product, which tokens could
-not, and unpacked weights stay in registers, where only the left operand may be. When N gives too few programs, K is
-split among them, and a second kernel adds up, always in the same order. For many tokens, whose product is bound by
-arithmetic, the weight is turned into numbers once, by a kernel of its own, and cuBLAS multiplies.
+The kernels compute yᵀ = w xᵀ: rows of w fill the 64 rows of a tensor-core product, which tokens could not, and unpacked
+weights stay in registers, where only the left operand may be. For few tokens only bytes count: products with K = 16 are
+summed for a group, then scaled in fp32. For more, loads of x and instructions count: weights are scaled first, a step is
+one product, and the copy engine brings what it reads. When N gives too few programs, K is split among them, and a
+kernel adds up, always in the same order. For many tokens, whose product is bound by arithmetic, the weight is turned
+into numbers once, and cuBLAS multiplies.
 
 Sources: Kim et al., 2022, "Who Says Elephants Can't Run" (numbers by OR); Frantar et al., 2024, "MARLIN" (the order).
 """
@@ -30,12 +31,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import arguments, ceil_div, operation, pdl, previous_done, sm_count, tl, triton, tuned
+from .common import (
+    INTERPRETED,
+    TensorDescriptor,
+    arguments,
+    ceil_div,
+    fits_descriptor,
+    has_copy_engine,
+    operation,
+    pdl,
+    previous_done,
+    sm_count,
+    tl,
+    triton,
+    tuned,
+)
 
 __all__ = ["repack", "unpack", "w4a16"]
 
 TILE = 64  # weights of a row in a tile
 ONE_SCALE = 1 << 30  # the group size, for the kernel, where a row has one scale
+FEW = 8  # tokens up to which the first kernel is the faster one
 WHOLE_ABOVE = 256  # tokens for which the weight is written out, 2 N K bytes and more, and multiplied by cuBLAS
 
 
@@ -52,13 +68,14 @@ def repack(packed: Tensor, scales: Tensor, zeros: Tensor | None = None) -> tuple
     """Into the order that the kernels read: once, when a weight is loaded.
 
     packed int32 [N, K / 8] -> tiles int32 [ceil(K / 64), N, 8]; scales and zeros keep their shape [N, G], but now
-    neighbors in N are neighbors in memory. Where K is no multiple of 64, the last tile is filled up.
+    neighbors in N are neighbors in memory, and zeros have scales' dtype. Where K is no multiple of 64, the last tile is
+    filled up.
     """
     k = 8 * packed.shape[1]
     q = F.pad((unpack(packed, k) + 8).view(torch.uint8), (0, -k % TILE), value=8)
     parts = q.view(len(q), -1, 4, 8, 2).permute(1, 0, 3, 4, 2)  # as in `unpack`, back
     tiles = (parts[..., 0::2] | parts[..., 1::2] << 4).flatten(3).view(torch.int32).squeeze(-1)
-    return tiles, scales.t().contiguous().t(), None if zeros is None else zeros.t().contiguous().t()
+    return tiles, scales.t().contiguous().t(), None if zeros is None else zeros.to(scales.dtype).t().contiguous().t()
 
 
 def dequantize(
@@ -110,9 +127,10 @@ def check(
             f"scales: expected [{n}, G] (packed's rows), G groups of a multiple of 8 weights in {k}, got shape"
             f" {list(scales.shape)}"
         )
-    if zeros is not None and (zeros.dtype != torch.int8 or zeros.shape != scales.shape):
+    whole = scales.dtype if tiled else torch.int8
+    if zeros is not None and (zeros.dtype != whole or zeros.shape != scales.shape):
         raise ValueError(
-            f"zeros: expected int8 of scales' shape {list(scales.shape)}, got {zeros.dtype} {list(zeros.shape)}"
+            f"zeros: expected {whole} of scales' shape {list(scales.shape)}, got {zeros.dtype} {list(zeros.shape)}"
         )
     if bias is not None and (bias.shape != (n,) or bias.dtype != x.dtype):
         raise ValueError(f"bias: expected [{n}] (packed's rows) of {x.dtype}, got {list(bias.shape)} of {bias.dtype}")
@@ -122,8 +140,8 @@ def check(
 
 
 @triton.jit
-def sixteenths(words, offset, i: tl.constexpr, dtype: tl.constexpr, BLOCK_N: tl.constexpr, WORDS: tl.constexpr):
-    """Nibbles i of both halves, minus `offset`.  words [BLOCK_N, WORDS], offset [BLOCK_N] -> [BLOCK_N, 2 WORDS]
+def sixteenth(words, i: tl.constexpr, dtype: tl.constexpr):
+    """Nibbles i of both halves, plus 128 in bf16 and 1024 in fp16.  [...] -> [..., 2]
 
     All before the product is constants and elementwise, or the compiler would send weights through shared memory.
     """
@@ -137,7 +155,25 @@ def sixteenths(words, offset, i: tl.constexpr, dtype: tl.constexpr, BLOCK_N: tl.
         low, high = low.to(dtype), high.to(dtype)
     else:
         low, high = low.to(dtype, bitcast=True), high.to(dtype, bitcast=True)
-    return tl.reshape(tl.join(low, high), (BLOCK_N, 2 * WORDS)) - offset[:, None]
+    return tl.join(low, high)
+
+
+@triton.jit
+def sixteenths(words, offset, i: tl.constexpr, dtype: tl.constexpr, BLOCK_N: tl.constexpr, WORDS: tl.constexpr):
+    """Of every tile 16 neighbors, minus `offset`.  words [BLOCK_N, WORDS], offset [BLOCK_N] -> [BLOCK_N, 2 WORDS]"""
+    return tl.reshape(sixteenth(words, i, dtype), (BLOCK_N, 2 * WORDS)) - offset[:, None]
+
+
+@triton.jit
+def neighbors(words, dtype: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr):
+    """All of whole tiles, neighbors in k beside each other.  words [TILES, BLOCK_N, 8] -> [BLOCK_N, COLUMNS]
+
+    The shapes only name registers anew: this is the order in which a tensor core wants them.
+    """
+    even = tl.join(sixteenth(words, 0, dtype), sixteenth(words, 2, dtype))
+    odd = tl.join(sixteenth(words, 1, dtype), sixteenth(words, 3, dtype))
+    q = tl.permute(tl.join(even, odd), (1, 0, 4, 5, 2, 3))  # [row, tile, i // 2, i % 2, word, half]
+    return tl.reshape(q, (BLOCK_N, COLUMNS))
 
 
 @triton.jit
@@ -198,58 +234,41 @@ def w4a16_kernel(
     tl.store(y_ptr + row[None, :] * n + offs_n[:, None], acc.to(y_ptr.dtype.element_ty), mask=keep)
 
 
-@triton.jit
-def sixteen_and(words, sixteen, bit: tl.constexpr):
-    """16 + the nibble that begins at `bit`, in fp32: it moves to the top of the fraction, under the exponent of 16."""
-    if bit < 19:
-        moved = words << (19 - bit)
-    else:
-        moved = words >> (bit - 19)
-    return ((moved & 0x00780000) | sixteen).to(tl.float32, bitcast=True)
-
-
-@triton.jit(do_not_specialize=["steps"])
-def w4a16_one_kernel(
-    x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, n, k, group, steps, stride_sn, stride_sg, sixteen,
-    ZEROS: tl.constexpr, BIAS: tl.constexpr, PER: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
-    BLOCK_N: tl.constexpr, TILES: tl.constexpr,
+@triton.jit(do_not_specialize=["m", "steps"])
+def w4a16_many_kernel(
+    x_desc, w_desc, scale_desc, zero_desc, bias_ptr, y_ptr, m, n, k, steps,
+    ZEROS: tl.constexpr, BIAS: tl.constexpr, GROUP: tl.constexpr, WAIT: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N numbers of one token's y, from `steps` steps of TILES tiles, multiplied one by one.
+    """The same, with all that is read brought by the copy engine, which finds 0 beyond a matrix's end.
 
-    Three instructions a weight; the 16 too much is subtracted from the sums, by the sum of x. `sixteen`: the bits of
-    16.0, as an argument, because an instruction has room for one constant and the mask is there.
+    A step's TILES tiles are one product with K = 64 TILES and have one scale; weights are scaled before it. WAIT: on a
+    GPU. Without it Triton 3.6 and 3.7 let a product run on while the next step's weights are written to its registers.
     """
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = offs_n < n
-    word = tl.arange(0, 8 * TILES)
-    w_ptrs = w_ptr + (word // 8 * n * 8)[None, :] + (offs_n * 8)[:, None] + (word % 8)[None, :]
-    x_ptrs = x_ptr + word // 8 * 64 + word % 8 * 2
-    acc = tl.zeros((BLOCK_N, 8 * TILES), tl.float32)
-    first = tl.program_id(1) * steps * TILES
+    previous_done(PDL)
+    first_n, first_m = tl.program_id(0) * BLOCK_N, tl.program_id(1) * BLOCK_M
+    dtype: tl.constexpr = x_desc.dtype
+    above: tl.constexpr = 136 if dtype == tl.bfloat16 else 1032
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    first = tl.program_id(2) * steps * TILES
     last = tl.minimum(first + steps * TILES, tl.cdiv(k, 64))
-    following = tl.load(w_ptrs + first * n * 8, mask=inside[:, None] & (first < last), other=0)
-    previous_done(PDL)  # the first weights are on their way before the kernel that computes x is done
+    tl.assume(first < last)
     for tile in range(first, last, TILES):
-        ahead = inside[:, None] & (tile + TILES < last)
-        words, following = following, tl.load(w_ptrs + (tile + TILES) * n * 8, mask=ahead, other=0)
-        for i in tl.static_range(4):
-            if i % PER == 0:
-                at = tl.minimum(tile * 64 + i * 16, k - 1) // group * stride_sg
-                scale, zero = scale_of(scale_ptr + at, zero_ptr + at, offs_n * stride_sn, inside, ZEROS)
-                part = tl.zeros((BLOCK_N, 8 * TILES), tl.float32)
-                total = tl.zeros((8 * TILES,), tl.float32)
-            for half in tl.static_range(2):
-                at_x = tile * 64 + i * 16 + half
-                keep = None if EVEN else at_x + word // 8 * 64 + word % 8 * 2 < k
-                x = tl.load(x_ptrs + at_x, mask=keep, other=None if EVEN else 0.0).to(tl.float32)
-                part += sixteen_and(words, sixteen, 16 * half + 4 * i) * x[None, :]
-                total += x
-            if i % PER == PER - 1:
-                acc += scale[:, None] * (part - (zero + 16).to(tl.float32)[:, None] * total[None, :])
-    y = tl.sum(acc, 1)
+        x = x_desc.load([first_m, tile * 64])
+        words = w_desc.load([tile, first_n // 4, 0])  # four rows are a line of 128 bytes
+        w = neighbors(tl.reshape(words, (TILES, BLOCK_N, 8)), dtype, BLOCK_N, 64 * TILES) - above
+        if ZEROS:
+            w -= tl.reshape(zero_desc.load([tile * 64 // GROUP, first_n]), (BLOCK_N, 1)).to(dtype)
+        w *= tl.reshape(scale_desc.load([tile * 64 // GROUP, first_n]), (BLOCK_N, 1)).to(dtype)
+        acc = tl.dot(w, x.T, acc)
+        if WAIT:  # no instruction, but it needs the sums
+            acc = tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
+    offs_n, offs_m = first_n + tl.arange(0, BLOCK_N), first_m + tl.arange(0, BLOCK_M)
     if BIAS:
-        y += tl.load(bias_ptr + offs_n, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + tl.program_id(1).to(tl.int64) * n + offs_n, y.to(y_ptr.dtype.element_ty), mask=inside)
+        acc += tl.load(bias_ptr + offs_n, mask=offs_n < n, other=0.0).to(tl.float32)[:, None]
+    row = (tl.program_id(2) * m + offs_m).to(tl.int64)
+    keep = (offs_n < n)[:, None] & (offs_m < m)[None, :]
+    tl.store(y_ptr + row[None, :] * n + offs_n[:, None], acc.to(y_ptr.dtype.element_ty), mask=keep)
 
 
 @triton.jit
@@ -291,26 +310,27 @@ def add_parts_kernel(
     tl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=offs < size)
 
 
-def _sizes(x: Tensor, m: int, n: int, k: int, group: int) -> dict:
+def _sizes(x: Tensor, m: int, n: int, k: int, group: int, kind: str = "") -> dict:
     """What `tuned` has for the shape class, made to fit: every step's tiles have one scale, or are one tile."""
-    tokens = next((size for size in (1, 8, 16, 32, 64, 128) if m <= size), 256)
-    block_n, warps = (64, 4) if x.dtype != torch.float32 and tokens <= 128 else (128, 8) if tokens > 128 else (32, 4)
-    if x.dtype == torch.float32:  # no tensor cores: small tiles, or registers run out
-        tokens, block_n = min(tokens, 16), 32
-    default = {
-        "BLOCK_M": min(128, max(8, tokens)), "BLOCK_N": block_n, "TILES": 2, "FIRST": tokens > 64, "PROGRAMS": 3,
-        "num_warps": warps, "num_stages": 4 if tokens <= 64 else 3,
-    }  # fmt: skip
-    kind = "fp32 " if x.dtype == torch.float32 else ""
+    tokens = next((size for size in (8, 16, 32, 64, 128) if m <= size), 256)
+    default = {"BLOCK_M": min(128, tokens), "BLOCK_N": 64, "TILES": 2, "FIRST": tokens > 64, "PROGRAMS": 3}
+    default |= {"num_warps": 4, "num_stages": 4 if tokens <= 64 else 3}
+    if kind == "many ":
+        default |= {"BLOCK_M": tokens, "BLOCK_N": 128, "PROGRAMS": 2, "num_stages": 4}
+        if tokens > 64:
+            default |= {"TILES": 1, "PROGRAMS": 1, "num_warps": 4 if tokens == 128 else 8}
+        del default["FIRST"]
+    elif x.dtype == torch.float32:  # no tensor cores: small tiles, or registers run out
+        kind, tokens = "fp32 ", min(tokens, 16)
+        default |= {"BLOCK_M": tokens, "BLOCK_N": 32, "FIRST": False, "num_stages": 4}
+    elif tokens > 128:
+        default |= {"BLOCK_N": 128, "num_warps": 8}
     sizes = tuned(x.device, f"w4a16 {kind}{tokens}{' wide' if n > 8192 else ''}", **default)
-    if m > 1:  # only one token may go one by one
-        sizes["BLOCK_M"] = max(8, sizes["BLOCK_M"])
     fills = TILE * ceil_div(k, TILE) if group == ONE_SCALE else group
     while sizes["TILES"] > 1 and fills % (TILE * sizes["TILES"]):
         sizes["TILES"] //= 2
-    if sizes["TILES"] == 1 and sizes["BLOCK_M"] > 1:  # Triton 3.6 miscompiles a warp's product of K = 16 for 8 tokens
+    if sizes["TILES"] == 1 and not kind:  # Triton 3.6 miscompiles products of K = 16 for 8 tokens
         sizes["BLOCK_M"] = max(16, sizes["BLOCK_M"])
-        sizes["num_warps"] = min(sizes["num_warps"], max(1, sizes["BLOCK_N"] // 16))  # more would share the tokens
     return sizes
 
 
@@ -320,43 +340,59 @@ def split(steps: int, programs: int, wanted: int) -> int:
     return ceil_div(steps, ceil_div(steps, parts))  # none is empty
 
 
+def _products_a_scale(group: int) -> int:
+    """Of the four products of a tile."""
+    return 4 if group % 64 == 0 else 2 if group % 32 == 0 else 1
+
+
 def _whole(tiles: Tensor, scales: Tensor, zeros: Tensor | None, k: int, dtype: torch.dtype, early: dict) -> Tensor:
     """The weight [N, K]."""
     n, size = tiles.shape[1], k // scales.shape[1]
     w = torch.empty((n, k), dtype=dtype, device=tiles.device)
-    together = 2 if scales.shape[1] == 1 or size % (2 * TILE) == 0 else 1
-    per = 4 if scales.shape[1] == 1 or size % 64 == 0 else 2 if size % 32 == 0 else 1
     group = ONE_SCALE if scales.shape[1] == 1 else size
+    together = 2 if group % (2 * TILE) == 0 else 1
     dequantize_kernel[(ceil_div(n, 64), ceil_div(ceil_div(k, TILE), together))](
         tiles, scales, scales if zeros is None else zeros, w, n, k, group, *scales.stride(),
-        ZEROS=zeros is not None, PER=per, BLOCK_N=64, TILES=together, num_warps=4, **early,
+        ZEROS=zeros is not None, PER=_products_a_scale(group), BLOCK_N=64, TILES=together, num_warps=4, **early,
     )  # fmt: skip
     return w
+
+
+def _lines(of_groups: Tensor) -> Tensor:
+    """[N, G], as `repack` gives it -> [G, N]"""
+    return of_groups.t() if of_groups.shape[1] > 1 else of_groups.view(1, -1)
 
 
 def _launch(x: Tensor, tiles: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, early: dict) -> Tensor:
     (m, k), n = x.shape, tiles.shape[1]
     size = k // scales.shape[1]
     group = ONE_SCALE if scales.shape[1] == 1 else size
-    per = 4 if group == ONE_SCALE or size % 64 == 0 else 2 if size % 32 == 0 else 1
-    sizes = _sizes(x, m, n, k, group)
-    wanted, first, block_m = sizes.pop("PROGRAMS") * sm_count(x.device.index), sizes.pop("FIRST"), sizes.pop("BLOCK_M")
-    across = ceil_div(n, sizes["BLOCK_N"])
-    steps = ceil_div(k, TILE) // sizes["TILES"]
-    parts = split(steps, across * ceil_div(m, block_m), wanted)
+    zero = scales if zeros is None else zeros
+    by_copy_engine = (
+        m > FEW and x.dtype != torch.float32 and group % TILE == 0 and has_copy_engine(x)
+        and fits_descriptor(x, tiles, _lines(scales), _lines(zero))
+    )  # fmt: skip
+    sizes = _sizes(x, m, n, k, group, "many " if by_copy_engine else "")
+    wanted, block_m = sizes.pop("PROGRAMS") * sm_count(x.device.index), sizes["BLOCK_M"]
+    block_n, each = sizes["BLOCK_N"], sizes["TILES"]
+    across, steps = (ceil_div(n, block_n), ceil_div(m, block_m)), ceil_div(len(tiles), each)
+    parts = split(steps, across[0] * across[1], wanted)
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
     out = y if parts == 1 else torch.empty((parts, m, n), dtype=torch.float32, device=x.device)
-    options = dict(
-        ZEROS=zeros is not None, BIAS=bias is not None and parts == 1, PER=per, EVEN=k % TILE == 0, **early, **sizes
-    )
-    tensors = (x, tiles, scales, scales if zeros is None else zeros, x if bias is None else bias, out)
-    each = ceil_div(steps, parts)
-    if block_m == 1:
-        w4a16_one_kernel[(across, parts)](*tensors, n, k, group, each, *scales.stride(), 0x41800000, **options)
+    options = dict(ZEROS=zeros is not None, BIAS=bias is not None and parts == 1, **early, **sizes)
+    last = (x if bias is None else bias, out, m, n, k)
+    if by_copy_engine:
+        w4a16_many_kernel[(*across, parts)](
+            TensorDescriptor.from_tensor(x, [block_m, TILE * each]),
+            TensorDescriptor.from_tensor(tiles.view(len(tiles), -1, 32), [each, block_n // 4, 32]),
+            *(TensorDescriptor.from_tensor(_lines(t), [1, block_n]) for t in (scales, zero)),
+            *last, ceil_div(steps, parts), GROUP=group, WAIT=not INTERPRETED, **options,
+        )  # fmt: skip
     else:
-        w4a16_kernel[(across, ceil_div(m, block_m), parts)](
-            *tensors, m, n, k, group, each, x.stride(0), *scales.stride(), FIRST=first, BLOCK_M=block_m, **options
-        )
+        w4a16_kernel[(*across, parts)](
+            x, tiles, scales, zero, *last, group, ceil_div(steps, parts), x.stride(0), *scales.stride(),
+            PER=_products_a_scale(group), EVEN=k % TILE == 0, **options,
+        )  # fmt: skip
     if parts > 1:
         add_parts_kernel[(ceil_div(m * n, 512),)](
             out, x if bias is None else bias, y, n, m * n, BIAS=bias is not None, PARTS=parts, BLOCK=512, **early
@@ -378,7 +414,8 @@ def w4a16(
 
     - x [..., K], K a multiple of 8
     - packed: q + 8, as int32 [N, K / 8] (compressed-tensors) or, which a GPU wants, `repack`'s [ceil(K / 64), N, 8]
-    - scales [N, G] of a floating dtype, each for K / G neighbors; zeros: z, int8 [N, G], or None for 0
+    - scales [N, G] of a floating dtype, each for K / G neighbors; zeros: z, int8 [N, G] (beside tiles of scales' dtype,
+      as `repack` gives them), or None for 0
     - bias [N] of x's dtype, or None
 
     -> [..., N] in x's dtype, summed in fp32. The kernel needs groups of a multiple of 16, or whole rows; others are

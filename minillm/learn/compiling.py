@@ -56,7 +56,8 @@ class Compiled:
 def compile_kernel(kernel: Any, *args: Any, num_warps: int = 4, num_stages: int = 3, **sizes: Any) -> Compiled:
     """Compile `kernel` as the launch `kernel[grid](*args, **sizes)` would on an H100: a second, less from the cache.
 
-    Tensors may be given as torch dtypes. Raises DoesNotCompile, TypeError for what is no kernel or no launch of it.
+    Tensors may be given as torch dtypes, descriptors as they are. Raises DoesNotCompile, TypeError for what is no
+    kernel or no launch of it.
     """
     fn = getattr(kernel, "fn", None)
     if not callable(fn):
@@ -106,6 +107,8 @@ def _type(name: str, value: Any) -> str:
         return "i32" if -(2**31) <= value < 2**31 else "i64"
     if isinstance(value, float):
         return "fp32"
+    if hasattr(value, "block_shape"):  # a descriptor
+        return f"tensordesc<{_type(name, value.base)[1:]}{list(value.block_shape)}>"
     text = str(getattr(value, "dtype", value)).removeprefix("torch.")
     if text == "bool":
         return "*i1"

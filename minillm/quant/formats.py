@@ -106,6 +106,11 @@ class CompressedTensors:
             return "pack-quantized"
         return "int-quantized" if self.scheme.kind == "int" else "float-quantized"
 
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """What scales are rounded to before weights are: where these are alone bf16, as kernels and vLLM read them."""
+        return torch.float32 if self.activations else torch.bfloat16
+
     # ---- a part's tensors --------------------------------------------------------------------------------------------
 
     def wanted(self, rows: int, k: int) -> dict[str, torch.Size]:

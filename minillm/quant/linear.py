@@ -35,10 +35,10 @@ class QuantLinear(Linear):
     """x W^T + b with W as `format` stores it, rows of all parts one after another. `source`: what it is read from, if
     that is another format.
 
-    Buffers: `weight`, int8 or fp8 [N, K], or int4 packed as int32 [N, K/8] (on a GPU in tiles, see `repack`); `scale`
-    fp32 [N, G]; `zero` int8 [N, G] or None; `order` int64 [K], which column of x each column multiplies, or None;
-    `offset` floating [N, G] or None: what is added to each weight of a group, of zero points between integers;
-    `bias` [N] or None.
+    Buffers: `weight`, int8 or fp8 [N, K], or int4 packed as int32 [N, K/8]; `scale` fp32 [N, G]; `zero` int8 [N, G] or
+    None (int4 on a GPU: all three as `repack` leaves them, scales in 16 bits if these hold them); `order` int64 [K],
+    which column of x each column multiplies, or None; `offset` floating [N, G] or None: what is added to each weight of
+    a group, of zero points between integers; `bias` [N] or None.
     """
 
     weight: Tensor
@@ -88,7 +88,7 @@ class QuantLinear(Linear):
         self.scale = weight.grid.scale.to(device)
         self.zero = None if zero is None else zero.to(device, torch.int8)
         if self._is_packed and device.type == "cuda":
-            self.weight, self.scale, self.zero = repack(self.weight, self.scale, self.zero)
+            self.weight, self.scale, self.zero = repack(self.weight, _in_16_bits(self.scale), self.zero)
         self.order = None if order is None else order.to(device)
         self.bias = None if bias is None else bias.to(device)
         self._packed = None
@@ -96,10 +96,10 @@ class QuantLinear(Linear):
     def quantized(self) -> QuantizedTensor:
         """The weight [N, K] as it was set; its columns in `order`."""
         q = unpack(self.weight, self.in_features) if self._is_packed else self.weight
-        zero = None if self.zero is None else self.zero.float()
+        scale, zero = self.scale.float(), None if self.zero is None else self.zero.float()
         if self.offset is not None:
-            zero = -self.offset.float() / self.scale.float()
-        return QuantizedTensor(q, Grid(self.scale, zero), self.format.scheme)
+            zero = -self.offset.float() / scale
+        return QuantizedTensor(q, Grid(scale, zero), self.format.scheme)
 
     @property
     def _is_packed(self) -> bool:
@@ -227,6 +227,14 @@ class QuantLinear(Linear):
         return y if self.bias is None else y + self.bias
 
 
+def _in_16_bits(scale: Tensor) -> Tensor:
+    """If that loses nothing."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(scale.to(dtype).float(), scale.float()):
+            return scale.to(dtype)
+    return scale
+
+
 def _joined(parts: list[QuantizedTensor]) -> QuantizedTensor:
     """One below another."""
     zeros = [part.grid.zero for part in parts if part.grid.zero is not None]
@@ -258,7 +266,8 @@ class _Rounding:
 
     def read(self, tensors: Mapping[str, Tensor], rows: int, k: int) -> tuple[QuantizedTensor, Tensor | None]:
         weight = floating("weight", tensors["weight"]).to(self.device)
-        return QuantizedTensor.round(weight, minmax_grid(weight, self.scheme), self.scheme), None
+        grid = minmax_grid(weight, self.scheme, self.format.scale_dtype)
+        return QuantizedTensor.round(weight, grid, self.scheme), None
 
 
 def rounding(format: CompressedTensors, device: torch.device) -> LinearFactory:

@@ -76,13 +76,14 @@ def quantize_model(
         if method in ("gptq", "fp8"):
             read = partial(round_activations, scheme=format.scheme) if format.activations else None
             weights, _ = gptq_model(
-                model, ids.split(8), format.scheme, order="activations", grid="error", progress=progress, read=read
-            )
+                model, ids.split(8), format.scheme, order="activations", grid="error", scale_dtype=format.scale_dtype,
+                progress=progress, read=read,
+            )  # fmt: skip
             for name, weight in weights.items():
                 _replace(model, name, QuantLinear.of(layers[name], weight, format))
             return _described(model, format)
         if method == "awq":
-            awq_model(model, ids.split(8), format.scheme)
+            awq_model(model, ids.split(8), format.scheme, scale_dtype=format.scale_dtype)
         else:
             maxima = activation_maxima(model, ids)
             smooth(model, maxima, best_alphas(model, ids[:2], maxima))
@@ -93,7 +94,8 @@ def round_model(model: Transformer, format: CompressedTensors, progress: Progres
     """Round every layer but the head to the nearest, in place, layer by layer. -> the model"""
     for name, layer in sites(model).items():
         weight = layer.weight.detach()
-        rounded = QuantizedTensor.round(weight, minmax_grid(weight, format.scheme), format.scheme)
+        grid = minmax_grid(weight, format.scheme, format.scale_dtype)
+        rounded = QuantizedTensor.round(weight, grid, format.scheme)
         _replace(model, name, QuantLinear.of(layer, rounded, format))
         if progress is not None:
             progress(name)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillm.kernels import KERNELS, repack, unpack, w4a16
+from minillm.kernels.common import TensorDescriptor
 from minillm.learn.compiling import compile_kernel
 from minillm.quant.rtn import Scheme, minmax_grid, quantize
 
@@ -18,10 +19,11 @@ OP = KERNELS["w4a16"]
 EXAMPLES = settings(max_examples=20 if GPU else 10)
 VARIANTS = {
     "as tuned": {},
-    "one by one": {"BLOCK_M": 1, "BLOCK_N": 64, "PROGRAMS": 4},
     "products": {"BLOCK_M": 16, "BLOCK_N": 32, "FIRST": False, "PROGRAMS": 1},
     "products, split": {"BLOCK_M": 8, "BLOCK_N": 64, "FIRST": False, "PROGRAMS": 64, "TILES": 1},
     "scaled first": {"BLOCK_M": 16, "BLOCK_N": 64, "FIRST": True, "TILES": 4},
+    "many": {"BLOCK_M": 16, "BLOCK_N": 128, "TILES": 2, "PROGRAMS": 1},
+    "many, split": {"BLOCK_M": 32, "BLOCK_N": 64, "TILES": 1, "PROGRAMS": 64},
 }
 
 
@@ -39,9 +41,15 @@ def weight(seed: int, n: int, k: int, group: int, zeros: bool, device, dtype, sc
     return packed.to(device), scales.to(device, scale_dtype or dtype), z
 
 
-def sized(monkeypatch, sizes: dict) -> None:
-    real = module().tuned
-    monkeypatch.setattr(module(), "tuned", lambda *args, **default: {**real(*args, **default), **sizes})
+def sized(monkeypatch, variant: str) -> None:
+    """That variant alone: for many tokens the kernel of few, or the other way round."""
+    real, many = module().tuned, variant.startswith("many")
+
+    def tuned(device, key, **default):
+        return {**real(device, key, **default), **(VARIANTS[variant] if many == ("many" in key) else {})}
+
+    monkeypatch.setattr(module(), "tuned", tuned)
+    monkeypatch.setattr(module(), "FEW", 0 if many else 1 << 20)
 
 
 @EXAMPLES
@@ -63,8 +71,9 @@ def products(device, dtype, rounds, tokens, n, sizes, zeros, tiled, scale_dtype,
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_against_the_reference(device, dtype, triton, monkeypatch, variant):
-    sized(monkeypatch, VARIANTS[variant])
-    products(device, dtype, 2 if VARIANTS[variant].get("FIRST") else 1)  # scales and weights are rounded, too
+    sized(monkeypatch, variant)
+    scaled_first = variant.startswith("many") or variant == "scaled first"
+    products(device, dtype, 2 if scaled_first else 1)  # scales and weights are rounded, too
 
 
 def test_many_tokens_have_the_weight_written_out(device, dtype, triton, monkeypatch):
@@ -82,14 +91,6 @@ def test_the_weight_written_out_is_the_weight(device, dtype, triton, monkeypatch
         patch.setattr(torch, "empty", lambda *a, **kw: empty(*a, **kw).fill_(float("nan")))
         got = w4a16(torch.eye(k, dtype=dtype, device=device), *repack(*args))
     assert torch.equal(got.T, module().dequantize(*args, k, dtype, torch.float32))
-
-
-def test_one_token_is_not_mistaken_for_several(device, triton, monkeypatch):
-    """A size that only one token may have is set right for more."""
-    sized(monkeypatch, {"BLOCK_M": 1, "BLOCK_N": 16})
-    args = weight(0, 24, 128, 64, True, device, torch.float32)
-    x = torch.randn(3, 128, device=device)
-    assert error(w4a16(x, *args), OP.reference(x, *args)) < 2e-6
 
 
 def test_torch_path(dtype):
@@ -153,7 +154,7 @@ def test_views_and_empty_inputs(device, triton):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_number_is_written_and_nothing_foreign_read(device, triton, monkeypatch, variant):
     """Outputs begin as NaN, and so does what lies beyond x's columns and rows."""
-    sized(monkeypatch, VARIANTS[variant])
+    sized(monkeypatch, variant)
     empty = torch.empty
     poisoned = lambda *a, **k: empty(*a, **k).fill_(float("nan"))  # noqa: E731
     for tokens, k in ((1, 576), (3, 72)):
@@ -169,7 +170,7 @@ def test_every_number_is_written_and_nothing_foreign_read(device, triton, monkey
 
 def test_the_same_sums_in_every_call(device, triton, monkeypatch):
     """Bit for bit, with K split; and a token's result does not depend on its neighbors."""
-    sized(monkeypatch, {"PROGRAMS": 64})
+    sized(monkeypatch, "products, split")
     args = repack(*weight(5, 32, 1024, 128, False, device, torch.float32))
     x = torch.randn(4, 1024, device=device)
     first = w4a16(x, *args)
@@ -190,9 +191,10 @@ BAD = [
     ((X, PACKED, SCALES[:11]), r"scales: expected \[12, G\]"),
     ((X, PACKED, SCALES[:, :0]), r"scales: expected \[12, G\]"),
     ((X, PACKED, torch.ones(12, 3)), r"scales: .*a multiple of 8 weights in 64"),
-    ((X, PACKED, SCALES, ZEROS.int()), "zeros: expected int8"),
-    ((X, PACKED, SCALES, ZEROS[:, :1]), r"zeros: expected int8 of scales' shape \[12, 2\]"),
+    ((X, PACKED, SCALES, ZEROS.int()), "zeros: expected torch.int8"),
+    ((X, PACKED, SCALES, ZEROS[:, :1]), r"zeros: expected torch.int8 of scales' shape \[12, 2\]"),
     ((X, PACKED, SCALES, ZEROS, torch.ones(11)), r"bias: expected \[12\]"),
+    ((X, repack(PACKED, SCALES)[0], SCALES, ZEROS), r"zeros: expected torch.float32 of scales' shape \[12, 2\]"),
     ((X, PACKED, SCALES, None, torch.ones(12).half()), r"bias: expected \[12\] .* of torch.float32"),
     ((X, PACKED.to("meta"), SCALES), "packed: expected the device of x"),
 ]
@@ -210,17 +212,36 @@ def test_bad_input_is_named(args, says):
 def test_compiles_for_an_h100(dtype, zeros):
     """Every default size, without a spilled register."""
     kernels, index = module(), torch.int32
-    flags = {"ZEROS": zeros, "BIAS": True, "PER": 4, "EVEN": True, "PDL": False}
+    flags = {"ZEROS": zeros, "BIAS": True, "PDL": False}
+    pointers = (dtype, index, dtype, dtype, dtype, dtype)
     for m, n in ((1, 4096), (8, 4096), (16, 14336), (32, 4096), (64, 14336), (256, 4096)):
         sizes = kernels._sizes(torch.empty(1, dtype=dtype), m, n, 4096, 128)
         del sizes["PROGRAMS"]
-        pointers = (dtype, index, dtype, torch.int8, dtype, dtype)
-        found = compile_kernel(kernels.w4a16_kernel, *pointers, m, n, 4096, 128, 32, 4096, 1, n, **flags, **sizes)
+        found = compile_kernel(
+            kernels.w4a16_kernel, *pointers, m, n, 4096, 128, 32, 4096, 1, n, PER=4, EVEN=True, **flags, **sizes
+        )
         assert found.local_bytes == 0, (m, n, found)
     sizes = {"BLOCK_N": 64, "TILES": 2, "num_warps": 4}
-    whole = (index, dtype, torch.int8, dtype, n, 4096, 128, 1, n)
+    whole = (index, dtype, dtype, dtype, n, 4096, 128, 1, n)
     assert compile_kernel(kernels.dequantize_kernel, *whole, ZEROS=zeros, PER=4, PDL=False, **sizes).local_bytes == 0
-    one = compile_kernel(kernels.w4a16_one_kernel, *pointers, n, 4096, 128, 32, 1, n, 0x41800000, **flags, **sizes)
-    assert one.local_bytes == 0
     parts = (torch.float32, dtype, dtype, n, n)
     assert compile_kernel(kernels.add_parts_kernel, *parts, BIAS=True, PARTS=4, PDL=False, BLOCK=512).registers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("m", [16, 32, 64, 128, 256])
+def test_many_tokens_compile_for_an_h100(dtype, zeros, m):
+    kernels = module()
+    sizes = kernels._sizes(torch.empty(1, dtype=dtype), m, 4096, 4096, 128, "many ")
+    del sizes["PROGRAMS"]
+    tiles, rows = sizes["TILES"], sizes["BLOCK_N"]
+    x, w = torch.empty(m, 4096, dtype=dtype), torch.empty(64, 1024, 32, dtype=torch.int32)
+    scale = TensorDescriptor.from_tensor(torch.empty(32, 4096, dtype=dtype), [1, rows])
+    found = compile_kernel(
+        kernels.w4a16_many_kernel, TensorDescriptor.from_tensor(x, [sizes["BLOCK_M"], 64 * tiles]),
+        TensorDescriptor.from_tensor(w, [tiles, rows // 4, 32]), scale, scale, dtype, dtype, m, 4096, 4096, 8,
+        ZEROS=zeros, BIAS=True, GROUP=128, WAIT=True, PDL=False, **sizes,
+    )  # fmt: skip
+    assert found.local_bytes == 0
