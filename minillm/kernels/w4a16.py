@@ -19,8 +19,8 @@ after the other. Both orders are taken; the first is repacked in every call on a
 
 The kernels compute yᵀ = w xᵀ: rows of w fill the 64 rows of a tensor-core product, which tokens could not, and unpacked
 weights stay in registers, where only the left operand may be. For few tokens only bytes count: products with K = 16 are
-summed for a group, then scaled in fp32. For more, loads of x and instructions count: weights are scaled first, a step is
-one product, and the copy engine brings what it reads. When N gives too few programs, K is split among them, and a
+summed for a group, then scaled in fp32. For more, loads of x and instructions count: weights are scaled first, a step
+is one product, and the copy engine brings what it reads. When N gives too few programs, K is split among them, and a
 kernel adds up, always in the same order. For many tokens, whose product is bound by arithmetic, the weight is turned
 into numbers once, and cuBLAS multiplies.
 
