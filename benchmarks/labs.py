@@ -4,14 +4,15 @@ take, and what do the cells say that time kernels?
     python benchmarks/labs.py             all labs, recorded under results/<device>/labs.json
     python benchmarks/labs.py 09 10       these alone
 
-Cells run in IPython, without a notebook server; what cells that ask for a GPU printed is kept. On a CPU, where
-`make test-notebooks` holds every output, nothing is recorded.
+Cells run in IPython, without a notebook server, each lab in a process of its own, as a kernel is; what cells that ask
+for a GPU printed is kept. On a CPU, where `make test-notebooks` holds every output, nothing is recorded.
 """
 
 import contextlib
 import io
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -43,28 +44,30 @@ def run(path: Path) -> dict:
     return {"seconds": time.perf_counter() - start, "cells": len(cells), "printed": said}
 
 
+def apart(path: Path) -> dict:
+    """`run` in a process of its own, or what failed."""
+    command = [sys.executable, __file__, "--one", str(path)]
+    done = subprocess.run(command, cwd=path.parent, capture_output=True, text=True)
+    if done.returncode:
+        return {"failed": done.stderr.strip()[-1000:]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def main(wanted: list[str]) -> int:
     """Run, show, record; the exit status says whether all ran."""
-    failed, results = False, {}
+    if wanted[:1] == ["--one"]:
+        print(json.dumps(run(Path(wanted[1]))))
+        return 0
+    results = {}
     for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
         if wanted and path.stem[:2] not in wanted:
             continue
-        os.chdir(path.parent)
-        try:
-            found = run(path)
-        except RuntimeError as error:
-            failed, found = True, {"failed": str(error)}
-        results[path.stem] = found
-        print(
-            path.stem,
-            {k: v for k, v in found.items() if k != "printed"},
-            *found.get("printed", {}).values(),
-            flush=True,
-        )
+        found = results[path.stem] = apart(path)
+        rest = {k: v for k, v in found.items() if k != "printed"}
+        print(path.stem, rest, *found.get("printed", {}).values(), flush=True)
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()
             record("labs", results, ("torch", "triton"))
-    return failed
+    return any("failed" in found for found in results.values())
 
 
 if __name__ == "__main__":
