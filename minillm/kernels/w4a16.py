@@ -141,21 +141,16 @@ def check(
 
 @triton.jit
 def sixteenth(words, i: tl.constexpr, dtype: tl.constexpr):
-    """Nibbles i of both halves, plus 128 in bf16 and 1024 in fp16.  [...] -> [..., 2]
+    """Nibbles i of both halves, plus 128 in bf16 and 1024 in fp16 and fp32.  [...] -> [..., 2]
 
-    All before the product is constants and elementwise, or the compiler would send weights through shared memory.
+    All before the product is constants and elementwise, or the compiler would send weights through shared memory. For
+    fp32, too, a nibble goes into a 16-bit number: ptxas 12.8 computed wrong with pairs of 16-bit integers.
     """
     pair = (words >> 4 * i) & 0x000F000F
-    if dtype == tl.bfloat16:
-        pair = pair | 0x43004300  # 128 + nibble, twice
-    elif dtype == tl.float16:
-        pair = pair | 0x64006400  # 1024 + nibble
-    low, high = pair.to(tl.int16), (pair >> 16).to(tl.int16)
-    if dtype == tl.float32:
-        low, high = low.to(dtype), high.to(dtype)
-    else:
-        low, high = low.to(dtype, bitcast=True), high.to(dtype, bitcast=True)
-    return tl.join(low, high)
+    kind: tl.constexpr = tl.bfloat16 if dtype == tl.bfloat16 else tl.float16
+    pair = pair | (0x43004300 if dtype == tl.bfloat16 else 0x64006400)  # 128 + nibble or 1024 + nibble, twice
+    low, high = pair.to(tl.int16).to(kind, bitcast=True), (pair >> 16).to(tl.int16).to(kind, bitcast=True)
+    return tl.join(low.to(dtype), high.to(dtype))
 
 
 @triton.jit
@@ -206,7 +201,7 @@ def w4a16_kernel(
     columns = column // 16 * 64 + column % 16
     x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + columns[None, :]  # [BLOCK_M, 16 TILES]
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    above: tl.constexpr = 128 if dtype == tl.bfloat16 else 1024 if dtype == tl.float16 else 0
+    above: tl.constexpr = 128 if dtype == tl.bfloat16 else 1024
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     first = tl.program_id(2) * steps * TILES
     for tile in range(first, tl.minimum(first + steps * TILES, tl.cdiv(k, 64)), TILES):
@@ -289,7 +284,7 @@ def dequantize_kernel(
         if i % PER == 0:
             of_group = tl.minimum(tile * 64 + i * 16, k - 1) // group * stride_sg
             scale, zero = scale_of(scale_ptr + of_group, zero_ptr + of_group, offs_n * stride_sn, inside, ZEROS)
-        q = sixteenths(words, zero.to(tl.float32), i, tl.float32, BLOCK_N, 8 * TILES)
+        q = sixteenths(words, (zero + 1024).to(tl.float32), i, tl.float32, BLOCK_N, 8 * TILES)
         to = out_ptr + offs_n.to(tl.int64)[:, None] * k + (columns + i * 16)[None, :]
         keep = inside[:, None] & (columns + i * 16 < k)[None, :]
         tl.store(to, (q * scale[:, None]).to(out_ptr.dtype.element_ty), mask=keep)
