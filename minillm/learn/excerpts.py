@@ -70,6 +70,11 @@ def results(suite: str, device: str = "cpu-2-cores") -> dict:
     return _load(suite, device)["results"]
 
 
+def measured_on(suite: str, *devices: str) -> str | None:
+    """The first of `devices` on which `suite` is recorded."""
+    return next((device for device in devices if _path(suite, device).is_file()), None)
+
+
 def provenance(suite: str, device: str = "cpu-2-cores") -> str:
     """One line: on what, with which versions and when `suite` was measured, with a link to the file."""
     p = _load(suite, device)["provenance"]
@@ -79,9 +84,11 @@ def provenance(suite: str, device: str = "cpu-2-cores") -> str:
 
 
 def _load(suite: str, device: str) -> dict:
-    path = root() / "benchmarks" / "results" / device / f"{suite}.json"
+    path = _path(suite, device)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{Path('benchmarks/results') / device / f'{suite}.json'}: not recorded yet; run the script in benchmarks/"
-        )
+        raise FileNotFoundError(f"{path.relative_to(root())}: not recorded yet; run the script in benchmarks/")
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _path(suite: str, device: str) -> Path:
+    return root() / "benchmarks" / "results" / device / f"{suite}.json"
