@@ -15,7 +15,11 @@ the context is split among programs, and a second kernel joins their results by 
 follows from the shapes alone, never from lengths: a CUDA graph replays whatever was captured.
 
 A cache of 8 bits halves the bytes. It has a scale a token and head (`quantize_heads` in rope.py makes them), and
-nothing need be multiplied out: q · (k s) = (q · k) s, one number a key, and Σ p (v s) = Σ (p s) v.
+nothing need be multiplied out: q · (k s) = (q · k) s, one number a key, and Σ p (v s) = Σ (p s) v. What then limits is
+instructions: at 3 TB/s 13 numbers arrive in a multiprocessor's cycle, which issues 128 instructions, one a lane. So the
+cache is read as 16-bit words of two features, which tensor cores' loads can transpose (bytes they could not), and even
+and odd features are two products of fp16: fp16 holds every number of 8 bits, and turning a byte into one of bf16 takes
+twice the instructions. A query, whose range may be bf16's, is first divided by a power of two.
 
 Sources: Kwon et al., 2023, "Efficient Memory Management for Large Language Model Serving with PagedAttention"; Dao et
 al., 2023, "Flash-Decoding" (the split); the search for a program's sequence is vLLM's.
@@ -29,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .common import (
+    INTERPRETED,
     arguments,
     ceil_div,
     next_power_of_2,
@@ -49,7 +54,9 @@ MAX_HEAD_SIZE = 256
 
 SHORT = 1024  # tokens up to which a context that is split is read in small tiles, so that more programs share it
 ALONE = 256  # tokens from which on a sequence that lies in a row is attended to by itself: less copied, one call more
+FORMATS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 GAIN = tl.constexpr(64.0)  # of p · scale_v on its way through the product: in fp16 small ones would lose bits
+ON_GPU = tl.constexpr(not INTERPRETED)  # the interpreter has no inline assembly
 
 
 def dequantized(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -332,15 +339,59 @@ def work_of(
     return sequence, first, count, context, first_q
 
 
+@triton.jit
+def two_numbers(words, STORED: tl.constexpr, dtype: tl.constexpr):
+    """The low and the high byte of each 16-bit word, as numbers.
+
+    An int8 b goes into fp16 by its bits: those from 1024 to 2048 count in ones, so that 0x6400 | (b + 128) is 1152 + b.
+    On a GPU two words at a time, in a register; the compiler would take them apart.
+    """
+    if ON_GPU:
+        if STORED == "int8":
+            low, high = tl.inline_asm_elementwise(
+                """{
+                .reg .b32 shifted, offset;
+                shr.b32 shifted, $2, 8;
+                mov.b32 offset, 0xE480E480;
+                lop3.b32 $0, $2, 0x00FF00FF, 0x64806480, 0x6A;
+                lop3.b32 $1, shifted, 0x00FF00FF, 0x64806480, 0x6A;
+                add.f16x2 $0, $0, offset;
+                add.f16x2 $1, $1, offset;
+                }""",
+                "=&r,=&r,r", [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+            )  # fmt: skip
+        else:
+            low, high = tl.inline_asm_elementwise(
+                """{
+                .reg .b32 sorted;
+                .reg .b16 lows, highs;
+                prmt.b32 sorted, $2, 0, 0x3120;
+                mov.b32 {lows, highs}, sorted;
+                cvt.rn.f16x2.e4m3x2 $0, lows;
+                cvt.rn.f16x2.e4m3x2 $1, highs;
+                }""",
+                "=r,=r,r", [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+            )  # fmt: skip
+    elif STORED == "int8":
+        low, high = words.to(tl.int8), (words >> 8).to(tl.int8)
+    else:
+        low = words.to(tl.int8).to(tl.float8e4nv, bitcast=True)
+        high = (words >> 8).to(tl.int8).to(tl.float8e4nv, bitcast=True)
+    return low.to(dtype), high.to(dtype)
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def paged_attention_kernel(
     q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, out_ptr, lse_ptr, table_ptr, context_ptr, cu_ptr, tokens, sequences,
     stride_q, stride_table, stride_slot, stride_head, scale,
     H_KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLITS: tl.constexpr,
-    WINDOW: tl.constexpr, DECODE: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    WINDOW: tl.constexpr, DECODE: tl.constexpr, STORED: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_Q queries of one sequence, the GROUP heads of one key/value head, one split of the context a program."""
+    """BLOCK_Q queries of one sequence, the GROUP heads of one key/value head, one split of the context a program.
+
+    STORED: "int8" or "fp8", of a cache read as words of two features, of which BLOCK_D cover a head; else "".
+    """
     block, head_kv, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, first, count, context, first_q = work_of(block, context_ptr, cu_ptr, tokens, sequences, DECODE, BLOCK_Q)
     previous_done(PDL)
@@ -350,15 +401,26 @@ def paged_attention_kernel(
     query, group, offs_d = first_q + row // BLOCK_G, row % BLOCK_G, tl.arange(0, BLOCK_D)
     position = context - count + query  # [BLOCK_M]
     head = head_kv * GROUP + group
-    used = ((query < count) & (group < GROUP))[:, None] & (offs_d < D)[None, :]
+    scaled: tl.constexpr = STORED != ""
+    each: tl.constexpr = 2 if scaled else 1  # features of an element of the cache
+    inside = offs_d < D // each
+    used = ((query < count) & (group < GROUP))[:, None] & inside[None, :]
     token = (first + query).to(tl.int64)
-    q = tl.load(q_ptr + token[:, None] * stride_q + head[:, None] * D + offs_d[None, :], mask=used, other=0.0)
+    q_ptrs = q_ptr + token[:, None] * stride_q + head[:, None] * D + each * offs_d[None, :]
+    q = tl.load(q_ptrs, mask=used, other=0.0)
+    if scaled:  # q holds the even features
+        odd_q = tl.load(q_ptrs + 1, mask=used, other=0.0)
+        dtype: tl.constexpr = tl.float32 if q.dtype == tl.float32 else tl.float16
+        largest = tl.max(tl.maximum(tl.abs(q), tl.abs(odd_q)), 1).to(tl.float32)
+        unit = tl.exp2(tl.ceil(tl.log2(tl.maximum(largest, 1.0e-30))))[:, None]
+        q, odd_q, scale = (q / unit).to(dtype), (odd_q / unit).to(dtype), scale * unit
 
     seen = tl.minimum(context, context - count + first_q + BLOCK_Q)  # keys that some query of the block may see
     oldest = tl.maximum(0, context - count + first_q - WINDOW + 1) if WINDOW else 0
     a_split = tl.cdiv(tl.cdiv(seen - oldest, BLOCK_N), SPLITS) * BLOCK_N
     begin, end = oldest + split * a_split, tl.minimum(seen, oldest + (split + 1) * a_split)
     acc = tl.zeros((BLOCK_Q * BLOCK_G, BLOCK_D), tl.float32)
+    odd_acc = acc
     row_max = tl.full((BLOCK_Q * BLOCK_G,), -1.0e30, tl.float32)  # finite: rows that see nothing
     row_sum = tl.zeros((BLOCK_Q * BLOCK_G,), tl.float32)
     for start in range(begin, end, BLOCK_N):
@@ -366,14 +428,18 @@ def paged_attention_kernel(
         known = offs_n < end
         number = tl.load(table_ptr + sequence * stride_table + offs_n // BLOCK_SIZE, mask=known, other=0)
         slot = number.to(tl.int64) * BLOCK_SIZE + offs_n % BLOCK_SIZE
-        at = slot * (H_KV * D) + head_kv * D  # [BLOCK_N]
-        k = tl.load(k_ptr + at[None, :] + offs_d[:, None], mask=known[None, :] & (offs_d < D)[:, None], other=0.0)
-        v = tl.load(v_ptr + at[:, None] + offs_d[None, :], mask=known[:, None] & (offs_d < D)[None, :], other=0.0)
-        k, v = k.to(q.dtype), v.to(q.dtype)  # a cache may have a dtype of its own
-        s = tl.dot(q, k, input_precision=PRECISION) * scale  # [BLOCK_M, BLOCK_N]
-        if SCALED:  # a factor a key, not one a number
+        at = slot * (H_KV * D // each) + head_kv * (D // each)  # [BLOCK_N]
+        k = tl.load(k_ptr + at[None, :] + offs_d[:, None], mask=known[None, :] & inside[:, None], other=0)
+        v = tl.load(v_ptr + at[:, None] + offs_d[None, :], mask=known[:, None] & inside[None, :], other=0)
+        if scaled:
             of_row = slot * stride_slot + head_kv * stride_head
+            k, odd_k = two_numbers(k, STORED, q.dtype)
+            s = tl.dot(odd_q, odd_k, tl.dot(q, k, input_precision=PRECISION), input_precision=PRECISION)
             s = s * tl.load(k_scale_ptr + of_row, mask=known, other=0.0).to(tl.float32)[None, :]
+        else:
+            k, v = k.to(q.dtype), v.to(q.dtype)  # a cache may have a dtype of its own
+            s = tl.dot(q, k, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        s = s * scale
         visible = known[None, :] & (offs_n[None, :] <= position[:, None])
         if WINDOW:
             visible = visible & (offs_n[None, :] > position[:, None] - WINDOW)
@@ -381,14 +447,19 @@ def paged_attention_kernel(
         new_max = tl.maximum(row_max, tl.max(s, 1))
         p, shrink = tl.exp2(s - new_max[:, None]), tl.exp2(row_max - new_max)
         row_sum = row_sum * shrink + tl.sum(p, 1)
-        if SCALED:
+        if scaled:
+            v, odd_v = two_numbers(v, STORED, q.dtype)
             p = p * (tl.load(v_scale_ptr + of_row, mask=known, other=0.0).to(tl.float32) * GAIN)[None, :]
+            odd_acc = tl.dot(p.to(v.dtype), odd_v, odd_acc * shrink[:, None], input_precision=PRECISION)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         row_max = new_max
 
-    acc = acc / (tl.where(row_sum == 0, 1.0, row_sum) * (GAIN if SCALED else 1.0))[:, None]
+    total = (tl.where(row_sum == 0, 1.0, row_sum) * (GAIN if scaled else 1.0))[:, None]
     out = (token * (H_KV * GROUP) + head) * SPLITS + split  # [BLOCK_M]
-    tl.store(out_ptr + out[:, None] * D + offs_d[None, :], acc.to(out_ptr.dtype.element_ty), mask=used)
+    out_ptrs = out_ptr + out[:, None] * D + each * offs_d[None, :]
+    tl.store(out_ptrs, (acc / total).to(out_ptr.dtype.element_ty), mask=used)
+    if scaled:
+        tl.store(out_ptrs + 1, (odd_acc / total).to(out_ptr.dtype.element_ty), mask=used)
     if SPLITS > 1:
         lse = tl.where(row_sum == 0, -1.0e30, row_max + tl.log2(tl.where(row_sum == 0, 1.0, row_sum)))
         tl.store(lse_ptr + out, lse, mask=(query < count) & (group < GROUP))
@@ -429,8 +500,10 @@ _SIZES = {
 def _sizes(q: Tensor, k_cache: Tensor, kind: str, block_d: int) -> dict[str, int]:
     if torch.float32 in (q.dtype, k_cache.dtype) or block_d > 128:  # large elements, heads: shared memory is small
         return {**_SIZES[kind], "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-    of_8_bits = " 8-bit" if k_cache.dtype in QUANTIZED_DTYPES else ""
-    return tuned(q.device, f"paged_attention {kind} {block_d}{of_8_bits}", **_SIZES[kind])
+    if k_cache.dtype not in QUANTIZED_DTYPES:
+        return tuned(q.device, f"paged_attention {kind} {block_d}", **_SIZES[kind])
+    registers = {} if kind == "prefill" else {"maxnreg": 128}  # of a thread: four programs a multiprocessor
+    return tuned(q.device, f"paged_attention {kind} {block_d} 8-bit", **_SIZES[kind], **registers)
 
 
 @operation(
@@ -457,6 +530,12 @@ def paged_attention(
     a batch is padded). Raises TypeError and ValueError with the argument's name.
     """
     tokens, heads, size = q.shape
+    stored = FORMATS.get(k_cache.dtype, "")
+    if stored and size % 2:  # words of two features do not fit
+        return torch_path(
+            q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, max_seqlen_q, block_size, scale, window,
+            max_seqlen_k, k_scale, v_scale,
+        )  # fmt: skip
     sequences, kv_heads, decode = len(context_lens), k_cache.shape[1], max_seqlen_q == 1
     if tokens == 0 or sequences == 0:
         return torch.zeros((tokens, heads, size), dtype=q.dtype, device=q.device)
@@ -475,13 +554,15 @@ def paged_attention(
     blocks = max(tokens, sequences) if decode else tokens // block_q + sequences + 1  # the last: padding
     q = q if q.stride(1) == size else q.contiguous()
     scale = (size**-0.5 if scale is None else scale) * math.log2(math.e)
-    scaled = k_scale is not None
+    if stored:
+        k_cache, v_cache = k_cache.view(torch.int16), v_cache.view(torch.int16)
     k_scale, v_scale = (k_cache, v_cache) if k_scale is None or v_scale is None else (k_scale, v_scale)
     paged_attention_kernel[(blocks, kv_heads, parts)](
         q, k_cache, v_cache, k_scale, v_scale, target, lse, block_tables, context_lens, cu_seqlens_q, tokens, sequences,
         q.stride(0), block_tables.stride(0), k_scale.stride(0), k_scale.stride(1), scale,
         H_KV=kv_heads, GROUP=heads // kv_heads, D=size, BLOCK_SIZE=block_size, SPLITS=parts, WINDOW=window,
-        DECODE=decode, SCALED=scaled, PRECISION="ieee", BLOCK_Q=block_q, BLOCK_G=block_g, BLOCK_D=block_d,
+        DECODE=decode, STORED=stored, PRECISION="ieee", BLOCK_Q=block_q, BLOCK_G=block_g,
+        BLOCK_D=max(16, block_d // 2) if stored else block_d,
         **pdl(q.device), **sizes,
     )  # fmt: skip
     if parts > 1:
