@@ -46,8 +46,11 @@ __all__ = [
     "check",
     "described",
     "detach",
+    "linears",
     "merge",
     "modules",
+    "prefix_of",
+    "replace",
     "unmerge",
 ]
 
@@ -231,9 +234,8 @@ def modules(model: Transformer) -> dict[str, Linear]:
     Those that one layer merges, such as q, k and v, have a name each.
     """
     found: dict[str, Linear] = {}
-    for name, layer in _linears(model):
-        parent = name.rpartition(".")[0]
-        found |= {f"model.{parent}.{part}" if parent else part: layer for part in layer.parts}
+    for name, layer in linears(model):
+        found |= {prefix_of(name) + part: layer for part in layer.parts}
     return found
 
 
@@ -263,11 +265,11 @@ def attach(model: Transformer, adapter: Adapter) -> Transformer:
     Raises ValueError where there is one already, or for pairs that do not fit the model, before anything is changed.
     """
     check(model, adapter)
-    for name, layer in _linears(model):
-        prefix = f"model.{parent}." if (parent := name.rpartition(".")[0]) else ""
+    for name, layer in linears(model):
+        prefix = prefix_of(name)
         pairs = {part: adapter.pairs[prefix + part] for part in layer.parts if prefix + part in adapter.pairs}
         if pairs:
-            _replace(model, name, LoraLinear(layer, pairs).to(model.device))
+            replace(model, name, LoraLinear(layer, pairs).to(model.device))
     return model
 
 
@@ -294,9 +296,9 @@ def check(model: Transformer, adapter: Adapter) -> None:
 def adapter_of(model: Transformer, config: LoraConfig | None = None) -> Adapter:
     """What a model's layers have been given and learnt since. `config`: what it was made by, for whoever stores it."""
     pairs: dict[str, Pair] = {}
-    for name, layer in _linears(model):
+    for name, layer in linears(model):
         if isinstance(layer, LoraLinear):
-            prefix = f"model.{parent}." if (parent := name.rpartition(".")[0]) else ""
+            prefix = prefix_of(name)
             pairs |= {prefix + part: pair for part, pair in layer.pairs().items()}
     if not pairs:
         raise ValueError("model: expected one with an adapter, got one without")
@@ -319,9 +321,9 @@ def described(pairs: Mapping[str, Pair]) -> LoraConfig:
 def detach(model: Transformer) -> Adapter:
     """Take the adapter out again, in place. -> it"""
     adapter = adapter_of(model)
-    for name, layer in _linears(model):
+    for name, layer in linears(model):
         if isinstance(layer, LoraLinear):
-            _replace(model, name, layer.base)
+            replace(model, name, layer.base)
     return adapter
 
 
@@ -371,7 +373,13 @@ def _add(model: Transformer, adapter: Adapter, sign: float) -> None:
     model.revision += 1
 
 
-def _linears(model: Transformer) -> Iterator[tuple[str, Linear]]:
+def prefix_of(name: str) -> str:
+    """What a checkpoint puts before the names of a layer's parts."""
+    parent = name.rpartition(".")[0]
+    return f"model.{parent}." if parent else ""
+
+
+def linears(model: Transformer) -> Iterator[tuple[str, Linear]]:
     """Layers by name; one that wraps another stands for it."""
     inside: set[int] = set()
     for name, module in list(model.named_modules()):
@@ -380,7 +388,8 @@ def _linears(model: Transformer) -> Iterator[tuple[str, Linear]]:
             yield name, module
 
 
-def _replace(model: Transformer, name: str, layer: Linear) -> None:
+def replace(model: Transformer, name: str, layer: Linear) -> None:
+    """Put another layer in the place of the one called so."""
     parent, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(parent), attribute, layer)
     model.revision += 1

@@ -127,14 +127,14 @@ def tokens_of(block, starts_ptr, slots, BLOCK_M: tl.constexpr):
 @triton.jit(do_not_specialize=["tokens"])
 def shrink_kernel(
     x_ptr, a_ptr, low_ptr, parts_ptr, order_ptr, starts_ptr, tokens, slots, k, chunk, stride_x, stride_slot,
-    stride_part, stride_rank, PARTS: tl.constexpr, R: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    stride_part, stride_rank, stride_there, PARTS: tl.constexpr, R: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """a x of BLOCK_M tokens of one adapter, one part, over `chunk` of x's columns; at the tokens' places in `order`."""
     previous_done(PDL)
     adapter, first, end = tokens_of(tl.program_id(0), starts_ptr, slots, BLOCK_M)
     part, split = tl.program_id(1), tl.program_id(2)
-    there = tl.load(parts_ptr + (adapter - 1) * PARTS + part, mask=adapter > 0, other=0)
+    there = tl.load(parts_ptr + (adapter - 1) * stride_there + part, mask=adapter > 0, other=0)
     if there != 0 and first < end:
         place, rank, column = first + tl.arange(0, BLOCK_M), tl.arange(0, R), tl.arange(0, BLOCK_K)
         keep = place < end
@@ -154,8 +154,8 @@ def shrink_kernel(
 @triton.jit(do_not_specialize=["tokens"])
 def expand_kernel(
     low_ptr, b_ptr, y_ptr, parts_ptr, order_ptr, starts_ptr, tokens, slots, rows_0, rows_1, rows_2, stride_y,
-    stride_slot, stride_row, PARTS: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    stride_slot, stride_row, stride_there, PARTS: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr,
+    PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds b (a x) to BLOCK_N columns of one part of y, for BLOCK_M tokens of one adapter."""
     previous_done(PDL)
@@ -169,7 +169,7 @@ def expand_kernel(
                 blocks = tl.cdiv(rows_1, BLOCK_N)
                 if block >= blocks:
                     block, part, begin, rows = block - blocks, 2, rows_0 + rows_1, rows_2
-    there = tl.load(parts_ptr + (adapter - 1) * PARTS + part, mask=adapter > 0, other=0)
+    there = tl.load(parts_ptr + (adapter - 1) * stride_there + part, mask=adapter > 0, other=0)
     if there != 0 and first < end:
         place, rank = first + tl.arange(0, BLOCK_M), tl.arange(0, R)
         column = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -203,9 +203,9 @@ def multi_lora(
     """Add to y [N, sum(rows)] what each token's adapter makes of x [N, in].
 
     a [slots, P, r, in] and b [slots, sum(rows), r], r a power of 2 from 16 on (smaller ranks are filled up with 0), any
-    strides but the last; rows: of each of the P parts, up to 3; parts [slots, P] int32: which of them an adapter
-    changes; adapters, order, starts: a `LoraPlan`'s. Summed in fp32; a x is rounded to a's dtype. Raises TypeError and
-    ValueError with the argument's name.
+    strides but the last; rows: of each of the P parts, up to 3; parts [slots, P] int32, any first stride: which of them
+    an adapter changes; adapters, order, starts: a `LoraPlan`'s. Summed in fp32; a x is rounded to a's dtype. Raises
+    TypeError and ValueError with the argument's name.
     """
     tokens, k, slots, rank = len(x), x.shape[1], a.shape[0], a.shape[2]
     if tokens == 0:
@@ -239,6 +239,7 @@ def multi_lora(
     )
     of_parts = (*rows, 0, 0)[:3]
     expand_kernel[(blocks, sum(ceil_div(n, block_n) for n in rows))](
-        low, b, y, parts, order, starts, tokens, slots, *of_parts, y.stride(0), *b.stride()[:2], SPLITS=splits,
+        low, b, y, parts, order, starts, tokens, slots, *of_parts, y.stride(0), *b.stride()[:2], parts.stride(0),
+        SPLITS=splits,
         BLOCK_N=block_n, **common,
     )  # fmt: skip

@@ -85,7 +85,7 @@ def test_views_absent_parts_and_nothing_foreign(device, triton):
 
 
 def test_the_same_sums_whatever_the_neighbors(device, triton):
-    """Bit for bit: from call to call, and for a token among others of its adapter or alone."""
+    """Bit for bit: from call to call, and, where NumPy does not multiply, for a token among others or alone."""
     args = case(5, 40, 300, (64, 32), 16, 4, 4, device, torch.float32)
     first = ran(multi_lora, args)
     assert torch.equal(ran(multi_lora, args), first)
@@ -93,7 +93,7 @@ def test_the_same_sums_whatever_the_neighbors(device, triton):
     for token in (0, 7, 39):
         plan = LoraPlan.of(adapters[token : token + 1], 4)
         alone = ran(multi_lora, (y[token : token + 1], x[token : token + 1], a, b, parts, rows, *vars(plan).values()))
-        assert torch.equal(alone[0], first[token])
+        assert torch.equal(alone[0], first[token]) if GPU else error(alone[0], first[token]) < 1e-6
 
 
 @given(st.lists(st.integers(0, 6), max_size=50))
@@ -145,7 +145,7 @@ def test_compiles_for_an_h100(dtype, rank, many):
         pytest.skip("fp32 always has the small tiles")
     block_m, block_n, block_k, splits = (64, 128, 64, 1) if many else (16, 64, 128, 4)
     shared = {"PARTS": 3, "R": rank, "PDL": False, "BLOCK_M": block_m, "PRECISION": "ieee"}
-    shrink = (dtype, dtype, torch.float32, index, index, index, 64, 8, 4096, 1024, 4096, 10**6, 4096 * rank, 4096)
+    shrink = (dtype, dtype, torch.float32, index, index, index, 64, 8, 4096, 1024, 4096, 10**6, 4096 * rank, 4096, 400)
     assert compile_kernel(kernels.shrink_kernel, *shrink, BLOCK_K=block_k, **shared).local_bytes == 0
-    expand = (torch.float32, dtype, dtype, index, index, index, 64, 8, 4096, 1024, 1024, 6144, 10**6, rank)
+    expand = (torch.float32, dtype, dtype, index, index, index, 64, 8, 4096, 1024, 1024, 6144, 10**6, rank, 400)
     assert compile_kernel(kernels.expand_kernel, *expand, SPLITS=splits, BLOCK_N=block_n, **shared).local_bytes == 0
