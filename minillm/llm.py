@@ -284,8 +284,8 @@ class LLM:
             raise ValueError(f"sampling_params: expected one for all or one each ({len(several)}), got {len(each)}")
         if bad := [p for p in each if not isinstance(p, SamplingParams)]:
             raise TypeError(f"sampling_params: expected SamplingParams, got {bad[0]!r:.60}")
-        one = lora_request is None or isinstance(lora_request, LoRARequest)
-        adapters: list[Any] = [lora_request] * len(several) if one else list(lora_request)  # type: ignore[arg-type]
+        for_all = lora_request is None or isinstance(lora_request, LoRARequest)
+        adapters: Any = [lora_request] * len(several) if for_all else lora_request
         if len(adapters) != len(several):
             raise ValueError(f"lora_request: expected one for all or one each ({len(several)}), got {len(adapters)}")
         outputs = [self._output(i, prompt) for i, prompt in enumerate(several)]

@@ -78,7 +78,9 @@ def train(
         raise ValueError("model: expected parameters with gradients; `adapted` makes some")
     warmup = max(1, steps // 10) if warmup is None else max(1, warmup)
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
-    draw, order, losses = torch.Generator().manual_seed(seed), [], []  # type: torch.Generator, list[int], list[float]
+    draw = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    losses: list[float] = []
     bar = tqdm(range(steps), disable=not progress, desc="training")
     with torch.enable_grad():
         for step in bar:
