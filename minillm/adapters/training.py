@@ -67,39 +67,50 @@ def train(
     0; gradients are clipped to norm `clip`. Raises ValueError for arguments that make no sense, and FloatingPointError
     for a loss that is no number, before the step is taken.
     """
-    sizes = {"steps": steps, "batch_size": batch_size, "accumulate": accumulate, "examples": len(examples)}
-    for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{name}: expected 1 or more, got {value}")
-    if batch_size % accumulate:
-        raise ValueError(f"accumulate: expected a divisor of batch_size, {batch_size}, got {accumulate}")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trained:
-        raise ValueError("model: expected parameters with gradients; `adapted` makes some")
-    warmup = max(1, steps // 10) if warmup is None else max(1, warmup)
+    _check(trained, {"steps": steps, "batch_size": batch_size, "accumulate": accumulate, "examples": len(examples)})
+    warmup = max(1, steps // 10 if warmup is None else warmup)
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
     draw = torch.Generator().manual_seed(seed)
     order: list[int] = []
     losses: list[float] = []
     bar = tqdm(range(steps), disable=not progress, desc="training")
-    with torch.enable_grad():
-        for step in bar:
-            while len(order) < batch_size:
-                order += torch.randperm(len(examples), generator=draw).tolist()
-            chosen, order = [examples[i] for i in order[:batch_size]], order[batch_size:]
-            for group in optimizer.param_groups:
-                group["lr"] = lr * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
-            optimizer.zero_grad()
-            total, count, part = 0.0, sum(example.count for example in chosen), batch_size // accumulate
-            for first in range(0, batch_size, part):
-                loss, _ = loss_of(model, chosen[first : first + part])
-                (loss / count).backward()
-                total += float(loss.detach())
-            if not total < float("inf"):
-                raise FloatingPointError(f"step {step}: the loss is {total}; lower lr, {lr}")
-            torch.nn.utils.clip_grad_norm_(trained, clip)
-            optimizer.step()
-            losses.append(total / count)
-            bar.set_postfix(loss=f"{losses[-1]:.3f}")
+    for step in bar:
+        while len(order) < batch_size:
+            order += torch.randperm(len(examples), generator=draw).tolist()
+        chosen, order = [examples[i] for i in order[:batch_size]], order[batch_size:]
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+        optimizer.zero_grad()
+        loss = _gradients(model, chosen, batch_size // accumulate)
+        if not loss < float("inf"):
+            raise FloatingPointError(f"step {step}: the loss is {loss}; lower lr, {lr}")
+        torch.nn.utils.clip_grad_norm_(trained, clip)
+        optimizer.step()
+        losses.append(loss)
+        bar.set_postfix(loss=f"{loss:.3f}")
     model.revision += 1
     return losses
+
+
+def _check(trained: list[torch.nn.Parameter], sizes: dict[str, int]) -> None:
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name}: expected 1 or more, got {value}")
+    if sizes["batch_size"] % sizes["accumulate"]:
+        raise ValueError(
+            f"accumulate: expected a divisor of batch_size, {sizes['batch_size']}, got {sizes['accumulate']}"
+        )
+    if not trained:
+        raise ValueError("model: expected parameters with gradients; `adapted` makes some")
+
+
+def _gradients(model: Transformer, examples: Sequence[Example], part: int) -> float:
+    """Add up gradients, `part` examples at a time. -> the mean loss of all tokens that count"""
+    total, count = 0.0, sum(example.count for example in examples)
+    with torch.enable_grad():
+        for first in range(0, len(examples), part):
+            loss, _ = loss_of(model, examples[first : first + part])
+            (loss / count).backward()
+            total += float(loss.detach())
+    return total / count
