@@ -70,12 +70,15 @@ def torch_path(
         begin, end = bounds[slot + 1 : slot + 3]
         if begin == end:
             continue
-        tokens, first = order[begin:end].long(), 0
-        seen = x[tokens].to(a.dtype)  # [tokens, in]
+        everybody, tokens = end - begin == len(x), order[begin:end].long()
+        seen = (x if everybody else x[tokens]).to(a.dtype)  # [tokens, in]
+        low, first = (seen @ a[slot].flatten(0, 1).T).chunk(len(rows), 1), 0  # [tokens, r] each
         for part, size in enumerate(rows):
-            if there[part]:
-                change = (seen @ a[slot, part].T) @ b[slot, first : first + size].T
-                y[tokens, first : first + size] += change.to(y.dtype)
+            to_part = b[slot, first : first + size].T  # [r, size]
+            if there[part] and everybody and y.dtype == b.dtype:
+                y[:, first : first + size].addmm_(low[part], to_part)
+            elif there[part]:
+                y[tokens, first : first + size] += (low[part] @ to_part).to(y.dtype)
             first += size
 
 

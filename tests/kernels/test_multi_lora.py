@@ -55,8 +55,11 @@ def test_against_the_reference(device, dtype, triton):
 
 
 def test_torch_path(dtype):
-    for seed in range(4):
-        args = case(seed, 30, 72, (96, 32, 32), 16, 5, 4, "cpu", dtype)
+    for seed in range(8):
+        args = case(seed, 30, 72, (96, 32, 32), 16, 5, seed % 4 + 1, "cpu", dtype)
+        if seed > 4:  # all have one
+            plan = LoraPlan.of(torch.full((30,), seed - 3, dtype=torch.int32), 5)
+            args = (*args[:6], plan.adapters, plan.order, plan.starts)
         assert error(ran(OP.torch, args), ran(OP.reference, args), typical=4) < 4 * TOLERANCE[dtype]
 
 
