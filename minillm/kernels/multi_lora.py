@@ -225,24 +225,11 @@ def multi_lora(
     common = {"PARTS": len(rows), "R": rank, "BLOCK_M": block_m, "num_warps": warps, "num_stages": 3, **early,
               "PRECISION": "ieee"}  # fmt: skip
     shrink_kernel[(blocks, len(rows), splits)](
-        x,
-        a,
-        low,
-        parts,
-        order,
-        starts,
-        tokens,
-        slots,
-        k,
-        chunk,
-        x.stride(0),
-        *a.stride()[:3],
-        BLOCK_K=block_k,
-        **common,
-    )
+        x, a, low, parts, order, starts, tokens, slots, k, chunk, x.stride(0), *a.stride()[:3], parts.stride(0),
+        BLOCK_K=block_k, **common,
+    )  # fmt: skip
     of_parts = (*rows, 0, 0)[:3]
     expand_kernel[(blocks, sum(ceil_div(n, block_n) for n in rows))](
         low, b, y, parts, order, starts, tokens, slots, *of_parts, y.stride(0), *b.stride()[:2], parts.stride(0),
-        SPLITS=splits,
-        BLOCK_N=block_n, **common,
+        SPLITS=splits, BLOCK_N=block_n, **common,
     )  # fmt: skip
