@@ -121,7 +121,7 @@ class Automaton:
 
     # ---- making languages ------------------------------------------------------------------------------------------
 
-    def bytes(self, bits: int) -> Node:
+    def byte(self, bits: int) -> Node:
         """One byte of a set."""
         return self._node("bytes", (bits,), False)
 
@@ -158,7 +158,7 @@ class Automaton:
             return self.everything
         members = [self._concat(head, self.union(each) if len(each) > 1 else next(iter(each)))
                    for head, each in tails.items()]  # fmt: skip
-        members += [self.bytes(bits)] if bits else []
+        members += [self.byte(bits)] if bits else []
         if len(members) < 2:
             return members[0] if members else self.nothing
         members.sort(key=lambda node: node.digest)

@@ -33,7 +33,7 @@ class JsonText:
         self.character = self.characters(ANY_CHARACTER, every_escape=True)
         self.string = self.string_of(a.repeat(self.character))
         self.null, self.boolean = a.literal(b"null"), a.union([a.literal(b"true"), a.literal(b"false")])
-        self.digit = a.bytes(byte_set((0x30, 0x39)))
+        self.digit = a.byte(byte_set((0x30, 0x39)))
         self.integer = self.integer_within(None, None)
         self.number = self._number()
         self._any: list[Node] = [a.union([self.null, self.boolean, self.number, self.string])]
@@ -41,7 +41,7 @@ class JsonText:
     # ---- strings ---------------------------------------------------------------------------------------------------
 
     def string_of(self, content: Node) -> Node:
-        """A string whose content, with escapes, is one of these. Its end belongs to it: masks are kept by such pieces."""
+        """A string with such a content, escapes included. Its end belongs to it: masks are kept by such pieces."""
         return self._a.concat(self.quote, self._a.concat(content, self.quote))
 
     def length(self, least: int, most: int | None) -> Node:
@@ -80,7 +80,7 @@ class JsonText:
     def _hex(self, first: int, last: int) -> list[Node]:
         low, high = (tuple(int(digit, 16) for digit in f"{code:04x}") for code in (first, last))
         return [
-            self._a.concat(self._a.literal(b"\\u"), *[self._a.bytes(sum(HEX[a : b + 1])) for a, b in places])
+            self._a.concat(self._a.literal(b"\\u"), *[self._a.byte(sum(HEX[a : b + 1])) for a, b in places])
             for places in digit_ranges(low, high, 0, 15)
         ]  # fmt: skip
 
@@ -152,14 +152,14 @@ class JsonText:
         return self._a.union(found)
 
     def _digits(self, first: int, last: int) -> Node:
-        return self._a.bytes(byte_set((0x30 + first, 0x30 + last)))
+        return self._a.byte(byte_set((0x30 + first, 0x30 + last)))
 
     def _number(self) -> Node:
         a = self._a
         whole = a.concat(a.optional(a.literal(b"-")), self._natural(0, 10**DIGITS - 1))
         power = a.concat(a.optional(a.literal(b"1")), a.repeat(self.digit, 1, 2))  # 0 to 199
-        sign = a.optional(a.bytes(byte_set((0x2B, 0x2B), (0x2D, 0x2D))))
-        exponent = a.concat(a.bytes(byte_set((0x45, 0x45), (0x65, 0x65))), sign, power)
+        sign = a.optional(a.byte(byte_set((0x2B, 0x2B), (0x2D, 0x2D))))
+        exponent = a.concat(a.byte(byte_set((0x45, 0x45), (0x65, 0x65))), sign, power)
         return a.concat(whole, a.optional(self._fraction(a.repeat(self.digit, 1, DIGITS))), a.optional(exponent))
 
     def _fraction(self, digits: Node) -> Node:
@@ -208,7 +208,11 @@ class JsonText:
             return a.nothing
         if not tail:
             if up:
-                return a.both(a.repeat(self.digit, 1, left), a.complement(zeros)) if strict else a.repeat(self.digit, 1, left)
+                return (
+                    a.both(a.repeat(self.digit, 1, left), a.complement(zeros))
+                    if strict
+                    else a.repeat(self.digit, 1, left)
+                )
             return a.nothing if strict else zeros
         digit, rest = int(tail[0]), tail[1:]
         more = a.repeat(self.digit, 0, left - 1)
@@ -239,5 +243,3 @@ def _without(ranges: Ranges, others: Ranges) -> Ranges:
 
 def _holds(ranges: Ranges, code: int) -> bool:
     return any([first <= code <= last for first, last in ranges])
-
-

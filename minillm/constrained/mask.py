@@ -123,8 +123,8 @@ class Vocabulary:
     def _build(self, tokens: Sequence[bytes | None]) -> None:
         """The trie, level by level; nodes are numbered so that the children of one stand side by side.
 
-        node_byte uint8 [N], parent, first_child, children int64 [N]: the root is 0. end_node int64 [size]: where a token
-        ends, N for one that never may come.
+        node_byte uint8 [N], parent, first_child, children int64 [N]: the root is 0. end_node int64 [size]: where a
+        token ends, N for one that never may come.
         """
         ids = np.array([i for i, token in enumerate(tokens) if token], np.intp)
         texts = [token for token in tokens if token]
@@ -143,7 +143,9 @@ class Vocabulary:
         self.node_byte, self.parent = np.concatenate(node_bytes), np.concatenate(parents)
         self.children = np.bincount(self.parent[1:], minlength=count)
         self.first_child = 1 + np.cumsum(self.children) - self.children
-        self._by_byte = 1 + np.argsort(self.node_byte[1:], kind="stable")  # nodes of byte b, from _byte_at[b] to _byte_at[b + 1]
+        self._by_byte = 1 + np.argsort(
+            self.node_byte[1:], kind="stable"
+        )  # nodes of byte b, from _byte_at[b] to _byte_at[b + 1]
         self._byte_at = np.searchsorted(self.node_byte[self._by_byte], np.arange(257))
         self.end_node = np.full(self.size, count)
         self.end_node[ids] = at
@@ -197,7 +199,7 @@ class Vocabulary:
             return not ahead and not any([node.nullable and automaton.moves(node) for node in seen])
 
     def _counted(self, automaton: Automaton, body: Node, least: int, most: int | None) -> tuple[Mask, Mask]:
-        """Of a repeat {least,most}, from a walk of * that counts: a limit on a string's length costs no walk of its own.
+        """Of a repeat {least,most}, from a walk of * that counts: a limit on a string's length costs no walk.
 
         A node is alive if the repeats that ended before it, and the one that is open there, are at most `most`.
         """

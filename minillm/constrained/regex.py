@@ -23,7 +23,9 @@ from .automaton import Automaton, ConstraintError, ConstraintTooLarge, Limits, N
 __all__ = ["Ranges", "Tree", "build", "complement", "digit_ranges", "parse", "searched", "utf8"]
 
 Ranges = list[tuple[int, int]]  # of code points, (first, last), in order and apart
-Tree = tuple[Any, ...]  # ("set", Ranges), ("cat", [Tree]), ("alt", [Tree]), ("repeat", Tree, least, most), ("^",), ("$",)
+Tree = tuple[
+    Any, ...
+]  # ("set", Ranges), ("cat", [Tree]), ("alt", [Tree]), ("repeat", Tree, least, most), ("^",), ("$",)
 
 HIGHEST = 0x10FFFF
 SURROGATES = (0xD800, 0xDFFF)
@@ -339,7 +341,7 @@ def utf8(automaton: Automaton, ranges: Ranges) -> Node:
             if a > b:
                 continue
             for places in digit_ranges(tuple(chr(a).encode()), tuple(chr(b).encode()), 0x80, 0xBF):
-                found.append(automaton.concat(*[automaton.bytes(byte_set(place)) for place in places]))
+                found.append(automaton.concat(*[automaton.byte(byte_set(place)) for place in places]))
     return automaton.union(found)
 
 

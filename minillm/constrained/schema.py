@@ -10,9 +10,9 @@ Not all that is valid is accepted, as there is more than one way to write it. Wh
 
 Kept: type, enum, const; minimum, maximum and their exclusive forms, multipleOf with integers; minLength, maxLength,
 pattern, format of `FORMATS`; properties, required, additionalProperties, patternProperties, propertyNames,
-minProperties, maxProperties, dependencies; items, prefixItems, minItems, maxItems; local $ref, allOf, anyOf; oneOf and
-`not` where it can be proved that what is generated is not valid by the other schemas. Titles, descriptions, defaults and
-unknown words ask for nothing.
+minProperties, maxProperties, dependencies; items, prefixItems, minItems, maxItems; local $ref, allOf, anyOf; oneOf,
+`not` and `if` where it can be proved that what is generated is not valid by the other schemas. Titles, descriptions,
+defaults and unknown words ask for nothing.
 
 A schema becomes a list of alternatives, each a `Part` that has all keywords side by side. For the proofs of oneOf, the
 others are read with `outer`: then a part may allow more than its schema does, never less.
@@ -112,9 +112,13 @@ class _Reader:
             found = self._product(found, self._any(conditions, depth, outer), outer)
         if "oneOf" in schema:
             found = self._one_of(found, schema, path, depth, outer)
-        if not outer:
-            found = self._without(found, schema, path, depth)
-        return found
+        if outer:
+            return found
+        # What no keyword of this schema, nor of those within, has looked at: all of them are in the parts by now.
+        for keyword, name in (("unevaluatedProperties", "additional"), ("unevaluatedItems", "items")):
+            if keyword in schema:
+                found = [replace(p, **{name: schema[keyword]}) if getattr(p, name) is None else p for p in found]
+        return self._without(found, schema, path, depth)
 
     def _any(self, schemas: Iterable[tuple[Any, str]], depth: int, outer: bool) -> list[Part]:
         return [part for schema, path in schemas for part in self.parts(schema, path, depth, outer)]
@@ -149,7 +153,9 @@ class _Reader:
             for part in self._product(found, branch, outer):
                 kept = self._excluded(part, self._product([part], wrong, outer=True), depth)
                 if kept is None:
-                    raise refuse(path, "oneOf", f"it is not clear that branch {i} is valid by no other branch; use anyOf")
+                    raise refuse(
+                        path, "oneOf", f"it is not clear that branch {i} is valid by no other branch; use anyOf"
+                    )
                 result.append(kept)
         return [part for part in result if part.types]
 
@@ -189,7 +195,7 @@ class _Reader:
                 present = {"type": "object", "required": [name], **then}
                 if "required" in then:
                     present["required"] = [name, *then["required"]]
-                others = [t for t in ("null", "boolean", "number", "string", "array")]
+                others = ["null", "boolean", "number", "string", "array"]
                 yield [({"type": others}, at), ({"type": "object", "properties": {name: False}}, at), (present, at)]
 
     # ---- references ------------------------------------------------------------------------------------------------
@@ -207,5 +213,7 @@ class _Reader:
             else:
                 raise refuse(path, "$ref", f"{reference[:80]} leads nowhere")
             if at is not self._root and isinstance(at, dict) and isinstance(at.get("$id"), str) and "$ref" in str(at):
-                raise refuse(path, "$ref", "a schema with an $id of its own, which references are relative to, is not supported")
+                raise refuse(
+                    path, "$ref", "a schema with an $id of its own, which references are relative to, is not supported"
+                )
         return at, reference

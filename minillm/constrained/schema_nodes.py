@@ -29,8 +29,8 @@ FORMATS = {
     "date": rf"^({_DATE})$",
     "time": rf"^{_TIME}$",
     "date-time": rf"^({_DATE})T{_TIME}$",
-    "duration": r"^P(\d{1,9}W|\d{1,9}Y(\d{1,9}M(\d{1,9}D)?)?|\d{1,9}M(\d{1,9}D)?|\d{1,9}D|T(\d{1,9}H(\d{1,9}M(\d{1,9}S)?)?"
-    r"|\d{1,9}M(\d{1,9}S)?|\d{1,9}S))$",
+    "duration": r"^P(\d{1,9}W|\d{1,9}Y(\d{1,9}M(\d{1,9}D)?)?|\d{1,9}M(\d{1,9}D)?|\d{1,9}D"
+    r"|T(\d{1,9}H(\d{1,9}M(\d{1,9}S)?)?|\d{1,9}M(\d{1,9}S)?|\d{1,9}S))$",
     "uuid": r"^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$",
     "ipv4": rf"^{_BYTE}(\.{_BYTE}){{3}}$",
     "ipv6": r"^([0-9a-fA-F]{1,4}:){7}[0-9a-fA-F]{1,4}$",
@@ -100,7 +100,9 @@ class PartNodes:
 
     def _string(self, part: Part) -> Node:
         if not part.patterns and not part.formats:
-            return self._json.string if part.length == (0, None) else self._json.string_of(self._json.length(*part.length))
+            return (
+                self._json.string if part.length == (0, None) else self._json.string_of(self._json.length(*part.length))
+            )
         return self._json.string_of(self._content(part))
 
     def _content(self, part: Part) -> Node:
@@ -184,7 +186,9 @@ class PartNodes:
                     raise refuse(part.path, "patternProperties", f"dialects disagree whether {pattern!r} has {name!r}")
             if not schemas:
                 schemas = [True if part.additional is None else part.additional]
-            value = self._schema(schemas[0] if len(schemas) == 1 else {"allOf": schemas}, f"{part.path}/properties/{name}")
+            value = self._schema(
+                schemas[0] if len(schemas) == 1 else {"allOf": schemas}, f"{part.path}/properties/{name}"
+            )
             if not all([self._a.matches(self._name(schema, part.path), text) for schema in part.names]):
                 value = self._a.nothing
             if value is not self._a.nothing or name in part.required:
@@ -195,9 +199,9 @@ class PartNodes:
         return self._schema({"allOf": [{"type": "string"}, schema]}, f"{path}/propertyNames")
 
     def _further(self, part: Part, names: list[str]) -> Node:
-        """"name": value of a property that is not declared; nothing where none may be."""
+        """ "name": value of a property that is not declared; nothing where none may be."""
         a, rest = self._a, further_properties(part)
-        if rest is None and (part.closed or not part.pattern_properties):
+        if rest is None and not part.pattern_properties:
             return a.nothing
         allowed = [self._name(schema, part.path) for schema in part.names]
         declared = a.union([self._json.spelled(name) for name in names])

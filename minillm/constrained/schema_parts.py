@@ -1,4 +1,4 @@
-"""One alternative of a JSON schema, with all that it asks for side by side: what `allOf` and `$ref` say is merged in."""
+"""One alternative of a JSON schema, all that it asks for side by side; what `allOf` and `$ref` say is merged in."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from typing import Any
 
 from .automaton import ConstraintError
 
-__all__ = ["TYPES", "Part", "merge", "read_keywords", "refuse"]
+__all__ = ["TYPES", "Bound", "Part", "canonical", "merge", "read_keywords", "refuse"]
 
 TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
 ALL_TYPES = frozenset(TYPES)
@@ -18,7 +18,7 @@ Sizes = tuple[int, int | None]
 
 # Of any draft of JSON schema; each asserts something that is not kept here.
 REFUSED = (
-    "contains", "minContains", "maxContains", "unevaluatedItems", "$dynamicRef", "$recursiveRef", "extends", "disallow",
+    "contains", "minContains", "maxContains", "$dynamicRef", "$recursiveRef", "extends", "disallow",
     "divisibleBy",
 )  # fmt: skip
 
@@ -40,7 +40,6 @@ class Part:
     required: tuple[str, ...] = ()
     pattern_properties: dict[str, Any] = field(default_factory=dict)
     additional: Any = None  # None: nothing was said
-    closed: bool = False  # no property may come that is not declared (unevaluatedProperties: false)
     names: tuple[Any, ...] = ()  # schemas of propertyNames
     count: Sizes = (0, None)  # of properties
     prefix: tuple[Any, ...] = ()
@@ -72,7 +71,7 @@ def read_keywords(schema: dict[str, Any], path: str, outer: bool = False) -> Par
                 raise refuse(path, keyword, "is not supported")
         if schema.get("uniqueItems") is True and schema.get("maxItems", 2) not in (0, 1):
             raise refuse(path, "uniqueItems", "is not supported")
-    strings = {
+    strings: dict[str, Any] = {
         "patterns": _strings(schema, "pattern", path),
         "formats": _strings(schema, "format", path),
     }
@@ -176,8 +175,6 @@ def _object_keywords(schema: dict[str, Any], path: str) -> dict[str, Any]:
         found["additional"] = _expect(schema, "additionalProperties", (dict, bool), "a schema", path)
     if "propertyNames" in schema:
         found["names"] = (_expect(schema, "propertyNames", (dict, bool), "a schema", path),)
-    if schema.get("unevaluatedProperties", True) is not True:
-        found["closed"] = True
     return found
 
 
@@ -203,7 +200,7 @@ def merge(a: Part, b: Part, outer: bool = False) -> Part:
         high=_either(a.high, b.high, _lower), multiple=math.lcm(a.multiple, b.multiple),
         length=_narrower(a.length, b.length), count=_narrower(a.count, b.count), size=_narrower(a.size, b.size),
         patterns=tuple(dict.fromkeys(a.patterns + b.patterns)), formats=tuple(dict.fromkeys(a.formats + b.formats)),
-        required=tuple(dict.fromkeys(a.required + b.required)), names=a.names + b.names, closed=a.closed or b.closed,
+        required=tuple(dict.fromkeys(a.required + b.required)), names=a.names + b.names,
         **_merged_objects(a, b, outer), **_merged_arrays(a, b),
     )  # fmt: skip
 
@@ -212,7 +209,11 @@ def _merged_objects(a: Part, b: Part, outer: bool) -> dict[str, Any]:
     declares = [bool(p.properties or p.pattern_properties or p.additional is not None) for p in (a, b)]
     if not all(declares):
         one = b if declares[1] else a
-        return {"properties": one.properties, "pattern_properties": one.pattern_properties, "additional": one.additional}
+        return {
+            "properties": one.properties,
+            "pattern_properties": one.pattern_properties,
+            "additional": one.additional,
+        }
     if a.pattern_properties or b.pattern_properties:
         if not outer:
             raise refuse(b.path, "patternProperties", "is not supported beside properties of another schema in allOf")
@@ -233,7 +234,7 @@ def _merged_arrays(a: Part, b: Part) -> dict[str, Any]:
 
 def _all_of(a: Any, b: Any) -> Any:
     """Both schemas; None is one that was not given."""
-    if a is None or b is None or a == b and type(a) is type(b):
+    if a is None or b is None or a is b:  # not ==: 1 == True
         return b if a is None else a
     if a is True or b is True:
         return b if a is True else a
@@ -245,8 +246,21 @@ def _either(a: Any, b: Any, pick: Any) -> Any:
 
 
 def _common(a: Sequence[Any], b: Sequence[Any]) -> tuple[Any, ...]:
-    texts = {json.dumps(value, sort_keys=True) for value in b}
-    return tuple([value for value in a if json.dumps(value, sort_keys=True) in texts])
+    texts = {canonical(value) for value in b}
+    return tuple([value for value in a if canonical(value) in texts])
+
+
+def canonical(value: Any) -> str:
+    """The same text for JSON values that are equal: 1 and 1.0 are, 1 and true are not."""
+    return json.dumps(_integral(value), sort_keys=True)
+
+
+def _integral(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_integral(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _integral(item) for name, item in value.items()}
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _higher(a: Bound, b: Bound) -> Bound:
