@@ -23,7 +23,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .automaton import Automaton, ConstraintError, Node
+from .automaton import DEAD, Automaton, ConstraintError, Node
 
 __all__ = ["ByteTokens", "NoTokenFits", "Vocabulary"]
 
@@ -89,7 +89,7 @@ class Vocabulary:
         tokens: Sequence[bytes | None],
         end_ids: Collection[int],
         size: int | None = None,
-        cache_bytes: int = 64_000_000,
+        cache_bytes: int = 96_000_000,
     ) -> None:
         self.size = len(tokens) if size is None else size
         if self.size < len(tokens):
@@ -100,7 +100,7 @@ class Vocabulary:
         ends = set(end_ids)
         self.tokens = [None if i in ends else token or None for i, token in enumerate(tokens)]
         self._build(self.tokens)
-        self._masks, self._walks = _Kept(cache_bytes // 2), _Kept(cache_bytes // 2)
+        self._masks, self._walks = _Kept(cache_bytes * 2 // 3), _Kept(cache_bytes // 3)
 
     @classmethod
     def of(cls, tokenizer: ByteTokens, end_ids: Collection[int] | None = None, size: int | None = None) -> "Vocabulary":
@@ -133,23 +133,27 @@ class Vocabulary:
         text = np.frombuffer(b"".join(texts), np.uint8)
         at = np.zeros(len(texts), np.int64)  # the node that each token has come to
         parents, node_bytes, count = [np.array([-1])], [np.zeros(1, np.uint8)], 1
+        levels = []
         for depth in range(int(lengths.max(initial=0))):
             longer = np.flatnonzero(lengths > depth)
             edges, which = np.unique(at[longer] * 256 + text[offsets[longer] + depth], return_inverse=True)
             at[longer] = count + which
             parents.append(edges // 256)
             node_bytes.append((edges % 256).astype(np.uint8))
+            levels.append((count, count + len(edges)))
             count += len(edges)
         self.node_byte, self.parent = np.concatenate(node_bytes), np.concatenate(parents)
         self.children = np.bincount(self.parent[1:], minlength=count)
         self.first_child = 1 + np.cumsum(self.children) - self.children
-        self._by_byte = 1 + np.argsort(
-            self.node_byte[1:], kind="stable"
-        )  # nodes of byte b, from _byte_at[b] to _byte_at[b + 1]
+        # Nodes of byte b, from _byte_at[b] to _byte_at[b + 1].
+        self._by_byte = 1 + np.argsort(self.node_byte[1:], kind="stable")
         self._byte_at = np.searchsorted(self.node_byte[self._by_byte], np.arange(257))
         self.end_node = np.full(self.size, count)
         self.end_node[ids] = at
-        self._nodes = count
+        self._nodes, self._levels = count, levels
+        self._below = np.ones(count, np.intp)  # nodes of the subtree
+        for first, last in reversed(levels):
+            self._below[:first] += np.bincount(self.parent[first:last], self._below[first:last], first).astype(np.intp)
 
     # ---- masks -----------------------------------------------------------------------------------------------------
 
@@ -174,18 +178,79 @@ class Vocabulary:
         return mask
 
     def _reach(self, automaton: Automaton, node: Node) -> tuple[Mask, Mask]:
-        """Nodes of the trie where the automaton is alive, and those where it accepts, each bool [N + 1]."""
-        if node.kind == "repeat" and node.args[1:] != (0, None) and self._counts(automaton, node.args[0]):
-            return self._counted(automaton, *node.args)
-        reached, accepted = np.zeros((2, self._nodes + 1), np.bool_)
-        if node.kind == "concat" and node.args[0].kind in WIDE:
-            head, tail = node.args
-            inside, exits, *_ = self._walks.get(head.digest, lambda: self._reach(automaton, head))
-            reached |= inside
-            self._walk(automaton, automaton.state(tail), np.flatnonzero(exits[:-1]), reached, accepted)
-        else:
-            self._walk(automaton, automaton.state(node), np.zeros(1, np.intp), reached, accepted)
+        """Nodes of the trie where the automaton is alive, and those where it accepts, each bool [N + 1].
+
+        Where it can, from walks of parts that were kept; else by a walk of its own.
+        """
+        kind, args = node.kind, node.args
+        if kind == "concat" and args[0].kind in WIDE:
+            return self._onward(automaton, *args)
+        if kind == "repeat" and args[1:] != (0, None) and self._counts(automaton, args[0]):
+            return self._counted(automaton, *args)
+        if kind == "and" and "not" in (args[0].kind, args[1].kind):
+            return self._without(automaton, node)
+        if kind == "union" and any([_is_wide(member) for member in args]):
+            return self._any(automaton, args)
+        reached, accepted = self._marks()
+        far = kind in ("repeat", "and") and self._leads_far(automaton, automaton.state(node))
+        go = self._sweep if far else self._walk
+        go(automaton, automaton.state(node), [0], reached, accepted)
         reached[0] = False  # an empty token is none
+        return reached, accepted
+
+    def _leads_far(self, automaton: Automaton, state: int) -> bool:
+        """Whether much of the trie is below the bytes that may come first."""
+        self._expand(automaton, [state])
+        first = np.arange(1, 1 + self.children[0])
+        return bool(self._below[first[automaton.table[state, self.node_byte[first]] != DEAD]].sum() > self._nodes // 4)
+
+    def _marks(self) -> NDArray[np.bool_]:
+        return np.zeros((2, self._nodes + 1), np.bool_)
+
+    def _kept_reach(self, automaton: Automaton, node: Node) -> NDArray[np.bool_]:
+        """What `_reach` says, kept for all requests: bool [2, N + 1]."""
+
+        def make() -> tuple[NDArray, ...]:
+            return (np.packbits(np.stack(self._reach(automaton, node)), axis=1),)
+
+        (packed,) = self._walks.get(node.digest, make)
+        return np.unpackbits(packed, axis=1, count=self._nodes + 1).view(np.bool_)
+
+    def _onward(self, automaton: Automaton, head: Node, tail: Node) -> tuple[Mask, Mask]:
+        """Of a concat: inside the head, and on from where it may end."""
+        reached, exits = self._kept_reach(automaton, head)
+        nodes, state = np.flatnonzero(exits), automaton.state(tail)
+        accepted = np.zeros_like(reached)
+        self._expand(automaton, [state])
+        live = np.flatnonzero(automaton.table[state])
+        if len(nodes) > FEW and len(live) <= FEW_BYTES:  # quicker to ask all nodes of these bytes for their parents
+            accepted[nodes] = automaton.accepting[state]
+            child = np.concatenate([self._with_byte(byte) for byte in live.tolist()] or [nodes[:0]])
+            child = child[exits[self.parent[child]]]
+            self._walk(automaton, automaton.table[state, self.node_byte[child]], child, reached, accepted)
+        elif len(nodes) <= FEW or not self._sweep(automaton, state, nodes, reached, accepted):
+            self._walk(automaton, state, nodes, reached, accepted)
+        reached[0] = False
+        return reached, accepted
+
+    def _any(self, automaton: Automaton, members: Sequence[Node]) -> tuple[Mask, Mask]:
+        """Of a union: each wide member for itself, for its walks may be kept; the others together."""
+        wide = [member for member in members if _is_wide(member)]
+        parts = [*wide, automaton.union([member for member in members if not _is_wide(member)])]
+        found = [np.stack(self._reach(automaton, part)) for part in parts]
+        reached, accepted = np.bitwise_or.reduce(found)
+        return reached, accepted
+
+    def _without(self, automaton: Automaton, node: Node) -> tuple[Mask, Mask]:
+        """Of "a and not b": as of a, but where b is alive, too; b is some names, so these nodes are few."""
+        inverse, plain = sorted(node.args, key=lambda part: part.kind != "not")
+        reached, accepted = self._kept_reach(automaton, plain)
+        zone, _ = self._reach(automaton, inverse.args[0])
+        zone[0] = True
+        inside = self._marks()
+        self._walk(automaton, automaton.state(node), [0], inside[0], inside[1], within=zone)
+        reached[zone], accepted[zone] = inside[0, zone], inside[1, zone]
+        reached[0] = False
         return reached, accepted
 
     def _counts(self, automaton: Automaton, body: Node) -> bool:
@@ -206,62 +271,91 @@ class Vocabulary:
         star = automaton.repeat(body)
 
         def walk() -> tuple[NDArray, ...]:
-            reached, accepted = np.zeros((2, self._nodes + 1), np.bool_)
-            times = np.zeros(self._nodes + 1, np.int32)
-            self._walk(automaton, automaton.state(star), np.zeros(1, np.intp), reached, accepted, times)
+            reached, accepted = self._marks()
+            times = np.zeros(self._nodes + 1, np.int16)  # a token is shorter than 32,768 bytes
+            self._sweep(automaton, automaton.state(star), [0], reached, accepted, times)
             reached[0] = False
             return reached, accepted, times
 
         reached, accepted, times = self._walks.get(b"counted" + star.digest, walk)
-        within = reached & (times + ~accepted <= (most if most is not None else times.max()))
-        return within, accepted & (times >= least) & (times <= (most if most is not None else times.max()))
+        longest = int(times.max())
+        most = longest if most is None else min(most, longest)
+        return reached & (times + ~accepted <= most), accepted & (times >= min(least, longest + 1)) & (times <= most)
+
+    # ---- two ways to walk ------------------------------------------------------------------------------------------
 
     def _walk(
         self,
         automaton: Automaton,
-        state: int,
-        nodes: NDArray[np.intp],
+        state: int | NDArray[np.int32],
+        nodes: NDArray[np.intp] | list[int],
         reached: Mask,
         accepted: Mask,
-        times: NDArray[np.int32] | None = None,
+        within: Mask | None = None,
     ) -> None:
-        """Go from some nodes of the trie, all in one state, as deep as the automaton lives.
+        """Go from some nodes of the trie, all in one state or each in its own, as deep as the automaton lives.
 
-        Marks the nodes that are `reached`, and those where it is `accepted`; counts how often it accepted on the way.
+        Marks the nodes that are `reached`, and those where it is `accepted`; with `within` it goes nowhere else.
         """
-        states = np.full(len(nodes), state, np.int32)
-        accepted[nodes] |= automaton.accepting[state]
+        nodes = np.asarray(nodes, np.intp)
+        states = np.broadcast_to(np.asarray(state, np.int32), nodes.shape)
+        reached[nodes] = True
         while len(nodes):
+            accepted[nodes[automaton.accepting[states]]] = True
             self._expand(automaton, states)
-            live = np.flatnonzero(automaton.table[state]) if len(nodes) > FEW and (states == state).all() else None
-            if live is not None and len(live) <= FEW_BYTES:  # quicker to ask all nodes of these bytes for their parents
-                child, came = self._with_bytes(live, nodes)
-                states = automaton.table[state, self.node_byte[child]]
-            else:
-                counts = self.children[nodes]
-                came = np.repeat(nodes, counts)
-                ahead = np.cumsum(counts) - counts  # children of the nodes in front
-                child = np.arange(len(came)) + np.repeat(self.first_child[nodes] - ahead, counts)
-                states = automaton.table[np.repeat(states, counts), self.node_byte[child]]
-                alive = np.flatnonzero(states)
-                child, states, came = child[alive], states[alive], came[alive]
-            reached[child] = True
-            accepts = automaton.accepting[states]
-            accepted[child[accepts]] = True
+            counts = self.children[nodes]
+            ahead = np.cumsum(counts) - counts  # children of the nodes in front
+            child = np.arange(counts.sum()) + np.repeat(self.first_child[nodes] - ahead, counts)
+            states = automaton.table[np.repeat(states, counts), self.node_byte[child]]
+            alive = np.flatnonzero(states if within is None else states * within[child])
+            nodes, states = child[alive], states[alive]
+            reached[nodes] = True
+
+    def _sweep(
+        self,
+        automaton: Automaton,
+        state: int,
+        nodes: NDArray[np.intp] | list[int],
+        reached: Mask,
+        accepted: Mask,
+        times: NDArray[np.int16] | None = None,
+    ) -> bool:
+        """The same for a walk that goes nearly everywhere: all nodes of a depth, dead ones too, which are one slice.
+
+        Each node can be in one state only. False, and nothing marked, if a walk comes to one of `nodes` in another.
+        Counts in `times` how often it accepted on the way.
+        """
+        states = np.zeros(self._nodes + 1, np.int32)
+        states[nodes] = state
+        begins = states != DEAD
+        for first, last in self._levels:
+            before = self.parent[first:last]
+            came = states[before]
+            self._expand(automaton, came)
+            here = automaton.table.take(came * 256 + self.node_byte[first:last])
+            if len(nodes) > 1:
+                starts = begins[first:last]
+                if (here[starts] * (here[starts] != state)).any():
+                    return False
+                here[starts] = state
+            states[first:last] = here
             if times is not None:
-                times[child] = times[came] + accepts
-            nodes = child
+                times[first:last] = times[before] + automaton.accepting[here]
+        alive = states != DEAD
+        reached |= alive
+        accepted |= automaton.accepting[states]
+        return True
 
-    def _with_bytes(self, live: NDArray[np.intp], nodes: NDArray[np.intp]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-        """The children of `nodes` that have one of some bytes, and their parents."""
-        child = np.concatenate([self._by_byte[self._byte_at[byte] : self._byte_at[byte + 1]] for byte in live])
-        wanted = np.zeros(self._nodes, np.bool_)
-        wanted[nodes] = True
-        parents = self.parent[child]
-        chosen = wanted[parents]
-        return child[chosen], parents[chosen]
+    def _with_byte(self, byte: int) -> NDArray[np.intp]:
+        """All nodes that a byte leads to."""
+        return self._by_byte[self._byte_at[byte] : self._byte_at[byte + 1]]
 
-    def _expand(self, automaton: Automaton, states: NDArray[np.int32]) -> None:
-        missing = states[~automaton.expanded[states]]
-        for state in set(missing.tolist()):
-            automaton.expand(state)
+    def _expand(self, automaton: Automaton, states: NDArray[np.int32] | list[int]) -> None:
+        known = automaton.expanded[states]
+        if not known.all():
+            for state in set(np.asarray(states)[~known].tolist()):
+                automaton.expand(state)
+
+
+def _is_wide(node: Node) -> bool:
+    return node.kind == "concat" and node.args[0].kind in WIDE
