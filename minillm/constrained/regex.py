@@ -20,7 +20,7 @@ from typing import Any
 
 from .automaton import Automaton, ConstraintError, ConstraintTooLarge, Limits, Node, byte_set
 
-__all__ = ["Ranges", "Tree", "build", "complement", "digit_ranges", "parse", "searched", "utf8"]
+__all__ = ["Ranges", "Tree", "build", "complement", "digit_ranges", "one_set", "parse", "searched", "utf8"]
 
 Ranges = list[tuple[int, int]]  # of code points, (first, last), in order and apart
 Tree = tuple[
@@ -301,6 +301,21 @@ def searched(
         before, after = automaton.empty if begins else any_text, end if ends else any_text
         found.append(automaton.concat(before, inner, after))
     return automaton.union(found)
+
+
+def one_set(tree: Tree) -> tuple[Ranges, int, int | None] | None:
+    """(characters, least, most) of a pattern such as ^[a-z]{1,9}$; None for any other.
+
+    Limits on the length then only change its counts.
+    """
+    branches = list(_branches(tree))
+    items, begins, ends = branches[0]
+    if len(branches) > 1 or not begins or not ends or [item[0] for item in items[1]] != ["repeat"]:
+        return None
+    _, inner, least, most = items[1][0]
+    while inner[0] == "cat" and len(inner[1]) == 1:
+        inner = inner[1][0]
+    return (inner[1], least, most) if inner[0] == "set" else None
 
 
 def _branches(tree: Tree) -> Iterator[tuple[Tree, bool, bool]]:

@@ -7,10 +7,10 @@ from decimal import Decimal
 from functools import reduce
 from typing import Any
 
-from .automaton import Automaton, Node
+from .automaton import Automaton, ConstraintError, Node
 from .exclusion import further_properties
 from .json_text import JsonText
-from .regex import parse, searched
+from .regex import Ranges, Tree, one_set, parse, searched
 from .schema_parts import Bound, Part, refuse
 
 __all__ = ["FORMATS", "PartNodes"]
@@ -106,6 +106,10 @@ class PartNodes:
         return self._json.string_of(self._content(part))
 
     def _content(self, part: Part) -> Node:
+        if len(part.patterns) == 1 and not part.formats:
+            found = one_set(self._parsed(part.patterns[0], part.path, "pattern"))
+            if found:
+                return self._counted(*found, part)
         contents = [self._pattern(pattern, part.path, "pattern") for pattern in part.patterns]
         for name in part.formats:
             if name in FORMATS:
@@ -118,12 +122,25 @@ class PartNodes:
 
     def _pattern(self, pattern: str, path: str, keyword: str, wide: bool = False) -> Node:
         """The content of a string in which a pattern is found."""
+        tree, any_text = self._parsed(pattern, path, keyword, wide), self._a.repeat(self._json.character)
         try:
-            tree = parse(pattern, self._a.limits, search=True, wide=wide)
-            any_text = self._a.repeat(self._json.character)
             return searched(self._a, tree, lambda r: self._json.characters(r, every_escape=wide), any_text, wide)
-        except ValueError as e:
+        except ConstraintError as e:
             raise type(e)(f"json schema: {path}: {keyword}: {e}") from None
+
+    def _parsed(self, pattern: str, path: str, keyword: str, wide: bool = False) -> Tree:
+        try:
+            return parse(pattern, self._a.limits, search=True, wide=wide)
+        except ConstraintError as e:
+            raise type(e)(f"json schema: {path}: {keyword}: {e}") from None
+
+    def _counted(self, ranges: Ranges, least: int, most: int | None, part: Part) -> Node:
+        """A pattern of one set of characters, with the limits on the length put into its counts."""
+        low, high = part.length
+        low, high = max(low, least), most if high is None else high if most is None else min(high, most)
+        if high is not None and low > high:
+            return self._a.nothing
+        return self._a.repeat(self._json.characters(ranges), low, high)
 
     # ---- arrays ----------------------------------------------------------------------------------------------------
 
