@@ -278,9 +278,9 @@ class Vocabulary:
             return reached, accepted, times
 
         reached, accepted, times = self._walks.get(b"counted" + star.digest, walk)
-        longest = int(times.max())
-        most = longest if most is None else min(most, longest)
-        return reached & (times + ~accepted <= most), accepted & (times >= min(least, longest + 1)) & (times <= most)
+        more = int(times.max()) + 1  # than any token holds, the open one included
+        least, most = min(least, more), more if most is None else min(most, more)
+        return reached & (times + ~accepted <= most), accepted & (times >= least) & (times <= most)
 
     # ---- two ways to walk ------------------------------------------------------------------------------------------
 
@@ -333,8 +333,8 @@ class Vocabulary:
             came = states[before]
             self._expand(automaton, came)
             here = automaton.table.take(came * 256 + self.node_byte[first:last])
-            if len(nodes) > 1:
-                starts = begins[first:last]
+            starts = begins[first:last]
+            if starts.any():
                 if (here[starts] * (here[starts] != state)).any():
                     return False
                 here[starts] = state
