@@ -2,15 +2,16 @@
 
     python benchmarks/constrained.py maskbench.jsonl.gz [--schemas 100] [--record]
 
-The file has a line of JSON a schema: {name, schema, tests: [{valid, data}]}, from github.com/guidance-ai/jsonschemabench.
+The file is of github.com/guidance-ai/jsonschemabench, a line of JSON a schema: {name, schema, tests: [{valid, data}]}.
 Tokens are SmolLM2's. llguidance and xgrammar are measured beside it where they are installed.
 
 kept      the schema is compiled; else it is refused, counted by the keyword that the error names
 wrong     an invalid instance is accepted, as `json.dumps` writes it
 missed    a valid one is not, with its keys in the schema's order; apart from these: how many are accepted only in that
           order, and how many would be if further properties were allowed where the schema does not speak of them
-passed    of all schemas: kept, nothing wrong, nothing missed in the order in which the instance comes (MaskBench's count)
-mask      microseconds of one core for each token of the valid instances; cold: the first time that this schema is walked, warm: again
+passed    of all schemas: kept, nothing wrong, nothing missed in the order in which it comes (MaskBench's count)
+mask      microseconds of one core for each token of the valid instances; cold: the first time that this schema is
+          walked, with what is kept of others; warm: again
 """
 
 import argparse
@@ -148,7 +149,8 @@ class Counts:
     def results(self) -> dict[str, Any]:
         return {
             "kept": len(self.kept), "refused": dict(self.refused.most_common()), **self.total,
-            "compile ms": spread(self.compile_ms), "mask us, cold": spread(self.cold), "mask us, warm": spread(self.warm),
+            "compile ms": spread(self.compile_ms),
+            "mask us, cold": spread(self.cold), "mask us, warm": spread(self.warm),
         }  # fmt: skip
 
 

@@ -1,11 +1,10 @@
-"""llguidance and xgrammar on the same schemas and instances, where they are installed: what they keep, and their masks."""
+"""llguidance and xgrammar on the same schemas and instances, where they are installed: what they keep, masks."""
 
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
 
 Rows = list[dict[str, Any]]
 Spread = Callable[[list[float]], dict[str, float]]

@@ -173,9 +173,11 @@ class Automaton:
         return self.union([self.empty, node])
 
     def repeat(self, node: Node, least: int = 0, most: int | None = None) -> Node:
-        """It `least` to `most` times, one behind another; None is without end."""
+        """It `least` to `most` times, one behind another; None is without end, and `least` above `most` is nothing."""
+        if most is not None and least > most:
+            return self.nothing
         if most == 0 or node in (self.empty, self.nothing):
-            return self.empty if least == 0 or most == 0 or node is self.empty else self.nothing
+            return self.nothing if least and node is self.nothing else self.empty
         least = 0 if node.nullable else least
         if most == 1:
             return node if least else self.optional(node)

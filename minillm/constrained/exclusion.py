@@ -8,7 +8,7 @@ from .schema_parts import Bound, Part, canonical
 
 __all__ = ["excluded", "further_properties"]
 
-Parts = Callable[[Any, bool], list[Part]]  # (schema, outer) -> its alternatives
+Parts = Callable[[Any, Part, bool], list[Part]]  # (schema within a part, that part, outer) -> its alternatives
 
 
 def further_properties(part: Part) -> Any:
@@ -51,7 +51,8 @@ def _excluded(part: Part, other: Part, parts: Parts) -> Part | None:
         return part
     for name in part.required:
         if name in part.properties and name in other.properties:
-            mine, theirs = parts(part.properties[name], False), parts(other.properties[name], True)
+            mine = parts(part.properties[name], part, False)
+            theirs = parts(other.properties[name], other, True)
             if all([_excluded(one, another, parts) == one for one in mine for another in theirs]):
                 return part
     for name in other.required:  # what may be left out is left out

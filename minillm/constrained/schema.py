@@ -79,11 +79,13 @@ class _Reader:
             if self._level > 4 * self._a.limits.depth:
                 raise ConstraintTooLarge(f"json schema: {path}: nested too deeply")
             parts = self.parts(schema, path, depth)
-            language = PartNodes(self._a, self._json, lambda s, p: self.node(s, p, depth))
-            self._nodes[key] = self._a.union([language.node(part) for part in parts])
+            self._nodes[key] = self._a.union([self._part_node(part) for part in parts])
             self._kept.append(schema)
             self._level -= 1
         return self._nodes[key]
+
+    def _part_node(self, part: Part) -> Node:
+        return PartNodes(self._a, self._json, lambda schema, path: self.node(schema, path, part.depth)).node(part)
 
     # ---- alternatives ----------------------------------------------------------------------------------------------
 
@@ -93,10 +95,10 @@ class _Reader:
         if self._work > self._a.limits.states:
             raise ConstraintTooLarge(f"json schema: {path}: too many schemas when all references are followed")
         if isinstance(schema, bool):
-            return [Part(path)] if schema else []
+            return [Part(path, depth)] if schema else []
         if not isinstance(schema, dict):
             raise refuse(path, "schema", f"expected an object or a boolean, got {json.dumps(schema)[:60]}")
-        found = [read_keywords(schema, path, outer)]
+        found = [read_keywords(schema, path, depth, outer)]
         if "$ref" in schema:
             if depth == 0 and not outer:
                 return []  # deep enough: other alternatives are left
@@ -151,7 +153,7 @@ class _Reader:
         for i, branch in enumerate(mine):
             wrong = [part for j, other in enumerate(others) if j != i for part in other]
             for part in self._product(found, branch, outer):
-                kept = self._excluded(part, self._product([part], wrong, outer=True), depth)
+                kept = self._excluded(part, self._product([part], wrong, outer=True))
                 if kept is None:
                     raise refuse(
                         path, "oneOf", f"it is not clear that branch {i} is valid by no other branch; use anyOf"
@@ -163,25 +165,22 @@ class _Reader:
         """`not`, and `if` with what follows from it."""
         if "not" in schema:
             wrong = self.parts(schema["not"], f"{path}/not", depth, outer=True)
-            return self._all_excluded(found, wrong, path, "not", depth)
+            return self._all_excluded(found, wrong, path, "not")
         if "if" in schema and ("then" in schema or "else" in schema):
             met = self._any([({"allOf": [schema["if"], schema.get("then", True)]}, f"{path}/if")], depth, False)
             wrong = self.parts(schema["if"], f"{path}/if", depth, outer=True)
             otherwise = self._product(found, self.parts(schema.get("else", True), f"{path}/else", depth), False)
-            return self._product(found, met, False) + self._all_excluded(otherwise, wrong, path, "if", depth)
+            return self._product(found, met, False) + self._all_excluded(otherwise, wrong, path, "if")
         return found
 
-    def _all_excluded(self, found: list[Part], wrong: list[Part], path: str, keyword: str, depth: int) -> list[Part]:
-        kept = [self._excluded(part, wrong, depth) for part in found]
+    def _all_excluded(self, found: list[Part], wrong: list[Part], path: str, keyword: str) -> list[Part]:
+        kept = [self._excluded(part, wrong) for part in found]
         if None in kept:
             raise refuse(path, keyword, "what it excludes cannot be told apart from what is generated")
         return [part for part in kept if part is not None and part.types]
 
-    def _excluded(self, part: Part, wrong: Iterable[Part], depth: int) -> Part | None:
-        def parts(schema: Any, outer: bool) -> list[Part]:
-            return self.parts(schema, part.path, depth, outer)
-
-        return excluded(part, wrong, parts)
+    def _excluded(self, part: Part, wrong: Iterable[Part]) -> Part | None:
+        return excluded(part, wrong, lambda schema, of, outer: self.parts(schema, of.path, of.depth, outer))
 
     def _dependencies(self, schema: dict[str, Any], path: str) -> Iterable[list[tuple[Any, str]]]:
         """If a property is there, so are others: it is not, or they are."""

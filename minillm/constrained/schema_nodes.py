@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from decimal import Decimal
 from functools import reduce
 from typing import Any
@@ -15,8 +16,9 @@ from .schema_parts import Bound, Part, refuse
 
 __all__ = ["FORMATS", "PartNodes"]
 
+_YEAR = r"([1-9]\d{3}|0[1-9]\d\d|00[1-9]\d|000[1-9])"
 _DATE = (
-    r"\d{4}-(0[13578]|1[02])-(0[1-9]|[12]\d|3[01])|\d{4}-(0[469]|11)-(0[1-9]|[12]\d|30)|\d{4}-02-(0[1-9]|1\d|2[0-8])"
+    rf"{_YEAR}-((0[13578]|1[02])-(0[1-9]|[12]\d|3[01])|(0[469]|11)-(0[1-9]|[12]\d|30)|02-(0[1-9]|1\d|2[0-8]))"
     r"|\d\d(0[48]|[2468][048]|[13579][26])-02-29"
 )
 _TIME = r"([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,9})?(Z|[+-]([01]\d|2[0-3]):[0-5]\d)"
@@ -52,7 +54,7 @@ class PartNodes:
         """What a part allows. Raises ConstraintError for what cannot be kept."""
         if part.enum is not None:
             return self._chosen(part)
-        if part == Part(part.path):
+        if part == Part():
             return self._json.any_value(self._a.limits.nesting)
         types, found = part.types, []
         if "null" in types:
@@ -72,8 +74,8 @@ class PartNodes:
     def _chosen(self, part: Part) -> Node:
         """The values of an enum that have all else that is asked for."""
         assert part.enum is not None
-        rest = Part(**{**vars(part), "enum": None})
-        if rest == Part(part.path):
+        rest = replace(part, enum=None)
+        if rest == Part():
             return self._a.union([self._json.value(value) for value in part.enum])
         if rest.only_types():
             values = [value for value in part.enum if _type(value) in part.types]
@@ -85,13 +87,13 @@ class PartNodes:
     # ---- numbers ---------------------------------------------------------------------------------------------------
 
     def _number(self, part: Part) -> Node:
-        whole = "number" not in part.types or part.multiple > 1
+        whole = "number" not in part.types or part.multiple is not None
         if not whole:
             if part.low is None and part.high is None:
                 return self._json.number
             return self._json.number_within(part.low, part.high)
         language = self._json.integer_within(_inside(part.low, up=True), _inside(part.high, up=False))
-        if part.multiple > 1:
+        if part.multiple is not None:
             minus = self._a.optional(self._a.literal(b"-"))
             language = self._a.both(language, self._a.concat(minus, self._a.multiple(part.multiple)))
         return language

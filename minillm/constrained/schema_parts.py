@@ -27,12 +27,13 @@ REFUSED = (
 class Part:
     """What one alternative asks for; the defaults ask for nothing. Schemas within it are still to be read."""
 
-    path: str = "#"
+    path: str = field(default="#", compare=False)
+    depth: int = field(default=0, compare=False)  # how many more $ref may be followed in the schemas within
     types: frozenset[str] = ALL_TYPES
     enum: tuple[Any, ...] | None = None
     low: Bound | None = None
     high: Bound | None = None
-    multiple: int = 1
+    multiple: int | None = None
     length: Sizes = (0, None)
     patterns: tuple[str, ...] = ()
     formats: tuple[str, ...] = ()
@@ -48,7 +49,7 @@ class Part:
 
     def only_types(self) -> bool:
         """Whether nothing but the type is asked for."""
-        return self == Part(self.path, self.types)
+        return self == Part(types=self.types)
 
 
 def refuse(path: str, keyword: str, why: str) -> ConstraintError:
@@ -59,7 +60,7 @@ def refuse(path: str, keyword: str, why: str) -> ConstraintError:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_keywords(schema: dict[str, Any], path: str, outer: bool = False) -> Part:
+def read_keywords(schema: dict[str, Any], path: str, depth: int, outer: bool = False) -> Part:
     """The keywords of one schema that say something about a value itself, not by way of other schemas.
 
     outer: what is not kept is passed over, so that the part allows more than the schema does.
@@ -77,7 +78,7 @@ def read_keywords(schema: dict[str, Any], path: str, outer: bool = False) -> Par
     }
     low, high = _bounds(schema, path)
     return Part(
-        path=path, types=_types(schema, path), enum=_enum(schema, path), low=low, high=high,
+        path=path, depth=depth, types=_types(schema, path), enum=_enum(schema, path), low=low, high=high,
         multiple=_multiple(schema, path, outer), length=_sizes(schema, "Length", path),
         count=_sizes(schema, "Properties", path), size=_sizes(schema, "Items", path),
         **strings, **_object_keywords(schema, path), **_array_keywords(schema, path, outer),
@@ -150,13 +151,13 @@ def _decimal(schema: dict[str, Any], keyword: str, path: str) -> Decimal:
     return value
 
 
-def _multiple(schema: dict[str, Any], path: str, outer: bool) -> int:
+def _multiple(schema: dict[str, Any], path: str, outer: bool) -> int | None:
     if "multipleOf" not in schema:
-        return 1
+        return None
     value = _expect(schema, "multipleOf", (int, float), "a number", path)
     if value <= 0 or value != int(value):
         if outer:
-            return 1
+            return None
         raise refuse(path, "multipleOf", f"expected an integer, got {value}: of fractions it depends on rounding")
     return int(value)
 
@@ -196,8 +197,9 @@ def _array_keywords(schema: dict[str, Any], path: str, outer: bool) -> dict[str,
 def merge(a: Part, b: Part, outer: bool = False) -> Part:
     """What both ask for, together. Raises ConstraintError where that cannot be said in one part."""
     return replace(
-        a, types=a.types & b.types, enum=_either(a.enum, b.enum, _common), low=_either(a.low, b.low, _higher),
-        high=_either(a.high, b.high, _lower), multiple=math.lcm(a.multiple, b.multiple),
+        a, depth=min(a.depth, b.depth),
+        types=a.types & b.types, enum=_either(a.enum, b.enum, _common), low=_either(a.low, b.low, _higher),
+        high=_either(a.high, b.high, _lower), multiple=_either(a.multiple, b.multiple, math.lcm),
         length=_narrower(a.length, b.length), count=_narrower(a.count, b.count), size=_narrower(a.size, b.size),
         patterns=tuple(dict.fromkeys(a.patterns + b.patterns)), formats=tuple(dict.fromkeys(a.formats + b.formats)),
         required=tuple(dict.fromkeys(a.required + b.required)), names=a.names + b.names,

@@ -185,7 +185,7 @@ def tokenizer():
         (SCHEMAS[0], b'{"name": "'),
         (SCHEMAS[1], b'{"'),
         (SCHEMAS[3], b'"ab'),
-        (SCHEMAS[5], "\"x\xe9".encode()),
+        (SCHEMAS[5], '"x\xe9'.encode()),
         (SCHEMAS[10], b"[1"),
     ],
 )

@@ -11,8 +11,42 @@ from minillm.constrained.automaton import DEAD, Automaton
 from minillm.constrained.regex import build, complement, digit_ranges, parse, utf8
 
 ALPHABET = "ab1_ -.\n\té日😀\x7f\u0800\uffff\U0010ffff"
-LITERALS = ["a", "b", "1", " ", "_", "é", "日", "😀", r"\.", r"\n", r"\t", r"\x61", r"\u00e9", r"\U0001f600", r"\-", "{", "}"]
-CLASSES = [".", r"\d", r"\D", r"\w", r"\W", r"\s", r"\S", "[ab]", "[^ab]", "[a-z]", r"[^\W1]", r"[\d\-é]", "[é-日]", "[^日]", r"[^\D]"]
+LITERALS = [
+    "a",
+    "b",
+    "1",
+    " ",
+    "_",
+    "é",
+    "日",
+    "😀",
+    r"\.",
+    r"\n",
+    r"\t",
+    r"\x61",
+    r"\u00e9",
+    r"\U0001f600",
+    r"\-",
+    "{",
+    "}",
+]
+CLASSES = [
+    ".",
+    r"\d",
+    r"\D",
+    r"\w",
+    r"\W",
+    r"\s",
+    r"\S",
+    "[ab]",
+    "[^ab]",
+    "[a-z]",
+    r"[^\W1]",
+    r"[\d\-é]",
+    "[é-日]",
+    "[^日]",
+    r"[^\D]",
+]
 COUNTS = ["*", "+", "?", "{2}", "{1,}", "{,2}", "{0,3}", "{2,3}", "*?", "+?", "{1,2}?"]
 
 atoms = st.sampled_from(LITERALS + CLASSES)

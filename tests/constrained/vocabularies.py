@@ -6,9 +6,41 @@ from random import Random
 from minillm.constrained import FINISHED, Constraint, Vocabulary
 
 WORDS = [
-    '{"', '": ', '", "', '"}', "}]", '["', "], [", "true", "false", "null", "ab", "abc", "aaaa", "a" * 12, " a", "  ", "12", "0.5",
-    "-1", "1234567890", "é", "日本", "日", "😀", '\\"', "\\u", "\\ud83d\\u", "\\n", "e+", '"a"', '"a": ', "name", '"name', "b\", \"",
-]  # fmt: skip
+    '{"',
+    '": ',
+    '", "',
+    '"}',
+    "}]",
+    '["',
+    "], [",
+    "true",
+    "false",
+    "null",
+    "ab",
+    "abc",
+    "aaaa",
+    "a" * 12,
+    " a",
+    "  ",
+    "12",
+    "0.5",
+    "-1",
+    "1234567890",
+    "é",
+    "日本",
+    "日",
+    "😀",
+    '\\"',
+    "\\u",
+    "\\ud83d\\u",
+    "\\n",
+    "e+",
+    '"a"',
+    '"a": ',
+    "name",
+    '"name',
+    'b", "',
+]
 HALVES = [b"\xc3", b"\xa9\xc3", b"\xe6\x97", b"a\xf0\x9f", b"\x98\x80", b"\xed\xa0\x80", b"\xff\xfe"]
 END = 256 + len(WORDS) + len(HALVES) + 1
 
