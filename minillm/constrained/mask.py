@@ -66,7 +66,7 @@ class _Kept:
                 return self._items[key]
         value = make()
         for array in value:
-            array.flags.writeable = False
+            array.setflags(write=False)
         with self._lock:
             self._size += sum([a.nbytes for a in value]) if key not in self._items else 0
             self._items[key] = value
