@@ -1,0 +1,5 @@
+"""Small changes of a large model: LoRA, and adapters that cannot be merged; in PEFT's format, many at once."""
+
+from .lora import Adapter, LoraConfig, adapted, adapter_of, attach, detach, merge, unmerge
+
+__all__ = ["Adapter", "LoraConfig", "adapted", "adapter_of", "attach", "detach", "merge", "unmerge"]
