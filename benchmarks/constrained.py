@@ -111,7 +111,7 @@ class Counts:
         self.kept: set[str] = set()
 
     def schema(self, row: dict[str, Any]) -> None:
-        start = time.perf_counter()
+        start = time.thread_time()
         try:
             constraint = compile_constraint("json", row["schema"], self.vocabulary)
         except ConstraintError as e:
@@ -119,7 +119,7 @@ class Counts:
             self.refused[words[2] if words[0] == "json schema" and len(words) > 3 else words[-1]] += 1
             return
         finally:
-            self.compile_ms.append(1e3 * (time.perf_counter() - start))
+            self.compile_ms.append(1e3 * (time.thread_time() - start))
         self.kept.add(row["name"])
         passed = all([self.instance(constraint, row["schema"], test) for test in row["tests"]])
         self.total["passed"] += passed
@@ -172,9 +172,9 @@ def main() -> None:
         rows = [json.loads(line) for line in file][: arguments.schemas]
     tokenizer = load_tokenizer(model_path(MODEL))
     gc.freeze()  # as a server does: else a collection looks at all that the imports made, again and again
-    start = time.perf_counter()
+    start = time.thread_time()
     vocabulary = Vocabulary.of(tokenizer)
-    results: dict[str, Any] = {"schemas": len(rows), "vocabulary ms": 1e3 * (time.perf_counter() - start)}
+    results: dict[str, Any] = {"schemas": len(rows), "vocabulary ms": 1e3 * (time.thread_time() - start)}
     counts = Counts(vocabulary, lambda text: tokenizer.encode(text, add_special_tokens=False))
     for row in rows:
         counts.schema(row)

@@ -53,7 +53,7 @@ class Limits:
     - depth: groups within groups of a regular expression, schemas within schemas.
     - positions: letters of a regular expression with its repeats written out: (ab){20} has 40. A count within a count
       weighs tenfold.
-    - nodes, states, seconds: what may be made of it, while it is compiled and later while it is walked.
+    - nodes, states, seconds of one core: what may be made of it, while it is compiled and later while it is walked.
     - nesting: of arrays and objects where a schema allows any JSON.
     - recursion: how often a `$ref` may stand within a `$ref`.
     """
@@ -218,7 +218,7 @@ class Automaton:
         if node is None:
             if len(self._made) >= self.limits.nodes:
                 raise ConstraintTooLarge(f"constraint: needs more than {self.limits.nodes} parts; make it simpler")
-            if self._deadline is not None and len(self._made) % 64 == 0 and time.perf_counter() > self._deadline:
+            if self._deadline is not None and len(self._made) % 64 == 0 and time.thread_time() > self._deadline:
                 raise ConstraintTooLarge(f"constraint: took more than {self.limits.seconds} s; make it simpler")
             parts = [part.digest if isinstance(part, Node) else repr(part).encode() for part in args]
             digest = hashlib.blake2b(b"\0".join([kind.encode(), *parts]), digest_size=16).digest()
@@ -350,14 +350,14 @@ class Automaton:
         """When the work that begins now began; None where somebody outside measures already."""
         if self._deadline is not None:
             return None
-        began = time.perf_counter()
+        began = time.thread_time()
         self._deadline = began + self.limits.seconds - self._spent
         return began
 
     def stop_clock(self, began: float | None) -> None:
         """The end of what `start_clock` began."""
         if began is not None:
-            self._spent += time.perf_counter() - began
+            self._spent += time.thread_time() - began
             self._deadline = None
 
 

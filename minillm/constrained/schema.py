@@ -19,6 +19,7 @@ others are read with `outer`: then a part may allow more than its schema does, n
 """
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -33,7 +34,6 @@ from .schema_parts import Part, merge, read_keywords, refuse
 __all__ = ["schema_language"]
 
 MOST_PARTS = 256  # alternatives of one schema, when all its anyOf are multiplied out
-COMBINE = ("$ref", "allOf", "anyOf", "oneOf", "not", "dependencies", "dependentRequired", "dependentSchemas", "if")
 
 
 def schema_language(automaton: Automaton, schema: Any) -> Node:
@@ -67,6 +67,7 @@ class _Reader:
     def __init__(self, automaton: Automaton, root: Any) -> None:
         self._a, self._root, self._level = automaton, root, 0
         self._json = JsonText(automaton)
+        self._draft4 = isinstance(root, dict) and re.search(r"draft-0[34]", str(root.get("$schema", ""))) is not None
         self._nodes: dict[tuple[int, int], Node] = {}
         self._kept: list[Any] = []  # schemas whose id is a key, so that no other gets it
         self._work = 0
@@ -98,32 +99,45 @@ class _Reader:
             return [Part(path, depth)] if schema else []
         if not isinstance(schema, dict):
             raise refuse(path, "schema", f"expected an object or a boolean, got {json.dumps(schema)[:60]}")
+        if outer:
+            return self._outer_parts(schema, path, depth)
+        if schema is not self._root and isinstance(schema.get("$id"), str) and '"$ref"' in json.dumps(schema):
+            raise refuse(path, "$id", "references within a schema that has a name of its own are not supported")
         found = [read_keywords(schema, path, depth, outer)]
         if "$ref" in schema:
-            if depth == 0 and not outer:
+            if depth == 0:
                 return []  # deep enough: other alternatives are left
             target, at = self._target(schema["$ref"], path)
-            if depth > 0:
-                found = self._product(found, self.parts(target, at, depth - 1, outer), outer)
-        for i, one in enumerate(self._list(schema, "allOf", path)):
-            found = self._product(found, self.parts(one, f"{path}/allOf/{i}", depth, outer), outer)
+            found = self._product(found, self.parts(target, at, depth - 1))
+        for branch in self._branches(schema, "allOf", path, depth):
+            found = self._product(found, branch)
         if "anyOf" in schema:
-            branches = self._branches(schema, "anyOf", path, depth, outer)
-            found = self._product(found, [part for branch in branches for part in branch], outer)
+            found = self._product(found, _flat(self._branches(schema, "anyOf", path, depth)))
         for conditions in self._dependencies(schema, path):
-            found = self._product(found, self._any(conditions, depth, outer), outer)
+            found = self._product(found, _flat([self.parts(one, at, depth) for one, at in conditions]))
         if "oneOf" in schema:
-            found = self._one_of(found, schema, path, depth, outer)
-        if outer:
-            return found
+            found = self._one_of(found, schema, path, depth)
         # What no keyword of this schema, nor of those within, has looked at: all of them are in the parts by now.
         for keyword, name in (("unevaluatedProperties", "additional"), ("unevaluatedItems", "items")):
             if keyword in schema:
                 found = [replace(p, **{name: schema[keyword]}) if getattr(p, name) is None else p for p in found]
         return self._without(found, schema, path, depth)
 
-    def _any(self, schemas: Iterable[tuple[Any, str]], depth: int, outer: bool) -> list[Part]:
-        return [part for schema, path in schemas for part in self.parts(schema, path, depth, outer)]
+    def _outer_parts(self, schema: dict[str, Any], path: str, depth: int) -> list[Part]:
+        """Alternatives that allow all that the schema allows in any draft: up to 7, a $ref stands alone; 4 has no const."""
+        if "$ref" in schema:
+            target, at = self._target(schema["$ref"], path)
+            return self.parts(target, at, depth - 1, outer=True) if depth else [Part(path)]
+        known = {key: value for key, value in schema.items() if key != "const" or not self._draft4}
+        found = [read_keywords(known, path, depth, outer=True)]
+        for branch in self._branches(schema, "allOf", path, depth, outer=True):
+            found = self._product(found, branch, outer=True)
+        for keyword in ("anyOf", "oneOf"):
+            if keyword in schema:
+                found = self._product(
+                    found, _flat(self._branches(schema, keyword, path, depth, outer=True)), outer=True
+                )
+        return found
 
     def _list(self, schema: dict[str, Any], keyword: str, path: str) -> list[Any]:
         found = schema.get(keyword, [])
@@ -131,28 +145,28 @@ class _Reader:
             raise refuse(path, keyword, "expected an array of schemas")
         return found
 
-    def _branches(self, schema: dict[str, Any], keyword: str, path: str, depth: int, outer: bool) -> list[list[Part]]:
+    def _branches(
+        self, schema: dict[str, Any], keyword: str, path: str, depth: int, outer: bool = False
+    ) -> list[list[Part]]:
         return [
             self.parts(one, f"{path}/{keyword}/{i}", depth, outer)
             for i, one in enumerate(self._list(schema, keyword, path))
         ]
 
-    def _product(self, left: list[Part], right: list[Part], outer: bool) -> list[Part]:
+    def _product(self, left: list[Part], right: list[Part], outer: bool = False) -> list[Part]:
         if len(left) * len(right) > MOST_PARTS:
             raise ConstraintTooLarge(f"json schema: {left[0].path}: more than {MOST_PARTS} alternatives in combination")
         merged = [merge(a, b, outer) for a in left for b in right]
         return [part for part in merged if part.types]
 
-    def _one_of(self, found: list[Part], schema: dict[str, Any], path: str, depth: int, outer: bool) -> list[Part]:
+    def _one_of(self, found: list[Part], schema: dict[str, Any], path: str, depth: int) -> list[Part]:
         """Each branch without what another branch allows, too."""
-        mine = self._branches(schema, "oneOf", path, depth, outer)
-        if outer:
-            return self._product(found, [part for branch in mine for part in branch], outer)
+        mine = self._branches(schema, "oneOf", path, depth)
         others = self._branches(schema, "oneOf", path, depth, outer=True)
         result = []
         for i, branch in enumerate(mine):
             wrong = [part for j, other in enumerate(others) if j != i for part in other]
-            for part in self._product(found, branch, outer):
+            for part in self._product(found, branch):
                 kept = self._excluded(part, self._product([part], wrong, outer=True))
                 if kept is None:
                     raise refuse(
@@ -165,12 +179,12 @@ class _Reader:
         """`not`, and `if` with what follows from it."""
         if "not" in schema:
             wrong = self.parts(schema["not"], f"{path}/not", depth, outer=True)
-            return self._all_excluded(found, wrong, path, "not")
+            found = self._all_excluded(found, wrong, path, "not")
         if "if" in schema and ("then" in schema or "else" in schema):
-            met = self._any([({"allOf": [schema["if"], schema.get("then", True)]}, f"{path}/if")], depth, False)
+            met = self.parts({"allOf": [schema["if"], schema.get("then", True)]}, f"{path}/if", depth)
             wrong = self.parts(schema["if"], f"{path}/if", depth, outer=True)
-            otherwise = self._product(found, self.parts(schema.get("else", True), f"{path}/else", depth), False)
-            return self._product(found, met, False) + self._all_excluded(otherwise, wrong, path, "if")
+            otherwise = self._product(found, self.parts(schema.get("else", True), f"{path}/else", depth))
+            return self._product(found, met) + self._all_excluded(otherwise, wrong, path, "if")
         return found
 
     def _all_excluded(self, found: list[Part], wrong: list[Part], path: str, keyword: str) -> list[Part]:
@@ -216,3 +230,7 @@ class _Reader:
                     path, "$ref", "a schema with an $id of its own, which references are relative to, is not supported"
                 )
         return at, reference
+
+
+def _flat(branches: Iterable[list[Part]]) -> list[Part]:
+    return [part for branch in branches for part in branch]

@@ -96,6 +96,11 @@ CASES = [
     ({**OBJECT, "dependentRequired": {"a": ["é\n"]}}, [{"a": 1, "é\n": ""}], [{"a": 1}]),
     ({**OBJECT, "unevaluatedProperties": False}, [{"a": 1}], [{"a": 1, "b": 1}]),
     ({"title": "t", "description": "d", "default": 1, "examples": [2], "x-order": 3, "type": "null"}, [None], [1]),
+    (
+        {"not": {"type": "integer"}, "if": {"type": "string"}, "then": {"maxLength": 1}, "else": False},
+        ["a"],
+        ["ab", 1, None],
+    ),
     ({"if": {"type": "string"}, "then": {"maxLength": 1}, "else": {"type": "null"}}, ["a", None], ["ab", 1]),
 ]
 
