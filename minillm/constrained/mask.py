@@ -184,7 +184,7 @@ class Vocabulary:
         """
         kind, args = node.kind, node.args
         if kind == "concat" and args[0].kind in WIDE:
-            return self._onward(automaton, *args)
+            return self._onward(automaton, node)
         if kind == "repeat" and args[1:] != (0, None) and self._counts(automaton, args[0]):
             return self._counted(automaton, *args)
         if kind == "and" and "not" in (args[0].kind, args[1].kind):
@@ -216,8 +216,9 @@ class Vocabulary:
         (packed,) = self._walks.get(node.digest, make)
         return np.unpackbits(packed, axis=1, count=self._nodes + 1).view(np.bool_)
 
-    def _onward(self, automaton: Automaton, head: Node, tail: Node) -> tuple[Mask, Mask]:
+    def _onward(self, automaton: Automaton, node: Node) -> tuple[Mask, Mask]:
         """Of a concat: inside the head, and on from where it may end."""
+        head, tail = node.args
         reached, exits = self._kept_reach(automaton, head)
         nodes, state = np.flatnonzero(exits), automaton.state(tail)
         accepted = np.zeros_like(reached)
@@ -228,8 +229,11 @@ class Vocabulary:
             child = np.concatenate([self._with_byte(byte) for byte in live.tolist()] or [nodes[:0]])
             child = child[exits[self.parent[child]]]
             self._walk(automaton, automaton.table[state, self.node_byte[child]], child, reached, accepted)
-        elif len(nodes) <= FEW or not self._sweep(automaton, state, nodes, reached, accepted):
+        elif len(nodes) <= FEW:
             self._walk(automaton, state, nodes, reached, accepted)
+        elif not self._sweep(automaton, state, nodes, reached, accepted):
+            # Walks from different nodes meet in different states. As one automaton they are in one state at a time.
+            self._sweep(automaton, automaton.state(node), [0], reached, accepted)
         reached[0] = False
         return reached, accepted
 

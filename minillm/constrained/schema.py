@@ -124,7 +124,7 @@ class _Reader:
         return self._without(found, schema, path, depth)
 
     def _outer_parts(self, schema: dict[str, Any], path: str, depth: int) -> list[Part]:
-        """Alternatives that allow all that the schema allows in any draft: up to 7, a $ref stands alone; 4 has no const."""
+        """Alternatives that allow what the schema allows in any draft: up to 7 a $ref stands alone, 4 has no const."""
         if "$ref" in schema:
             target, at = self._target(schema["$ref"], path)
             return self.parts(target, at, depth - 1, outer=True) if depth else [Part(path)]
