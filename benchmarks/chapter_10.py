@@ -322,7 +322,7 @@ def groups_part(bench: Bench, save: Callable[[dict], None]) -> None:
     worst = max(found, key=lambda name: found[name]["own"]["loss of RTN's"])
     print(worst, found[worst], flush=True)
     models: dict[str, dict] = {}
-    for of in ("own", "mean"):  # the third is the ladder's
+    for of in DAMPINGS:
         model, about = quantized(bench, ASYMMETRIC, method="gptq", of=of)
         models[of] = {"name": of, **about, **bench.scores(model)}
         show(models[of])
