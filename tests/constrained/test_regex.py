@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from minillm.constrained import ConstraintError, ConstraintTooLarge, Limits
@@ -75,6 +75,7 @@ def test_it_matches_what_python_matches(data, pattern):
     compiled = re.compile(pattern, re.ASCII)
     characters = st.characters(exclude_categories=["Cs"])
     near = data.draw(st.from_regex(compiled, fullmatch=True, alphabet=characters))
+    assume(len(near) <= 12)  # Python's takes time that grows exponentially where repeats are nested
     at = data.draw(st.integers(0, max(len(near) - 1, 0)))
     changed = near[:at] + data.draw(st.sampled_from([*ALPHABET, ""])) + near[at + 1 :]
     for text in (near, changed, data.draw(st.text(ALPHABET, max_size=5))):
