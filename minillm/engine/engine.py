@@ -27,6 +27,7 @@ from ..model.tokenizer import Tokenizer
 from ..model.tokenizer_hf import HuggingFaceTokenizer
 from ..sampling import SamplingParams, new_seed
 from .batch import OPTIONS, RowLayout
+from .constraints import Constraints, Follower
 from .metrics import EngineMetrics, LogLine
 from .request import Request, known
 from .runner import Masks, Results, Runner
@@ -127,6 +128,7 @@ class Engine:
             gc.collect()
             gc.freeze()  # model and graphs stay: a collection that walks through them stops a step for 30 ms
         self.metrics = EngineMetrics()
+        self.constraints = Constraints(tokenizer, self.end_token_ids, model.config.vocab_size)
         self.requests: dict[str, Request] = {}
         self._lock, self._order, self._log = threading.RLock(), itertools.count(), LogLine(self.metrics)
         self._fresh()
@@ -191,9 +193,12 @@ class Engine:
         lora_request: LoRARequest | None = None,
     ) -> list[Request]:  # fmt: skip
         """`add_request` -> the requests themselves, `params.n` of them."""
-        adapter = self._adapter(lora_request)  # read before anybody is kept from stepping
+        params = params or SamplingParams()
+        adapter, constraint = self._adapter(lora_request), self.constraints.of(params)  # before others are kept waiting
+        if constraint is not None and allowed is not None:
+            raise ValueError("allowed: expected none beside structured_outputs")
         with self._lock:
-            params, order = params or SamplingParams(), next(self._order)
+            order = next(self._order)
             prompt = self._checked(prompt_token_ids, params, priority)
             request_id = str(order) if request_id is None else request_id
             names = [request_id, *(f"{request_id}/{index}" for index in range(1, params.n))]
@@ -205,6 +210,8 @@ class Engine:
                 request = self._request(name, prompt, params, index, root)
                 request.order, request.priority, request.allowed, request.adapter = order, priority, allowed, adapter
                 request.parent = made[0] if made else None
+                if constraint is not None:
+                    request.allowed = Follower(constraint, len(prompt))
                 made.append(request)
             for request in made:
                 self.requests[request.request_id] = request
