@@ -8,7 +8,7 @@ Sources: Houlsby et al., 2019, "Parameter-Efficient Transfer Learning for NLP"; 
 """
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..model import Transformer
 from ..model.linear import Linear
-from .lora import linears, replace
+from .lora import Around, linears, replace
 
 if TYPE_CHECKING:
     from ..model.layers import Batch
@@ -28,12 +28,12 @@ ARCHITECTURES: Mapping[str, tuple[str, ...]] = {"houlsby": ("o_proj", "down_proj
 NONLINEARITIES: Mapping[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
 
-class BottleneckLinear(Linear):
-    """What `base` gives, h, plus W_up f(W_down h). W_down [m, out], W_up [out, m], fp32. A checkpoint has its base."""
+class BottleneckLinear(Around):
+    """What `base` gives, h, plus W_up f(W_down h). W_down [m, out], W_up [out, m], fp32."""
 
     def __init__(self, base: Linear, size: int, nonlinearity: str = "relu", seed: int = 0) -> None:
-        super().__init__(base.in_features, base.parts)
-        self.base, self.f = base, NONLINEARITIES[nonlinearity]
+        super().__init__(base)
+        self.f = NONLINEARITIES[nonlinearity]
         draw, n = torch.Generator().manual_seed(seed), base.out_features
         self.down = nn.Parameter(torch.randn(size, n, generator=draw) / n**0.5)
         self.up = nn.Parameter(torch.zeros(n, size))
@@ -41,19 +41,6 @@ class BottleneckLinear(Linear):
     def forward(self, x: Tensor, batch: "Batch | None" = None) -> Tensor:
         h = self.base(x, batch)
         return h + F.linear(self.f(F.linear(h.to(self.down.dtype), self.down)), self.up).to(h.dtype)
-
-    @property
-    def quantization_config(self) -> dict[str, Any] | None:
-        return self.base.quantization_config
-
-    def wanted(self) -> dict[str, torch.Size]:
-        return self.base.wanted()
-
-    def load(self, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
-        self.base.load(tensors, device, dtype)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return self.base.tensors()
 
 
 def bottlenecked(

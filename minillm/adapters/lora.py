@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Adapter",
+    "Around",
     "LoraConfig",
     "LoraLinear",
     "Pair",
@@ -185,31 +186,12 @@ class Adapter:
 # ---- in a model ------------------------------------------------------------------------------------------------------
 
 
-class LoraLinear(Linear):
-    """f(x W^T + b) + s (x A^T) B^T for each adapted part of `base`, which keeps its weight and computes as it does.
+class Around(Linear):
+    """A layer around another, `base`, which keeps its weight: in a checkpoint it is that one."""
 
-    In a checkpoint it is its base. A and B are fp32 and trained; of `scales` each part has one.
-    """
-
-    def __init__(self, base: Linear, pairs: Mapping[str, Pair]) -> None:
+    def __init__(self, base: Linear) -> None:
         super().__init__(base.in_features, base.parts)
-        self.base, self.scales = base, {part: pair.scale for part, pair in pairs.items()}
-        self.lora_a = nn.ParameterDict({part: nn.Parameter(pair.a.float()) for part, pair in pairs.items()})
-        self.lora_b = nn.ParameterDict({part: nn.Parameter(pair.b.float()) for part, pair in pairs.items()})
-
-    def pairs(self) -> dict[str, Pair]:
-        """By part."""
-        return {
-            part: Pair(a.detach(), self.lora_b[part].detach(), self.scales[part]) for part, a in self.lora_a.items()
-        }
-
-    def forward(self, x: Tensor, batch: "Batch | None" = None) -> Tensor:
-        y = list(self.base(x, batch).split(list(self.parts.values()), -1))
-        for i, part in enumerate(self.parts):
-            if part in self.lora_a:
-                low = F.linear(x.to(self.lora_a[part].dtype), self.lora_a[part])  # [..., r]
-                y[i] = y[i] + (self.scales[part] * F.linear(low, self.lora_b[part])).to(y[i].dtype)
-        return y[0] if len(y) == 1 else torch.cat(y, -1)
+        self.base = base
 
     @property
     def quantization_config(self) -> dict[str, Any] | None:
@@ -226,6 +208,33 @@ class LoraLinear(Linear):
 
     def tie(self, embedding: nn.Embedding) -> bool:
         return self.base.tie(embedding)
+
+
+class LoraLinear(Around):
+    """f(x W^T + b) + s (x A^T) B^T for each adapted part of `base`.
+
+    A and B are fp32 and trained; of `scales` each part has one.
+    """
+
+    def __init__(self, base: Linear, pairs: Mapping[str, Pair]) -> None:
+        super().__init__(base)
+        self.scales = {part: pair.scale for part, pair in pairs.items()}
+        self.lora_a = nn.ParameterDict({part: nn.Parameter(pair.a.float()) for part, pair in pairs.items()})
+        self.lora_b = nn.ParameterDict({part: nn.Parameter(pair.b.float()) for part, pair in pairs.items()})
+
+    def pairs(self) -> dict[str, Pair]:
+        """By part."""
+        return {
+            part: Pair(a.detach(), self.lora_b[part].detach(), self.scales[part]) for part, a in self.lora_a.items()
+        }
+
+    def forward(self, x: Tensor, batch: "Batch | None" = None) -> Tensor:
+        y = list(self.base(x, batch).split(list(self.parts.values()), -1))
+        for i, part in enumerate(self.parts):
+            if part in self.lora_a:
+                low = F.linear(x.to(self.lora_a[part].dtype), self.lora_a[part])  # [..., r]
+                y[i] = y[i] + (self.scales[part] * F.linear(low, self.lora_b[part])).to(y[i].dtype)
+        return y[0] if len(y) == 1 else torch.cat(y, -1)
 
 
 def modules(model: Transformer) -> dict[str, Linear]:

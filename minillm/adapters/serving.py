@@ -21,7 +21,7 @@ from ..kernels import multi_lora
 from ..model import Transformer
 from ..model.linear import Linear
 from . import peft_format
-from .lora import Adapter, check, linears, prefix_of, replace
+from .lora import Adapter, Around, check, linears, prefix_of, replace
 
 if TYPE_CHECKING:
     from ..model.layers import Batch, RMSNorm
@@ -49,15 +49,15 @@ class LoRARequest:
             raise TypeError(f"lora_path: expected a folder or an Adapter, got {self.lora_path!r}")
 
 
-class ManyLora(Linear):
+class ManyLora(Around):
     """A layer whose rows have adapters of their own: `base`, and what `batch.lora` says of each token on top.
 
     a [slots, P, r, in] and b [slots, out, r] are views of the slots' memory.
     """
 
     def __init__(self, base: Linear, a: Tensor, b: Tensor, parts: Tensor) -> None:
-        super().__init__(base.in_features, base.parts)
-        self.base, self.a, self.b, self.present = base, a, b, parts
+        super().__init__(base)
+        self.a, self.b, self.present = a, b, parts
         self.rows = tuple(base.parts.values())
 
     def forward(self, x: Tensor, batch: "Batch | None" = None) -> Tensor:
@@ -75,16 +75,6 @@ class ManyLora(Linear):
         if getattr(batch, "lora", None) is None:
             return self.base.add_norm(norm, branch, stream, batch, use_swiglu)
         return super().add_norm(norm, branch, stream, batch, use_swiglu)
-
-    @property
-    def quantization_config(self) -> dict[str, Any] | None:
-        return self.base.quantization_config
-
-    def wanted(self) -> dict[str, torch.Size]:
-        return self.base.wanted()
-
-    def tensors(self) -> dict[str, Tensor]:
-        return self.base.tensors()
 
 
 class AdapterSlots:
