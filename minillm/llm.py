@@ -286,6 +286,8 @@ class LLM:
             raise TypeError(f"sampling_params: expected SamplingParams, got {bad[0]!r:.60}")
         for_all = lora_request is None or isinstance(lora_request, LoRARequest)
         adapters: Any = [lora_request] * len(several) if for_all else lora_request
+        if not isinstance(adapters, Sequence) or isinstance(adapters, str):
+            raise TypeError(f"lora_request: expected a LoRARequest or a list of them, got {adapters!r:.60}")
         if len(adapters) != len(several):
             raise ValueError(f"lora_request: expected one for all or one each ({len(several)}), got {len(adapters)}")
         outputs = [self._output(i, prompt) for i, prompt in enumerate(several)]

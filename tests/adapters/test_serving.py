@@ -341,6 +341,9 @@ def test_llm_takes_one_for_all_or_one_each(tmp_path):
     assert stream.output.token_ids == expected[0]
     with pytest.raises(ValueError, match=r"lora_request: expected one for all or one each \(3\), got 2"):
         llm.generate(prompts, params, lora_request=[one, two])
+    for wrong in ("adapters/sql", 3):
+        with pytest.raises(TypeError, match="lora_request: expected a LoRARequest or a list"):
+            llm.generate(prompts, params, lora_request=wrong)
     with pytest.raises(TypeError, match="lora_request: expected a LoRARequest"):
         llm.generate(prompts, params, use_tqdm=False, lora_request=["a", None, two])
     assert not llm.engine.requests

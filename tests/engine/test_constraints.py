@@ -10,6 +10,7 @@ import torch
 
 from minillm.config import ModelConfig
 from minillm.engine.engine import Engine
+from minillm.generate import naive
 from minillm.model import Transformer
 from minillm.model.tokenizer import Tokenizer
 from minillm.sampling import SamplingParams, StructuredOutputsParams
@@ -198,6 +199,11 @@ def test_an_engine_without_a_tokenizer_refuses():
         one.add([1, 2], SamplingParams(structured_outputs={"regex": "a"}))
     with pytest.raises(ValueError, match="allowed: expected none beside"):
         engine().add([1, 2], SamplingParams(structured_outputs={"regex": "a"}), allowed=lambda tokens: None)
+
+
+def test_who_cannot_keep_a_form_says_so():
+    with pytest.raises(ValueError, match="structured_outputs: expected none, as only the engine"):
+        next(naive(model(), [1, 2], SamplingParams(structured_outputs={"regex": "a"})))
 
 
 def test_parameters_can_be_keys():
