@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .common import arguments, ceil_div, operation, pdl, previous_done, tl, triton, tuned
+from .paged_attention import sequence_of
 
 __all__ = ["LoraPlan", "multi_lora"]
 
@@ -114,14 +115,7 @@ def check(
 @triton.jit
 def tokens_of(block, starts_ptr, slots, BLOCK_M: tl.constexpr):
     """The adapter of a block of tokens, and which places in `order` are its: (adapter, first, end)."""
-    low, high = 0, slots + 1
-    while low < high:
-        middle = (low + high) // 2
-        if tl.load(starts_ptr + middle) // BLOCK_M + middle <= block:
-            low = middle + 1
-        else:
-            high = middle
-    adapter = low - 1
+    adapter = sequence_of(block, starts_ptr, slots + 1, BLOCK_M)
     start = tl.load(starts_ptr + adapter)
     first = start + (block - start // BLOCK_M - adapter) * BLOCK_M
     return adapter, first, tl.load(starts_ptr + adapter + 1)
