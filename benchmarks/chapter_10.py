@@ -8,7 +8,8 @@ few weights.
 Three texts, of which no two share a window: what methods look at (`data.calibration`), other windows of the same topics
 to choose settings by, and held-out topics, 24 windows of 512 tokens, to judge by. Weights are rounded by
 `minillm.quant` and computed with in fp32; embedding and head stay. On a CPU there are fewer windows, and the ladder
-has asymmetric schemes alone, without its slowest row: half an hour on a core of one's own.
+has asymmetric schemes alone, without its slowest row: half an hour on a core of one's own. As long again takes the part
+`damping`, whose answer is a default of the package: it has all windows everywhere.
 """
 
 import copy
@@ -48,7 +49,8 @@ GPU, SMALL = torch.cuda.is_available(), "--small" in sys.argv[1:]
 LENGTH = 128 if SMALL else 512
 DEVICE = "cuda" if GPU else "cpu"
 # windows: to look at, to choose by, to judge by
-LOOK, CHOOSE, JUDGE = (2, 2, 2) if SMALL else (64, 24, 24) if GPU else (8, 2, 4)
+ALL = (2, 2, 2) if SMALL else (64, 24, 24)
+WINDOWS = ALL if GPU or SMALL else (8, 2, 4)
 SYMMETRIC, ASYMMETRIC = Scheme(4, "int", True, "group", 64), Scheme(4, "int", False, "group", 64)
 BOS = 1
 
@@ -56,14 +58,14 @@ BOS = 1
 class Bench:
     """The model in fp32 and its texts, read once; quantized models that more than one part looks at."""
 
-    def __init__(self) -> None:
+    def __init__(self, look: int, choose: int, judge: int) -> None:
         self.base = load(MODEL, DEVICE, "float32")
         if SMALL:
             self.base.layers = self.base.layers[:3]
         tokenizer = load_tokenizer(model_path(MODEL))
-        ids = calibration(tokenizer, LOOK + CHOOSE, LENGTH).to(DEVICE)
-        self.look, self.choose = ids[:LOOK], ids[LOOK:]
-        self.judge = held_out(tokenizer, JUDGE, LENGTH).to(DEVICE)
+        ids = calibration(tokenizer, look + choose, LENGTH).to(DEVICE)
+        self.look, self.choose = ids[:look], ids[look:]
+        self.judge = held_out(tokenizer, judge, LENGTH).to(DEVICE)
         self.kept: dict[str, Transformer] = {}
 
     def scores(self, model: Transformer) -> dict:
@@ -109,24 +111,34 @@ def bits(model: Transformer, scheme: Scheme) -> dict[str, float]:
 # ---- the ladder ------------------------------------------------------------------------------------------------------
 
 
+DAMPINGS = ("own", "mean", "larger")
+
+
+def damped(h: Tensor, of: str, share: float = 0.01) -> Tensor:
+    """h with a share added to its diagonal: of each column's "own"; of the "mean" of all, as in the paper; or of the
+    "larger" of its own and the median, which is what `gptq` does by itself.
+    """
+    own = h.diagonal()
+    added = {"own": own, "mean": own.mean().expand_as(own), "larger": own.clamp(min=own[own > 0].median())}[of]
+    return h + share * torch.diag(added)
+
+
 def otherwise(
-    site: Site, scheme: Scheme, damping: float, order: str | None, grid: str, of_mean: bool, skip: int, even: bool
+    site: Site, scheme: Scheme, damping: float, order: str | None, grid: str, of: str, skip: int, even: bool
 ) -> QuantizedTensor:
-    """GPTQ with damping as in the paper, a share of the mean diagonal, added to all columns alike; or blind to the
-    first `skip` tokens of each window; or with inputs of one length, so that every token counts alike.
+    """GPTQ with another damping; or blind to the first `skip` tokens of each window; or with inputs of one length, so
+    that every token counts alike.
     """
     h = Hessian(site.linear.in_features, site.linear.weight.device)
     for x in site.inputs:
         x = x.unflatten(0, (-1, LENGTH))[:, skip:]
         h.add(x / x.norm(dim=-1, keepdim=True).clamp(min=1e-6) if even else x)
-    if of_mean:
-        h.matrix.diagonal().add_(damping * h.matrix.diagonal().mean())
-    return gptq(site.linear.weight, h.matrix, scheme, damping=0 if of_mean else damping, order=order, grid=grid)[0]
+    return gptq(site.linear.weight, damped(h.matrix, of, damping), scheme, damping=0, order=order, grid=grid)[0]
 
 
 def quantized(
     bench: Bench, scheme: Scheme, *, first: str = "", method: str = "rtn", grid: str = "minmax",
-    order: str | None = None, seen: bool = True, damping: float = 0.01, of_mean: bool = False, skip: int = 0,
+    order: str | None = None, seen: bool = True, damping: float = 0.01, of: str = "larger", skip: int = 0,
     even: bool = False, look: Tensor | None = None,
 ) -> tuple[Transformer, dict]:  # fmt: skip
     """A copy of the model, quantized. first: "awq" or "rotate" before it. seen: whether grids by error count a column's
@@ -139,8 +151,8 @@ def quantized(
         awq_model(model, batches, scheme, grid=grid)
     if method == "rtn":
         rtn_model(model, scheme, grid, batches if grid == "error" and seen else None)
-    elif of_mean or skip or even:
-        how = {"damping": damping, "order": order, "grid": grid, "of_mean": of_mean, "skip": skip, "even": even}
+    elif of != "larger" or skip or even:
+        how = {"damping": damping, "order": order, "grid": grid, "of": of, "skip": skip, "even": even}
         quantize_layers(model, batches, partial(otherwise, scheme=scheme, **how))
     else:
         _, reports = gptq_model(model, batches, scheme, damping=damping, order=order, grid=grid)
@@ -205,7 +217,8 @@ def choices_part(bench: Bench, save: Callable[[dict], None]) -> None:
     ways: list[dict] = [
         {"damping": 0.001},
         {"damping": 0.1},
-        {"damping": 0.01, "of_mean": True},
+        {"of": "own"},
+        {"of": "mean"},
         {"skip": 1},
         {"even": True},
     ]
@@ -276,25 +289,22 @@ def outlier_part(bench: Bench, save: Callable[[dict], None]) -> None:
     def losses(e: Tensor) -> dict[str, float]:
         return {key: float(((e @ m) * e).sum()) for key, m in (("first token", first), ("others", others))}
 
-    mean = torch.eye(len(h), device=h.device) * h.diagonal().mean()
-    shares = (0.001, 0.01, 0.1)
     by_order = partial(gptq, scheme=ASYMMETRIC, order="activations")
     ways = {"RTN": QuantizedTensor.round(w, minmax_grid(w, ASYMMETRIC), ASYMMETRIC)}
-    for share in shares:
-        ways[f"{share} of the mean"] = by_order(w, h + share * mean, damping=0.0)[0]
-        ways[f"{share} of its own"] = by_order(w, h, damping=share)[0]
+    for share, of in itertools.product((0.001, 0.01, 0.1), DAMPINGS):
+        ways[f"{share}, {of}"] = by_order(w, damped(h, of, share), damping=0.0)[0]
     ways["0.01, without first tokens"] = by_order(w, no_first, damping=0.01)[0]
     ways["0.01, tokens of one length"] = by_order(w, alike, damping=0.01)[0]
-    damping = {key: losses(w - q.dequantize()) for key, q in ways.items()}
+    lost = {key: losses(w - q.dequantize()) for key, q in ways.items()}
     diagonal = h.diagonal().sort(descending=True).values
-    print(name, found[name], damping, flush=True)
-    save({"layers": found, "worst": name, "damping": damping, "output": losses(w), "windows": count,
+    print(name, found[name], lost, flush=True)
+    save({"layers": found, "worst": name, "damping": lost, "output": losses(w), "windows": count,
           "largest column of the trace": float(diagonal[0] / diagonal.sum())})  # fmt: skip
 
 
 def groups_part(bench: Bench, save: Callable[[dict], None]) -> None:
-    """GPTQ that fits each group's grid as the group begins, by either damping: in every layer the group that becomes
-    the widest, beside what it is to nearest, and the loss, of that of rounding to nearest; then the model's.
+    """GPTQ that fits each group's grid as the group begins, by each damping: in every layer the group that becomes the
+    widest, beside what it is to nearest, and the loss, of that of rounding to nearest; then the model's.
     """
     found: dict[str, dict[str, Any]] = {}
     for site in walk(bench.base, bench.look[:16].split(8)):
@@ -303,20 +313,31 @@ def groups_part(bench: Bench, save: Callable[[dict], None]) -> None:
         e = w - QuantizedTensor.round(w, plain, ASYMMETRIC).dequantize()
         rtn_loss = ((e @ h) * e).sum()
         found[site.name] = {"smallest over median of the diagonal": float(diagonal.min() / diagonal.median())}
-        mean = 0.01 * diagonal.mean() * torch.eye(len(h), device=h.device)
-        for name, (damped, share) in {"its own": (h, 0.01), "the mean": (h + mean, 0.0)}.items():
-            q, _ = gptq(w, damped, ASYMMETRIC, damping=share)
+        for of in DAMPINGS:
+            q, _ = gptq(w, damped(h, of), ASYMMETRIC, damping=0)
             wider, e = q.grid.scale / plain.scale, w - q.dequantize()  # [N, G], [N, K]
-            found[site.name][name] = {
+            found[site.name][of] = {
                 "wider": float(wider.median(0).values.max()), "loss of RTN's": float(((e @ h) * e).sum() / rtn_loss)
             }  # fmt: skip
-    worst = max(found, key=lambda name: found[name]["its own"]["loss of RTN's"])
+    worst = max(found, key=lambda name: found[name]["own"]["loss of RTN's"])
     print(worst, found[worst], flush=True)
-    save({"layers": found, "worst": worst})
-    model, about = quantized(bench, ASYMMETRIC, method="gptq", of_mean=True)
-    row = {"name": "GPTQ, damping 0.01 of the mean", **about, **bench.scores(model)}
-    show(row)
-    save({"layers": found, "worst": worst, "of the mean": row})
+    models: dict[str, dict] = {}
+    for of in DAMPINGS:
+        model, about = quantized(bench, ASYMMETRIC, method="gptq", of=of)
+        models[of] = {"name": of, **about, **bench.scores(model)}
+        show(models[of])
+        save({"layers": found, "worst": worst, "models": models})
+
+
+def damping_part(_: Bench, save: Callable[[dict], None]) -> None:
+    """Which damping? For the last step of the ladder, with zero points and without."""
+    bench, rows = Bench(*ALL), []
+    texts = {name: list(getattr(bench, name).shape) for name in ("look", "choose", "judge")}
+    for scheme, of in itertools.product((ASYMMETRIC, SYMMETRIC), DAMPINGS):
+        model, about = quantized(bench, scheme, of=of, **BEST)
+        rows.append({"name": of, "symmetric": scheme.symmetric, **about, **bench.scores(model)})
+        show(rows[-1])
+        save({**texts, "rows": rows})
 
 
 def rotation_part(bench: Bench, save: Callable[[dict], None]) -> None:
@@ -502,7 +523,8 @@ def crossover_part(bench: Bench, save: Callable[[dict], None]) -> None:
 
 PARTS = {
     "outlier": outlier_part, "rotation": rotation_part, "groups": groups_part, "ladder": ladder_part, "bos": bos_part,
-    "choices": choices_part, "crossover": crossover_part, "enumeration": enumeration_part, "speed": speed_part,
+    "choices": choices_part, "damping": damping_part, "crossover": crossover_part, "enumeration": enumeration_part,
+    "speed": speed_part,
 }  # fmt: skip
 
 
@@ -514,7 +536,7 @@ def main() -> None:
     wanted = wanted or [x for x in PARTS if x not in (("enumeration", "speed") if GPU else ("crossover",))]
     path = ROOT / "benchmarks" / "results" / device()[0] / "chapter_10.json"
     results = json.loads(path.read_text(encoding="utf-8"))["results"] if path.is_file() else {}
-    bench, begin = Bench(), time.perf_counter()
+    bench, begin = Bench(*WINDOWS), time.perf_counter()
     for name in wanted:
         start = time.perf_counter()
 

@@ -12,6 +12,7 @@ workload   nano-vllm's: 256 requests at once, 133,966 output tokens. The better 
 stream     one request alone. Median of five.
 special    256 requests and one, with top-p, top-k, min-p, penalties, log probabilities, against plain ones in turn.
 quantized  the workload and one stream with weights of 4 and 8 bits, on the fly, against the same engine's in full.
+adapters   64 requests without adapters, with one for all, with 8 and 64 different ones.
 idle       the GPU's idle time while a steady batch decodes, out of torch.profiler.
 poisson    requests that arrive at fractions of the saturated rate: TTFT, ITL, goodput.
 chat       conversations with a common beginning, prefix caching on and off. Median of five.
@@ -43,6 +44,7 @@ from engine_parts import (
     TOKEN_LIMIT,
     TTFT_LIMIT,
     Bench,
+    adapters,
     chat,
     check_tokens,
     idle,
@@ -54,8 +56,8 @@ from engine_parts import (
 )
 
 PARTS: dict[str, Callable[[Bench], dict | None]] = {
-    "chat": chat, "workload": workload, "stream": stream, "special": special, "quantized": quantized, "idle": idle,
-    "poisson": poisson, "peers": peers.against_transformers,
+    "chat": chat, "workload": workload, "stream": stream, "special": special, "quantized": quantized,
+    "adapters": adapters, "idle": idle, "poisson": poisson, "peers": peers.against_transformers,
 }  # fmt: skip
 CPU: dict[str, tuple[Callable[[w.Sizes], dict], str]] = {  # and the suite under which each is recorded
     "cpu16": (peers.cpu16, "engine_cpu"), "cpu_stream": (peers.cpu_stream, "engine_cpu_stream"),
@@ -75,6 +77,9 @@ DEFINITIONS = {
     },
     "quantized": {
         "runs": "the workload once, after a short warm-up; of one stream the best of three, its first token left out",
+    },
+    "adapters": {
+        "runs": "rank 16, all layers but the head, 64 requests; the better of two each, in turn",
     },
     "idle": {
         "idle": "1 - (union of kernels, copies and fills) / (last end - first start), in a torch.profiler trace of the"

@@ -13,6 +13,8 @@ import workloads as w
 from common import device
 
 from minillm import LLM, SamplingParams
+from minillm.adapters.lora import Adapter, LoraConfig, Pair, modules
+from minillm.adapters.serving import LoRARequest
 from minillm.config import ModelConfig
 
 GPU = torch.cuda.is_available()
@@ -196,6 +198,47 @@ def quantized(bench: Bench) -> dict:
         del llm
     bench.free()
     return rows
+
+
+def adapters(bench: Bench) -> dict:
+    """A batch of 64 requests: without adapters, all with one, with 8 and 64 different ones, in turn."""
+    count, (prompt, output), kinds = bench.sizes.adapted, bench.sizes.special, bench.sizes.adapter_kinds
+    bench.free()
+    llm = LLM(
+        bench.directory, load_format="dummy", enable_prefix_caching=False, **{**LIMITS, "max_num_seqs": count},
+        max_loras=max(kinds), max_lora_rank=16, **bench.options,
+    )  # fmt: skip
+    wanted = [LoRARequest(f"a{i}", i + 1, adapter) for i, adapter in enumerate(random_adapters(llm, max(kinds)))]
+    rates: dict[int, list[float]] = {n: [] for n in (0, *kinds)}
+    for seed in range(bench.sizes.adapted_runs + 1):
+        for n in rates:
+            jobs = w.random_jobs(count, (prompt, prompt), (output, output), 7 * seed + n)
+            mine = [wanted[i % n] if n else None for i in range(count)]
+            synchronize()
+            start = time.perf_counter()
+            llm.generate([j.prompt for j in jobs], [params(j) for j in jobs], use_tqdm=False, lora_request=mine)
+            synchronize()
+            if seed:  # the first brings adapters to the device
+                rates[n].append(count * output / (time.perf_counter() - start))
+    rows = {
+        str(n): {"output tokens/s": max(found), "of none": max(found) / max(rates[0])} for n, found in rates.items()
+    }
+    for n, row in rows.items():
+        print(f"  adapters {n:>3} {row['output tokens/s']:9,.0f} tokens/s, {row['of none']:.2f} of none", flush=True)
+    del llm
+    bench.free()
+    return {"requests": count, "prompt": prompt, "output": output, "rank": 16, "targets": "all-linear", "rows": rows}
+
+
+def random_adapters(llm: LLM, count: int) -> list[Adapter]:
+    """Of all layers, small: random numbers shared by all, a scale for each, so that no two are the same."""
+    model, pairs = llm.engine.model, {}
+    for name, layer in modules(model).items():
+        if name != "lm_head":
+            rows = layer.parts[name.rpartition(".")[2]]
+            pairs[name] = torch.randn(16, layer.in_features) / 64, torch.randn(rows, 16) / 64
+    config = LoraConfig(r=16)
+    return [Adapter(config, {k: Pair(a, b, 0.01 + 1e-4 * i) for k, (a, b) in pairs.items()}) for i in range(count)]
 
 
 SPECIAL = {

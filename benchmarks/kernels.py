@@ -27,6 +27,7 @@ DTYPE = torch.bfloat16 if GPU else torch.float32
 EPS = 1e-5
 SUITES = ("memory", "matmul", "attention", "paged")
 BITS = ("w4a16", "w8a16", "w8a8", "cache")
+MORE = ("lora",)  # recorded alone
 L2_HOLDS = 40e6  # of an H100's 50 MB
 
 
@@ -364,6 +365,40 @@ def cache_case(dtype: torch.dtype, heads: int, kv: int, size: int, sequences: in
     return Case("cache", name, inputs, runs, nbytes(*inputs[1:5]), 4.0 * slots * heads * size, 2e-2)
 
 
+def lora_cases(quick: bool) -> list[Case]:
+    """What adapters of rank 16 add to a product, which is already there; of so many different ones in a batch."""
+    if quick:
+        return [lora_case(*case) for case in ((64, 128, (64, 32, 32), 4), (8, 128, (128,), 1))]
+    found = [(m, 4096, (4096,), n) for m, n in ((64, 1), (64, 8), (64, 64), (256, 1), (256, 64), (1, 1), (2048, 8))]
+    found += [(64, 4096, (14_336,), n) for n in (1, 8, 64)] + [(64, 4096, (4096, 1024, 1024), 64)]
+    return [lora_case(*case) for case in found]
+
+
+def lora_case(m: int, k: int, rows: tuple[int, ...], distinct: int, rank: int = 16) -> Case:
+    """Against vectors gathered for each token, and two batched products."""
+    x, y = randn(m, k), randn(m, sum(rows))
+    a, b = randn(distinct, len(rows), rank, k, scale=k**-0.5), randn(distinct, sum(rows), rank)
+    adapters = torch.arange(m, device=DEVICE, dtype=torch.int32) % distinct + 1
+    there = torch.ones(distinct, len(rows), dtype=torch.int32, device=DEVICE)
+    plan = kernels.LoraPlan.of(adapters, distinct)
+
+    def ours(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        kernels.multi_lora(y, x, a, b, there, rows, plan.adapters, plan.order, plan.starts)
+        return y
+
+    def gathered(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        mine, first = adapters.long() - 1, 0
+        for part, size in enumerate(rows):
+            low = torch.bmm(a[mine, part], x[:, :, None])  # [m, r, 1]
+            y[:, first : first + size] += torch.bmm(b[mine, first : first + size], low)[:, :, 0]
+            first += size
+        return y
+
+    name = f"lora r{rank} {m} tokens, {distinct} adapters, {k} to {' + '.join(map(str, rows))}"
+    moved, flops = nbytes(a, b, x, y, y), 2.0 * m * rank * (len(rows) * k + sum(rows))
+    return Case("lora", name, (y, x, a, b), {"minillm": ours, "gathered": gathered}, moved, flops, 2e-2)
+
+
 def w8a16_cases(quick: bool) -> list[Case]:
     """Products with 8-bit weights, a scale a row, from one token to 256."""
     shapes = [(256, 512)] if quick else [(4096, 4096), (4096, 14_336), (14_336, 4096)]
@@ -433,7 +468,7 @@ def measure(case: Case, ceiling: dict[str, float]) -> dict:
         "of the ceiling": floor / times["minillm"], "against the best peer": best / times["minillm"],
         "difference": found, "skipped": case.skipped,
     }  # fmt: skip
-    if case.suite in ("paged", *BITS) and GPU:
+    if case.suite in ("paged", *BITS, *MORE) and GPU:
         row |= extras_of(case, peers)
     show(row)
     return row
@@ -496,8 +531,8 @@ def main(arguments: list[str]) -> None:
     quick = "--quick" in arguments
     wanted = [a for a in arguments if not a.startswith("--")] or list(SUITES)
     wanted = list(BITS) if wanted == ["bits"] else wanted
-    if unknown := set(wanted) - {*SUITES, *BITS}:
-        raise SystemExit(f"suite: expected bits or some of {', '.join(SUITES + BITS)}, got {', '.join(unknown)}")
+    if unknown := set(wanted) - {*SUITES, *BITS, *MORE}:
+        raise SystemExit(f"suite: expected bits or some of {', '.join(SUITES + BITS + MORE)}, got {', '.join(unknown)}")
     if GPU:
         from gpu import ceilings
     ceiling = ceilings() if GPU else cpu_ceilings()
@@ -505,6 +540,7 @@ def main(arguments: list[str]) -> None:
     makers = {
         "memory": memory_cases, "matmul": matmul_cases, "attention": attention_cases, "paged": paged_cases,
         "w4a16": w4a16_cases, "w8a16": w8a16_cases, "w8a8": w8a8_cases, "cache": cache_cases,
+        "lora": lora_cases,
     }  # fmt: skip
     torch.manual_seed(0)
     rows = []

@@ -79,6 +79,9 @@ class Sizes:
     special_requests: int = 256
     special_runs: int = 2
     quantized_runs: int = 1
+    adapted: int = 64
+    adapted_runs: int = 2
+    adapter_kinds: tuple[int, ...] = (1, 8, 64)
     idle_batches: tuple[int, ...] = (1, 64, 256)
     idle_steps: int = 20
     peers: tuple[int, int, int] = (64, 256, 64)  # requests, prompt, output
@@ -91,7 +94,7 @@ QUICK = Sizes(
     workload=(8, 128), stream=(16, 32), stream_runs=3, conversations=4, system=64, message=16, turns=2, chat_runs=1,
     open_prompts=(8, 32), open_outputs=(8, 16), open_requests=32, open_fractions=(0.5, 0.9), open_seconds=1.0,
     open_limit=5.0, special=(8, 16), special_requests=4, special_runs=1, idle_batches=(1, 4), idle_steps=10,
-    peers=(4, 16, 8), cpu16=(16, 8, 1), cpu_stream=(8, 1),
+    peers=(4, 16, 8), cpu16=(16, 8, 1), cpu_stream=(8, 1), adapted=4, adapted_runs=1, adapter_kinds=(1, 3),
 )  # fmt: skip
 
 

@@ -425,6 +425,7 @@ class EngineConfig:
       (None: 8192 on a GPU, 512 on a CPU). max_model_len: the longest sequence (None: the model's context).
     - enforce_eager: no CUDA graphs. async_scheduling: launch a step before the tokens of the last one are known
       (None: on a GPU).
+    - max_loras: adapters that requests which run at once may have, of a rank up to max_lora_rank. 0: none is served.
 
     Raises ValueError that names the argument for one out of range or of a wrong type.
     """
@@ -439,11 +440,15 @@ class EngineConfig:
     enforce_eager: bool = False
     async_scheduling: bool | None = None
     kv_cache_dtype: str = "auto"
+    max_loras: int = 0
+    max_lora_rank: int = 16
 
     def __post_init__(self) -> None:
-        for name, least in (("block_size", 1), ("max_num_seqs", 1), ("max_num_batched_tokens", 1),
-                            ("max_model_len", 2), ("num_blocks", 1)):  # fmt: skip
-            value, optional = getattr(self, name), name not in ("block_size", "max_num_seqs")
+        least_of = {"block_size": 1, "max_num_seqs": 1, "max_num_batched_tokens": 1, "max_model_len": 2,
+                    "num_blocks": 1, "max_loras": 0, "max_lora_rank": 1}  # fmt: skip
+        for name, least in least_of.items():
+            value = getattr(self, name)
+            optional = name in ("max_num_batched_tokens", "max_model_len", "num_blocks")
             if value is None and optional:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:

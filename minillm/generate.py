@@ -109,6 +109,8 @@ class _Sequence:
     ) -> None:
         if not token_ids:
             raise ValueError("token_ids: expected at least one token, got an empty prompt")
+        if params.structured_outputs is not None:
+            raise ValueError("structured_outputs: expected none, as only the engine keeps a form; use LLM or Engine")
         self.token_ids, self.prompt_length, self.params = list(token_ids), len(token_ids), params
         self.limit = max_model_len or model.config.max_position_embeddings
         self.ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(model.config.eos_token_ids))

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .adapters.serving import LoRARequest
 from .config import EngineConfig, ModelConfig, sampling_defaults
 from .engine.engine import Engine
 from .engine.request import Request
@@ -76,6 +77,7 @@ class RequestOutput:
     metrics: Metrics = field(default_factory=Metrics)
     prompt_logprobs: list[dict[int, float] | None] | None = None
     cache_salt: str = field(default="", repr=False)
+    lora_request: LoRARequest | None = field(default=None, repr=False)
 
     @property
     def text(self) -> str:
@@ -203,15 +205,17 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     ) -> list[RequestOutput]:
         """Complete each prompt (text, a list of token ids, or {"prompt_token_ids": ids}), with one `SamplingParams` for
-        all or one each; without them with the model's own defaults.
+        all or one each; without them with the model's own defaults. lora_request: likewise, an adapter for all or one
+        (or None) each; the LLM must have been made with `max_loras`.
 
         All run together; every prompt is checked before the first is run. Should a request fail, the others go on, and
         a warning says which one; its `finish_reason` is "error". Raises ValueError for an empty or too long prompt and
         for ids outside the vocabulary; the error itself when all requests failed.
         """
-        each = self._each(prompts, sampling_params)
+        each = self._each(prompts, sampling_params, lora_request)
         requests = self._add(each)
         try:
             with progress_bar(total=len(each), desc="generate", unit="prompt", disable=not use_tqdm) as bar:
@@ -230,12 +234,13 @@ class LLM:
         messages: Sequence[dict[str, Any]] | Sequence[Sequence[dict[str, Any]]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     ) -> list[RequestOutput]:
         """Answer a conversation, or each of several: lists of {"role": ..., "content": ...}. Else as `generate`."""
         if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
             raise ValueError(f'messages: expected a list of {{"role": ..., "content": ...}}, got {messages!r:.60}')
         several: Sequence[Any] = messages if isinstance(messages[0], list | tuple) else [messages]
-        return self.generate([self.chat_prompt(m) for m in several], sampling_params, use_tqdm)
+        return self.generate([self.chat_prompt(m) for m in several], sampling_params, use_tqdm, lora_request)
 
     def chat_prompt(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """The token ids of a conversation in the model's own chat format, ready for the answer."""
@@ -246,20 +251,25 @@ class LLM:
         # The template writes the special tokens itself: a second begin-of-text in front would be one too many.
         return self.tokenizer.encode(self.tokenizer.apply_chat_template(messages), add_special_tokens=False)
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> "TextStream":
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, lora_request: LoRARequest | None = None
+    ) -> "TextStream":  # fmt: skip
         """Complete one prompt and yield the text piece by piece; a piece never ends inside a character or inside a
         stop string.
         """
         params = self.default_params() if sampling_params is None else sampling_params
         if isinstance(params, SamplingParams) and params.n != 1:
             raise ValueError(f"n: expected 1 in a stream, got {params.n}; `generate` gives several completions")
-        [(output, _)] = self._each([prompt], params)
+        [(output, _)] = self._each([prompt], params, lora_request)
         return TextStream(output, self._pieces(output, params))
 
     # ---- inside ------------------------------------------------------------------------------------------------------
 
     def _each(
-        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     ) -> list[tuple[RequestOutput, SamplingParams]]:
         try:
             several: list[Any] = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
@@ -274,7 +284,16 @@ class LLM:
             raise ValueError(f"sampling_params: expected one for all or one each ({len(several)}), got {len(each)}")
         if bad := [p for p in each if not isinstance(p, SamplingParams)]:
             raise TypeError(f"sampling_params: expected SamplingParams, got {bad[0]!r:.60}")
-        return [(self._output(i, prompt), p) for i, (prompt, p) in enumerate(zip(several, each, strict=True))]
+        for_all = lora_request is None or isinstance(lora_request, LoRARequest)
+        adapters: Any = [lora_request] * len(several) if for_all else lora_request
+        if not isinstance(adapters, Sequence) or isinstance(adapters, str):
+            raise TypeError(f"lora_request: expected a LoRARequest or a list of them, got {adapters!r:.60}")
+        if len(adapters) != len(several):
+            raise ValueError(f"lora_request: expected one for all or one each ({len(several)}), got {len(adapters)}")
+        outputs = [self._output(i, prompt) for i, prompt in enumerate(several)]
+        for output, adapter in zip(outputs, adapters, strict=True):
+            output.lora_request = adapter
+        return list(zip(outputs, each, strict=True))
 
     def _output(self, index: int, prompt: Prompt) -> RequestOutput:
         """Encode and check one prompt."""
@@ -308,7 +327,8 @@ class LLM:
         added: list[list[Request]] = []
         try:
             for output, params in each:
-                added.append(self.engine.add(output.prompt_token_ids, params, cache_salt=output.cache_salt))
+                salt, adapter = output.cache_salt, output.lora_request
+                added.append(self.engine.add(output.prompt_token_ids, params, cache_salt=salt, lora_request=adapter))
         except BaseException:
             for some in added:
                 self.engine.abort(some[0])

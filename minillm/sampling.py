@@ -11,6 +11,7 @@ Random numbers come from a generator, or from `kernels.gumbel_noise`, which comp
 then a request's tokens do not depend on its neighbors in the batch, nor on how often it was interrupted.
 """
 
+import json
 import math
 import struct
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from .kernels import GREEDY_BELOW
 
 __all__ = [
     "SamplingParams",
+    "StructuredOutputsParams",
     "apply_count_penalties",
     "apply_logit_bias",
     "apply_repetition_penalty",
@@ -50,6 +52,42 @@ class _Biases(dict[int, float]):
 
 
 @dataclass(frozen=True)
+class StructuredOutputsParams:
+    """What form the output must have, with vLLM's names: one of
+
+    - json: a JSON schema (a dict, True, or its text): the output is JSON that is valid by it.
+    - regex: a pattern that the whole output matches. choice: strings of which it is one.
+
+    The output is cut where max_tokens or a stop string ends it; else it is complete. Raises ValueError unless exactly
+    one is given, and TypeError for a wrong type.
+    """
+
+    json: str | bool | Mapping[str, Any] | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("json", "regex", "choice") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"structured_outputs: expected one of json, regex, choice, got {' and '.join(given) or 'none'}"
+            )
+        kinds = {"json": str | bool | Mapping, "regex": str, "choice": list | tuple}
+        if not isinstance(value := getattr(self, given[0]), kinds[given[0]]):
+            raise TypeError(f"{given[0]}: expected {kinds[given[0]]}, got {value!r:.60}")
+        # Text and tuples: what is asked for can be the key of a cache, and does not change under its owner's hands.
+        if given[0] == "json" and not isinstance(value, str):
+            object.__setattr__(self, "json", json.dumps(value))
+        if given[0] == "choice":
+            object.__setattr__(self, "choice", tuple(value))
+
+    @property
+    def asked(self) -> tuple[str, Any]:
+        """(which, what)"""
+        return next((n, v) for n in ("json", "regex", "choice") if (v := getattr(self, n)) is not None)
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How to choose tokens and when to stop, with vLLM's names.
 
@@ -66,6 +104,8 @@ class SamplingParams:
     - logprobs: how many candidates to report with each token; None reports nothing. prompt_logprobs: the same for the
       tokens of the prompt.
     - logit_bias: {token id: what to add to its logit}, before everything else.
+    - structured_outputs: a `StructuredOutputsParams` (or a dict of its fields): the output's form is guaranteed. Log
+      probabilities are those of the model, which knows nothing of it.
 
     Raises ValueError for a value out of range and TypeError for a wrong type; the message names the argument and what
     was expected.
@@ -88,6 +128,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         self._number("temperature", lambda t: 0 <= t < math.inf, "a number, 0 (greedy) or more")
@@ -111,6 +152,20 @@ class SamplingParams:
         self._sequence("stop", stop, lambda s: isinstance(s, str) and s, "strings, none empty")
         self._sequence("stop_token_ids", self.stop_token_ids, lambda i: type(i) is int and i >= 0, "token ids")
         self._biases()
+        self._structure()
+
+    def _structure(self) -> None:
+        if isinstance(self.structured_outputs, dict):
+            object.__setattr__(self, "structured_outputs", StructuredOutputsParams(**self.structured_outputs))
+        if self.structured_outputs is None:
+            return
+        if not isinstance(self.structured_outputs, StructuredOutputsParams):
+            raise TypeError(
+                f"structured_outputs: expected StructuredOutputsParams, got {self.structured_outputs!r:.60}"
+            )
+        for name in ("min_tokens", "ignore_eos", "logit_bias"):
+            if getattr(self, name):
+                raise ValueError(f"structured_outputs: expected no {name} beside it, which could forbid what must come")
 
     def _number(self, name: str, in_range: Any, expected: str, kind: type = float) -> None:
         value = getattr(self, name)

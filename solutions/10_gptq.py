@@ -268,8 +268,8 @@ check("10.4", gptq)
 # The error is taken **after** clamping: a weight beyond the grid's end is a large error, and the largest reason to
 # repair. Damping by the own number instead of the mean of all: one channel that is a thousand times as large as others
 # makes a hundredth of the mean ten times what the others have (the lab looks at one). The paper, and most tools, add
-# the mean. That has its merit, too: of a channel that is nearly dead 1 % is nothing, and repairs run wild into it (the
-# chapter has the numbers).
+# the mean. That has its merit, too: of a channel that is nearly dead 1 % is nothing, and repairs run wild into it. So
+# the package takes the own number or, where that is larger, the median (the chapter has the numbers).
 
 # %% [markdown]
 # ## Exercise 10.5: three bugs in a calibration (optional)

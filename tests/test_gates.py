@@ -26,6 +26,7 @@ ORDER = [
     "generate",
     "quant",
     "adapters",
+    "constrained",
     "engine",
     "progress",
     "llm",

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels import KERNELS, AttentionPlan, append_tokens, step_inputs
+from ..kernels import KERNELS, AttentionPlan, LoraPlan, append_tokens, step_inputs
 
 __all__ = ["OPTIONS", "Batch", "DeviceTable", "RowLayout", "to_device"]
 
@@ -65,7 +65,8 @@ class Batch:
     cache after this step; block_tables [S, W] int32; max_seqlen_q, at least the most new tokens of one sequence;
     logit_rows [S] int64, the row whose hidden state gives each sequence's next token; lengths [S] int32, the place of
     that token; options, what `OPTIONS` declares, [S] each; plan, on the torch path, what all layers' attention shares;
-    max_seqlen_k, as many tokens as a sequence may have in the cache (None: any).
+    max_seqlen_k, as many tokens as a sequence may have in the cache (None: any); lora, which token has which adapter
+    (None: none has any).
     """
 
     token_ids: Tensor
@@ -80,6 +81,7 @@ class Batch:
     options: dict[str, Tensor]
     plan: AttentionPlan | None = None
     max_seqlen_k: int | None = None
+    lora: LoraPlan | None = None
 
 
 def to_device(values: np.ndarray, device: torch.device) -> Tensor:
@@ -140,8 +142,12 @@ class DeviceTable:
 
     # ---- on the device -----------------------------------------------------------------------------------------------
 
-    def batch(self, tokens: int, sequences: int, decode: bool, max_seqlen_k: int | None = None) -> Batch:
-        """The batch that `set_steps` described, padded to so many tokens and sequences; decode: one token each."""
+    def batch(
+        self, tokens: int, sequences: int, decode: bool, max_seqlen_k: int | None = None, num_adapters: int = 0
+    ) -> Batch:  # fmt: skip
+        """The batch that `set_steps` described, padded to so many tokens and sequences; decode: one token each.
+        num_adapters: slots of adapters, where the step has some.
+        """
         token_ids, positions, slots, context_lens, block_tables, logit_rows = step_inputs(
             self.steps, self.matrix, self._options, self.lengths, self.layout.first_token, self.layout.first_block,
             self.layout.wide, self.block_size, tokens, sequences,
@@ -152,7 +158,18 @@ class DeviceTable:
         return Batch(
             token_ids, positions, slots, bounds, context_lens, block_tables, 1 if decode else tokens, logit_rows,
             self.lengths[:sequences], self.options_of(sequences), plan, max_seqlen_k,
+            self._lora(tokens, sequences, decode, num_adapters) if num_adapters else None,
         )  # fmt: skip
+
+    def _lora(self, tokens: int, sequences: int, decode: bool, slots: int) -> LoraPlan:
+        """Each token has its sequence's adapter, one of padding none."""
+        adapters = self.options["adapter"][:sequences]
+        if not decode:
+            ends = self.steps[3, 1 : sequences + 1]  # where each sequence's tokens end
+            token = torch.arange(tokens, dtype=torch.int32, device=self.device)
+            sequence = torch.searchsorted(ends, token, right=True).clamp_(max=sequences - 1)
+            adapters = adapters[sequence].masked_fill_(token >= ends[-1], 0)
+        return LoraPlan.of(adapters, slots)
 
     def options_of(self, sequences: int) -> dict[str, Tensor]:
         """The options of the first sequences of the last batch, [S] each."""

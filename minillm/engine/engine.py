@@ -19,13 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapters.serving import AdapterSlots, Loaded, LoRARequest, Registry
 from ..cache.blocks import BlockPool, BlockTable
 from ..config import EngineConfig
 from ..model import Transformer
 from ..model.tokenizer import Tokenizer
 from ..model.tokenizer_hf import HuggingFaceTokenizer
 from ..sampling import SamplingParams, new_seed
-from .batch import RowLayout
+from .batch import OPTIONS, RowLayout
+from .constraints import Constraints, Follower
 from .metrics import EngineMetrics, LogLine
 from .request import Request, known
 from .runner import Masks, Results, Runner
@@ -36,6 +38,7 @@ from .text import StopText
 __all__ = ["Engine", "InFlight"]
 
 CPU_CACHE_BYTES = 2 << 30
+KEPT = 4  # adapters on the host, for each slot on the device
 LOG = logging.getLogger("minillm.engine")
 
 Got = dict[Request, None]  # who got a token or ended in this step, in order
@@ -110,7 +113,12 @@ class Engine:
         self.end_token_ids = frozenset(model.config.eos_token_ids) | ({own} if own is not None else set())
         self.max_model_len = known(self.config.max_model_len)
         blocks = -(-self.max_model_len // self.config.block_size)
-        self.layout = RowLayout(self.max_model_len + self.tokens_per_step - 1, blocks)
+        self.slots, options = None, dict(OPTIONS)
+        if self.config.max_loras:
+            self.slots = AdapterSlots(model, self.config.max_loras, self.config.max_lora_rank)
+            self.registry = Registry(self.slots.packed, model, most=KEPT * self.config.max_loras)
+            options["adapter"] = torch.int32
+        self.layout = RowLayout(self.max_model_len + self.tokens_per_step - 1, blocks, options)
         self.runner = self.runner_class(model, self.config, self.layout)
         num_blocks = self._num_blocks(asked)
         self.max_model_len = min(self.max_model_len, num_blocks * self.config.block_size)
@@ -120,6 +128,7 @@ class Engine:
             gc.collect()
             gc.freeze()  # model and graphs stay: a collection that walks through them stops a step for 30 ms
         self.metrics = EngineMetrics()
+        self.constraints = Constraints(tokenizer, self.end_token_ids, model.config.vocab_size)
         self.requests: dict[str, Request] = {}
         self._lock, self._order, self._log = threading.RLock(), itertools.count(), LogLine(self.metrics)
         self._fresh()
@@ -153,7 +162,9 @@ class Engine:
     def _fresh(self) -> None:
         self.pool = BlockPool(self.runner.cache.num_blocks, self.config.block_size, self.config.enable_prefix_caching)
         budget = known(self.config.max_num_batched_tokens)
-        self.scheduler = Scheduler(self.pool, self.config.max_num_seqs, budget, self.metrics)
+        if self.slots is not None:
+            self.slots.held = [0] * self.slots.count
+        self.scheduler = Scheduler(self.pool, self.config.max_num_seqs, budget, self.metrics, self.slots)
         self.table = RequestTable(self.layout, self.config.max_num_seqs, self.model_config.vocab_size)
         self.requests.clear()
         self._in_flight: list[InFlight] = []
@@ -163,35 +174,44 @@ class Engine:
     def add_request(
         self, prompt_token_ids: Sequence[int], params: SamplingParams | None = None, request_id: str | None = None,
         priority: int = 0, cache_salt: str = "", allowed: Callable[[Sequence[int]], Tensor | None] | None = None,
+        lora_request: LoRARequest | None = None,
     ) -> str:  # fmt: skip
         """Queue a prompt -> the id of the request. A smaller `priority` goes first.
 
         With `params.n` above 1 there are as many requests: "id", "id/1", "id/2", ..., which share the prompt's blocks.
-        Requests of different `cache_salt` share nothing in the prefix cache. allowed: see `Request`. Raises ValueError
-        or TypeError for an empty prompt, one that can never fit, what is no token id of this model (in the prompt, as
+        Requests of different `cache_salt`, or adapters of different content (`lora_request`), share nothing in the
+        prefix cache. allowed: see `Request`. Raises as `Registry.get` for an adapter that cannot be used; ValueError or
+        TypeError for an empty prompt, one that can never fit, what is no token id of this model (in the prompt, as
         stop token, in logit_bias), more log probabilities than there are tokens, stop strings without a tokenizer, and
         an id that is in use.
         """
-        return self.add(prompt_token_ids, params, request_id, priority, cache_salt, allowed)[0].request_id
+        return self.add(prompt_token_ids, params, request_id, priority, cache_salt, allowed, lora_request)[0].request_id
 
     def add(
         self, prompt_token_ids: Sequence[int], params: SamplingParams | None = None, request_id: str | None = None,
         priority: int = 0, cache_salt: str = "", allowed: Callable[[Sequence[int]], Tensor | None] | None = None,
+        lora_request: LoRARequest | None = None,
     ) -> list[Request]:  # fmt: skip
         """`add_request` -> the requests themselves, `params.n` of them."""
+        params = params or SamplingParams()
+        adapter, constraint = self._adapter(lora_request), self.constraints.of(params)  # before others are kept waiting
+        if constraint is not None and allowed is not None:
+            raise ValueError("allowed: expected none beside structured_outputs")
         with self._lock:
-            params, order = params or SamplingParams(), next(self._order)
+            order = next(self._order)
             prompt = self._checked(prompt_token_ids, params, priority)
             request_id = str(order) if request_id is None else request_id
             names = [request_id, *(f"{request_id}/{index}" for index in range(1, params.n))]
             if used := [name for name in names if name in self.requests]:
                 raise ValueError(f"request_id: {used[0]!r} is in use; expected a new one")
-            root = self._root(cache_salt)
+            root = self._root(cache_salt, b"" if adapter is None else adapter.digest)
             made: list[Request] = []
             for index, name in enumerate(names):
                 request = self._request(name, prompt, params, index, root)
-                request.order, request.priority, request.allowed = order, priority, allowed
+                request.order, request.priority, request.allowed, request.adapter = order, priority, allowed, adapter
                 request.parent = made[0] if made else None
+                if constraint is not None:
+                    request.allowed = Follower(constraint, len(prompt))
                 made.append(request)
             for request in made:
                 self.requests[request.request_id] = request
@@ -236,11 +256,22 @@ class Engine:
         if bad := [i for i in ids if not 0 <= i < vocab]:
             raise ValueError(f"{name}: expected ids in 0..{vocab - 1} (the model's vocabulary), got {bad[0]}")
 
-    def _root(self, cache_salt: str) -> bytes:
+    def _adapter(self, lora_request: LoRARequest | None) -> Loaded | None:
+        if lora_request is None:
+            return None
+        if not isinstance(lora_request, LoRARequest):
+            raise TypeError(f"lora_request: expected a LoRARequest, got {lora_request!r}")
+        if self.slots is None:
+            raise ValueError(
+                "lora_request: expected none, as this engine serves no adapters; give it max_loras=1 or more"
+            )
+        return self.registry.get(lora_request)
+
+    def _root(self, cache_salt: str, adapter: bytes = b"") -> bytes:
         """What decides a block's content beside its tokens."""
         if not isinstance(cache_salt, str):
             raise TypeError(f"cache_salt: expected text, got {cache_salt!r}")
-        facts = repr((self.model.fingerprint(), self.runner.cache_dtype, cache_salt))
+        facts = repr((self.model.fingerprint(), self.runner.cache_dtype, cache_salt, adapter))
         return hashlib.blake2b(facts.encode(), digest_size=16).digest()
 
     def _request(

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ..adapters.serving import Loaded
 from ..cache.blocks import BlockTable
 from ..sampling import SamplingParams
 from .text import StopText
@@ -27,7 +28,8 @@ class Request:
     `priority` goes first. `parent`: the request whose prompt is the same, and whose blocks this one shares once they
     are computed (n > 1). `options`: values of the row that do not stand in `params` (the seed that was drawn).
     `allowed`: asked before each draw, with the tokens so far, for the tokens that may come: bool [vocabulary], or None
-    for all. Times are in seconds, as `time.perf_counter` counts.
+    for all. `adapter`: what its tokens are computed with beside the model; while it runs, in the device's `slot`. Times
+    are in seconds, as `time.perf_counter` counts.
     """
 
     request_id: str
@@ -42,6 +44,8 @@ class Request:
     tokens_per_step: int = 1
     parent: "Request | None" = None
     allowed: Callable[[Sequence[int]], Tensor | None] | None = None
+    adapter: Loaded | None = None
+    slot: int = -1
     text_stream: StopText | None = None
     output_token_ids: list[int] = field(default_factory=list)
     new_token_ids: list[int] = field(default_factory=list)

@@ -127,7 +127,7 @@ class Runner:
         self._last = torch.zeros(config.max_num_seqs, model.config.hidden_size, dtype=self.dtype, device=self.device)
         self._hidden_states = self._last  # of all tokens of the step; graphs leave them in `_all`
         self._all: Tensor | None = None
-        self.forward_graphs: dict[tuple[int, int, bool, int | None], torch.cuda.CUDAGraph] = {}
+        self.forward_graphs: dict[tuple[int, int, bool, int | None, int], torch.cuda.CUDAGraph] = {}
         self.draw_graphs: dict[tuple[int, Kind], tuple[torch.cuda.CUDAGraph, Drawn]] = {}
         self.num_replays = 0
         # Memory that graphs share; not draws with layers, for results travel beside the next step, not before it.
@@ -152,7 +152,8 @@ class Runner:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        self._forward(self.max_num_batched_tokens, min(self.max_num_seqs, self.max_num_batched_tokens), False)
+        self._forward(self.max_num_batched_tokens, min(self.max_num_seqs, self.max_num_batched_tokens), False,
+                      slots=self.config.max_loras)  # fmt: skip
         self._draw(self.max_num_seqs, Kind(filtered=True, reported=True))
         torch.cuda.synchronize()
         step = torch.cuda.max_memory_allocated() - before
@@ -180,13 +181,14 @@ class Runner:
         self.table.set_steps(plan.steps)
         for row, prompt, output in plan.penalized:
             set_counts(self.counts, row, to_device(prompt, self.device), to_device(output, self.device))
+        slots = self.config.max_loras if plan.adapted else 0
         sizes = self.decode_sizes if plan.is_decode else self.mixed_sizes
         at = bisect.bisect_left(sizes, plan.num_tokens)
         if at == len(sizes):
-            self._forward(plan.num_tokens, plan.num_sequences, plan.is_decode)
+            self._forward(plan.num_tokens, plan.num_sequences, plan.is_decode, slots=slots)
             return
         short = SHORT if plan.num_tokens == 1 and plan.longest is not None and plan.longest <= SHORT else None
-        shape = (sizes[at], sizes[at] if plan.is_decode else self.max_num_seqs, plan.is_decode, short)
+        shape = (sizes[at], sizes[at] if plan.is_decode else self.max_num_seqs, plan.is_decode, short, slots)
         self.forward_graphs[shape].replay()
         self.num_replays += 1
         self._hidden_states = self._last if plan.is_decode or self._all is None else self._all
@@ -226,10 +228,12 @@ class Runner:
         x.record_stream(self._copying)
         return host
 
-    def _forward(self, tokens: int, sequences: int, decode: bool, max_seqlen_k: int | None = None) -> None:
+    def _forward(
+        self, tokens: int, sequences: int, decode: bool, max_seqlen_k: int | None = None, slots: int = 0
+    ) -> None:  # fmt: skip
         """Everything that a graph of `forward` holds: from rows to hidden states, those that give tokens in `_last`."""
         with dependent_launch(), trusted():
-            batch = self.table.batch(tokens, sequences, decode, max_seqlen_k)
+            batch = self.table.batch(tokens, sequences, decode, max_seqlen_k, slots)
             hidden_states = self.model(batch.token_ids, batch, self.cache)  # [N, hidden]
             self._last[:sequences] = hidden_states if decode else hidden_states[batch.logit_rows]  # [S, hidden]
         if self._all is not None and not decode:
@@ -301,9 +305,11 @@ class Runner:
         self.mixed_sizes = sorted({*range(most, 0, -max(256, most // 8)), *(n for n in (256, 512) if n < most)})
         self.table.set_steps(self.table.nobody())
         self._all = torch.empty(most, self._last.shape[1], dtype=self.dtype, device=self.device)
-        forwards: list[tuple[int, int, bool, int | None]] = [(1, 1, True, SHORT)]
-        forwards += [(n, self.max_num_seqs, False, None) for n in self.mixed_sizes]
-        forwards += [(n, n, True, None) for n in self.decode_sizes]
+        forwards: list[tuple[int, int, bool, int | None, int]] = []
+        for slots in sorted({0, self.config.max_loras}):  # steps without adapters are not to pay for them
+            forwards += [(1, 1, True, SHORT, slots)]
+            forwards += [(n, self.max_num_seqs, False, None, slots) for n in self.mixed_sizes]
+            forwards += [(n, n, True, None, slots) for n in self.decode_sizes]
         for shape in sorted(forwards, key=lambda shape: shape[:3], reverse=True):
             self.forward_graphs[shape], _ = self._record("layers", partial(self._forward, *shape))
         self._record_draws(self.decode_sizes, reported=False)

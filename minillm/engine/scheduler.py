@@ -16,6 +16,7 @@ same step shares it. Should the step fail, whoever launched it takes the name ba
 import bisect
 import time
 
+from ..adapters.serving import AdapterSlots
 from ..cache.blocks import BlockPool, OutOfBlocks
 from .metrics import EngineMetrics
 from .request import Request
@@ -29,12 +30,14 @@ Copies = list[tuple[int, int]]
 class Scheduler:
     """Requests that wait and requests that run, over one pool of blocks.
 
-    max_num_seqs: requests that run at once. max_num_batched_tokens: the budget, in tokens a step.
+    max_num_seqs: requests that run at once. max_num_batched_tokens: the budget, in tokens a step. slots: for adapters;
+    who wants one runs once it has a slot, and until then nobody who came later and wants one goes in front of it.
     """
 
     def __init__(
-        self, pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int, metrics: EngineMetrics | None = None
-    ) -> None:
+        self, pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int, metrics: EngineMetrics | None = None,
+        slots: AdapterSlots | None = None,
+    ) -> None:  # fmt: skip
         for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected an integer, 1 or more, got {value!r}")
@@ -43,7 +46,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.failed: list[tuple[Request, Exception]] = []  # who could not be scheduled, and why: for the engine
         self.free_rows = list(range(max_num_seqs))[::-1]
-        self.metrics = metrics or EngineMetrics()
+        self.metrics, self.slots = metrics or EngineMetrics(), slots
         self.metrics.watch(self)
 
     def add(self, request: Request) -> None:
@@ -81,12 +84,16 @@ class Scheduler:
 
     def _admit(self, scheduled: dict[Request, int], budget: int, copies: dict[int, int]) -> None:
         """Let waiting requests run, while there are rows, tokens of the budget, and blocks."""
+        held_up = False  # by adapters whose slots others hold
         for request in list(self.waiting):
             if not budget or not self.free_rows:
                 break
-            if self._waits_for_parent(request):
+            if self._waits_for_parent(request) or (held_up and request.adapter is not None):
                 continue
             try:
+                if not self._has_adapter(request):
+                    held_up = True
+                    continue
                 self._take_prefix(request)
                 count = min(request.num_tokens - request.num_computed, budget)
                 self._extend(request, count, copies)
@@ -107,6 +114,16 @@ class Scheduler:
             scheduled[request] = count
             budget -= count
         self.waiting = [r for r in self.waiting if r.row < 0]
+
+    def _has_adapter(self, request: Request) -> bool:
+        """Whether the device has its adapter, which it holds from now on, if it wants one."""
+        if request.adapter is None or self.slots is None:
+            return True
+        slot = self.slots.take(request.adapter)
+        if slot is None:
+            return False
+        request.slot, request.options["adapter"] = slot, slot + 1
+        return True
 
     def _admitted_first(self, request: Request) -> None:
         """Count what its prompt found in the cache: once, as what it finds after a preemption is its own."""
@@ -164,6 +181,9 @@ class Scheduler:
     def _give_back(self, request: Request) -> None:
         request.table.free()
         request.num_computed, request.on_device = 0, False
+        if request.slot >= 0 and self.slots is not None:
+            self.slots.give_back(request.slot)
+            request.slot = -1
         if request.row >= 0:
             self.free_rows.append(request.row)
             request.row = -1

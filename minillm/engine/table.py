@@ -38,7 +38,7 @@ class Plan:
     how many tokens one gets at most. filtered: whether somebody asks for more than a
     temperature. penalized: (row, its prompt, its output so far) of rows that are new here and want penalties.
     logprobs: the sequences that want log probabilities, and of how many candidates. prompt_logprobs: rows of the batch,
-    the token that follows each, and of how many candidates.
+    the token that follows each, and of how many candidates. adapted: whether somebody has an adapter.
     """
 
     places: np.ndarray
@@ -54,6 +54,7 @@ class Plan:
     edits: Edits | None = None
     logprobs: tuple[np.ndarray, int] | None = None
     prompt_logprobs: tuple[np.ndarray, np.ndarray, int] | None = None
+    adapted: bool = False
 
     @property
     def is_decode(self) -> bool:
@@ -101,6 +102,7 @@ class RequestTable:
             edits=_edits([(i, request) for i, request in drawing if request.is_edited]),
             logprobs=_logprobs([(i, request) for i, request in drawing if request.logprobs is not None]),
             prompt_logprobs=_prompt_logprobs(scheduled) if any([r.prompt_logprobs for _, r in special]) else None,
+            adapted=any([request.adapter is not None for request, _ in scheduled]),
         )  # fmt: skip
 
     @staticmethod

@@ -9,6 +9,7 @@ from .flash_attention import flash_attention
 from .fused_linear import linear, norm_linear
 from .gumbel_argmax import GREEDY_BELOW, gumbel_argmax, gumbel_noise
 from .matmul import interleave, matmul, matmul_swiglu
+from .multi_lora import LoraPlan, multi_lora
 from .paged_attention import AttentionPlan, paged_attention
 from .quantize_rows import norm_quantize_rows, quantize_rows, swiglu_quantize_rows
 from .rms_norm import add_rms_norm, rms_norm
@@ -27,6 +28,7 @@ __all__ = [
     "INTERPRETED",
     "KERNELS",
     "AttentionPlan",
+    "LoraPlan",
     "Operation",
     "add_rms_norm",
     "append_tokens",
@@ -41,6 +43,7 @@ __all__ = [
     "linear",
     "matmul",
     "matmul_swiglu",
+    "multi_lora",
     "norm_linear",
     "norm_quantize_rows",
     "paged_attention",

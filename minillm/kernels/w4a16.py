@@ -144,7 +144,7 @@ def sixteenth(words, i: tl.constexpr, dtype: tl.constexpr):
     """Nibbles i of both halves, plus 128 in bf16 and 1024 in fp16 and fp32.  [...] -> [..., 2]
 
     All before the product is constants and elementwise, or the compiler would send weights through shared memory. For
-    fp32, too, a nibble goes into a 16-bit number: ptxas 12.8 computed wrong with pairs of 16-bit integers.
+    fp32, too, a nibble goes into a 16-bit number: pairs of 16-bit integers came out wrong on an H100 (ptxas 12.8).
     """
     pair = (words >> 4 * i) & 0x000F000F
     kind: tl.constexpr = tl.bfloat16 if dtype == tl.bfloat16 else tl.float16

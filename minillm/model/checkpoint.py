@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Checkpoint", "weight_files"]
+__all__ = ["Checkpoint", "read_file", "weight_files"]
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -70,16 +70,7 @@ class Checkpoint:
 
         Raises ValueError for a dtype that is not known.
         """
-        tensors: dict[str, Tensor] = {}
-        for run in _runs({name: self.entries[name] for name in names}):
-            stretches = _mapped(*run.values()).split([entry.end - entry.start for entry in run.values()])
-            for (name, entry), stretch in zip(run.items(), stretches, strict=True):
-                if entry.dtype not in DTYPES:
-                    raise ValueError(f"{self.directory}: {name} holds {entry.dtype}, which is not supported")
-                dtype = DTYPES[entry.dtype]
-                aligned = stretch.data_ptr() % dtype.itemsize == stretch.storage_offset() % dtype.itemsize == 0
-                tensors[name] = (stretch if aligned else stretch.clone()).view(dtype).view(entry.shape)
-        return tensors
+        return _tensors(self.directory, {name: self.entries[name] for name in names})
 
     def shape(self, name: str) -> torch.Size:
         """A tensor's shape, without a look at its numbers."""
@@ -88,6 +79,24 @@ class Checkpoint:
     def is_floating(self, name: str) -> bool:
         """Whether a tensor holds numbers of 16 bits or more, which need no scale."""
         return self.entries[name].dtype in ("F64", "F32", "F16", "BF16")
+
+
+def read_file(file: Path) -> dict[str, Tensor]:
+    """All tensors of one safetensors file, mapped, by the names that they have there. Raises as `Checkpoint`."""
+    return _tensors(file, _header(file))
+
+
+def _tensors(where: Path, entries: dict[str, Entry]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for run in _runs(entries):
+        stretches = _mapped(*run.values()).split([entry.end - entry.start for entry in run.values()])
+        for (name, entry), stretch in zip(run.items(), stretches, strict=True):
+            if entry.dtype not in DTYPES:
+                raise ValueError(f"{where}: {name} holds {entry.dtype}, which is not supported")
+            dtype = DTYPES[entry.dtype]
+            aligned = stretch.data_ptr() % dtype.itemsize == stretch.storage_offset() % dtype.itemsize == 0
+            tensors[name] = (stretch if aligned else stretch.clone()).view(dtype).view(entry.shape)
+    return tensors
 
 
 def _runs(entries: dict[str, Entry]) -> list[dict[str, Entry]]:

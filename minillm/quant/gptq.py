@@ -97,9 +97,10 @@ def gptq(
 
     - block: columns after which the rest of the weight is brought up to date, in one product. Changes time alone.
     - damping: share of h's diagonal that is added to it: less trust in what few inputs say. Each column gets a share of
-      its own number. (The paper adds the mean's to all. A single huge channel, as the first token of a text has, makes
-      that more than the others have, and GPTQ does nothing for them.) It grows tenfold as long as h has no factor;
-      beyond 1 the weight is rounded to the nearest, with a warning.
+      its own number, or of the median where that is larger: of a nearly dead input's own a share is nothing, and
+      repairs run wild there. (The paper adds the mean's to all. A single huge channel, as the first token of a text
+      has, makes that more than the others have, and GPTQ does nothing for them.) It grows tenfold as long as h has no
+      factor; beyond 1 the weight is rounded to the nearest, with a warning.
     - order: None, from the first column to the last; each group's grid fits the weights as they are when the group
       begins. "activations": columns with the largest inputs first, while the others can still make up for them; grids
       then are those of the original groups of the original weight, so nothing remembers the order.
@@ -118,7 +119,7 @@ def gptq(
     columns = torch.arange(w.shape[1], device=w.device)
     if order == "activations":
         columns = diagonal.argsort(descending=True, stable=True)
-    living = h + torch.diag(dead.float())
+    living = h + torch.diag(dead * diagonal[~dead].median())  # which that leaves the median
     upper, used = _inverse_factor(living[columns][:, columns], damping)
     if upper is None:
         return nearest, _gave_up(f"the Hessian has no Cholesky factor, even damped by {used:g}", rtn_loss, 0)
@@ -166,15 +167,16 @@ def _round_columns(
 
 
 def _inverse_factor(h: Tensor, damping: float) -> tuple[Tensor | None, float]:
-    """U, upper triangular, with Uᵀ U = (h + damping · h's diagonal)⁻¹, and the damping that it took; None, and the
-    damping that was too little.
+    """U, upper triangular, with Uᵀ U = (h + damping · max(h's diagonal, its median))⁻¹, and the damping that it took;
+    None, and the damping that was too little.
 
     Turned back to front, a lower factor is an upper one: h = V Vᵀ, so U = V⁻¹. The inverse of h, which would lose half
     of the digits, is never formed.
     """
-    identity = torch.eye(len(h), device=h.device)
+    identity, diagonal = torch.eye(len(h), device=h.device), h.diagonal()
+    size = diagonal.clamp(min=diagonal.median())
     while True:
-        damped = h + torch.diag(damping * h.diagonal())
+        damped = h + torch.diag(damping * size)
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed:
             upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)

@@ -166,7 +166,9 @@ class QuantLinear(Linear):
     # ---- what it computes --------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, batch: "Batch | None" = None) -> Tensor:
-        """By the kernels; by torch's packed products on a CPU."""
+        """By the kernels; by torch's packed products on a CPU. Under autograd x has a gradient, the weight has none."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _ThroughFewBits.apply(x, self)
         if self.order is not None:
             x = x[..., self.order]
         if self.format.activations:
@@ -225,6 +227,22 @@ class QuantLinear(Linear):
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, weight, size, scale)
         y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
+
+
+class _ThroughFewBits(torch.autograd.Function):
+    """The layer's own product; backward, that with what its weight reads back as."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantLinear) -> Tensor:
+        ctx.layer = layer
+        with torch.no_grad():
+            return layer(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad, order = grads[0], ctx.layer.order
+        found = grad @ ctx.layer.quantized().dequantize(grad.dtype)
+        return found if order is None else torch.empty_like(found).index_copy_(-1, order, found), None
 
 
 def _in_16_bits(scale: Tensor) -> Tensor:

@@ -39,11 +39,11 @@ class Breaks:
         self.table = engine.runner.table
         engine.runner._forward = self
 
-    def __call__(self, tokens: int, sequences: int, decode: bool) -> torch.Tensor:
+    def __call__(self, tokens: int, sequences: int, decode: bool, **more) -> torch.Tensor:
         self.calls += 1
         if self.token in self.table.batch(tokens, sequences, decode).token_ids.tolist():
             raise self.error
-        return self.forward(tokens, sequences, decode)
+        return self.forward(tokens, sequences, decode, **more)
 
 
 class TestFaults:

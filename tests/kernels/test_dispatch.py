@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from minillm.kernels import (
     KERNELS,
+    LoraPlan,
     add_rms_norm,
     append_tokens,
     apply_rope,
@@ -48,6 +49,7 @@ def small(name: str, device="cpu", dtype=torch.float32) -> tuple:
     table = (steps, rows, rows.new_zeros(3, 3), rows.new_zeros(3))
     each = torch.arange(6.0, device=device)
     integers = torch.arange(24 * 32, device=device).view(24, 32).mul(37).remainder(251).sub(125).to(torch.int8)
+    lora = LoraPlan.of(cu.new_tensor([1, 0, 2, 1, 2, 2]), 2)
     seen = torch.arange(7 * 32, device=device).view(7, 32).remainder(5).sub(2).short()
     return {
         "softmax": (x,),
@@ -85,6 +87,11 @@ def small(name: str, device="cpu", dtype=torch.float32) -> tuple:
             torch.arange(6, device=device),
         ),
         "w4a16": (x, seen[:, :4].int() * 123_456_789, torch.rand(7, 2, device=device).to(dtype) / 8),
+        "multi_lora": (
+            torch.randn(6, 24, device=device, dtype=dtype), x, torch.randn(2, 2, 16, 32, device=device, dtype=dtype),
+            torch.randn(2, 24, 16, device=device, dtype=dtype), cu.new_tensor([[1, 0], [1, 1]]), (16, 8),
+            *(lora.adapters, lora.order, lora.starts),
+        ),
         "top_logprobs": (x, torch.arange(6, device=device), 3),
         "step_inputs": (*table, 4, 16, 1, 2, 7, 3),
         "append_tokens": (steps, rows, torch.tensor([[7], [8], [9]], device=device), cu.new_tensor([1, 1, 0]), 4),

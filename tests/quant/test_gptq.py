@@ -83,15 +83,16 @@ class TestFactor:
     def test_is_that_of_the_inverse(self):
         _, h = problem()
         upper, used = _inverse_factor(h, 0.01)
-        damped = (h + 0.01 * torch.diag(h.diagonal())).double()
+        size = h.diagonal().clamp(min=h.diagonal().median())
+        damped = (h + 0.01 * torch.diag(size)).double()
         expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
         assert used == 0.01
         torch.testing.assert_close(upper.double(), expected, rtol=1e-4, atol=1e-6)
         assert torch.equal(upper, upper.triu())
 
-    def test_damping_is_a_share_of_each_columns_own(self):
-        upper, _ = _inverse_factor(torch.diag(torch.tensor([1.0, 1e6])), 0.5)
-        torch.testing.assert_close(upper.diagonal() ** -2, torch.tensor([1.5, 1.5e6]))
+    def test_damping_is_a_share_of_each_columns_own_or_of_the_median(self):
+        upper, _ = _inverse_factor(torch.diag(torch.tensor([1e6, 1.0, 0.25, 3.0, 1.0])), 0.5)
+        torch.testing.assert_close(upper.diagonal() ** -2, torch.tensor([1.5e6, 1.5, 0.75, 4.5, 1.5]))
 
     def test_grows_tenfold(self):
         h = torch.tensor([[1.0, 1.05], [1.05, 1.0]])  # positive from 0.05 on
@@ -217,6 +218,17 @@ class TestLoss:
         report = gptq(w, h, GROUPS)[1]
         assert report.loss / report.rtn_loss < 1.3 * alone.loss / alone.rtn_loss
 
+    @pytest.mark.parametrize("symmetric", [True, False])
+    def test_a_nearly_dead_channel_does_not_widen_the_grid_of_its_group(self, symmetric):
+        """Repairs of its weights cost nothing; 1 % of so little would not hold them."""
+        w, h = problem()
+        h[40] *= 1e-4
+        h[:, 40] *= 1e-4
+        q, report = gptq(w, h, Scheme(4, "int", symmetric, "group", 16))
+        wider = q.grid.scale / fit_grid(w, q.scheme).scale
+        assert wider[:, 2].median() < 1.5
+        assert report.loss < 0.6 * report.rtn_loss
+
     def test_damping_is_used(self):
         """With all damping there is, columns count almost as if uncorrelated."""
         w, h = problem()
@@ -231,7 +243,7 @@ class TestLoss:
         first, last = scheme.limits
         every = torch.tensor(list(itertools.product(range(first, last + 1), repeat=k)))  # [4096, K]
         ours, nearest, best = [], [], []
-        for seed in range(12):
+        for seed in range(60):
             w, h = problem(8, k, seed)
             q, _ = gptq(w, h, scheme)
             rtn = QuantizedTensor.round(w, fit_grid(w, scheme), scheme)
@@ -244,8 +256,8 @@ class TestLoss:
                     found.append(loss(w[row, None], QuantizedTensor(by.q[row, None], grid, scheme), h))
                 assert ours[-1] >= best[-1] * (1 - 1e-4)
         assert sum(ours) < sum(nearest)
-        assert sum(math.log(o / n) for o, n in zip(ours, nearest, strict=True)) < len(ours) * math.log(0.95)
-        assert sum(o <= b * 1.0001 for o, b in zip(ours, best, strict=True)) > 15, "often it is the best there is"
+        assert sum(math.log(o / n) for o, n in zip(ours, nearest, strict=True)) < len(ours) * math.log(0.9)
+        assert sum(o <= b * 1.0001 for o, b in zip(ours, best, strict=True)) > 75, "often it is the best there is"
 
 
 def babai(w: torch.Tensor, h: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -294,6 +306,17 @@ class TestTrouble:
         zeroed[:, dead] = 0
         assert same(q, gptq(zeroed, h, scheme, order=order)[0])
         assert report.loss < report.rtn_loss
+
+    @orders
+    def test_the_median_that_damps_is_that_of_living_columns(self, order):
+        """Of 64 columns 40 are dead: what is left is rounded as it would be by itself."""
+        w, h = problem()
+        scheme, living = Scheme(4, "int", True, "channel"), torch.arange(64) >= 40
+        alone, _ = gptq(w[:, living], 1e-4 * h[living][:, living], scheme, order=order)
+        h[~living], h[:, ~living] = 0, 0
+        q, report = gptq(w.masked_fill(~living, 0), 1e-4 * h, scheme, order=order)
+        assert report.dead == 40
+        assert nearly(QuantizedTensor(q.q[:, living], q.grid, scheme), alone)
 
     def test_fewer_tokens_than_channels(self):
         w, h = problem(tokens=20)
