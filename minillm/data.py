@@ -1,21 +1,37 @@
-"""The data of the curriculum: what every Python already has, so that nothing is downloaded.
+"""The data of the curriculum: what every Python already has, and texts written for it, so that nothing is downloaded.
 
 - `digits()`: 1,797 handwritten digits of 8 by 8 pixels, from scikit-learn (Alpaydin and Kaynak, UCI, 1998).
 - `reference_text()`: the language reference that ships inside CPython: technical English, about 465,000 characters.
   It differs between Python versions, so no exact figure that is made from it may be compared across versions.
+- `reviews()`: 240 short reviews with their sentiment, written for this repository, under its license.
+- `word_problems()`: word problems in one to three steps, made by a seeded generator.
 """
 
+import json
 import random
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 if TYPE_CHECKING:  # digits and text need numpy alone
     from torch import Tensor
 
-__all__ = ["Digits", "calibration", "digits", "held_out", "reference_text", "split_paragraphs", "split_topics"]
+__all__ = [
+    "Digits",
+    "Review",
+    "WordProblem",
+    "calibration",
+    "digits",
+    "held_out",
+    "reference_text",
+    "reviews",
+    "split_paragraphs",
+    "split_topics",
+    "word_problems",
+]
 
 HELD_OUT = 0.15  # of the characters: 24 windows of 512 of SmolLM2's tokens and a few more
 
@@ -136,3 +152,82 @@ def _windows(tokenizer: Encoder, texts: dict[str, str], count: int, length: int)
     if there < count:
         raise ValueError(f"count: expected at most {there} windows of {length} tokens, got {count}")
     return torch.tensor(ids[: there * length]).view(there, length)
+
+
+def _records(name: str) -> list[dict[str, Any]]:
+    """The lines of `minillm/texts/{name}.jsonl`."""
+    text = (files(__package__) / "texts" / f"{name}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@dataclass(frozen=True)
+class Review:
+    """A short review. `about`: the thing reviewed, as it stands in the text; `label`: positive or negative."""
+
+    text: str
+    about: str
+    label: str
+
+
+def reviews() -> tuple[list[Review], list[Review]]:
+    """40 reviews to draw examples from, and 200 for tests, as many of each label in both.
+
+    Each thing is praised once and blamed once, both on the same side of the split: what a review is about says nothing
+    of its label, and examples say nothing of a test's thing.
+    """
+    sides: dict[str, list[Review]] = {"pool": [], "test": []}
+    for record in _records("reviews"):
+        sides[record.pop("split")].append(Review(**record))
+    return sides["pool"], sides["test"]
+
+
+@dataclass(frozen=True)
+class WordProblem:
+    """A question whose answer is a whole number. `steps`: one sum a step, such as "3 * 4 = 12. 12 - 5 = 7."."""
+
+    question: str
+    steps: str
+    answer: int
+
+
+# What each step does to the number so far; the first has a number of its own.
+_PROBLEMS = [
+    ("{who} has {a} {things} and buys {b} more. How many {things} does {who} have?", "+"),
+    ("{who} has {a} {things} and gives {b} to a friend. How many {things} does {who} have left?", "-"),
+    ("{who} fills {a} boxes with {b} {things} each. How many {things} are in the boxes?", "*"),
+    ("{who} has {a} {things}, finds {b} and then loses {c}. How many {things} does {who} have?", "+-"),
+    ("{who} has {a} {things}, sells {b} and then buys {c}. How many {things} does {who} have?", "-+"),
+    ("{who} buys {a} bags of {b} {things} and uses {c} of them. How many {things} are left?", "*-"),
+    ("{who} buys {a} bags of {b} {things} and already had {c}. How many {things} does {who} have?", "*+"),
+    (
+        "{who} packs {a} boxes of {b} {things}, adds {c} loose ones and takes {d} out again. How many {things} does"
+        " {who} have?",
+        "*+-",
+    ),
+]
+_PEOPLE = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gita", "Hugo", "Iris", "Jon", "Kira", "Liam")
+_THINGS = ("apples", "beads", "books", "cards", "coins", "cups", "eggs", "keys", "lemons", "pens", "shells", "stamps")
+
+
+def word_problems(count: int, seed: int = 0) -> list[WordProblem]:
+    """Word problems in one, two or three steps, no two alike; no number on the way is below 1.
+
+    The first problems of a seed are the same for every count. Raises ValueError for a count below 0 or above 10,000.
+    """
+    if not 0 <= count <= 10_000:
+        raise ValueError(f"count: expected 0 to 10,000, got {count}")
+    draw, found = random.Random(seed), dict[str, WordProblem]()
+    while len(found) < count:
+        template, operations = draw.choice(_PROBLEMS)
+        value = draw.randint(2, 9) if operations[0] == "*" else draw.randint(3, 40)
+        numbers, steps = [value], []
+        for operation in operations:
+            high = 9 if operation == "*" else min(40, value - 1) if operation == "-" else 40
+            numbers.append(draw.randint(min(2, high), high))
+            before = value
+            value = {"+": value + numbers[-1], "-": value - numbers[-1], "*": value * numbers[-1]}[operation]
+            steps.append(f"{before} {operation} {numbers[-1]} = {value}.")
+        words = {"who": draw.choice(_PEOPLE), "things": draw.choice(_THINGS)} | dict(zip("abcd", numbers, strict=False))
+        question = template.format(**words)
+        found.setdefault(question, WordProblem(question, " ".join(steps), value))
+    return list(found.values())

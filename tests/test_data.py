@@ -1,10 +1,22 @@
 """The data that every Python has."""
 
+import re
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
 
-from minillm.data import calibration, digits, held_out, reference_text, split_paragraphs, split_topics
+from minillm.data import (
+    calibration,
+    digits,
+    held_out,
+    reference_text,
+    reviews,
+    split_paragraphs,
+    split_topics,
+    word_problems,
+)
 
 
 def test_digits():
@@ -93,3 +105,39 @@ def test_more_windows_than_there_are():
         calibration(Characters(), 10_000)
     with pytest.raises(ValueError, match="count, length"):
         held_out(Characters(), 0)
+
+
+def test_reviews_are_balanced_and_apart():
+    pool, test = reviews()
+    for side, count in ((pool, 20), (test, 100)):
+        assert Counter(r.label for r in side) == {"positive": count, "negative": count}
+        assert all(re.search(rf"\b{r.about}\b", r.text.lower()) for r in side)
+        by_label = {label: Counter(r.about for r in side if r.label == label) for label in ("positive", "negative")}
+        assert by_label["positive"] == by_label["negative"]
+        assert set(by_label["positive"].values()) == {1}
+    assert not {r.about for r in pool} & {r.about for r in test}
+    assert len({r.text for r in pool + test}) == 240
+
+
+def test_word_problems_add_up():
+    problems = word_problems(500)
+    for p in problems:
+        value = None
+        for a, operation, b, c in re.findall(r"(\d+) ([-+*]) (\d+) = (\d+)\.", p.steps):
+            assert value in (None, int(a)), "each step goes on from the one before"
+            value = {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[operation]
+            assert value == int(c) >= 1
+            assert re.search(rf"\b{b}\b", p.question)
+        assert value == p.answer
+        assert p.question.endswith("?")
+    assert len({p.question for p in problems}) == 500
+    assert {p.steps.count("=") for p in problems} == {1, 2, 3}
+    assert problems[:20] == word_problems(20)
+    assert problems[:20] != word_problems(20, seed=1)
+    assert word_problems(0) == []
+
+
+def test_word_problems_want_a_count():
+    for count in (-1, 10_001):
+        with pytest.raises(ValueError, match="count: expected 0 to 10,000"):
+            word_problems(count)
