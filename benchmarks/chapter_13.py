@@ -279,10 +279,8 @@ def induction_part(bench: Bench, save: Callable[[dict], None]) -> None:
         rows.append(effect("induction", tops[:n], n=n))
         rows += [effect("control", others_of(tops[:n], induction, seed), n=n, seed=seed) for seed in range(draws)]
     rows += [effect("previous", before[:n], n=n) for n in (1, 2, 3)]
-    anywhere = [x for x in ranked(induction) if induction[x] < 0.1]
-    for seed in range(draws):
-        chosen = sorted(random.Random(seed).sample(anywhere, 12))
-        rows += [effect("anywhere", chosen, n=12, seed=seed), effect("zeroed", chosen, mean=False, n=12, seed=seed)]
+    first_layer = [(0, head) for head in range(induction.shape[1])]  # none of them matches prefixes
+    rows += [effect("layer 0", first_layer), effect("layer 0, zeroed", first_layer, mean=False)]
     for row in rows:
         print(row["name"], row.get("n"), f"{row['first']:.2f} {row['second']:.2f} text {row['text']:.3f}", flush=True)
     save(found)
