@@ -305,7 +305,8 @@ class Vocabulary:
         states = np.broadcast_to(np.asarray(state, np.int32), nodes.shape)
         reached[nodes] = True
         while len(nodes):
-            accepted[nodes[automaton.accepting[states]]] = True
+            complete = automaton.accepting[states]
+            accepted[nodes[complete]] = True
             self._expand(automaton, states)
             counts = self.children[nodes]
             ahead = np.cumsum(counts) - counts  # children of the nodes in front
