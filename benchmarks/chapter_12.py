@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from common import ROOT, device, record
-from torch import Tensor
+from torch import Tensor, nn
 
 from minillm import kernels
 from minillm.adapters import Adapter, LoraConfig, adapted, adapter_of, attach, merge
@@ -78,7 +78,7 @@ FULL = Sizes(
     50, (0, 1, 2), (1, 2, 4, 8, 16, 32), 200, 24, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3), 50, (1, 4, 16, 64, 256), (8, 64),
 )  # fmt: skip
-ON_CPU = Sizes(25, (0,), (1, 8), 60, 2, (3e-4, 3e-3, 3e-2), (3e-5, 3e-4, 3e-3), 15, (1, 4, 16, 64), (8,))
+ON_CPU = Sizes(12, (0,), (8,), 40, 2, (1e-3, 1e-2), (1e-4, 1e-3), 6, (1, 4, 16, 64), (8,))
 LITTLE = Sizes(2, (0,), (1, 8), 6, 1, (1e-3,), (1e-4,), 1, (1, 4), (2,))
 SIZES = LITTLE if SMALL else FULL if GPU else ON_CPU
 LORA_RATE, FULL_RATE = 3e-3, 3e-4  # chosen by the part `rates`, on orders that neither train nor judge
@@ -291,10 +291,12 @@ def scale_part(bench: Bench, save: Save) -> None:
     step, whose every entry is the rate, and by the gradient's. alpha is such that rank 16 has the scale 2 by both.
     """
     rows: list[dict] = []
+    formula = formula_errors()
+    print(formula, flush=True)
     for r, rslora in itertools.product(SIZES.scale_ranks, (False, True)):
         alpha = 2 * (16**0.5 if rslora else 16)
         model = with_lora(bench.fresh(), r, lora_alpha=alpha, use_rslora=rslora)
-        loss, count = loss_of(model, bench.train[: 2 if SMALL else 8])
+        loss, count = loss_of(model, bench.train[: 8 if GPU else 2])
         (loss / count).backward()
         layers = [layer for layer in model.modules() if isinstance(layer, LoraLinear)]
         zero = all(not p.grad.any() for layer in layers for p in layer.lora_a.values())
@@ -308,13 +310,56 @@ def scale_part(bench: Bench, save: Save) -> None:
                 for p in layer.lora_b.values():
                     p.data = -(1e-4 if name == "Adam" else 1e-2) * step(p.grad)
             with torch.no_grad():
-                loss_of(model, bench.train[: 2 if SMALL else 8])
+                loss_of(model, bench.train[: 8 if GPU else 2])
             for hook in hooks:
                 hook.remove()
             row[name] = statistics.median(changes)
         rows.append(row)
         show(row)
-        save({"rows": rows})
+        save({"formula": formula, "rows": rows})
+
+
+class PlainLora(nn.Module):
+    """x Wᵀ + γ (x Aᵀ) Bᵀ and nothing else.  weight [N, K], a [r, K], b [N, r]"""
+
+    def __init__(self, weight: Tensor, r: int, alpha: float) -> None:
+        super().__init__()
+        bound = weight.shape[1] ** -0.5
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.a = nn.Parameter(torch.empty(r, weight.shape[1]).uniform_(-bound, bound))
+        self.b = nn.Parameter(torch.zeros(len(weight), r))
+        self.scale = alpha / r
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) + self.scale * F.linear(F.linear(x, self.a), self.b)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        self.weight += self.scale * self.b @ self.a
+
+
+def formula_errors(n: int = 48, k: int = 64, r: int = 4, rate: float = 0.1) -> dict[str, float]:
+    """Autograd's gradients against γ G Aᵀ and γ Bᵀ G, at B = 0 and after a step; what the step made of W."""
+    torch.manual_seed(0)
+    layer, x, g = PlainLora(torch.randn(n, k), r, 2.0 * r), torch.randn(32, k), torch.randn(32, n)
+    big, errors, before = g.T @ x, {}, layer.weight.clone()  # G [N, K]
+    for when in ("at first", "then"):
+        layer.zero_grad()
+        (layer(x) * g).sum().backward()
+        for name, p, formula in (("A", layer.a, layer.b.T @ big), ("B", layer.b, big @ layer.a.T)):
+            assert p.grad is not None
+            errors[f"{name}, {when}"] = float((p.grad - layer.scale * formula).detach().norm() / (1e-9 + p.grad.norm()))
+        if when == "at first":
+            assert not layer.a.grad.any()
+            with torch.no_grad():
+                layer.b -= rate * layer.b.grad
+                step = -rate * layer.scale**2 * big @ layer.a.T @ layer.a
+                errors["W"] = float((layer.scale * layer.b @ layer.a - step).norm() / step.norm())
+    y = layer(x)
+    layer.merge()
+    errors["merged"] = float((F.linear(x, layer.weight) - y).detach().norm() / y.detach().norm())
+    assert not torch.equal(before, layer.weight)
+    return errors
 
 
 def sizes_into(changes: list[float]) -> Callable[..., None]:
