@@ -48,7 +48,7 @@ def low_rank() -> None:
     arrow(ax, (1.05, 1.86), (1.95, 2.25))
     arrow(ax, (3.05, 2.03), (2.18, 2.27))
     arrow(ax, (2.05, 2.42), (2.05, 2.62))
-    ax.text(0.3, 2.3, "W + γ B A is one weight again", fontsize=7.5, color=BLUE, va="center")
+    ax.text(2.25, 2.48, "the same as one weight, W + γ B A", fontsize=7.5, color=BLUE, va="center")
 
     ax.text(6.7, 2.72, "bottleneck: behind the sublayer", ha="center", fontsize=9.5)
     box(5.6, 0.3, 2.2, 0.35, "W  [N, K], frozen", "#e8e8e8")
@@ -134,9 +134,9 @@ def sorted_tokens() -> None:
     order = sorted(range(6), key=lambda t: mine[t])
     unit, x0 = 0.62, 1.75
 
-    def token(x: float, y: float, t: int) -> None:
-        ax.add_patch(Rectangle((x, y), unit - 0.06, 0.36, fc=colors[mine[t]], ec=GRAY, lw=0.6))
-        ax.text(x + unit / 2 - 0.03, y + 0.18, f"{t}", ha="center", va="center", fontsize=9)
+    def token(x: float, y: float, t: int, width: float = 0.56) -> None:
+        ax.add_patch(Rectangle((x, y), width, 0.36, fc=colors[mine[t]], ec=GRAY, lw=0.6))
+        ax.text(x + width / 2, y + 0.18, f"{t}", ha="center", va="center", fontsize=9)
 
     for t in range(6):
         token(x0 + unit * t, 1.95, t)
@@ -153,7 +153,7 @@ def sorted_tokens() -> None:
         ax.text(x + 0.55, 0.66, f"block {name}", ha="center", fontsize=8)
         ax.add_patch(Rectangle((x, 0.12), 1.1, 0.44, fc="white", ec=GRAY, lw=0.8, ls="-" if places else ":"))
         for j, place in enumerate(places):
-            token(x + 0.05 + 0.52 * j - 0.02, 0.16, order[place])
+            token(x + 0.06 + 0.5 * j, 0.16, order[place], 0.46)
         ax.text(x + 0.55, 0.34, note, ha="center", va="center", fontsize=6.5, color=GRAY)
     for y, label in ((2.13, "tokens"), (1.4, "order"), (0.34, "programs")):
         ax.text(1.15, y, label, ha="right", va="center")
