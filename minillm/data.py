@@ -5,6 +5,8 @@
   It differs between Python versions, so no exact figure that is made from it may be compared across versions.
 - `reviews()`: 240 short reviews with their sentiment, written for this repository, under its license.
 - `word_problems()`: word problems in one to three steps, made by a seeded generator.
+- `orders()`: 600 spoken orders of a café with the JSON that is to be written down for each, made for this repository,
+  under its license.
 """
 
 import json
@@ -21,11 +23,13 @@ if TYPE_CHECKING:  # digits and text need numpy alone
 
 __all__ = [
     "Digits",
+    "Order",
     "Review",
     "WordProblem",
     "calibration",
     "digits",
     "held_out",
+    "orders",
     "reference_text",
     "reviews",
     "split_paragraphs",
@@ -64,6 +68,47 @@ def digits(test_fraction: float = 0.25, seed: int = 0) -> Digits:
     x, y = (images[order] / 16).astype(np.float32), labels[order].astype(np.int64)
     num_test = round(len(x) * test_fraction)
     return Digits(x[num_test:], y[num_test:], x[:num_test], y[:num_test])
+
+
+@dataclass(frozen=True)
+class Order:
+    """An order as it is spoken, `text`, and what is to be written down, `wanted`.
+
+    `wanted` has the keys item (str), count (int), size (str or None), extras (list of str, as spoken) and to_go (bool).
+    """
+
+    text: str
+    wanted: dict[str, Any]
+
+    @property
+    def prompt(self) -> str:
+        """What a model is given."""
+        return f"Order: {self.text}\nJSON:"
+
+    @property
+    def answer(self) -> str:
+        """What it should write behind the prompt, before its end token."""
+        return " " + json.dumps(self.wanted)
+
+    def is_met_by(self, output: str) -> bool:
+        """Whether `output` is JSON, white space around it aside, that equals `wanted` in value and in type."""
+        try:
+            got = json.loads(output)
+        except (ValueError, RecursionError):  # the latter for a row of brackets
+            return False
+        return json.dumps(got, sort_keys=True) == json.dumps(self.wanted, sort_keys=True)
+
+
+def orders() -> tuple[list[Order], list[Order]]:
+    """The 400 orders to train on and the 200 held out, both in an order without meaning.
+
+    No opening of a held-out order occurs in training; half of them pair an item with an extra that never stand together
+    there, and an item, "macchiato", and an extra, "hazelnut syrup", are new altogether.
+    """
+    sides: dict[str, list[Order]] = {"train": [], "test": []}
+    for record in _records("orders"):
+        sides[record["split"]].append(Order(record["text"], record["order"]))
+    return sides["train"], sides["test"]
 
 
 def reference_text() -> dict[str, str]:
