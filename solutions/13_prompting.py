@@ -337,7 +337,7 @@ check("13.5", calibrated)
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | beyond: is prompt A better, if each text was asked several times? | 3 of 5 | 20 | Miller, 2024, 2 and 4 |
+# | beyond: is prompt A better, if each text was asked several times? | 3 of 5 | 20 | Miller, 2024 |
 #
 # Both prompts were asked the same N questions: `a` and `b` [N] are what they scored (right or wrong, or numbers), and
 # question i is about text `texts[i]`. Several questions may be about one text (other seeds, other wordings); their
