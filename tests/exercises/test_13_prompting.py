@@ -354,18 +354,15 @@ def automaton(states, moves, accepting):
 
 def mask_by_hand(table, accepting, state, tokens, end):
     """Word by word: a token at a time; what is alive by searching from each state."""
-
-    def alive(state):
-        seen, left = {state}, [state]
+    moves, alive = table.tolist(), []
+    after = [set(row) - {-1} for row in moves]
+    for first in range(len(moves)):
+        seen, left = {first}, [first]
         while left:
-            at = left.pop()
-            if accepting[at]:
-                return True
-            for after in set(table[at].tolist()) - {-1} - seen:
-                seen.add(after)
-                left.append(after)
-        return False
-
+            fresh = after[left.pop()] - seen
+            seen |= fresh
+            left += fresh
+        alive.append(bool(accepting[list(seen)].any()))
     found = []
     for i, token in enumerate(tokens):
         if i == end:
@@ -373,16 +370,16 @@ def mask_by_hand(table, accepting, state, tokens, end):
             continue
         at = state
         for byte in token or b"":
-            at = int(table[at, byte]) if at >= 0 else -1
-        found.append(bool(token) and at >= 0 and alive(at))
+            at = moves[at][byte] if at >= 0 else -1
+        found.append(bool(token) and at >= 0 and alive[at])
     return found
 
 
 DIGITS = b"0123456789"
-# an integer without leading zeros: 0 begins, 1 minus, 2 zero, 3 more digits
 
 
 def integer():
+    """An integer without leading zeros. States: 0 begins, 1 behind a minus, 2 behind 0, 3 behind other digits."""
     return automaton(
         4, [(0, b"-", 1), (0, b"0", 2), (1, b"0", 2), (0, DIGITS[1:], 3), (1, DIGITS[1:], 3), (3, DIGITS, 3)], (2, 3)
     )
