@@ -550,5 +550,5 @@ check("13.8", string_mask)
 # All three disappear in an automaton over **bytes**: a state knows whether it is within a character or behind a
 # backslash and how many characters came, the text itself is never looked at again, and a token costs a few steps
 # instead of all that came before it. (Python's *incremental* decoder would not do: it takes ED A0, which no character
-# begins with, for the beginning of one.) SmolLM2's vocabulary has hundreds of tokens that end within a character. Emoji
+# begins with, for the beginning of one.) SmolLM2's vocabulary has hundreds of tokens that are no whole characters. Emoji
 # are mostly written by such tokens.
