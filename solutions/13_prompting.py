@@ -238,14 +238,14 @@ def mask(
     while len(alive) != before:  # one byte further from the end each round
         before = len(alive)
         alive |= {i for i, row in enumerate(moves) if not alive.isdisjoint(row)}
-    found = torch.zeros(len(tokens), dtype=torch.bool)
+    may_come = torch.zeros(len(tokens), dtype=torch.bool)
     for i, token in enumerate(tokens):
         at = state
         for byte in token or b"":
             at = moves[at][byte] if at >= 0 else -1
-        found[i] = bool(token) and at in alive
-    found[end] = bool(accepting[state])
-    return found
+        may_come[i] = bool(token) and at in alive
+    may_come[end] = bool(accepting[state])
+    return may_come
     ### END SOLUTION
 
 
