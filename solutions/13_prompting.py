@@ -233,17 +233,17 @@ def mask(
     """The tokens that may come in a state.  -> bool [len(tokens)]"""
     ### BEGIN SOLUTION
     moves = table.tolist()
-    alive = {i for i, ends in enumerate(accepting.tolist()) if ends}
-    before = -1
+    after = [set(row) for row in moves]
+    alive, before = {i for i, ends in enumerate(accepting.tolist()) if ends}, -1
     while len(alive) != before:  # one byte further from the end each round
         before = len(alive)
-        alive |= {i for i, row in enumerate(moves) if not alive.isdisjoint(row)}
+        alive |= {i for i, states in enumerate(after) if not alive.isdisjoint(states)}
     may_come = torch.zeros(len(tokens), dtype=torch.bool)
-    for i, token in enumerate(tokens):
+    for number, token in enumerate(tokens):
         at = state
         for byte in token or b"":
             at = moves[at][byte] if at >= 0 else -1
-        may_come[i] = bool(token) and at in alive
+        may_come[number] = bool(token) and at in alive
     may_come[end] = bool(accepting[state])
     return may_come
     ### END SOLUTION
@@ -550,5 +550,5 @@ check("13.8", string_mask)
 # All three disappear in an automaton over **bytes**: a state knows whether it is within a character or behind a
 # backslash and how many characters came, the text itself is never looked at again, and a token costs a few steps
 # instead of all that came before it. (Python's *incremental* decoder would not do: it takes ED A0, which no character
-# begins with, for the beginning of one.) SmolLM2's vocabulary has hundreds of tokens that are no whole characters. Emoji
-# are mostly written by such tokens.
+# begins with, for the beginning of one.) SmolLM2's vocabulary has hundreds of tokens that are no whole characters.
+# Emoji are mostly written by such tokens.
