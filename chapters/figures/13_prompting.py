@@ -166,5 +166,5 @@ if __name__ == "__main__":
     circuit()
     automaton()
     for name, draw in (("induction", induction), ("induction", ablation), ("wordings", wordings), ("shots", shots)):
-        if name in recorded:
+        if name in recorded and (name != "shots" or "orders" in recorded[name]):
             draw()
