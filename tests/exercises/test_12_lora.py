@@ -245,6 +245,10 @@ class TestLoraLinear:
         y = x.double() @ w.detach().double().T + scale * (x.double() @ layer.a.double().T) @ layer.b.double().T
         return (y if bias is None else y + bias.double()).detach()
 
+    def backward(self, loss):
+        expect(loss.requires_grad, "layer(x): expected a result with a gradient, got one without")
+        loss.backward()
+
     def test_begins(self, impl):
         """a new layer computes what the frozen one does: b is 0"""
         w, bias = self.frozen()
@@ -318,7 +322,7 @@ class TestLoraLinear:
         """in the first step b has a gradient, a has none yet"""
         w, bias = self.frozen()
         layer = impl(w, bias, self.R, 5.0)
-        layer(random_tensor(5, self.N_IN, seed=4)).square().sum().backward()
+        self.backward(layer(random_tensor(5, self.N_IN, seed=4)).square().sum())
         for name in ("a", "b"):
             expect(getattr(layer, name).grad is not None, f"layer.{name}: expected a gradient, got none")
         expect_close("gradient of a", layer.a.grad, torch.zeros(self.R, self.N_IN))
@@ -328,7 +332,7 @@ class TestLoraLinear:
         """gradients of a, b and x are those of the whole formula"""
         w, bias = self.frozen()
         layer, x = self.made(impl, w, bias), random_tensor(5, self.N_IN, seed=4).requires_grad_()
-        (layer(x) * random_tensor(5, self.N_OUT, seed=6)).sum().backward()
+        self.backward((layer(x) * random_tensor(5, self.N_OUT, seed=6)).sum())
         found = [layer.a.grad, layer.b.grad, x.grad]
         a, b, z = (t.detach().clone().requires_grad_() for t in (layer.a, layer.b, x))
         y = z @ (w + 5 / 3 * b @ a).T + bias
@@ -342,7 +346,7 @@ class TestLoraLinear:
         for wanted in (False, True):
             w, bias = (nn.Parameter(t, requires_grad=wanted) for t in self.frozen())
             layer = self.made(impl, w, bias)
-            layer(random_tensor(5, self.N_IN, seed=4)).sum().backward()
+            self.backward(layer(random_tensor(5, self.N_IN, seed=4)).sum())
             for name, t in (("weight", w), ("bias", bias)):
                 expect(t.grad is None, f"{name}: expected no gradient, got one")
             trained = sorted(name for name, p in layer.named_parameters() if p.requires_grad)
@@ -380,7 +384,7 @@ class TestLoraLinear:
         layer = self.made(impl, w, None, 2)
         x = random_tensor(3, 128, seed=4).requires_grad_()
         with Made() as seen:
-            layer(x).sum().backward()
+            self.backward(layer(x).sum())
         expect(seen.most < 96 * 128 / 4,
                f"expected no tensor larger than x, y, A or B ({96 * 3} numbers)\n  got one of {seen.most}")  # fmt: skip
 
@@ -550,6 +554,11 @@ class TestMerger:
             expect_raises(RuntimeError, merger.unmerge, "unmerge after that error")
             merger.merge(*self.pair(), 1.0)
             expect_rounded("the weight, merged after that error", w, self.exact(self.weight(dtype), *self.pair(), 1.0))
+        for row in range(self.N_OUT):
+            w, (a, b) = self.weight(), self.pair()
+            b[row, 2] = INF
+            expect_raises(ValueError, lambda w=w, a=a, b=b: impl(w).merge(a, b, 1.0), f"infinity in row {row} of b")
+            expect_bits(f"the weight after infinity in row {row} of b", w, self.weight())
 
     def test_two(self, impl):
         """two weights have their own state"""
@@ -669,6 +678,8 @@ class TestGathered:
         y, x, a, b, adapters = self.case()
         wide = torch.stack((adapters, adapters + 99), 1)[:, 0]
         self.same(impl, (apart(y), apart(x), apart(a), b.mT.contiguous().mT, wide), "y of views")
+        turned = [t.mT.contiguous().mT for t in (y, x, a)]
+        self.same(impl, (*turned, apart(b), adapters), "y of views whose rows are columns")
 
     def test_empty(self, impl):
         """no token"""
@@ -763,6 +774,8 @@ class TestPlan:
         self.same(impl, [2, 0, 1, 2], 2, 1)
         self.same(impl, [2, 0, 1, 2], 2, 64)
         self.same(impl, [1, 0, 1], 1, 2)
+        for size in (9, 10, 17, 32, 33):
+            self.same(impl, [i % 4 for i in range(150)], 3, size)
         draw = random.Random(5)
         for _ in range(60):
             slots, size, n = draw.randint(1, 9), draw.choice([1, 2, 3, 4, 7, 16]), draw.randint(1, 40)
@@ -821,7 +834,7 @@ class TestReadAdapter:
         tensors = self.tensors(ranks, dtype)
         if backward:
             tensors = dict(reversed(tensors.items()))
-        got = impl(config, tensors)
+        got = impl(config, dict(tensors))
         expect(isinstance(got, dict), f"expected a dictionary, got {type(got).__name__}")
         expect_equal("modules", sorted(got), sorted(ranks))
         for (module, r), scale in zip(ranks.items(), scales, strict=True):
@@ -914,6 +927,13 @@ class TestReadAdapter:
             self.refused(
                 impl, f"a key {key!r}", change=lambda tensors, key=key: tensors.update({key: torch.ones(4, 4)})
             )
+        for before, after in (("x", ""), ("", "x"), ("a.", ""), ("", ".x")):
+            keys = [f"{before}{BEFORE}v.lora_{half}.weight{after}" for half in "AB"]
+            extra = {keys[0]: torch.ones(4, 6), keys[1]: torch.ones(5, 4)}
+            self.refused(impl, f"keys {keys}", change=lambda tensors, extra=extra: tensors.update(extra))
+        keys = [f"base_modelxmodel.v.lora_{half}.weight" for half in "AB"]
+        extra = {keys[0]: torch.ones(4, 6), keys[1]: torch.ones(5, 4)}
+        self.refused(impl, f"keys {keys}", change=lambda tensors: tensors.update(extra))
 
     def test_unsupported(self, impl):
         """what is not supported"""
@@ -1071,6 +1091,16 @@ class TestBlockNames:
         self.told_apart(impl, "the same numbers in bf16 and fp32", half, whole)
         bits = {module: (a.view(torch.float16), b.view(torch.float16), s) for module, (a, b, s) in half.items()}
         self.told_apart(impl, "the same bits in bf16 and fp16", half, bits)
+        for which in (0, 1):
+            mixed = {
+                module: tuple(x.view(torch.float16) if i == which else x for i, x in enumerate(pair[:2])) + pair[2:]
+                for module, pair in half.items()
+            }
+            self.told_apart(impl, f"the same bits, {'AB'[which]} in fp16 instead of bf16", half, mixed)
+        for dtype in DTYPES[1:]:
+            one, two = self.adapter(dtype=dtype), self.adapter(seed=5, dtype=dtype)
+            self.told_apart(impl, f"other numbers in {dtype}", one, two)
+            self.alike(impl, f"the same numbers in {dtype}", one, copy.deepcopy(one))
         only_a = {module: (a.float(), b, s) for module, (a, b, s) in half.items()}
         self.told_apart(impl, "A alone in fp32", half, only_a)
         parameters = {module: (nn.Parameter(a), nn.Parameter(b), s) for module, (a, b, s) in whole.items()}
