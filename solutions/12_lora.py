@@ -8,8 +8,8 @@
 # Run the next cell, then take the exercises in any order. Replace `raise NotImplementedError(...)` by your code and
 # run the `check` cell under it: it says which contracts hold, and on a failure what was expected and what came.
 #
-# Conventions, in all of them: a layer computes y = x Wᵀ, W [out, in]. Its adapter is **A** [r, in] and **B** [out, r],
-# and the layer with it computes x (W + s B A)ᵀ. The **scale** s is alpha / r, with rsLoRA alpha / √r. Tensors need not
+# Conventions, in all of them: a layer computes y = x Wᵀ, W [N, K]. Its adapter is **A** [r, K] and **B** [N, r],
+# and the layer with it computes x (W + γ B A)ᵀ. The **scale** γ is alpha / r, with rsLoRA alpha / √r. Tensors need not
 # be contiguous, and inputs stay as they are, unless an exercise says otherwise.
 
 # %%
@@ -30,7 +30,7 @@ from minillm.learn import check
 # |---|---|---|---|
 # | warm-up: what is trained, and what that takes of memory | 1 of 5 | 5 | Hu et al., 2021, 4.2; Dettmers et al., 2023 |
 #
-# A model has `layers` decoder layers. `shapes` has the matrices of one, {name: (out, in)}; all layers are alike. Beside
+# A model has `layers` decoder layers. `shapes` has the matrices of one, {name: (N, K)}; all layers are alike. Beside
 # them there are `rest` parameters: the embedding, the norms.
 #
 # - **Full fine-tuning** trains all of them, in fp32 with Adam: each takes a weight, a gradient and two moments of 4
@@ -50,8 +50,8 @@ def budget(
     ### BEGIN SOLUTION
     if unknown := targets - shapes.keys():
         raise ValueError(f"targets: expected names of {', '.join(shapes)}, got {', '.join(sorted(unknown))}")
-    whole = rest + layers * sum(n_out * n_in for n_out, n_in in shapes.values())
-    trained = layers * sum(r * (n_out + n_in) for name, (n_out, n_in) in shapes.items() if name in targets)
+    whole = rest + layers * sum(n * k for n, k in shapes.values())
+    trained = layers * sum(r * (n + k) for name, (n, k) in shapes.items() if name in targets)
     return trained, 16 * whole, whole * base_bits / 8 + 16 * trained
     ### END SOLUTION
 
@@ -62,7 +62,7 @@ check("12.1", budget)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# A has r · in numbers, B has out · r. With LoRA the matrices are still there, all of them: frozen, without gradients
+# A has r · K numbers, B has N · r. With LoRA the matrices are still there, all of them: frozen, without gradients
 # and moments.
 # </details>
 
@@ -78,7 +78,7 @@ check("12.1", budget)
 # moments, beside 2.2 GB for the whole. Most of what is left is the frozen model, and that is what QLoRA stores in 4
 # bits: for an 8B model 128 GB becomes 16 GB plus the adapter in bf16, and 4 GB plus the adapter in 4 bits.
 #
-# A matrix gains as long as r (out + in) is below out · in: for a square one up to half of its side. Of two matrices
+# A matrix gains as long as r (N + K) is below N · K: for a square one up to half of its side. Of two matrices
 # with the same input the smaller one gains less: k and v with few heads least.
 
 # %% [markdown]
@@ -148,39 +148,39 @@ check("12.2", scale_of)
 # |---|---|---|---|
 # | core: a frozen linear layer and what is trained beside it | 2 of 5 | 25 | Hu et al., 2021, 4.1 |
 #
-# `LoraLinear(weight, bias, r, alpha, rslora)` is a layer around a frozen one: weight [out, in], bias [out] or None, of
+# `LoraLinear(weight, bias, r, alpha, rslora)` is a layer around a frozen one: weight [N, K], bias [N] or None, of
 # one dtype (fp32, fp16, bf16).
 #
-# - Its attributes `a` [r, in] and `b` [out, r] are fp32 `nn.Parameter`s, whatever the weight's dtype. a is drawn
-#   uniformly from -1/√in to 1/√in, by torch's global generator (`torch.manual_seed` makes it the same again); b is 0.
-# - `layer(x)` for x [..., in], in the weight's dtype, is x Wᵀ + bias + s (x Aᵀ) Bᵀ, in x's dtype. The adapter's part is
+# - Its attributes `a` [r, K] and `b` [N, r] are fp32 `nn.Parameter`s, whatever the weight's dtype. a is drawn
+#   uniformly from -1/√K to 1/√K, by torch's global generator (`torch.manual_seed` makes it the same again); b is 0.
+# - `layer(x)` for x [..., K], in the weight's dtype, is x Wᵀ + bias + γ (x Aᵀ) Bᵀ, in x's dtype. The adapter's part is
 #   computed in fp32.
 # - Gradients reach a, b and x. **None reaches weight and bias**, even if they ask for one (`requires_grad`).
 # - weight and bias are used as they are, not copied: if somebody changes them in place, the layer computes with that.
 #   The layer does not change them.
-# - A token costs r (in + out) multiplications more than the frozen layer, when it is computed and in backward: **no
-#   [out, in] tensor is made**, B A least of all.
+# - A token costs r (N + K) multiplications more than the frozen layer, when it is computed and in backward: **no
+#   [N, K] tensor is made**, B A least of all.
 
 
 # %%
 class LoraLinear(torch.nn.Module):
-    """x Wᵀ + bias + s (x Aᵀ) Bᵀ, of which a [r, in] and b [out, r] are trained."""
+    """x Wᵀ + bias + γ (x Aᵀ) Bᵀ, of which a [r, K] and b [N, r] are trained."""
 
     def __init__(
         self, weight: torch.Tensor, bias: torch.Tensor | None, r: int, alpha: float, rslora: bool = False
     ) -> None:
         super().__init__()
         ### BEGIN SOLUTION
-        n_out, n_in = weight.shape
+        n, k = weight.shape
         self.frozen = weight.detach(), None if bias is None else bias.detach()
         self.scale = alpha / (math.sqrt(r) if rslora else r)
-        bound = 1 / math.sqrt(n_in)
-        self.a = torch.nn.Parameter(torch.empty(r, n_in, dtype=torch.float32).uniform_(-bound, bound))
-        self.b = torch.nn.Parameter(torch.zeros(n_out, r, dtype=torch.float32))
+        bound = 1 / math.sqrt(k)
+        self.a = torch.nn.Parameter(torch.empty(r, k, dtype=torch.float32).uniform_(-bound, bound))
+        self.b = torch.nn.Parameter(torch.zeros(n, r, dtype=torch.float32))
         ### END SOLUTION
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in] -> [..., out]"""
+        """x [..., K] -> [..., N]"""
         ### BEGIN SOLUTION
         y = F.linear(x, *self.frozen)
         change = self.scale * F.linear(F.linear(x.float(), self.a), self.b)  # [..., r] in between
@@ -201,16 +201,16 @@ check("12.3", LoraLinear)
 # %% [markdown]
 # <details><summary>Hint 2</summary>
 #
-# `nn.Parameter(torch.empty(r, n_in).uniform_(-bound, bound))` draws with the global generator. Turn x into fp32 for the
+# `nn.Parameter(torch.empty(r, k).uniform_(-bound, bound))` draws with the global generator. Turn x into fp32 for the
 # adapter, and the sum back into x's dtype.
 # </details>
 
 # %% [markdown] tags=["solution"]
-# **Why.** B = 0 makes a new adapter no change at all. The gradients are dB = s dYᵀ (x Aᵀ) and dA = s (dY B)ᵀ x: with
+# **Why.** B = 0 makes a new adapter no change at all. The gradients are dB = γ dYᵀ (x Aᵀ) and dA = γ (dY B)ᵀ x: with
 # B = 0 the one of A is 0 in the first step, the one of B is not, as A is random. Were both 0, neither would ever move.
 # Both random: training would begin from a model that was damaged.
 #
-# `(W + s B A)` computed in `forward` gives the same numbers and costs out · in · r multiplications and an [out, in]
+# `(W + γ B A)` computed in `forward` gives the same numbers and costs N · K · r multiplications and an [N, K]
 # tensor in every call, and autograd then makes a gradient of that size as well: memory that LoRA was to save.
 #
 # A is fp32 beside a bf16 model because Adam's steps are small: 1e-4 added to 0.05 in bf16 is 0.05.
@@ -222,10 +222,10 @@ check("12.3", LoraLinear)
 # |---|---|---|---|
 # | core: add an adapter into the weight, and take it out to the bit | 2 of 5 | 20 | Hu et al., 2021, 4.1 |
 #
-# `Merger(weight)` looks after a weight [out, in], fp32, fp16 or bf16, that a model computes with. It is changed **in
+# `Merger(weight)` looks after a weight [N, K], fp32, fp16 or bf16, that a model computes with. It is changed **in
 # place**: the model keeps the tensor that it has.
 #
-# - `merge(a, b, scale)`: the weight becomes W + s B A. a [r, in], b [out, r], in any floating dtype, which may differ
+# - `merge(a, b, scale)`: the weight becomes W + γ B A. a [r, K], b [N, r], in any floating dtype, which may differ
 #   from the weight's. The sum is made in fp32 (or more) and rounded **once**, to the weight's dtype.
 # - `unmerge()`: the weight is what it was before, **bit for bit**, whatever has happened to the caller's a and b
 #   since.
@@ -239,7 +239,7 @@ check("12.3", LoraLinear)
 
 # %%
 class Merger:
-    """Merges adapters into a weight [out, in], in place, and takes them out again."""
+    """Merges adapters into a weight [N, K], in place, and takes them out again."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         ### BEGIN SOLUTION
@@ -247,7 +247,7 @@ class Merger:
         ### END SOLUTION
 
     def merge(self, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
-        """W + scale · b a, in place.  a [r, in], b [out, r]"""
+        """W + scale · b a, in place.  a [r, K], b [N, r]"""
         ### BEGIN SOLUTION
         if self.before is not None:
             raise RuntimeError("expected a weight without an adapter; unmerge the one that it has")
@@ -275,7 +275,7 @@ check("12.4", Merger)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# (W + s B A) - s B A is not W when sums are rounded, least of all in bf16. What must be kept?
+# (W + γ B A) - γ B A is not W when sums are rounded, least of all in bf16. What must be kept?
 # </details>
 
 # %% [markdown]
@@ -301,27 +301,27 @@ check("12.4", Merger)
 # |---|---|---|---|
 # | beyond: the gathered product, without a loop | 3 of 5 | 20 | Chen et al., 2023 (Punica) |
 #
-# A batch of N tokens, each with an adapter of its own or none. Slots hold the adapters: a [S, r, in], b [S, out, r],
-# the scale already multiplied into b. `adapters` [N] (int32 or int64) says which: **0 for none, i for slot i - 1**.
+# A batch of T tokens, each with an adapter of its own or none. Slots hold the adapters: a [S, r, K], b [S, N, r],
+# the scale already multiplied into b. `adapters` [T] (int32 or int64) says which: **0 for none, i for slot i - 1**.
 #
-# Return y [N, out] plus what each token's adapter makes of its row of x [N, in]:
+# Return y [T, N] plus what each token's adapter makes of its row of x [T, K]:
 #
 # - A new tensor in y's dtype. x, a and b may have other dtypes (fp32, fp16, bf16); compute in fp32 and round once.
 # - Tokens without an adapter keep their row of y. **Slots that no token uses may hold anything**, NaN too.
-# - **No loop** over tokens or slots: the number of torch operations is the same for all N and S. And the work is that
-#   of N tokens with one adapter each: N · r (in + out) multiplications in matrix products, whatever S is.
-# - N may be 0.
+# - **No loop** over tokens or slots: the number of torch operations is the same for all T and S. And the work is that
+#   of T tokens with one adapter each: T · r (N + K) multiplications in matrix products, whatever S is.
+# - T may be 0.
 
 
 # %%
 def gathered(
     y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, adapters: torch.Tensor
 ) -> torch.Tensor:
-    """y [N, out], x [N, in], a [S, r, in], b [S, out, r], adapters [N] of 0 to S -> [N, out]"""
+    """y [T, N], x [T, K], a [S, r, K], b [S, N, r], adapters [T] of 0 to S -> [T, N]"""
     ### BEGIN SOLUTION
-    slots = (adapters.long() - 1).clamp(min=0)  # [N]
-    low = a[slots].float() @ x.float()[:, :, None]  # [N, r, 1]
-    change = (b[slots].float() @ low)[:, :, 0]  # [N, out]
+    slots = (adapters.long() - 1).clamp(min=0)  # [T]
+    low = a[slots].float() @ x.float()[:, :, None]  # [T, r, 1]
+    change = (b[slots].float() @ low)[:, :, 0]  # [T, N]
     return torch.where(adapters[:, None] > 0, y.float() + change, y.float()).to(y.dtype)
     ### END SOLUTION
 
@@ -332,8 +332,8 @@ check("12.5", gathered)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# `a[slots]` with slots [N] is [N, r, in]: each token's own matrix, beside its row of x. A product of stacks, [N, r, in]
-# by [N, in, 1], does the rest.
+# `a[slots]` with slots [T] is [T, r, K]: each token's own matrix, beside its row of x. A product of stacks, [T, r, K]
+# by [T, K, 1], does the rest.
 # </details>
 
 # %% [markdown]
@@ -346,7 +346,7 @@ check("12.5", gathered)
 # %% [markdown] tags=["solution"]
 # **Why.** This is BGMV, "batched gather matrix-vector": a kernel reads `a[slots]` where it lies, ours makes a copy
 # first. It suits decode, where every token is of another request. In prefill, hundreds of tokens have one adapter, and
-# each reads all of A and B for itself: r (in + out) numbers a token instead of an adapter. Sorted by adapter (the next
+# each reads all of A and B for itself: r (N + K) numbers a token instead of an adapter. Sorted by adapter (the next
 # exercise) they are one product.
 #
 # Computing all slots for all tokens and picking one gives the same numbers, too, at S times the work: with 64 adapters
@@ -360,25 +360,25 @@ check("12.5", gathered)
 # | beyond: the plan of blocks that a kernel's programs follow | 4 of 5 | 35 | Chen et al., 2023 (Punica: SGMV) |
 #
 # Tokens are sorted by adapter, and cut into **blocks** of at most `size` tokens of **one** adapter: a program
-# multiplies the rows of a block by one A. `adapters` [N] is int32 or int64, 0 for none and i for slot i - 1, of `slots`
+# multiplies the rows of a block by one A. `adapters` [T] is int32 or int64, 0 for none and i for slot i - 1, of `slots`
 # in all.
 #
 # Return `(order, blocks)`, both int32:
 #
-# - `order` [N]: the tokens' indices, those without an adapter first, then those of adapter 1, of 2, ...; tokens of
+# - `order` [T]: the tokens' indices, those without an adapter first, then those of adapter 1, of 2, ...; tokens of
 #   one adapter in the order they have in the batch.
-# - `blocks` [N // size + slots, 3]: a row a block, (adapter, first, end), whose tokens are order[first] to
+# - `blocks` [T // size + slots, 3]: a row a block, (adapter, first, end), whose tokens are order[first] to
 #   order[end - 1]. Adapters ascend, and within one the places do. All blocks of an adapter but its last have `size`
 #   tokens. Tokens without an adapter are in no block. **Rows that are left over come last and are (0, 0, 0).**
-# - **Nothing waits for a value**: shapes depend on N, slots and size alone, and no number of a tensor is turned into a
+# - **Nothing waits for a value**: shapes depend on T, slots and size alone, and no number of a tensor is turned into a
 #   Python number (no `item`, `tolist`, `if tensor`, no mask as an index). On a GPU the host would stand still, and
 #   a CUDA graph could not be replayed for the next batch.
-# - N may be 0; slots and size are 1 or more.
+# - T may be 0; slots and size are 1 or more.
 
 
 # %%
 def plan(adapters: torch.Tensor, slots: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """adapters [N] -> order [N] and blocks [N // size + slots, 3] of (adapter, first, end), int32"""
+    """adapters [T] -> order [T] and blocks [T // size + slots, 3] of (adapter, first, end), int32"""
     ### BEGIN SOLUTION
     order = adapters.argsort(stable=True)
     counts = (adapters[:, None] == torch.arange(1, slots + 1)).sum(0)  # [slots]
@@ -412,7 +412,7 @@ check("12.6", plan)
 # </details>
 
 # %% [markdown] tags=["solution"]
-# **Why.** Each adapter with tokens may waste at most one block that is not full, so N // size + slots rows are always
+# **Why.** Each adapter with tokens may waste at most one block that is not full, so T // size + slots rows are always
 # enough: a grid of that size serves every batch, and what is left over ends at once. The package does without the
 # table: a program searches `starts` for its adapter, as in paged attention, which is a handful of loads from the
 # cache, and one tensor less to make in every step.
@@ -430,7 +430,7 @@ check("12.6", plan)
 # should keep to this:
 #
 # - Return {module: (A, B, scale)}, tensors as they are. Their keys are `base_model.model.<module>.lora_A.weight`
-#   [r, in] and `base_model.model.<module>.lora_B.weight` [out, r].
+#   [r, K] and `base_model.model.<module>.lora_B.weight` [N, r].
 # - Each module has the rank and scale of exercise 12.2: its own by `rank_pattern` and `alpha_pattern` (the first key
 #   for which `re.fullmatch(rf"(.*\.)?({key})", module)` holds), over r or, with `use_rslora`, √r. Of the keys that may
 #   be missing `r` and `lora_alpha` are 8, the rest null; a value may be null.
@@ -467,7 +467,7 @@ def broken(config: Mapping, tensors: Mapping[str, torch.Tensor]) -> dict:
 def read_adapter(
     config: Mapping, tensors: Mapping[str, torch.Tensor]
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
-    """{module: (A [r, in], B [out, r], scale)}"""
+    """{module: (A [r, K], B [N, r], scale)}"""
     ### BEGIN SOLUTION
     plain = config.get("bias") in (None, "none") and not config.get("use_dora") and not config.get("modules_to_save")
     if config.get("peft_type") != "LORA" or not plain:

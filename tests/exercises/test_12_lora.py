@@ -66,7 +66,7 @@ class TestBudget:
         expect_close(self.NAMES[i], got[i], expected, atol=0, rtol=1e-12)
 
     def test_trained(self, impl):
-        """A has r · in numbers and B out · r, in every layer"""
+        """A has r · K numbers and B N · r, in every layer"""
         got = self.parts(impl, self.SHAPES, 1, 0, {"k_proj"}, 3, 32)
         expect_equal(self.NAMES[0], got[0], 3 * (2 + 6))
         got = self.parts(impl, self.SHAPES, 5, 100, {"k_proj", "down_proj", "q_proj"}, 4, 32)
@@ -258,7 +258,7 @@ class TestLoraLinear:
         expect_bits("layer.b", layer.b.detach(), torch.zeros(self.N_OUT, self.R))
 
     def test_drawn(self, impl):
-        """a is uniform from -1/√in to 1/√in, drawn by torch's global generator"""
+        """a is uniform from -1/√K to 1/√K, drawn by torch's global generator"""
         w = torch.zeros(5, 400)
         torch.manual_seed(11)
         one, two = impl(w, None, 30, 4).a.detach(), impl(w, None, 30, 4).a.detach()
@@ -379,7 +379,7 @@ class TestLoraLinear:
         expect_close("the second layer", two(x), one(x))
 
     def test_no_large(self, impl):
-        """no [out, in] tensor is made, forward or backward"""
+        """no [N, K] tensor is made, forward or backward"""
         w = random_tensor(96, 128, seed=1)
         layer = self.made(impl, w, None, 2)
         x = random_tensor(3, 128, seed=4).requires_grad_()
@@ -683,10 +683,10 @@ class TestGathered:
 
     def test_empty(self, impl):
         """no token"""
-        self.same(impl, self.case(n=0, adapters=[]), "y, N = 0")
+        self.same(impl, self.case(n=0, adapters=[]), "y, no token")
 
     def test_no_loop(self, impl):
-        """the number of operations is the same for all N and S"""
+        """the number of operations is the same for all T and S"""
         counts = []
         for n, slots in ((5, 3), (200, 3), (5, 60), (200, 60)):
             case = self.case(n, slots)
@@ -697,7 +697,7 @@ class TestGathered:
                                                f"  got {counts}")  # fmt: skip
 
     def test_work(self, impl):
-        """products of N tokens with one adapter each, not with all slots"""
+        """products of T tokens with one adapter each, not with all slots"""
         n, slots, r, n_in, n_out = 20, 50, 4, 30, 24
         case = self.case(n, slots, r, n_in, n_out)
         with FlopCounterMode(display=False) as seen:
@@ -795,7 +795,7 @@ class TestPlan:
         expect_equal("adapters, afterwards", adapters.tolist(), [[2, 9], [0, 9], [1, 9], [2, 9], [2, 9]])
 
     def test_waits_for_nothing(self, impl):
-        """no value of a tensor is read: shapes depend on N, slots and size alone"""
+        """no value of a tensor is read: shapes depend on T, slots and size alone"""
         for dtype in (torch.int32, torch.int64):
             with FakeTensorMode():  # tensors without values
                 adapters = torch.empty(10, dtype=dtype)
