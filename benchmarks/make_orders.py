@@ -1,4 +1,4 @@
-"""Write `minillm/orders.jsonl`, the small task that chapter 12 trains adapters on: a spoken order to JSON.
+"""Write `minillm/texts/orders.jsonl`, the small task that chapter 12 trains adapters on: a spoken order to JSON.
 
 Every text is put together here from lists written for this repository, so the file is under its license and nothing is
 downloaded. The held-out orders are made harder to know by heart: none of their openings occurs in training, half of
@@ -79,7 +79,7 @@ def main() -> None:
         if text not in rows and is_new(wanted) == fresh_wanted:
             rows[text] = {"split": "test", "text": text, "order": wanted}
             fresh += fresh_wanted
-    path = Path(__file__).parents[1] / "minillm" / "orders.jsonl"
+    path = Path(__file__).parents[1] / "minillm" / "texts" / "orders.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
 
 

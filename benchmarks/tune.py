@@ -140,9 +140,8 @@ def w8a8_plans() -> dict:
 
 
 def w4a16_plans() -> dict:
-    """For up to 256 tokens and 4,096 or 14,336 columns. Few tokens have a kernel of their own."""
+    """For up to 256 tokens and 4,096 or 14,336 columns, of the kernel that has a copy engine."""
     names = ("BLOCK_M", "BLOCK_N", "TILES", "num_warps", "num_stages", "PROGRAMS")
-    few = [(64, 2, 4, 4, 4), (64, 2, 2, 4, 4), (128, 2, 4, 4, 2), (128, 2, 2, 4, 4), (32, 2, 1, 4, 8)]
     some = [
         (128, 2, 4, 4, 2),
         (64, 2, 4, 4, 3),
@@ -162,15 +161,11 @@ def w4a16_plans() -> dict:
     found: dict = {}
     for tokens, wide in itertools.product((8, 16, 32, 64, 128, 256), (False, True)):
         blocks = (tokens,) if tokens <= 128 else (128, 256)
-        choices = itertools.product(blocks, few if tokens == 8 else some if tokens <= 64 else many)
-        kind = "" if tokens == 8 else "many "
-        found[f"w4a16 {kind}{tokens}{' wide' if wide else ''}"] = (
+        choices = itertools.product(blocks, some if tokens <= 64 else many)
+        found[f"w4a16 copied {tokens}{' wide' if wide else ''}"] = (
             lambda m=tokens, n=14_336 if wide else 4096: w4a16_case(m, 4096, n).inputs[:3],
             lambda x, tiles, scales: kernels.w4a16(x, tiles, scales),
-            [
-                dict(zip(names, (block, *sizes), strict=True)) | ({} if kind else {"FIRST": False})
-                for block, sizes in choices
-            ],
+            [dict(zip(names, (block, *sizes), strict=True)) for block, sizes in choices],
         )
     return found
 

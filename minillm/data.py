@@ -1,12 +1,10 @@
-"""The data of the curriculum: what every Python already has, so that nothing is downloaded.
+"""The data of the curriculum: what every Python already has, and texts written for it, so that nothing is downloaded.
 
 - `digits()`: 1,797 handwritten digits of 8 by 8 pixels, from scikit-learn (Alpaydin and Kaynak, UCI, 1998).
 - `reference_text()`: the language reference that ships inside CPython: technical English, about 465,000 characters.
   It differs between Python versions, so no exact figure that is made from it may be compared across versions.
-
-And one small task, written for this repository and under its license:
-
-- `orders()`: 600 spoken orders of a café with the JSON that is to be written down for each.
+- `orders()`: 600 spoken orders of a café with the JSON that is to be written down for each, made for this repository,
+  under its license.
 """
 
 import json
@@ -101,9 +99,10 @@ def orders() -> tuple[list[Order], list[Order]]:
     No opening of a held-out order occurs in training; half of them pair an item with an extra that never stand together
     there, and an item, "macchiato", and an extra, "hazelnut syrup", are new altogether.
     """
-    rows = [json.loads(line) for line in files("minillm").joinpath("orders.jsonl").read_text("utf-8").splitlines()]
-    train, test = ([Order(row["text"], row["order"]) for row in rows if row["split"] == s] for s in ("train", "test"))
-    return train, test
+    sides: dict[str, list[Order]] = {"train": [], "test": []}
+    for record in _records("orders"):
+        sides[record["split"]].append(Order(record["text"], record["order"]))
+    return sides["train"], sides["test"]
 
 
 def reference_text() -> dict[str, str]:
@@ -192,3 +191,9 @@ def _windows(tokenizer: Encoder, texts: dict[str, str], count: int, length: int)
     if there < count:
         raise ValueError(f"count: expected at most {there} windows of {length} tokens, got {count}")
     return torch.tensor(ids[: there * length]).view(there, length)
+
+
+def _records(name: str) -> list[dict[str, Any]]:
+    """The lines of `minillm/texts/{name}.jsonl`."""
+    text = (files(__package__) / "texts" / f"{name}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]

@@ -8,7 +8,8 @@ Bytes: each adapter that the batch has once, r (in + out) numbers, whatever numb
 rank 16 at 4096 x 4096 in bf16 17 MB, of which an H100 reads 3 TB/s: 5.6 µs. Beside that x, y and a x, little. So there
 must be many programs: `in` is split among them, their sums are stored apart and added up by whoever reads them, always
 in the same order. A program finds its tokens as in paged attention: adapter i has its first block at
-starts[i] // BLOCK_M + i.
+starts[i] // BLOCK_M + i. What was there before the kernel right before (the plan, adapters) is read without waiting for
+that one (`previous_done` tells why).
 
 Sources: Chen et al., 2023, "Punica" (gathered products, SGMV); Sheng et al., 2023, "S-LoRA".
 """
@@ -19,8 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .common import arguments, ceil_div, operation, pdl, previous_done, tl, triton, tuned
-from .paged_attention import sequence_of
+from .common import arguments, ceil_div, next_power_of_2, operation, pdl, previous_done, tl, triton, tuned
 
 __all__ = ["LoraPlan", "multi_lora"]
 
@@ -113,29 +113,35 @@ def check(
 
 
 @triton.jit
-def tokens_of(block, starts_ptr, slots, BLOCK_M: tl.constexpr):
-    """The adapter of a block of tokens, and which places in `order` are its: (adapter, first, end)."""
-    adapter = sequence_of(block, starts_ptr, slots + 1, BLOCK_M)
-    start = tl.load(starts_ptr + adapter)
-    first = start + (block - start // BLOCK_M - adapter) * BLOCK_M
-    return adapter, first, tl.load(starts_ptr + adapter + 1)
+def tokens_of(block, starts_ptr, slots, tokens, BLOCK_M: tl.constexpr, COUNT: tl.constexpr):
+    """The adapter of a block of tokens, and which places in `order` are its: (adapter, first, end).
+
+    All starts are read at once and counted: a search would wait for one after another. COUNT: at least slots + 2.
+    """
+    adapter = tl.arange(0, COUNT)
+    begin = tl.load(starts_ptr + adapter, mask=adapter < slots + 2, other=tokens)
+    reached = (begin // BLOCK_M + adapter <= block) & (adapter < slots + 1)
+    adapter, start = tl.sum(reached.to(tl.int32)) - 1, tl.max(tl.where(reached, begin, 0))
+    end = tl.min(tl.where(reached, tokens, begin))
+    return adapter, start + (block - start // BLOCK_M - adapter) * BLOCK_M, end
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def shrink_kernel(
     x_ptr, a_ptr, low_ptr, parts_ptr, order_ptr, starts_ptr, tokens, slots, k, chunk, stride_x, stride_slot,
-    stride_part, stride_rank, stride_there, PARTS: tl.constexpr, R: tl.constexpr, PDL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    stride_part, stride_rank, stride_there, PARTS: tl.constexpr, R: tl.constexpr, COUNT: tl.constexpr,
+    PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """a x of BLOCK_M tokens of one adapter, one part, over `chunk` of x's columns; at the tokens' places in `order`."""
-    previous_done(PDL)
-    adapter, first, end = tokens_of(tl.program_id(0), starts_ptr, slots, BLOCK_M)
+    adapter, first, end = tokens_of(tl.program_id(0), starts_ptr, slots, tokens, BLOCK_M, COUNT)
     part, split = tl.program_id(1), tl.program_id(2)
     there = tl.load(parts_ptr + (adapter - 1) * stride_there + part, mask=adapter > 0, other=0)
+    place = first + tl.arange(0, BLOCK_M)
+    keep = place < end
+    token = tl.load(order_ptr + place, mask=keep, other=0).to(tl.int64)
+    previous_done(PDL)
     if there != 0 and first < end:
-        place, rank, column = first + tl.arange(0, BLOCK_M), tl.arange(0, R), tl.arange(0, BLOCK_K)
-        keep = place < end
-        token = tl.load(order_ptr + place, mask=keep, other=0).to(tl.int64)
+        rank, column = tl.arange(0, R), tl.arange(0, BLOCK_K)
         x_ptrs = x_ptr + token[:, None] * stride_x
         a_ptrs = a_ptr + (adapter - 1).to(tl.int64) * stride_slot + part * stride_part + rank[:, None] * stride_rank
         acc = tl.zeros((BLOCK_M, R), tl.float32)
@@ -152,11 +158,10 @@ def shrink_kernel(
 def expand_kernel(
     low_ptr, b_ptr, y_ptr, parts_ptr, order_ptr, starts_ptr, tokens, slots, rows_0, rows_1, rows_2, stride_y,
     stride_slot, stride_row, stride_there, PARTS: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr,
-    PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    COUNT: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds b (a x) to BLOCK_N columns of one part of y, for BLOCK_M tokens of one adapter."""
-    previous_done(PDL)
-    adapter, first, end = tokens_of(tl.program_id(0), starts_ptr, slots, BLOCK_M)
+    adapter, first, end = tokens_of(tl.program_id(0), starts_ptr, slots, tokens, BLOCK_M, COUNT)
     block, part, begin, rows = tl.program_id(1), 0, 0, rows_0  # which part's, and where that begins
     if PARTS > 1:
         blocks = tl.cdiv(rows_0, BLOCK_N)
@@ -167,17 +172,19 @@ def expand_kernel(
                 if block >= blocks:
                     block, part, begin, rows = block - blocks, 2, rows_0 + rows_1, rows_2
     there = tl.load(parts_ptr + (adapter - 1) * stride_there + part, mask=adapter > 0, other=0)
+    place, rank = first + tl.arange(0, BLOCK_M), tl.arange(0, R)
+    column = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    keep, inside = place < end, column < rows
+    token = tl.load(order_ptr + place, mask=keep, other=0).to(tl.int64)
+    b_ptrs = b_ptr + (adapter - 1).to(tl.int64) * stride_slot + (begin + column)[:, None] * stride_row
+    needed = inside[:, None] & (there != 0) & (first < end)
+    b = tl.load(b_ptrs + rank[None, :], mask=needed, other=0.0)
+    previous_done(PDL)
     if there != 0 and first < end:
-        place, rank = first + tl.arange(0, BLOCK_M), tl.arange(0, R)
-        column = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        keep, inside = place < end, column < rows
-        token = tl.load(order_ptr + place, mask=keep, other=0).to(tl.int64)
         low = tl.zeros((BLOCK_M, R), tl.float32)
         for split in tl.static_range(SPLITS):
             row = ((split * tokens + place) * PARTS + part).to(tl.int64)
             low += tl.load(low_ptr + row[:, None] * R + rank[None, :], mask=keep[:, None], other=0.0)
-        b_ptrs = b_ptr + (adapter - 1).to(tl.int64) * stride_slot + (begin + column)[:, None] * stride_row
-        b = tl.load(b_ptrs + rank[None, :], mask=inside[:, None], other=0.0)
         change = tl.dot(low.to(b.dtype), b.T, input_precision=PRECISION)
         y_ptrs = y_ptr + token[:, None] * stride_y + (begin + column)[None, :]
         mask = keep[:, None] & inside[None, :]
@@ -217,7 +224,7 @@ def multi_lora(
     low = torch.empty((splits, tokens, len(rows), rank), dtype=torch.float32, device=x.device)
     blocks, early = ceil_div(tokens, block_m) + slots, pdl(x.device)
     common = {"PARTS": len(rows), "R": rank, "BLOCK_M": block_m, "num_warps": warps, "num_stages": 3, **early,
-              "PRECISION": "ieee"}  # fmt: skip
+              "COUNT": next_power_of_2(slots + 2), "PRECISION": "ieee"}  # fmt: skip
     shrink_kernel[(blocks, len(rows), splits)](
         x, a, low, parts, order, starts, tokens, slots, k, chunk, x.stride(0), *a.stride()[:3], parts.stride(0),
         BLOCK_K=block_k, **common,

@@ -502,8 +502,10 @@ def _sizes(q: Tensor, k_cache: Tensor, kind: str, block_d: int) -> dict[str, int
         return {**_SIZES[kind], "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
     if k_cache.dtype not in QUANTIZED_DTYPES:
         return tuned(q.device, f"paged_attention {kind} {block_d}", **_SIZES[kind])
-    registers = {} if kind == "prefill" else {"maxnreg": 128}  # of a thread: four programs a multiprocessor
-    return tuned(q.device, f"paged_attention {kind} {block_d} 8-bit", **_SIZES[kind], **registers)
+    sizes = dict(_SIZES[kind])
+    if kind != "prefill":
+        sizes |= {"num_stages": 3, "maxnreg": 128}  # registers of a thread: four programs a multiprocessor
+    return tuned(q.device, f"paged_attention {kind} {block_d} 8-bit", **sizes)
 
 
 @operation(

@@ -18,9 +18,9 @@ so nibbles i of the 8 words are 16 neighbors in k, the depth of one tensor-core 
 after the other. Both orders are taken; the first is repacked in every call on a GPU.
 
 The kernels compute yᵀ = w xᵀ: rows of w fill the 64 rows of a tensor-core product, which tokens could not, and unpacked
-weights stay in registers, where only the left operand may be. For few tokens only bytes count: products with K = 16 are
-summed for a group, then scaled in fp32. For more, loads of x and instructions count: weights are scaled first, a step
-is one product, and the copy engine brings what it reads. When N gives too few programs, K is split among them, and a
+weights stay in registers, where only the left operand may be. From Hopper on a copy engine brings what is read, weights
+are scaled first, and a step is one product. Elsewhere, in fp32, and for groups that are no multiple of 64, products
+with K = 16 are summed for a group, then scaled in fp32. When N gives too few programs, K is split among them, and a
 kernel adds up, always in the same order. For many tokens, whose product is bound by arithmetic, the weight is turned
 into numbers once, and cuBLAS multiplies.
 
@@ -51,7 +51,6 @@ __all__ = ["repack", "unpack", "w4a16"]
 
 TILE = 64  # weights of a row in a tile
 ONE_SCALE = 1 << 30  # the group size, for the kernel, where a row has one scale
-FEW = 8  # tokens up to which the first kernel is the faster one
 WHOLE_ABOVE = 256  # tokens for which the weight is written out, 2 N K bytes and more, and multiplied by cuBLAS
 
 
@@ -230,7 +229,7 @@ def w4a16_kernel(
 
 
 @triton.jit(do_not_specialize=["m", "steps"])
-def w4a16_many_kernel(
+def w4a16_copied_kernel(
     x_desc, w_desc, scale_desc, zero_desc, bias_ptr, y_ptr, m, n, k, steps,
     ZEROS: tl.constexpr, BIAS: tl.constexpr, GROUP: tl.constexpr, WAIT: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
@@ -310,7 +309,7 @@ def _sizes(x: Tensor, m: int, n: int, k: int, group: int, kind: str = "") -> dic
     tokens = next((size for size in (8, 16, 32, 64, 128) if m <= size), 256)
     default = {"BLOCK_M": min(128, tokens), "BLOCK_N": 64, "TILES": 2, "FIRST": tokens > 64, "PROGRAMS": 3}
     default |= {"num_warps": 4, "num_stages": 4 if tokens <= 64 else 3}
-    if kind == "many ":
+    if kind == "copied ":
         default |= {"BLOCK_M": tokens, "BLOCK_N": 128, "PROGRAMS": 2, "num_stages": 4}
         if tokens > 64:
             default |= {"TILES": 1, "PROGRAMS": 1, "num_warps": 4 if tokens == 128 else 8}
@@ -364,10 +363,10 @@ def _launch(x: Tensor, tiles: Tensor, scales: Tensor, zeros: Tensor | None, bias
     group = ONE_SCALE if scales.shape[1] == 1 else size
     zero = scales if zeros is None else zeros
     by_copy_engine = (
-        m > FEW and x.dtype != torch.float32 and group % TILE == 0 and has_copy_engine(x)
+        x.dtype != torch.float32 and group % TILE == 0 and has_copy_engine(x)
         and fits_descriptor(x, tiles, _lines(scales), _lines(zero))
     )  # fmt: skip
-    sizes = _sizes(x, m, n, k, group, "many " if by_copy_engine else "")
+    sizes = _sizes(x, m, n, k, group, "copied " if by_copy_engine else "")
     wanted, block_m = sizes.pop("PROGRAMS") * sm_count(x.device.index), sizes["BLOCK_M"]
     block_n, each = sizes["BLOCK_N"], sizes["TILES"]
     across, steps = (ceil_div(n, block_n), ceil_div(m, block_m)), ceil_div(len(tiles), each)
@@ -377,7 +376,7 @@ def _launch(x: Tensor, tiles: Tensor, scales: Tensor, zeros: Tensor | None, bias
     options = dict(ZEROS=zeros is not None, BIAS=bias is not None and parts == 1, **early, **sizes)
     last = (x if bias is None else bias, out, m, n, k)
     if by_copy_engine:
-        w4a16_many_kernel[(*across, parts)](
+        w4a16_copied_kernel[(*across, parts)](
             TensorDescriptor.from_tensor(x, [block_m, TILE * each]),
             TensorDescriptor.from_tensor(tiles.view(len(tiles), -1, 32), [each, block_n // 4, 32]),
             *(TensorDescriptor.from_tensor(_lines(t), [1, block_n]) for t in (scales, zero)),

@@ -22,8 +22,8 @@ VARIANTS = {
     "products": {"BLOCK_M": 16, "BLOCK_N": 32, "FIRST": False, "PROGRAMS": 1},
     "products, split": {"BLOCK_M": 8, "BLOCK_N": 64, "FIRST": False, "PROGRAMS": 64, "TILES": 1},
     "scaled first": {"BLOCK_M": 16, "BLOCK_N": 64, "FIRST": True, "TILES": 4},
-    "many": {"BLOCK_M": 16, "BLOCK_N": 128, "TILES": 2, "PROGRAMS": 1},
-    "many, split": {"BLOCK_M": 32, "BLOCK_N": 64, "TILES": 1, "PROGRAMS": 64},
+    "copied": {"BLOCK_M": 16, "BLOCK_N": 128, "TILES": 2, "PROGRAMS": 1},
+    "copied, split": {"BLOCK_M": 32, "BLOCK_N": 64, "TILES": 1, "PROGRAMS": 64},
 }
 
 
@@ -42,14 +42,15 @@ def weight(seed: int, n: int, k: int, group: int, zeros: bool, device, dtype, sc
 
 
 def sized(monkeypatch, variant: str) -> None:
-    """That variant alone: for many tokens the kernel of few, or the other way round."""
-    real, many = module().tuned, variant.startswith("many")
+    """That variant alone, with the copy engine or without it."""
+    real, copied = module().tuned, variant.startswith("copied")
 
     def tuned(device, key, **default):
-        return {**real(device, key, **default), **(VARIANTS[variant] if many == ("many" in key) else {})}
+        return {**real(device, key, **default), **(VARIANTS[variant] if copied == ("copied" in key) else {})}
 
     monkeypatch.setattr(module(), "tuned", tuned)
-    monkeypatch.setattr(module(), "FEW", 0 if many else 1 << 20)
+    if not copied:
+        monkeypatch.setattr(module(), "has_copy_engine", lambda x: False)
 
 
 @EXAMPLES
@@ -72,7 +73,7 @@ def products(device, dtype, rounds, tokens, n, sizes, zeros, tiled, scale_dtype,
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_against_the_reference(device, dtype, triton, monkeypatch, variant):
     sized(monkeypatch, variant)
-    scaled_first = variant.startswith("many") or variant == "scaled first"
+    scaled_first = variant.startswith("copied") or variant == "scaled first"
     products(device, dtype, 2 if scaled_first else 1)  # scales and weights are rounded, too
 
 
@@ -231,16 +232,16 @@ def test_compiles_for_an_h100(dtype, zeros):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("zeros", [False, True])
-@pytest.mark.parametrize("m", [16, 32, 64, 128, 256])
-def test_many_tokens_compile_for_an_h100(dtype, zeros, m):
+@pytest.mark.parametrize("m", [8, 16, 32, 64, 128, 256])
+def test_the_copied_kernel_compiles_for_an_h100(dtype, zeros, m):
     kernels = module()
-    sizes = kernels._sizes(torch.empty(1, dtype=dtype), m, 4096, 4096, 128, "many ")
+    sizes = kernels._sizes(torch.empty(1, dtype=dtype), m, 4096, 4096, 128, "copied ")
     del sizes["PROGRAMS"]
     tiles, rows = sizes["TILES"], sizes["BLOCK_N"]
     x, w = torch.empty(m, 4096, dtype=dtype), torch.empty(64, 1024, 32, dtype=torch.int32)
     scale = TensorDescriptor.from_tensor(torch.empty(32, 4096, dtype=dtype), [1, rows])
     found = compile_kernel(
-        kernels.w4a16_many_kernel, TensorDescriptor.from_tensor(x, [sizes["BLOCK_M"], 64 * tiles]),
+        kernels.w4a16_copied_kernel, TensorDescriptor.from_tensor(x, [sizes["BLOCK_M"], 64 * tiles]),
         TensorDescriptor.from_tensor(w, [tiles, rows // 4, 32]), scale, scale, dtype, dtype, m, 4096, 4096, 8,
         ZEROS=zeros, BIAS=True, GROUP=128, WAIT=True, PDL=False, **sizes,
     )  # fmt: skip
