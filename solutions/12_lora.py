@@ -138,8 +138,9 @@ check("12.2", scale_of)
 # the model answers, badly, and nothing is raised. vLLM's reader dropped both patterns (the version that chapter 12
 # names), several engines forgot the root of rsLoRA, and one took alpha for the scale.
 #
-# Why divide by r at all? So that the same learning rate serves when r is tried out. r random directions add up like √r,
-# not like r, so alpha / r makes the change of a large r too small: hence rsLoRA.
+# Why divide by r at all? So that the same learning rate serves when r is tried out: in the beginning the r columns of B
+# push the same way, and with alpha / r a step gains as much at every rank (the lab's second section). rsLoRA keeps the
+# *size* of the change level instead, and so takes larger steps with a large r.
 
 # %% [markdown]
 # ## Exercise 12.3: the layer
