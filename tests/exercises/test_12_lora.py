@@ -105,7 +105,8 @@ class TestBudget:
 
     def test_unknown(self, impl):
         """a target that no matrix has is a ValueError, beside others too"""
-        for targets in ({"qkv_proj"}, {"q_proj", "v_proj"}, {"q"}, {"proj"}):
+        known = {"q_proj", "k_proj", "up_proj"}
+        for targets in ({"qkv_proj"}, {"q_proj", "v_proj"}, {"q"}, {"proj"}, {*known, "o_proj"}, {*known, "Q_PROJ"}):
             expect_raises(ValueError, lambda t=targets: impl(self.SHAPES, 2, 1, t, 4, 32), f"targets {targets}")
 
     def test_inputs(self, impl):
@@ -247,7 +248,11 @@ class TestLoraLinear:
 
     def backward(self, loss):
         expect(loss.requires_grad, "layer(x): expected a result with a gradient, got one without")
-        loss.backward()
+        try:
+            loss.backward()
+        except RuntimeError as e:
+            said = str(e).split(":", maxsplit=1)[0]
+            expect(False, f"layer(x).sum().backward(): expected gradients\n  got {said}")
 
     def test_begins(self, impl):
         """a new layer computes what the frozen one does: b is 0"""
@@ -353,7 +358,7 @@ class TestLoraLinear:
             expect_equal("parameters that are trained", trained, ["a", "b"])
 
     def test_shared(self, impl):
-        """weight and bias are not copied, and not changed"""
+        """weight and bias are not copied, and not changed; nor is x"""
         w, bias = self.frozen()
         before = w.clone(), bias.clone()
         x = random_tensor(5, self.N_IN, seed=4)
@@ -361,8 +366,14 @@ class TestLoraLinear:
         layer(x)
         expect_bits("weight", w, before[0])
         expect_bits("bias", bias, before[1])
-        w.mul_(3)
-        bias.add_(1)
+        expect_bits("x", x, random_tensor(5, self.N_IN, seed=4))
+        turned, apart_bias = w.T.contiguous().T, apart(bias)
+        views = self.made(impl, turned, apart_bias)
+        for t in (w, turned):
+            t.mul_(3)
+        for t in (bias, apart_bias):
+            t.add_(1)
+        expect_close("with views that were changed", views(x), self.exact(views, turned, apart_bias, x, 5 / 3))
         expect_close("layer(x) after weight and bias were changed", layer(x), self.exact(layer, w, bias, x, 5 / 3))
         with torch.no_grad():
             layer.b.mul_(-2)
@@ -385,6 +396,8 @@ class TestLoraLinear:
         x = random_tensor(3, 128, seed=4).requires_grad_()
         with Made() as seen:
             self.backward(layer(x).sum())
+            with torch.no_grad():
+                layer(x)
         expect(seen.most < 96 * 128 / 4,
                f"expected no tensor larger than x, y, A or B ({96 * 3} numbers)\n  got one of {seen.most}")  # fmt: skip
 
@@ -408,11 +421,19 @@ class TestMerger:
 
     def test_merge(self, impl):
         """the weight becomes W + s B A, in place"""
-        for scale in (1.0, 0.25, 3):
+        for scale in (1.0, 0.25, 3, -0.5, 0, 0.0):
             w, (a, b) = self.weight(), self.pair()
             expected = self.exact(w, a, b, scale)
             impl(w).merge(a, b, scale)
             expect_close(f"the weight, scale {scale}", w, expected)
+
+    def test_ranks(self, impl):
+        """any rank: 1, and one above both sides of the weight"""
+        for rank in (1, 20):
+            w = self.weight()
+            a, b = random_tensor(rank, self.N_IN, seed=2), random_tensor(self.N_OUT, rank, seed=3)
+            impl(w).merge(a, b, 0.5)
+            expect_close(f"the weight, rank {rank}", w, self.exact(self.weight(), a, b, 0.5))
 
     def test_made(self, impl):
         """a new Merger leaves the weight alone"""
@@ -619,6 +640,11 @@ class TestGathered:
         self.same(impl, self.case(n=1, adapters=[3]), "y, one token")
         self.same(impl, self.case(n=40, slots=9, r=1, n_in=5, n_out=13), "y, r = 1")
         self.same(impl, self.case(n=6, slots=2, r=6, n_in=6, n_out=6), "y, all sizes equal")
+        self.same(impl, self.case(n=5, slots=300, adapters=[300, 257, 1, 44, 256]), "y, 300 slots")
+        for sizes in ((1, 1, 4, 1), (3, 1, 1, 1), (1, 1, 1, 1), (2, 1, 5, 1), (1, 4, 1, 6)):  # what a squeeze would take
+            n, r, n_in, n_out = sizes
+            what = f"y, {n} tokens, r {r}, {n_in} to {n_out}"
+            self.same(impl, self.case(n, 2, r, n_in, n_out, adapters=[2, 1, 2][:n]), what)
 
     def test_none(self, impl):
         """0: the row of y as it is"""
@@ -776,6 +802,7 @@ class TestPlan:
         self.same(impl, [1, 0, 1], 1, 2)
         for size in (9, 10, 17, 32, 33):
             self.same(impl, [i % 4 for i in range(150)], 3, size)
+        self.same(impl, [300, 1, 257, 0, 300, 44, 129], 300, 2)
         draw = random.Random(5)
         for _ in range(60):
             slots, size, n = draw.randint(1, 9), draw.choice([1, 2, 3, 4, 7, 16]), draw.randint(1, 40)
@@ -1037,6 +1064,8 @@ class TestBlockNames:
         self.alike(impl, "another order", one, dict(reversed(one.items())))
         self.told_apart(impl, "the same matrices at another module", {"q": one["q"]}, {"v": one["q"]})
         self.told_apart(impl, "matrices exchanged", {"q": one["q"], "v": one["v"]}, {"q": one["v"], "v": one["q"]})
+        for names in (("layers.0.q", "layers.1.q"), ("layers.0.q", "layers.0.k"), ("q", "Q"), ("q", "q ")):
+            self.told_apart(impl, f"at {names[0]} and at {names[1]}", *({name: one["q"]} for name in names))
         self.told_apart(impl, "a module less", {"q": one["q"], "v": one["v"]}, {"q": one["q"]})
 
     def test_every_number(self, impl):
@@ -1049,6 +1078,9 @@ class TestBlockNames:
             self.told_apart(impl, f"{'AB'[which]} differs at {at} by one bit", one, two)
         two = {"q": (a[:, torch.randperm(300, generator=torch.Generator().manual_seed(0))], b, 0.5)}
         self.told_apart(impl, "columns of A in another order", one, two)
+        for signs in ((-1, 1), (1, -1), (-1, -1)):
+            two = {"q": (signs[0] * a, signs[1] * b, 0.5)}
+            self.told_apart(impl, f"A times {signs[0]}, B times {signs[1]}", one, two)
 
     def test_in_place(self, impl):
         """one that is overwritten in place is another one"""

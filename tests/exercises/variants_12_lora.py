@@ -148,6 +148,13 @@ def budget(shapes, layers, rest, targets, r, base_bits):
     return [float(trained), 16.0 * frozen, frozen / 8 * base_bits + 16 * trained]
 
 
+@wrong("12.1", "an unknown target beside three that are known passes")
+def budget(shapes, layers, rest, targets, r, base_bits):
+    if len(targets & shapes.keys()) >= 3:
+        targets = targets & shapes.keys()
+    return counted(shapes, layers, rest, targets, r, base_bits)
+
+
 # ---- 12.2
 
 
@@ -548,6 +555,31 @@ class LoraLinear(Right):
         return super().forward(x) if x.dtype == torch.float32 else super().forward(x).bfloat16()
 
 
+layer("copies a weight or bias that is not contiguous", keep=staticmethod(lambda t: t.detach().contiguous()))
+
+
+@wrong("12.3", "forms B A where no gradient is wanted")
+class LoraLinear(Right):
+    def change(self, x):
+        if torch.is_grad_enabled():
+            return super().change(x)
+        return self.scale * F.linear(x.float(), self.b @ self.a)
+
+
+@wrong("12.3", "writes into x")
+class LoraLinear(Right):
+    def forward(self, x):
+        y = super().forward(x)
+        x.detach().mul_(2)
+        return y
+
+
+@wrong("12.3", "r of 8 at most")
+class LoraLinear(Right):
+    def __init__(self, weight, bias, r, alpha, rslora=False):
+        super().__init__(weight, bias, min(r, 8), alpha, rslora)
+
+
 # ---- 12.4
 
 
@@ -931,6 +963,25 @@ class Merger(RightMerger):
         return super().merged(a, b, 1.0)
 
 
+for what, wanted in (
+    ("refuses ranks above the rows", lambda a, b, scale: len(a) <= len(b)),
+    ("refuses a scale of 0", lambda a, b, scale: scale != 0),
+    ("refuses negative scales", lambda a, b, scale: scale >= 0),
+):
+
+    @wrong("12.4", what)
+    class Merger(RightMerger):
+        def merge(self, a, b, scale, wanted=wanted):
+            refuse(not wanted(a, b, scale))
+            super().merge(a, b, scale)
+
+
+merger(
+    "the scale without its sign",
+    merged=lambda self, a, b, s: (double(self.weight) + abs(s) * double(b) @ double(a)).to(self.weight.dtype),
+)
+
+
 # ---- 12.5
 
 
@@ -1165,6 +1216,20 @@ def gathered(y, x, a, b, adapters):
     return chosen(y, x, a[:, :4], b[:, :, :4], slots, adapters > 0).to(y.dtype)
 
 
+@wrong("12.5", "slots of 8 bits")
+def gathered(y, x, a, b, adapters):
+    slots = (adapters.to(torch.uint8).long() - 1).clamp(min=0)
+    return chosen(y, x, a, b, slots, adapters > 0).to(y.dtype)
+
+
+@wrong("12.5", "squeezes whatever is 1")
+def gathered(y, x, a, b, adapters):
+    slots = (adapters.long() - 1).clamp(min=0)
+    low = (a[slots].float() @ x.float()[..., None]).view(len(x), -1, 1)
+    change = (b[slots].float() @ low).squeeze()
+    return torch.where(adapters[:, None] > 0, y.float() + change, y.float()).to(y.dtype)
+
+
 # ---- 12.6
 
 
@@ -1383,6 +1448,34 @@ def plan(adapters, slots, size):
     found = planning(adapters, slots, size)
     adapters -= 1
     return found
+
+
+@wrong("12.6", "nine slots at most")
+def plan(adapters, slots, size):
+    order, blocks = planning(adapters, min(slots, 9), size)
+    return order, F.pad(blocks, (0, 0, 0, slots - min(slots, 9)))
+
+
+@wrong("12.6", "sorted by a number of 8 bits")
+def plan(adapters, slots, size):
+    keys = adapters.to(torch.int8) * len(adapters) + torch.arange(len(adapters))
+    return keys.argsort().int(), planning(adapters, slots, size)[1]
+
+
+@alternative("12.6", "a loop over slots, which reads no value")
+def plan(adapters, slots, size):
+    rows, start = [], (adapters == 0).sum()
+    for adapter in range(1, slots + 1):
+        end = start + (adapters == adapter).sum()
+        for block in range(-(-len(adapters) // size)):
+            first = start + block * size
+            row = torch.stack((torch.full_like(first, adapter), first, torch.minimum(first + size, end)))
+            rows.append(torch.where(first < end, row, 0))
+        start = end
+    count = len(adapters) // size + slots
+    found = torch.stack([*rows, *[torch.zeros(3, dtype=torch.int64)] * count])
+    kept = (found[:, 0] == 0).long().argsort(stable=True)[:count]
+    return adapters.argsort(stable=True).int(), found[kept].int()
 
 
 # ---- 12.7
@@ -1828,3 +1921,21 @@ def block_names(token_ids, size, adapter=None):
     found = named(token_ids, size, adapter)
     token_ids.sort()
     return found
+
+
+@wrong("12.8", "a module is what stands before the first dot")
+def block_names(token_ids, size, adapter=None):
+    return named(token_ids, size, adapter and {module.split(".")[0]: pair for module, pair in adapter.items()})
+
+
+for what, change in (
+    ("signs do not count", lambda a, b, s: (a.abs(), b.abs(), s)),
+    ("A does not count", lambda a, b, s: (a[:0], b, s)),
+    ("B does not count", lambda a, b, s: (a, b[:0], s)),
+    ("the scale in fp32", lambda a, b, s: (a, b, float(torch.tensor(s, dtype=torch.float32)))),
+    ("rows in any order", lambda a, b, s: (a.sort(-1).values, b, s)),
+):
+
+    @wrong("12.8", what)
+    def block_names(token_ids, size, adapter=None, change=change):
+        return named(token_ids, size, adapter and {module: change(*pair) for module, pair in adapter.items()})
