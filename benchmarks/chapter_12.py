@@ -80,7 +80,7 @@ FULL = Sizes(
 ON_CPU = Sizes(12, (0,), (8,), 40, 2, (1e-3, 1e-2), (1e-4, 1e-3), 6, (1, 4, 16, 64), (8,))
 LITTLE = Sizes(2, (0,), (1, 8), 6, 1, (1e-3,), (1e-4,), 1, (1, 4), (2,))
 SIZES = LITTLE if SMALL else FULL if GPU else ON_CPU
-LORA_RATE, FULL_RATE = 3e-3, 3e-4  # chosen by the part `rates`, on orders that neither train nor judge
+RATES = {"LoRA": 3e-3, "whole model": 1e-4}  # until the part `rates` has chosen, on orders that neither train nor judge
 Save = Callable[[dict], None]
 
 
@@ -245,14 +245,14 @@ def task_part(bench: Bench, save: Save) -> None:
         print(name, prompted[name]["right"], "of", len(met), repr(texts[0][:100]), flush=True)
         save(result)
     ways: dict[str, tuple[Callable[[int], Transformer], float]] = {
-        f"LoRA, r = {r}": (lambda seed, r=r: with_lora(bench.fresh(), r, seed=seed), LORA_RATE) for r in SIZES.ranks
+        f"LoRA, r = {r}": (lambda seed, r=r: with_lora(bench.fresh(), r, seed=seed), RATES["LoRA"]) for r in SIZES.ranks
     }
-    ways["whole model"] = (lambda seed: whole(bench.fresh()), FULL_RATE)
+    ways["whole model"] = (lambda seed: whole(bench.fresh()), RATES["whole model"])
     if GPU or SMALL:
-        ways["LoRA, r = 8, q and v"] = (lambda seed: with_lora(bench.fresh(), 8, QUERY_VALUE, seed), LORA_RATE)
-        ways["LoRA, r = 24, attention"] = (lambda seed: with_lora(bench.fresh(), 24, ATTENTION, seed), LORA_RATE)
+        ways["LoRA, r = 8, q and v"] = (lambda seed: with_lora(bench.fresh(), 8, QUERY_VALUE, seed), RATES["LoRA"])
+        ways["LoRA, r = 24, attention"] = (lambda seed: with_lora(bench.fresh(), 24, ATTENTION, seed), RATES["LoRA"])
         mlp = ("gate_proj", "up_proj", "down_proj")
-        ways["LoRA, r = 8, MLP"] = (lambda seed: with_lora(bench.fresh(), 8, mlp, seed), LORA_RATE)
+        ways["LoRA, r = 8, MLP"] = (lambda seed: with_lora(bench.fresh(), 8, mlp, seed), RATES["LoRA"])
     for (name, (make, rate)), seed in itertools.product(ways.items(), SIZES.seeds):
         model, how = fitted(bench, make(seed), rate, seed)
         rows.append({"name": name, "seed": seed, **how, **bench.score(model, other=True)})
@@ -283,6 +283,14 @@ def rates_part(bench: Bench, save: Save) -> None:
             rows.append({"name": kind, **how, "dev": dev, **bench.score(model, other=True)})
         show(rows[-1])
         save({"steps": SIZES.rate_steps, "rows": rows})
+    choose_rates(rows)
+
+
+def choose_rates(rows: list[dict]) -> None:
+    """Those of the least loss on orders to choose by, for the parts to come."""
+    for kind in RATES:
+        tried = [x for x in rows if x["name"] == kind and "dev" in x]
+        RATES[kind] = min(tried, key=lambda x: x["dev"]["nats"])["rate"] if tried else RATES[kind]
 
 
 def scale_part(bench: Bench, save: Save) -> None:
@@ -436,7 +444,7 @@ def merge_part(bench: Bench, save: Save) -> None:
     def four(model: Transformer) -> Transformer:
         return quantize_model(model, "rtn", bits=4, group_size=64)
 
-    model, how = fitted(bench, with_lora(bench.fresh(), 8), LORA_RATE)
+    model, how = fitted(bench, with_lora(bench.fresh(), 8), RATES["LoRA"])
     adapter = adapter_of(model)
     result["trained in fp32"] = how
     add("fp32, adapter beside", model)
@@ -456,7 +464,7 @@ def merge_part(bench: Bench, save: Save) -> None:
     base = four(bench.fresh())
     result["share of the 4-bit step"] = against_steps(base, adapter)
     add("4 bits, none", base)
-    model, how = fitted(bench, with_lora(base, 8), LORA_RATE)
+    model, how = fitted(bench, with_lora(base, 8), RATES["LoRA"])
     result["QLoRA"] = how
     few = adapter_of(model)
     add("QLoRA, adapter beside", model)
@@ -551,7 +559,9 @@ def bottleneck_part(bench: Bench, save: Save) -> None:
         model, how = fitted(bench, model, rate)
         with torch.no_grad():
             took = seconds(model)
-        rows.append({"name": kind, "factor": factor, **how, **bench.score(model, other=True), "seconds": took})
+        dev = bench.score(model, bench.dev)["nats"]
+        found = bench.score(model, other=True)
+        rows.append({"name": kind, "factor": factor, **how, **found, "dev nats": dev, "seconds": took})
         show(rows[-1])
         save(result)
 
@@ -629,6 +639,7 @@ def main() -> None:
         raise SystemExit(f"part: expected some of {', '.join(PARTS)}, got {', '.join(unknown)}")
     path = ROOT / "benchmarks" / "results" / device()[0] / "chapter_12.json"
     results = json.loads(path.read_text(encoding="utf-8"))["results"] if path.is_file() else {}
+    choose_rates(results.get("rates", {}).get("rows", []))
     with use("torch"):  # training takes torch's path, so judging does
         bench, begin = Bench(), time.perf_counter()
         for name in wanted:
