@@ -1,21 +1,35 @@
-"""The data of the curriculum: what every Python already has, so that nothing is downloaded.
+"""The data of the curriculum: what every Python already has, and texts written for it, so that nothing is downloaded.
 
 - `digits()`: 1,797 handwritten digits of 8 by 8 pixels, from scikit-learn (Alpaydin and Kaynak, UCI, 1998).
 - `reference_text()`: the language reference that ships inside CPython: technical English, about 465,000 characters.
   It differs between Python versions, so no exact figure that is made from it may be compared across versions.
+- `orders()`: 600 spoken orders of a café with the JSON that is to be written down for each, made for this repository,
+  under its license.
 """
 
+import json
 import random
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 if TYPE_CHECKING:  # digits and text need numpy alone
     from torch import Tensor
 
-__all__ = ["Digits", "calibration", "digits", "held_out", "reference_text", "split_paragraphs", "split_topics"]
+__all__ = [
+    "Digits",
+    "Order",
+    "calibration",
+    "digits",
+    "held_out",
+    "orders",
+    "reference_text",
+    "split_paragraphs",
+    "split_topics",
+]
 
 HELD_OUT = 0.15  # of the characters: 24 windows of 512 of SmolLM2's tokens and a few more
 
@@ -48,6 +62,47 @@ def digits(test_fraction: float = 0.25, seed: int = 0) -> Digits:
     x, y = (images[order] / 16).astype(np.float32), labels[order].astype(np.int64)
     num_test = round(len(x) * test_fraction)
     return Digits(x[num_test:], y[num_test:], x[:num_test], y[:num_test])
+
+
+@dataclass(frozen=True)
+class Order:
+    """An order as it is spoken, `text`, and what is to be written down, `wanted`.
+
+    `wanted` has the keys item (str), count (int), size (str or None), extras (list of str, as spoken) and to_go (bool).
+    """
+
+    text: str
+    wanted: dict[str, Any]
+
+    @property
+    def prompt(self) -> str:
+        """What a model is given."""
+        return f"Order: {self.text}\nJSON:"
+
+    @property
+    def answer(self) -> str:
+        """What it should write behind the prompt, before its end token."""
+        return " " + json.dumps(self.wanted)
+
+    def is_met_by(self, output: str) -> bool:
+        """Whether `output` is JSON, white space around it aside, that equals `wanted` in value and in type."""
+        try:
+            got = json.loads(output)
+        except (ValueError, RecursionError):  # the latter for a row of brackets
+            return False
+        return json.dumps(got, sort_keys=True) == json.dumps(self.wanted, sort_keys=True)
+
+
+def orders() -> tuple[list[Order], list[Order]]:
+    """The 400 orders to train on and the 200 held out, both in an order without meaning.
+
+    No opening of a held-out order occurs in training; half of them pair an item with an extra that never stand together
+    there, and an item, "macchiato", and an extra, "hazelnut syrup", are new altogether.
+    """
+    sides: dict[str, list[Order]] = {"train": [], "test": []}
+    for record in _records("orders"):
+        sides[record["split"]].append(Order(record["text"], record["order"]))
+    return sides["train"], sides["test"]
 
 
 def reference_text() -> dict[str, str]:
@@ -136,3 +191,9 @@ def _windows(tokenizer: Encoder, texts: dict[str, str], count: int, length: int)
     if there < count:
         raise ValueError(f"count: expected at most {there} windows of {length} tokens, got {count}")
     return torch.tensor(ids[: there * length]).view(there, length)
+
+
+def _records(name: str) -> list[dict[str, Any]]:
+    """The lines of `minillm/texts/{name}.jsonl`."""
+    text = (files(__package__) / "texts" / f"{name}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]

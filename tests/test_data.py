@@ -1,10 +1,14 @@
 """The data that every Python has."""
 
+import json
+import runpy
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from minillm.data import calibration, digits, held_out, reference_text, split_paragraphs, split_topics
+from minillm.data import Order, calibration, digits, held_out, orders, reference_text, split_paragraphs, split_topics
 
 
 def test_digits():
@@ -93,3 +97,56 @@ def test_more_windows_than_there_are():
         calibration(Characters(), 10_000)
     with pytest.raises(ValueError, match="count, length"):
         held_out(Characters(), 0)
+
+
+def test_orders():
+    train, test = orders()
+    assert (len(train), len(test)) == (400, 200)
+    assert len({order.text for order in train + test}) == 600
+    for order in train + test:
+        assert list(order.wanted) == ["item", "count", "size", "extras", "to_go"]
+        assert order.wanted["item"] in order.text
+        assert all(extra in order.text for extra in order.wanted["extras"])
+        assert (order.wanted["size"] or "") in order.text
+        assert order.wanted["to_go"] == order.text.count(" to go") + order.text.count(" to take away")
+        assert order.prompt == f"Order: {order.text}\nJSON:"
+        assert order.is_met_by(order.answer)
+
+
+def pairs(rows: list[Order]) -> set[tuple[str, str]]:
+    return {(order.wanted["item"], extra) for order in rows for extra in order.wanted["extras"]}
+
+
+def test_what_is_held_out_was_not_shown():
+    train, test = orders()
+    made = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "make_orders.py"))
+    openings = [opening.split("{}") for opening in made["NEW_OPENINGS"]]
+
+    def opened(order):
+        return any(order.text.startswith(first) and order.text.endswith(last) for first, last in openings)
+
+    assert not any(map(opened, train))
+    assert all(map(opened, test))
+    shown = pairs(train)
+    fresh = [order for order in test if any(pair in made["NEW_PAIRS"] for pair in pairs([order]))]
+    assert len(fresh) == 100
+    assert not pairs(fresh) & made["NEW_PAIRS"] & shown
+    assert not [order for order in train if "macchiato" in order.text or "hazelnut" in order.text]
+    assert [order for order in test if "macchiato" in order.text and "hazelnut" not in order.text]
+
+
+@pytest.mark.parametrize(
+    ("output", "met"),
+    [
+        ('{"item": "mocha", "count": 1, "size": null, "extras": [], "to_go": true}', True),
+        ('\n {"to_go":true,"item":"mocha","count":1,"size":null,"extras":[]} ', True),
+        ('{"item": "mocha", "count": 1, "size": null, "extras": [], "to_go": 1}', False),
+        ('{"item": "mocha", "count": 1, "size": null, "extras": []}', False),
+        ('{"item": "mocha", "count": 1, "size": null, "extras": [], "to_go": true} thanks', False),
+        ("", False),
+    ],
+)
+def test_an_order_is_met_in_value_and_type(output, met):
+    wanted = {"item": "mocha", "count": 1, "size": None, "extras": [], "to_go": True}
+    assert Order("One mocha to go.", wanted).is_met_by(output) is met
+    assert json.loads(Order("", wanted).answer) == wanted
