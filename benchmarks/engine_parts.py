@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import workloads as w
@@ -16,6 +17,9 @@ from minillm import LLM, SamplingParams
 from minillm.adapters.lora import Adapter, LoraConfig, Pair, modules
 from minillm.adapters.serving import LoRARequest
 from minillm.config import ModelConfig
+from minillm.engine.constraints import Constraints
+from minillm.model.tokenizer_hf import load_tokenizer
+from minillm.model.weights import model_path
 
 GPU = torch.cuda.is_available()
 DTYPE = "bfloat16" if GPU else "float32"
@@ -239,6 +243,53 @@ def random_adapters(llm: LLM, count: int) -> list[Adapter]:
             pairs[name] = torch.randn(16, layer.in_features) / 64, torch.randn(rows, 16) / 64
     config = LoraConfig(r=16)
     return [Adapter(config, {k: Pair(a, b, 0.01 + 1e-4 * i) for k, (a, b) in pairs.items()}) for i in range(count)]
+
+
+def constrained(bench: Bench) -> dict:
+    """64 requests whose output must fit a schema, of eight, against as many free ones with outputs of the same lengths.
+
+    Tokens are SmolLM2's (its vocabulary filled up with what never may come), weights random.
+    """
+    count, (prompt, most), runs = bench.sizes.constrained
+    llm = bench.llm()
+    whole, size = load_tokenizer(model_path("smollm2-135m-instruct")), llm.engine.model_config.vocab_size
+    tokenizer = SimpleNamespace(
+        vocab_size=min(size, whole.vocab_size), special_tokens=whole.special_tokens, token_bytes=whole.token_bytes
+    )
+    ends = [i for i in [whole.eos_token_id] if i is not None]
+    llm.engine.constraints = Constraints(tokenizer, ends, size)
+    llm.engine.end_token_ids = frozenset(ends)
+    rates: dict[str, list[float]] = {"constrained": [], "free": []}
+    finished = 0
+    for seed in range(runs + 1):
+        jobs = w.random_jobs(count, (prompt, prompt), (most, most), seed)
+        wanted = [
+            SamplingParams(temperature=0.6, seed=i, max_tokens=most, structured_outputs={"json": w.schema(i % 8)})
+            for i in range(count)
+        ]
+        outputs, seconds = timed(llm, jobs, wanted)
+        lengths = [len(output.token_ids) for output in outputs]
+        finished = sum([output.finish_reason == "stop" for output in outputs])
+        rates["constrained"].append(sum(lengths) / seconds)
+        free = [SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=length) for length in lengths]
+        rates["free"].append(sum(lengths) / timed(llm, jobs, free)[1])
+    best = {kind: max(found[1:]) for kind, found in rates.items()}
+    row = {
+        "requests": count, "prompt": prompt, "output, most": most, "schemas": 8, "ended by themselves": finished,
+        "constrained, output tokens/s": best["constrained"], "free, output tokens/s": best["free"],
+        "of free": best["constrained"] / best["free"], "first, output tokens/s": rates["constrained"][0],
+    }  # fmt: skip
+    print("  constrained", {k: round(v, 2) for k, v in row.items()}, flush=True)
+    return row
+
+
+def timed(llm: LLM, jobs: list[w.Job], wanted: list[SamplingParams]) -> tuple[list, float]:
+    """Outputs, and seconds that they took."""
+    synchronize()
+    start = time.perf_counter()
+    outputs = llm.generate([job.prompt for job in jobs], wanted, use_tqdm=False)
+    synchronize()
+    return outputs, time.perf_counter() - start
 
 
 SPECIAL = {

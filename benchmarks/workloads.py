@@ -82,6 +82,7 @@ class Sizes:
     adapted: int = 64
     adapted_runs: int = 2
     adapter_kinds: tuple[int, ...] = (1, 8, 64)
+    constrained: tuple[int, tuple[int, int], int] = (64, (64, 256), 2)  # requests, (prompt, longest output), runs
     idle_batches: tuple[int, ...] = (1, 64, 256)
     idle_steps: int = 20
     peers: tuple[int, int, int] = (64, 256, 64)  # requests, prompt, output
@@ -95,6 +96,7 @@ QUICK = Sizes(
     open_prompts=(8, 32), open_outputs=(8, 16), open_requests=32, open_fractions=(0.5, 0.9), open_seconds=1.0,
     open_limit=5.0, special=(8, 16), special_requests=4, special_runs=1, idle_batches=(1, 4), idle_steps=10,
     peers=(4, 16, 8), cpu16=(16, 8, 1), cpu_stream=(8, 1), adapted=4, adapted_runs=1, adapter_kinds=(1, 3),
+    constrained=(4, (8, 16), 1),
 )  # fmt: skip
 
 
@@ -126,6 +128,20 @@ def random_jobs(count: int, prompts: tuple[int, int], outputs: tuple[int, int], 
     return [
         Job([draw.randint(0, top) for _ in range(draw.randint(*prompts))], draw.randint(*outputs)) for _ in range(count)
     ]
+
+
+def schema(kind: int) -> dict:
+    """A form as people ask for: a name, numbers, some of several words, a note; `kind` decides how long and which."""
+    words = [["red", "green", "blue"], ["open", "closed"], ["Monday", "Tuesday", "Friday"], ["S", "M", "L", "XL"]]
+    properties = {
+        "name": {"type": "string", "minLength": 1, "maxLength": 20 + 10 * kind},
+        "age": {"type": "integer", "minimum": 0, "maximum": 100 + kind},
+        "tags": {"type": "array", "items": {"enum": words[kind % 4]}, "minItems": 1, "maxItems": 4},
+        "price": {"type": "number"},
+        "note": {"type": "string", "maxLength": 400},
+        "ok": {"type": "boolean"},
+    }
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
 
 
 def poisson_jobs(

@@ -2,7 +2,7 @@
 
 from .automaton import ConstraintError, ConstraintTooLarge, Limits
 from .constraint import FINISHED, KINDS, Constraint, compile_constraint, vocabulary_of
-from .mask import NoTokenFits, Vocabulary
+from .mask import NoTokenFits, Vocabulary, packed
 
 __all__ = [
     "FINISHED",
@@ -14,5 +14,6 @@ __all__ = [
     "NoTokenFits",
     "Vocabulary",
     "compile_constraint",
+    "packed",
     "vocabulary_of",
 ]

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .automaton import DEAD, Automaton, ConstraintError, ConstraintTooLarge, Limits, Node
-from .mask import ByteTokens, Vocabulary
+from .mask import ByteTokens, Vocabulary, packed
 from .regex import build, parse
 from .schema import schema_language
 
@@ -54,9 +54,15 @@ class Constraint:
             return mask
         return self.vocabulary.mask(self._automaton, self._known(state))
 
+    def packed(self, state: int) -> NDArray[np.int32]:
+        """The same, token 32 w + i as bit i of word w: int32 [ceil(size / 32)]. Of one state it is one array."""
+        if state == FINISHED:
+            return packed(self.allowed(state))
+        return self.vocabulary.packed(self._automaton, self._known(state))
+
     def advance(self, state: int, token: int) -> int:
         """The state behind a token. Raises ValueError for one that is not allowed."""
-        if token in self.vocabulary.end_ids:
+        if token in self.vocabulary.ends:
             if self.accepts(state):
                 return FINISHED
             raise ValueError(

@@ -1,7 +1,7 @@
 """The pieces of JSON as languages: strings, numbers within bounds, any value to a depth.
 
 What is generated is one line in the form of Python's `json.dumps`, where the one space behind : and , may be missing.
-Numbers have at most 17 digits in front of the point and 17 behind it, and an exponent below 200: all that is accepted
+Numbers have at most 17 digits in front of the point and 20 behind it, and an exponent below 200: all that is accepted
 can be read as a finite number.
 """
 
@@ -17,6 +17,7 @@ __all__ = ["JsonText"]
 
 SHORT_ESCAPES = {0x22: b'"', 0x5C: b"\\", 0x08: b"b", 0x0C: b"f", 0x0A: b"n", 0x0D: b"r", 0x09: b"t"}
 DIGITS = 17
+PLACES = 20  # behind the point: a double from 0.0001 on is written without an exponent, with 17 digits that count
 HEX = [byte_set((ord(low), ord(low)), (ord(low.upper()), ord(low.upper()))) for low in "0123456789abcdef"]
 ANY_CHARACTER = complement([])
 
@@ -160,7 +161,7 @@ class JsonText:
         power = a.concat(a.optional(a.literal(b"1")), a.repeat(self.digit, 1, 2))  # 0 to 199
         sign = a.optional(a.byte(byte_set((0x2B, 0x2B), (0x2D, 0x2D))))
         exponent = a.concat(a.byte(byte_set((0x45, 0x45), (0x65, 0x65))), sign, power)
-        return a.concat(whole, a.optional(self._fraction(a.repeat(self.digit, 1, DIGITS))), a.optional(exponent))
+        return a.concat(whole, a.optional(self._fraction(a.repeat(self.digit, 1, PLACES))), a.optional(exponent))
 
     def _fraction(self, digits: Node) -> Node:
         return self._a.concat(self._a.literal(b"."), digits)
@@ -171,7 +172,7 @@ class JsonText:
         Who reads it rounds it to a double. That keeps <= and >=, but could make 1.00000000000000001 the 1 that is left
         out: beside such a bound a number has at most 15 digits, which a double tells apart.
         """
-        digits = DIGITS
+        digits = PLACES
         for bound, strict in (b for b in (low, high) if b):
             digits = min(digits, max(1, 15 - len(str(abs(int(bound)))))) if strict else digits
         zero = (Decimal(0), False)

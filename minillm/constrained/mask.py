@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from .automaton import DEAD, Automaton, ConstraintError, Node
 
-__all__ = ["ByteTokens", "NoTokenFits", "Vocabulary"]
+__all__ = ["ByteTokens", "NoTokenFits", "Vocabulary", "packed"]
 
 Mask = NDArray[np.bool_]
 WIDE = ("concat", "repeat", "and")  # heads that may hold much of the trie; a literal or a set of bytes holds little
@@ -49,6 +49,12 @@ class ByteTokens(Protocol):
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of a token. Raises ValueError for an id that no token has."""
+
+
+def packed(mask: Mask) -> NDArray[np.int32]:
+    """Token 32 w + i as bit i of word w, as kernels read it.  bool [V] -> int32 [ceil(V / 32)]"""
+    bits = np.packbits(mask, bitorder="little")
+    return np.pad(bits, (0, -len(bits) % 4)).view("<i4")
 
 
 class _Kept:
@@ -97,8 +103,8 @@ class Vocabulary:
         if bad := [i for i in end_ids if not 0 <= i < self.size]:
             raise ValueError(f"end_ids: expected ids in 0..{self.size - 1}, got {bad[0]}")
         self.end_ids = np.array(sorted(set(end_ids)), np.intp)
-        ends = set(end_ids)
-        self.tokens = [None if i in ends else token or None for i, token in enumerate(tokens)]
+        self.ends = frozenset(end_ids)
+        self.tokens = [None if i in self.ends else token or None for i, token in enumerate(tokens)]
         self._build(self.tokens)
         self._masks, self._walks = _Kept(cache_bytes * 2 // 3), _Kept(cache_bytes // 3)
 
@@ -162,8 +168,14 @@ class Vocabulary:
 
         Raises NoTokenFits when there is none, ConstraintTooLarge beyond the automaton's limits.
         """
+        bits = np.unpackbits(self.packed(automaton, state).view(np.uint8), count=self.size, bitorder="little")
+        bits.setflags(write=False)
+        return bits.view(np.bool_)
+
+    def packed(self, automaton: Automaton, state: int) -> NDArray[np.int32]:
+        """The same as bits, see `packed`; of one state it is one array, as long as it is kept."""
         node = automaton.nodes[state]
-        return self._masks.get(node.digest, lambda: (self._make_mask(automaton, node),))[0]
+        return self._masks.get(node.digest, lambda: (packed(self._make_mask(automaton, node)),))[0]
 
     def _make_mask(self, automaton: Automaton, node: Node) -> Mask:
         reached, _ = self._reach(automaton, node)

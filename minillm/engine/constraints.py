@@ -1,37 +1,74 @@
 """Requests whose output has a guaranteed form: from their parameters to the mask of the next token.
 
 Constraints are compiled by whoever adds the request, not by the loop; the last ones are kept, since many requests ask
-for the same schema. In the loop `Request.allowed` is asked before each draw, with all tokens so far (see
-`Engine._masks`): it goes on from where it was, and a request that was preempted has the tokens that it had.
+for the same schema. In the loop a request's `Follower` is asked before each draw (see `Engine._masks`): it goes on from
+where it was, and a request that was preempted has the tokens that it had. Masks of one state are one array, which
+`Masks` sends once.
 """
 
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
-from ..constrained import Constraint, Vocabulary, compile_constraint
+from ..constrained import Constraint, Vocabulary, compile_constraint, packed
 from ..sampling import SamplingParams
 
-__all__ = ["Constraints", "Follower"]
+if TYPE_CHECKING:
+    from .request import Request
+
+__all__ = ["Constraints", "Follower", "Masks", "mask_of"]
 
 KEPT = 64  # compiled constraints
 
 
 class Follower:
-    """One request's way through its constraint: called with its tokens -> which may come next, bool [vocabulary]."""
+    """One request's way through its constraint."""
 
-    def __init__(self, constraint: Constraint, prompt: int) -> None:
-        self.constraint, self.seen, self.state = constraint, prompt, constraint.start
+    def __init__(self, constraint: Constraint) -> None:
+        self.constraint, self.seen, self.state = constraint, 0, constraint.start
 
-    def __call__(self, tokens: Sequence[int]) -> Tensor:
-        for token in tokens[self.seen :]:
-            self.state = self.constraint.advance(self.state, token)
-        self.seen = len(tokens)
-        return torch.tensor(self.constraint.allowed(self.state))
+    def mask(self, output_token_ids: Sequence[int]) -> NDArray[np.int32]:
+        """Which tokens may come next, as `Constraint.packed` says it."""
+        for i in range(self.seen, len(output_token_ids)):
+            self.state = self.constraint.advance(self.state, output_token_ids[i])
+        self.seen = len(output_token_ids)
+        return self.constraint.packed(self.state)
+
+
+def mask_of(request: "Request", size: int) -> NDArray[np.int32] | None:
+    """What the request's next token may be, of `size`, as `Follower.mask`; None for any."""
+    if isinstance(request.allowed, Follower):
+        return request.allowed.mask(request.output_token_ids)
+    allowed = request.allowed(request.tokens()) if request.allowed else None
+    if allowed is not None and (allowed.shape != (size,) or allowed.dtype != torch.bool):
+        raise ValueError(f"allowed: expected bool [{size}] or None, got {allowed.dtype} {list(allowed.shape)}")
+    return None if allowed is None else packed(allowed.numpy())
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Which tokens some sequences of a step may get: sequence sequences[i] by masks[which[i]].
+
+    sequences, which int64 [M]; masks int32 [U, ceil(vocabulary / 32)], each one different.
+    """
+
+    sequences: NDArray[np.int64]
+    which: NDArray[np.int64]
+    masks: NDArray[np.int32]
+
+    @classmethod
+    def of(cls, sequences: list[int], masks: list[NDArray[np.int32]]) -> "Masks":
+        """masks: one of each sequence; those that are the same array are sent once."""
+        different = {id(mask): mask for mask in masks}
+        at = {key: i for i, key in enumerate(different)}
+        which = np.array([at[id(mask)] for mask in masks])
+        return cls(np.array(sequences), which, np.stack(list(different.values())))
 
 
 class Constraints:

@@ -27,10 +27,10 @@ from ..model.tokenizer import Tokenizer
 from ..model.tokenizer_hf import HuggingFaceTokenizer
 from ..sampling import SamplingParams, new_seed
 from .batch import OPTIONS, RowLayout
-from .constraints import Constraints, Follower
+from .constraints import Constraints, Follower, Masks, mask_of
 from .metrics import EngineMetrics, LogLine
 from .request import Request, known
-from .runner import Masks, Results, Runner
+from .runner import Results, Runner
 from .scheduler import Copies, Scheduled, Scheduler
 from .table import Plan, RequestTable, prompt_part
 from .text import StopText
@@ -211,7 +211,7 @@ class Engine:
                 request.order, request.priority, request.allowed, request.adapter = order, priority, allowed, adapter
                 request.parent = made[0] if made else None
                 if constraint is not None:
-                    request.allowed = Follower(constraint, len(prompt))
+                    request.allowed = Follower(constraint)
                 made.append(request)
             for request in made:
                 self.requests[request.request_id] = request
@@ -418,14 +418,14 @@ class Engine:
         sequences, masks = [], []
         for i, request in constrained:
             try:
-                mask = request.allowed(request.tokens()) if request.allowed and not request.finished else None
+                mask = None if request.finished else mask_of(request, self.model_config.vocab_size)
             except Exception as error:
                 self._fail(request, error, got)
                 continue
             if mask is not None:
                 sequences.append(i)
                 masks.append(mask)
-        return (torch.tensor(sequences), torch.stack(masks)) if masks else None
+        return Masks.of(sequences, masks) if masks else None
 
     # ---- taking in ---------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..adapters.serving import Loaded
 from ..cache.blocks import BlockTable
 from ..sampling import SamplingParams
+from .constraints import Follower
 from .text import StopText
 
 __all__ = ["Request", "known"]
@@ -28,8 +29,8 @@ class Request:
     `priority` goes first. `parent`: the request whose prompt is the same, and whose blocks this one shares once they
     are computed (n > 1). `options`: values of the row that do not stand in `params` (the seed that was drawn).
     `allowed`: asked before each draw, with the tokens so far, for the tokens that may come: bool [vocabulary], or None
-    for all. `adapter`: what its tokens are computed with beside the model; while it runs, in the device's `slot`. Times
-    are in seconds, as `time.perf_counter` counts.
+    for all; or a `Follower`. `adapter`: what its tokens are computed with beside the model; while it runs, in the
+    device's `slot`. Times are in seconds, as `time.perf_counter` counts.
     """
 
     request_id: str
@@ -43,7 +44,7 @@ class Request:
     priority: int = 0
     tokens_per_step: int = 1
     parent: "Request | None" = None
-    allowed: Callable[[Sequence[int]], Tensor | None] | None = None
+    allowed: Callable[[Sequence[int]], Tensor | None] | Follower | None = None
     adapter: Loaded | None = None
     slot: int = -1
     text_stream: StopText | None = None

@@ -28,19 +28,18 @@ from ..kernels import (
     dependent_launch,
     draw_tokens,
     gumbel_argmax,
+    mask_logits,
     set_counts,
     top_logprobs,
     trusted,
 )
 from ..model import Transformer
 from .batch import DeviceTable, RowLayout, to_device
+from .constraints import Masks
 from .request import known
 from .table import Edits, Plan
 
 __all__ = ["Logprobs", "Masks", "Results", "Runner"]
-
-Masks = tuple[Tensor, Tensor]  # sequences [M] int64, and which tokens they may get [M, vocabulary] bool; on the host
-
 
 SHORT = 1024  # tokens: one sequence of no more has a graph of its own, with attention for short contexts
 REPORTED = 20  # candidates of which a graph reports log probabilities, as many as vLLM allows unless told otherwise
@@ -267,20 +266,18 @@ class Runner:
         """`_draw` with what is rare: biases and masks first, or many log probabilities (of the model's own logits)."""
         with trusted():
             logits = self.model.lm_head(self._last[: plan.num_sequences])  # [S, vocab]
-            sampled = self._choose(self._edited(logits, plan.edits, masks), plan.filtered)
+            sampled = self._choose(self._edited(logits, plan.edits, masks, plan.logprobs is not None), plan.filtered)
             self.table.append(sampled)
             return (sampled,) if plan.logprobs is None else (sampled, *top_logprobs(logits, sampled, plan.logprobs[1]))
 
-    def _edited(self, logits: Tensor, edits: Edits | None, masks: Masks | None) -> Tensor:
-        if edits is not None or masks is not None:
-            logits = logits.float()  # a copy: the model's own logits are reported
-            logits = logits.clone() if self.dtype == torch.float32 else logits
+    def _edited(self, logits: Tensor, edits: Edits | None, masks: Masks | None, reported: bool) -> Tensor:
+        if edits is not None or reported:  # the model's own logits are
+            logits = logits.float().clone() if self.dtype == torch.float32 else logits.float()
         if edits is not None:
             index = to_device(edits.sequences * logits.shape[1] + edits.token_ids, self.device)
             logits.view(-1)[index] += to_device(edits.values, self.device)
         if masks is not None:
-            sequences, allowed = (to_device(x.numpy(), self.device) for x in masks)
-            logits[sequences] = logits[sequences].masked_fill(~allowed, float("-inf"))
+            mask_logits(logits, *(to_device(x, self.device) for x in (masks.sequences, masks.which, masks.masks)))
         return logits
 
     def _prompt_logprobs(self, plan: Plan) -> Logprobs | None:

@@ -8,6 +8,7 @@ from .draw_tokens import count_tokens, draw_tokens, set_counts
 from .flash_attention import flash_attention
 from .fused_linear import linear, norm_linear
 from .gumbel_argmax import GREEDY_BELOW, gumbel_argmax, gumbel_noise
+from .mask_logits import mask_logits
 from .matmul import interleave, matmul, matmul_swiglu
 from .multi_lora import LoraPlan, multi_lora
 from .paged_attention import AttentionPlan, paged_attention
@@ -41,6 +42,7 @@ __all__ = [
     "gumbel_noise",
     "interleave",
     "linear",
+    "mask_logits",
     "matmul",
     "matmul_swiglu",
     "multi_lora",

@@ -192,6 +192,13 @@ def expand_kernel(
         tl.store(y_ptrs, (y + change).to(y_ptr.dtype.element_ty), mask=mask)
 
 
+_SIZES = {
+    "few": {"BLOCK_M": 16, "BLOCK_N": 256, "BLOCK_K": 256, "SPLITS": 4, "num_warps": 4},
+    "many": {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "SPLITS": 1, "num_warps": 4},
+    "fp32": {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "SPLITS": 4, "num_warps": 4},  # no tensor cores: small tiles
+}
+
+
 @operation(
     "multi_lora",
     reference=reference,
@@ -214,10 +221,8 @@ def multi_lora(
     tokens, k, slots, rank = len(x), x.shape[1], a.shape[0], a.shape[2]
     if tokens == 0:
         return
-    few = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "SPLITS": 4, "num_warps": 4}
-    many = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "SPLITS": 1, "num_warps": 4}
-    kind = "few" if tokens <= 256 or a.dtype == torch.float32 else "many"  # fp32 has no tensor cores: small tiles
-    sizes = tuned(x.device, f"multi_lora {kind}", **(few if kind == "few" else many))
+    kind = "fp32" if a.dtype == torch.float32 else "few" if tokens <= 256 else "many"
+    sizes = tuned(x.device, f"multi_lora {kind}", **_SIZES[kind])
     block_m, block_n, block_k, warps = (sizes[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps"))
     chunk = ceil_div(ceil_div(k, block_k), sizes["SPLITS"]) * block_k
     splits = ceil_div(k, chunk)

@@ -16,6 +16,7 @@ from minillm.constrained import (
     Vocabulary,
     compile_constraint,
     mask,
+    packed,
     vocabulary_of,
 )
 from minillm.constrained.automaton import DEAD
@@ -130,7 +131,7 @@ def test_end_and_special_tokens():
 
 def test_masks_are_shared_by_equal_constraints():
     first, second = (compile_constraint("json", SCHEMAS[0], small()) for _ in range(2))
-    assert first.allowed(first.start) is second.allowed(second.start)
+    assert first.packed(first.start) is second.packed(second.start)
 
 
 def test_a_vocabulary_that_lacks_a_byte_says_so():
@@ -211,3 +212,11 @@ def test_errors_are_value_errors():
     assert issubclass(ConstraintError, ValueError)
     assert issubclass(ConstraintTooLarge, ConstraintError)
     assert issubclass(NoTokenFits, ConstraintError)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=200))
+def test_packed_bits_are_the_mask(bits):
+    words = packed(np.array(bits))
+    assert words.dtype == np.int32
+    assert len(words) == -(-len(bits) // 32)
+    assert [bool(words[i // 32] >> (i % 32) & 1) for i in range(len(bits))] == bits

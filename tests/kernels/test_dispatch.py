@@ -92,6 +92,12 @@ def small(name: str, device="cpu", dtype=torch.float32) -> tuple:
             torch.randn(2, 24, 16, device=device, dtype=dtype), cu.new_tensor([[1, 0], [1, 1]]), (16, 8),
             *(lora.adapters, lora.order, lora.starts),
         ),
+        "mask_logits": (
+            x,
+            torch.tensor([4, 1], device=device),
+            torch.tensor([0, 0], device=device),
+            cu.new_tensor([[-1431655766]]),
+        ),
         "top_logprobs": (x, torch.arange(6, device=device), 3),
         "step_inputs": (*table, 4, 16, 1, 2, 7, 3),
         "append_tokens": (steps, rows, torch.tensor([[7], [8], [9]], device=device), cu.new_tensor([1, 1, 0]), 4),
@@ -172,7 +178,9 @@ def test_torch_path_is_right(name):
         out = getattr(KERNELS[name], path)(*args)
         results.append(args[:2] if out is None else out if isinstance(out, tuple) else (out,))
     for got, expected in zip(*results, strict=True):
-        assert error(got.float(), expected.float()) < 2e-6
+        assert torch.equal(got == -torch.inf, expected == -torch.inf)
+        got, expected = (x.float().nan_to_num(neginf=0, nan=torch.nan) for x in (got, expected))
+        assert error(got, expected) < 2e-6
 
 
 @pytest.mark.parametrize(
@@ -276,6 +284,8 @@ def test_empty_input(name):
         args = (*(x[:0] for x in args[:3]), nothing, nothing, 0)
     elif name == "paged_attention":
         args = (args[0][:0], *args[1:3], *(torch.zeros(n, dtype=torch.int32) for n in ((0, 1), 0, 1)), 0, 2)
+    elif name == "mask_logits":
+        args = (args[0][:0], args[1][:0], args[2][:0], args[3])
     elif name == "append_tokens":
         args = (*args[:2], args[2][:0], args[3][:0], args[4])
     else:

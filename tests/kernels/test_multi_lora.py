@@ -146,8 +146,9 @@ def test_compiles_for_an_h100(dtype, rank, many):
     kernels, index = sys.modules["minillm.kernels.multi_lora"], torch.int32
     if many and dtype == torch.float32:
         pytest.skip("fp32 always has the small tiles")
-    block_m, block_n, block_k, splits = (64, 128, 64, 1) if many else (16, 64, 128, 4)
-    shared = {"PARTS": 3, "R": rank, "COUNT": 16, "PDL": False, "BLOCK_M": block_m, "PRECISION": "ieee"}
+    sizes = dict(kernels._SIZES["fp32" if dtype == torch.float32 else "many" if many else "few"])
+    block_n, block_k, splits = (sizes.pop(name) for name in ("BLOCK_N", "BLOCK_K", "SPLITS"))
+    shared = {"PARTS": 3, "R": rank, "COUNT": 16, "PDL": False, "PRECISION": "ieee", **sizes}
     shrink = (dtype, dtype, torch.float32, index, index, index, 64, 8, 4096, 1024, 4096, 10**6, 4096 * rank, 4096, 400)
     assert compile_kernel(kernels.shrink_kernel, *shrink, BLOCK_K=block_k, **shared).local_bytes == 0
     expand = (torch.float32, dtype, dtype, index, index, index, 64, 8, 4096, 1024, 1024, 6144, 10**6, rank, 400)
