@@ -177,4 +177,5 @@ def share(right: Any) -> Difference:
         raise ValueError("right: expected one or more cases, got none")
     p = float(values.mean())
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return Difference(p, (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n), n)
+    low, high = ((middle + side) / (1 + z * z / n) for side in (-half, half))
+    return Difference(p, max(low, 0.0), min(high, 1.0), n)  # rounding may leave them
