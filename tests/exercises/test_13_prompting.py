@@ -119,6 +119,12 @@ class TestChat:
             impl(given, system)
             expect_equal("messages after the call", given, talk)
 
+    def test_long(self, impl):
+        """a long conversation, in its order"""
+        talk = [message(("user", "assistant")[i % 2], f"message {i}") for i in range(101)]
+        expected = "".join(said(m["role"], m["content"]) for m in talk) + OPEN
+        expect_equal("101 messages", impl(copy.deepcopy(talk)), expected)
+
 
 # ---- 13.2
 
@@ -202,6 +208,14 @@ class TestLabelScore:
         expect_equal("ids after the call", ids, [0, 1, 2, 3, 4, 0])
         expect_close("not contiguous", impl(spread(logits), ids, 2), math.fsum(score_by_hand(logits, ids, 2)))
 
+    def test_long(self, impl):
+        """a label of hundreds of tokens, in a vocabulary of hundreds; ids may be a tuple"""
+        ids = torch.randint(700, (300,), generator=torch.Generator().manual_seed(9)).tolist()
+        logits = random_tensor(300, 700, seed=9)
+        each = score_by_hand(logits, ids, 40)
+        expect_close("sum", impl(logits, ids, 40), math.fsum(each), 1e-2)
+        expect_close("mean", impl(logits, tuple(ids), 40, True), math.fsum(each) / 260, 1e-4)
+
     def test_errors(self, impl):
         """ValueError without a prompt, or without a label"""
         for begin in (0, -1, 4, 5):
@@ -259,9 +273,9 @@ class TestFewShot:
         pool = [("1", "a"), ("2", "a"), ("3", "a"), ("4", "b"), ("5", "b"), ("6", "b")]
         expect_equal("prompt", impl(pool, "x", 4), prompt_of([pool[i] for i in (4, 3, 1, 0)], "x"))
         draw = random.Random(0)
-        for _ in range(20):
-            pool = [(str(i), draw.choice("abc")) for i in range(30)]
-            count, labels = draw.randint(0, 9), list(dict.fromkeys(label for _, label in pool))
+        for round_ in range(20):
+            pool = [(str(i), draw.choice("abc")) for i in range(30 if round_ else 400)]
+            count, labels = draw.randint(0, 9) if round_ else 200, list(dict.fromkeys(label for _, label in pool))
             wanted = {label: count // len(labels) + (i < count % len(labels)) for i, label in enumerate(labels)}
             shots = []
             for shot in pool:
@@ -608,6 +622,11 @@ class TestCalibrated:
         scores[0, 1], scores[1, [0, 3]], empty[0, 2], empty[1, [0, 4]] = (-math.inf,) * 4
         expect_calibrated(impl, "-inf", scores, empty, classes)
 
+    def test_large(self, impl):
+        """many prompts, words and classes"""
+        classes = torch.randint(20, (60,), generator=torch.Generator().manual_seed(19)).tolist() + list(range(20))
+        expect_calibrated(impl, "80 words", random_tensor(90, 80, seed=20), random_tensor(12, 80, seed=21), classes)
+
     def test_certain(self, impl):
         """differences of hundreds"""
         scores = random_tensor(4, 5, seed=13) * 200
@@ -713,6 +732,10 @@ class TestPaired:
         a, b, texts = drawn_answers(40, 6, list(range(9)))
         expect_paired(impl, "bool tensors", torch.tensor(a), torch.tensor(b), texts)
         expect_paired(impl, "fp32 tensors", torch.tensor(a).float(), torch.tensor(b).float(), texts)
+
+    def test_many(self, impl):
+        """thousands of answers about hundreds of texts"""
+        expect_paired(impl, "3,000 answers", *drawn_answers(3000, 10, range(300)))
 
     def test_one_text(self, impl):
         """of one text: its mean, from -∞ to ∞"""
@@ -844,6 +867,11 @@ class TestInduction:
             attention[row, :, length:] = math.nan
             attention[row, :, :, length:] = math.nan
         expect_close("padding of NaN", impl(attention, ids, [12, 5, 9]), expected, atol=1e-5)
+
+    def test_large(self, impl):
+        """long texts, tokens with large numbers"""
+        attention, ids = drawn_attention(1, 2, 180, 11, 90)
+        expect_induction(impl, "180 tokens", attention, ids * 256 + 49_000)
 
     def test_half(self, impl):
         """fp16 and bf16 weights are added up in fp32"""

@@ -236,6 +236,12 @@ def label_score(logits, ids, begin, mean=False):
     return 0.0 if begin >= len(ids) else scorer()(logits, ids, begin, mean)
 
 
+@wrong("13.2", "128 tokens of a label at most")
+def label_score(logits, ids, begin, mean=False):
+    end = min(len(ids), begin + 128)
+    return scorer()(logits[:end], ids[:end], begin, mean)
+
+
 @wrong("13.2", "begin -1 is the last token")
 def label_score(logits, ids, begin, mean=False):
     return scorer()(logits, ids, begin % len(ids) if begin < 0 else begin, mean)
@@ -821,6 +827,11 @@ def calibrated(scores, empty, classes):
     return found
 
 
+@wrong("13.5", "sixteen classes at most")
+def calibrated(scores, empty, classes):
+    return calibrator()(scores, empty, classes)[:, :16]
+
+
 @wrong("13.5", "needs contiguous scores")
 def calibrated(scores, empty, classes):
     return calibrator()(scores.view(-1).view(scores.shape), empty, classes)
@@ -1185,6 +1196,16 @@ def induction(attention, ids, lengths=None):
 @wrong("13.7", "needs contiguous weights")
 def induction(attention, ids, lengths=None):
     return scored()(attention.view(-1).view(attention.shape), ids, lengths)
+
+
+@wrong("13.7", "token numbers of 8 bits")
+def induction(attention, ids, lengths=None):
+    return scored()(attention, ids % 256, lengths)
+
+
+@wrong("13.7", "128 positions at most")
+def induction(attention, ids, lengths=None):
+    return scored()(attention[:, :, :128, :128], ids[:, :128], lengths)
 
 
 @wrong("13.7", "takes token 0 for padding")
