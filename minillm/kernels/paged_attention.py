@@ -380,6 +380,46 @@ def two_numbers(words, STORED: tl.constexpr, dtype: tl.constexpr):
     return low.to(dtype), high.to(dtype)
 
 
+@triton.jit
+def queries(q_ptrs, used, scale, STORED: tl.constexpr):
+    """Of a cache in words: the even features and the odd ones, over a power of two, by which scores' scale grows."""
+    q = tl.load(q_ptrs, mask=used, other=0.0)
+    odd_q = q
+    if STORED != "":
+        odd_q = tl.load(q_ptrs + 1, mask=used, other=0.0)
+        dtype: tl.constexpr = tl.float32 if q.dtype == tl.float32 else tl.float16
+        largest = tl.max(tl.maximum(tl.abs(q), tl.abs(odd_q)), 1).to(tl.float32)
+        unit = tl.exp2(tl.ceil(tl.log2(tl.maximum(largest, 1.0e-30))))[:, None]
+        q, odd_q, scale = (q / unit).to(dtype), (odd_q / unit).to(dtype), scale * unit
+    return q, odd_q, scale
+
+
+@triton.jit
+def products(q, odd_q, k, scale_ptrs, known, STORED: tl.constexpr, PRECISION: tl.constexpr):
+    """q k [BLOCK_M, BLOCK_N]"""
+    if STORED == "":
+        return tl.dot(q, k.to(q.dtype), input_precision=PRECISION)  # a cache may have a dtype of its own
+    else:
+        k, odd_k = two_numbers(k, STORED, q.dtype)
+        s = tl.dot(odd_q, odd_k, tl.dot(q, k, input_precision=PRECISION), input_precision=PRECISION)
+        return s * tl.load(scale_ptrs, mask=known, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def with_values(
+    acc, odd_acc, p, v, scale_ptrs, known, dtype: tl.constexpr, STORED: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """acc + p v, the odd features' sum apart."""
+    if STORED == "":
+        acc = tl.dot(p.to(dtype), v.to(dtype), acc, input_precision=PRECISION)
+    else:
+        v, odd_v = two_numbers(v, STORED, dtype)
+        p = (p * (tl.load(scale_ptrs, mask=known, other=0.0).to(tl.float32) * GAIN)[None, :]).to(dtype)
+        acc = tl.dot(p, v, acc, input_precision=PRECISION)
+        odd_acc = tl.dot(p, odd_v, odd_acc, input_precision=PRECISION)
+    return acc, odd_acc
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def paged_attention_kernel(
     q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, out_ptr, lse_ptr, table_ptr, context_ptr, cu_ptr, tokens, sequences,
@@ -401,20 +441,12 @@ def paged_attention_kernel(
     query, group, offs_d = first_q + row // BLOCK_G, row % BLOCK_G, tl.arange(0, BLOCK_D)
     position = context - count + query  # [BLOCK_M]
     head = head_kv * GROUP + group
-    scaled: tl.constexpr = STORED != ""
-    each: tl.constexpr = 2 if scaled else 1  # features of an element of the cache
+    each: tl.constexpr = 2 if STORED != "" else 1  # features of an element of the cache
     inside = offs_d < D // each
     used = ((query < count) & (group < GROUP))[:, None] & inside[None, :]
     token = (first + query).to(tl.int64)
     q_ptrs = q_ptr + token[:, None] * stride_q + head[:, None] * D + each * offs_d[None, :]
-    q = tl.load(q_ptrs, mask=used, other=0.0)
-    if scaled:  # q holds the even features
-        odd_q = tl.load(q_ptrs + 1, mask=used, other=0.0)
-        dtype: tl.constexpr = tl.float32 if q.dtype == tl.float32 else tl.float16
-        largest = tl.max(tl.maximum(tl.abs(q), tl.abs(odd_q)), 1).to(tl.float32)
-        unit = tl.exp2(tl.ceil(tl.log2(tl.maximum(largest, 1.0e-30))))[:, None]
-        q, odd_q, scale = (q / unit).to(dtype), (odd_q / unit).to(dtype), scale * unit
-
+    q, odd_q, scale = queries(q_ptrs, used, scale, STORED)
     seen = tl.minimum(context, context - count + first_q + BLOCK_Q)  # keys that some query of the block may see
     oldest = tl.maximum(0, context - count + first_q - WINDOW + 1) if WINDOW else 0
     a_split = tl.cdiv(tl.cdiv(seen - oldest, BLOCK_N), SPLITS) * BLOCK_N
@@ -429,17 +461,10 @@ def paged_attention_kernel(
         number = tl.load(table_ptr + sequence * stride_table + offs_n // BLOCK_SIZE, mask=known, other=0)
         slot = number.to(tl.int64) * BLOCK_SIZE + offs_n % BLOCK_SIZE
         at = slot * (H_KV * D // each) + head_kv * (D // each)  # [BLOCK_N]
+        of_row = slot * stride_slot + head_kv * stride_head
         k = tl.load(k_ptr + at[None, :] + offs_d[:, None], mask=known[None, :] & inside[:, None], other=0)
         v = tl.load(v_ptr + at[:, None] + offs_d[None, :], mask=known[:, None] & inside[None, :], other=0)
-        if scaled:
-            of_row = slot * stride_slot + head_kv * stride_head
-            k, odd_k = two_numbers(k, STORED, q.dtype)
-            s = tl.dot(odd_q, odd_k, tl.dot(q, k, input_precision=PRECISION), input_precision=PRECISION)
-            s = s * tl.load(k_scale_ptr + of_row, mask=known, other=0.0).to(tl.float32)[None, :]
-        else:
-            k, v = k.to(q.dtype), v.to(q.dtype)  # a cache may have a dtype of its own
-            s = tl.dot(q, k, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        s = s * scale
+        s = products(q, odd_q, k, k_scale_ptr + of_row, known, STORED, PRECISION) * scale
         visible = known[None, :] & (offs_n[None, :] <= position[:, None])
         if WINDOW:
             visible = visible & (offs_n[None, :] > position[:, None] - WINDOW)
@@ -447,18 +472,15 @@ def paged_attention_kernel(
         new_max = tl.maximum(row_max, tl.max(s, 1))
         p, shrink = tl.exp2(s - new_max[:, None]), tl.exp2(row_max - new_max)
         row_sum = row_sum * shrink + tl.sum(p, 1)
-        if scaled:
-            v, odd_v = two_numbers(v, STORED, q.dtype)
-            p = p * (tl.load(v_scale_ptr + of_row, mask=known, other=0.0).to(tl.float32) * GAIN)[None, :]
-            odd_acc = tl.dot(p.to(v.dtype), odd_v, odd_acc * shrink[:, None], input_precision=PRECISION)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        acc, odd_acc = acc * shrink[:, None], odd_acc * shrink[:, None]
+        acc, odd_acc = with_values(acc, odd_acc, p, v, v_scale_ptr + of_row, known, q.dtype, STORED, PRECISION)
         row_max = new_max
 
-    total = (tl.where(row_sum == 0, 1.0, row_sum) * (GAIN if scaled else 1.0))[:, None]
+    total = (tl.where(row_sum == 0, 1.0, row_sum) * (GAIN if each == 2 else 1.0))[:, None]
     out = (token * (H_KV * GROUP) + head) * SPLITS + split  # [BLOCK_M]
     out_ptrs = out_ptr + out[:, None] * D + each * offs_d[None, :]
     tl.store(out_ptrs, (acc / total).to(out_ptr.dtype.element_ty), mask=used)
-    if scaled:
+    if each == 2:
         tl.store(out_ptrs + 1, (odd_acc / total).to(out_ptr.dtype.element_ty), mask=used)
     if SPLITS > 1:
         lse = tl.where(row_sum == 0, -1.0e30, row_max + tl.log2(tl.where(row_sum == 0, 1.0, row_sum)))
@@ -495,6 +517,19 @@ _SIZES = {
     "short": {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3},
     "prefill": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
 }
+
+
+def _cut(
+    sequences: int, kv_heads: int, decode: bool, limits: tuple[int | None, ...], device: torch.device
+) -> tuple[str, int]:  # fmt: skip
+    """The kind of a launch, and among how many parts each context is split. limits: of the keys that a query sees."""
+    if not decode or (parts := splits(sequences, kv_heads, device)) == 1:
+        return "decode" if decode else "prefill", 1
+    most = min([n for n in limits if n], default=None)
+    if most is None:
+        return "split", parts
+    kind = "short" if most <= SHORT else "split"
+    return kind, min(parts, next_power_of_2(ceil_div(most, _SIZES[kind]["BLOCK_N"])))  # no more than there are tiles
 
 
 def _sizes(q: Tensor, k_cache: Tensor, kind: str, block_d: int) -> dict[str, int]:
@@ -543,12 +578,7 @@ def paged_attention(
         return torch.zeros((tokens, heads, size), dtype=q.dtype, device=q.device)
     out = torch.empty((tokens, heads, size), dtype=q.dtype, device=q.device)
     block_d, block_g = max(16, next_power_of_2(size)), next_power_of_2(heads // kv_heads)
-    parts = splits(sequences, kv_heads, q.device) if decode else 1
-    most = min([n for n in (window, max_seqlen_k) if n], default=None)  # keys that a query sees
-    kind = "prefill" if not decode else "decode" if parts == 1 else "split"
-    if parts > 1 and most is not None:  # no more parts than it has tiles
-        kind = "short" if most <= SHORT else kind
-        parts = min(parts, next_power_of_2(ceil_div(most, _SIZES[kind]["BLOCK_N"])))
+    kind, parts = _cut(sequences, kv_heads, decode, (window, max_seqlen_k), q.device)
     sizes = _sizes(q, k_cache, kind, block_d)
     block_q = max(1, max(16, sizes.pop("BLOCK_M")) // block_g)
     target = out if parts == 1 else torch.empty((tokens, heads, parts, size), dtype=torch.float32, device=q.device)
@@ -564,8 +594,7 @@ def paged_attention(
         q.stride(0), block_tables.stride(0), k_scale.stride(0), k_scale.stride(1), scale,
         H_KV=kv_heads, GROUP=heads // kv_heads, D=size, BLOCK_SIZE=block_size, SPLITS=parts, WINDOW=window,
         DECODE=decode, STORED=stored, PRECISION="ieee", BLOCK_Q=block_q, BLOCK_G=block_g,
-        BLOCK_D=max(16, block_d // 2) if stored else block_d,
-        **pdl(q.device), **sizes,
+        BLOCK_D=max(16, block_d // 2) if stored else block_d, **pdl(q.device), **sizes,
     )  # fmt: skip
     if parts > 1:
         join_kernel[(tokens * heads,)](

@@ -4,7 +4,6 @@ import functools
 import json
 import re
 
-import jsonschema
 import pytest
 import torch
 
@@ -14,6 +13,8 @@ from minillm.generate import naive
 from minillm.model import Transformer
 from minillm.model.tokenizer import Tokenizer
 from minillm.sampling import SamplingParams, StructuredOutputsParams
+
+jsonschema = pytest.importorskip("jsonschema")
 
 END = "<|end|>"
 SCHEMA = {

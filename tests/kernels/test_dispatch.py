@@ -411,7 +411,7 @@ def test_poisoned_outputs_are_all_written(monkeypatch):
         args = small(name, "cuda", torch.bfloat16)
         out = KERNELS[name](*args)
         for result in args[:2] if out is None else out if isinstance(out, tuple) else (out,):
-            assert result.isfinite().all(), name
+            assert (result.isfinite() | (result == -torch.inf if name == "mask_logits" else False)).all(), name
 
 
 def test_rope_by_factors_made_once(dtype):
