@@ -6,7 +6,7 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 from style import canvas, look, save
 
 from minillm.learn import COLORS
-from minillm.learn.excerpts import results
+from minillm.learn.excerpts import measured_on, results
 
 BLUE, ORANGE, WINE, SKY, BLACK = COLORS
 GRAY = "#777777"
@@ -15,10 +15,7 @@ look(9)
 
 def recorded() -> dict:
     """The ladder and what belongs to it: by a GPU where it is recorded, else by a CPU."""
-    try:
-        return results("chapter_10", "h100")
-    except FileNotFoundError:
-        return results("chapter_10")
+    return results("chapter_10", measured_on("chapter_10", "h100", "h200", "cpu-2-cores"))
 
 
 def arrow(ax: plt.Axes, begin: tuple, end: tuple, color: str, **options: object) -> None:
@@ -198,7 +195,8 @@ def words() -> None:
 
 def crossover() -> None:
     """Time of one layer's product by tokens: floors, and what was measured where it was."""
-    ceilings = results("chapter_05", "h100")["ceilings"]
+    place = measured_on("kernels_bits", "h100", "h200")
+    ceilings = results("kernels_bits", place)["ceilings"] if place else results("chapter_05", "h100")["ceilings"]
     beta, pi = ceilings["copy bytes/s"], ceilings["matmul FLOP/s"]
     k, n = 4096, 14_336
     tokens = 2.0 ** np.linspace(0, 11, 200)
@@ -211,7 +209,7 @@ def crossover() -> None:
         if found := measured(name, k, n):
             axes[0].loglog(list(found), [1e6 * s for s in found.values()], marker=marker, ms=4, color=color, lw=1,
                            label=f"{name}, measured")  # fmt: skip
-    axes[0].set(xlabel="tokens", ylabel="µs", title="H100, 4,096 to 14,336")
+    axes[0].set(xlabel="tokens", ylabel="µs", title=f"{(place or 'h100').upper()}, 4,096 to 14,336")
     axes[0].legend(fontsize=7)
     r = results("chapter_10")["speed"]
     for name, color, marker in (("fp32", ORANGE, "D"), *((x, kinds[x][0], kinds[x][3]) for x in kinds)):
@@ -230,15 +228,13 @@ def crossover() -> None:
 
 
 def bits_rows() -> list[dict]:
-    """The kernels' suite in few bits on an H100; empty where none is recorded."""
-    try:
-        return results("kernels_bits", "h100")["rows"]
-    except FileNotFoundError:
-        return []
+    """The kernels' suite in few bits on a GPU; empty where none is recorded."""
+    place = measured_on("kernels_bits", "h100", "h200")
+    return results("kernels_bits", place)["rows"] if place else []
 
 
 def measured(name: str, k: int, n: int) -> dict[int, float]:
-    """Seconds by tokens on an H100, of this chapter's run or of the kernels' suites; empty where none is recorded."""
+    """Seconds by tokens on a GPU, of this chapter's run or of the kernels' suites; empty where none is recorded."""
     if "crossover" in recorded():
         return {row["tokens"]: row["seconds"][name] for row in recorded()["crossover"]["rows"]}
     found = {}
