@@ -273,7 +273,7 @@ def induction_part(bench: Bench, save: Callable[[dict], None]) -> None:
         "top": [[f"{layer}.{head}", float(induction[layer, head])] for layer, head in tops[:12]],
         "before": [[f"{layer}.{head}", float(previous[layer, head])] for layer, head in before[:6]],
         "above 0.3": int((induction > 0.3).sum()), "heads": induction.numel(), "text tokens": text.numel(),
-        "chance": float(1 / (1.5 * length)), "rows": rows,
+        "chance": statistics.mean(1 / (i + 1) for i in range(length, 2 * length)), "rows": rows,
     }  # fmt: skip
     for n in (1, 2, 4, 8, 16):
         rows.append(effect("induction", tops[:n], n=n))

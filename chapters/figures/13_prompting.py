@@ -133,7 +133,9 @@ def shots() -> None:
             axes[1].plot([row["said positive"] for row in rows], [row["accuracy"] for row in rows], marker, ms=4,
                          color=color, mfc=color if i == 0 else "none",
                          label=f"last: {last}" if i == 0 else None)  # fmt: skip
-    axes[1].set(xlabel="share of answers “positive”", title="four examples, orders", xlim=(0, 1), ylim=(0.4, 1))
+    axes[1].set(
+        xlabel="share of answers “positive”", title="orders of four (open: another four)", xlim=(0, 1), ylim=(0.4, 1)
+    )
     axes[1].legend(fontsize=7.5)
     figure.tight_layout()
     save(figure, "13_shots")
