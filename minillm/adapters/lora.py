@@ -340,8 +340,8 @@ def detach(model: Transformer) -> Adapter:
 def merge(model: Transformer) -> Adapter:
     """Add the adapter into the weights, in place, after which it costs nothing. -> the adapter, for `unmerge`
 
-    A weight in few bits is read back, added to and rounded anew, by the same scheme: of a small change little may be
-    left. Raises ValueError for other layers.
+    A weight in few bits is read back, added to and rounded anew where it changes, by the same scheme: of a small change
+    little may be left. Raises ValueError for other layers, before anything is changed.
     """
     adapter = detach(model)
     _add(model, adapter, 1.0)
@@ -362,7 +362,11 @@ def unmerge(model: Transformer, adapter: Adapter) -> None:
 
 
 def _add(model: Transformer, adapter: Adapter, sign: float) -> None:
-    layers = modules(model)
+    layers, few = modules(model), {}
+    for name in adapter.pairs:
+        if not isinstance(layers[name], Dense | QuantLinear):
+            kind = type(layers[name]).__name__
+            raise ValueError(f"{name}: expected a layer of plain weights or of few bits, got {kind}")
     for name, pair in adapter.pairs.items():
         layer, part = layers[name], name.rpartition(".")[2]
         before = list(layer.parts)[: list(layer.parts).index(part)]
@@ -371,15 +375,27 @@ def _add(model: Transformer, adapter: Adapter, sign: float) -> None:
         if isinstance(layer, Dense):
             layer.weight[rows] = (layer.weight[rows].float() + change.to(layer.weight.device)).to(layer.weight.dtype)
         elif isinstance(layer, QuantLinear):
-            whole = layer.quantized().dequantize(torch.float32)
-            if layer.order is not None:
-                whole = torch.empty_like(whole).index_copy_(1, layer.order, whole)
-            whole[rows] += change.to(whole.device)
-            grid = minmax_grid(whole, layer.format.scheme, layer.format.scale_dtype)
-            layer.set(QuantizedTensor.round(whole, grid, layer.format.scheme), layer.bias, whole.device)
-        else:
-            raise ValueError(f"{name}: expected a layer of plain weights or of few bits, got {type(layer).__name__}")
+            if layer not in few:
+                few[layer] = torch.zeros(sum(layer.parts.values()), layer.in_features, device=layer.weight.device)
+            few[layer][rows] += change.to(layer.weight.device)
+    for layer, change in few.items():
+        _add_to_few_bits(layer, change)
     model.revision += 1
+
+
+def _add_to_few_bits(layer: QuantLinear, change: Tensor) -> None:
+    """Rows that change [N, K] are rounded anew, on grids of their own; the others stay what they are."""
+    old, scheme = layer.quantized(), layer.format.scheme
+    w = old.dequantize(torch.float32) + (change if layer.order is None else change[:, layer.order])
+    new = QuantizedTensor.round(w, minmax_grid(w, scheme, layer.format.scale_dtype), scheme)
+    if scheme.strategy != "tensor":
+        same = ~change.any(1)
+        pairs = [(new.q, old.q), (new.grid.scale, old.grid.scale)]
+        if new.grid.zero is not None and old.grid.zero is not None:
+            pairs.append((new.grid.zero, old.grid.zero))
+        for made, was in pairs:
+            made[same] = was[same].to(made.dtype)
+    layer.set(new, layer.bias, w.device, layer.order)
 
 
 def prefix_of(name: str) -> str:

@@ -8,16 +8,17 @@ work already.
 
 A CUDA graph holds a whole `forward`, another one a whole `draw`: launching some 300 kernels from Python takes longer
 than running them. A graph has fixed shapes, so there is one for each of several sizes, and a step takes the next larger
-one. Draws that are rare (biases, masks) are launched from Python instead, on the same logits. Within
-a step our kernels start before the one in front of them is done (`dependent_launch`).
+one. Draws that are rare (biases) are launched from Python instead, on the same logits. Within a step our kernels start
+before the one in front of them is done (`dependent_launch`).
 """
 
 import bisect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,10 +87,11 @@ class Results:
 
 @dataclass(frozen=True)
 class Kind:
-    """What a draw does beyond a temperature: filters and penalties; log probabilities."""
+    """What a draw does beyond a temperature: filters and penalties; log probabilities; masks."""
 
     filtered: bool = False
     reported: bool = False
+    masked: bool = False
 
 
 Drawn = tuple[Tensor, ...]  # tokens [S]; and if reported: ids and log probabilities [S, K], those of the tokens [S]
@@ -123,6 +125,9 @@ class Runner:
         vocab = model.config.vocab_size  # how often which token stands in which row; written where penalties ask for it
         self.counts = torch.zeros(config.max_num_seqs + 1, vocab, dtype=torch.int16, device=self.device)
         self.reported = min(REPORTED, vocab)
+        # The step's masks, one bit a token, behind one that allows everything; and which of them each sequence has.
+        self.masks = torch.full((config.max_num_seqs + 1, -(-vocab // 32)), -1, dtype=torch.int32, device=self.device)
+        self.which_mask = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=self.device)
         self._last = torch.zeros(config.max_num_seqs, model.config.hidden_size, dtype=self.dtype, device=self.device)
         self._hidden_states = self._last  # of all tokens of the step; graphs leave them in `_all`
         self._all: Tensor | None = None
@@ -199,11 +204,13 @@ class Runner:
             torch.cuda.current_stream().wait_event(self._copied)  # a graph draws where the last one did
         prompt_logprobs = self._prompt_logprobs(plan)
         most = 0 if plan.logprobs is None else plan.logprobs[1]
-        edited = plan.edits is not None or masks is not None
-        if edited or most > self.reported or not self.decode_sizes:
-            drawn = self._draw_edited(plan, masks)
+        if masks is not None:
+            self._set_masks(masks)
+        kind = Kind(plan.filtered, plan.logprobs is not None, masks is not None)
+        if plan.edits is not None or most > self.reported or not self.decode_sizes:
+            drawn = self._draw_edited(plan, kind)
         else:
-            drawn = self._draw_graph(plan.num_sequences, Kind(plan.filtered, plan.logprobs is not None))
+            drawn = self._draw_graph(plan.num_sequences, kind)
         logprobs = None
         if plan.logprobs is not None:
             rows = to_device(plan.logprobs[0], self.device)
@@ -243,9 +250,24 @@ class Runner:
         """Everything that a graph of `draw` holds: from hidden states to tokens [S], in the rows too."""
         with dependent_launch(), trusted():
             logits = self.model.lm_head(self._last[:sequences])  # [S, vocab]
-            sampled = self._choose(logits, kind.filtered)
+            sampled = self._choose(self._masked(logits, kind), kind.filtered)
             self.table.append(sampled)
             return (sampled, *top_logprobs(logits, sampled, self.reported)) if kind.reported else (sampled,)
+
+    def _set_masks(self, masks: Masks) -> None:
+        which = np.zeros(self.max_num_seqs, np.int64)
+        which[masks.sequences] = masks.which + 1
+        self.which_mask.copy_(to_device(which, self.device), non_blocking=True)
+        self.masks[1 : 1 + len(masks.masks)].copy_(to_device(masks.masks, self.device), non_blocking=True)
+
+    def _masked(self, logits: Tensor, kind: Kind) -> Tensor:
+        """-inf where the step's masks forbid. In place, but for reported ones: these are the model's own."""
+        if not kind.masked:
+            return logits
+        logits = logits.clone() if kind.reported else logits
+        rows = torch.arange(len(logits), device=self.device)
+        mask_logits(logits, rows, self.which_mask[: len(logits)], self.masks)
+        return logits
 
     def _choose(self, logits: Tensor, filtered: bool) -> Tensor:
         """A token of each row.  [S, vocab] -> [S]"""
@@ -262,22 +284,20 @@ class Runner:
         count_tokens(self.counts, rows, sampled, self.table.steps[2, :sequences] > 0)
         return sampled
 
-    def _draw_edited(self, plan: Plan, masks: Masks | None) -> Drawn:
-        """`_draw` with what is rare: biases and masks first, or many log probabilities (of the model's own logits)."""
+    def _draw_edited(self, plan: Plan, kind: Kind) -> Drawn:
+        """`_draw` with what is rare: biases first, or many log probabilities (of the model's own logits)."""
         with trusted():
             logits = self.model.lm_head(self._last[: plan.num_sequences])  # [S, vocab]
-            sampled = self._choose(self._edited(logits, plan.edits, masks, plan.logprobs is not None), plan.filtered)
+            sampled = self._choose(self._masked(self._edited(logits, plan.edits), kind), kind.filtered)
             self.table.append(sampled)
             return (sampled,) if plan.logprobs is None else (sampled, *top_logprobs(logits, sampled, plan.logprobs[1]))
 
-    def _edited(self, logits: Tensor, edits: Edits | None, masks: Masks | None, reported: bool) -> Tensor:
-        if edits is not None or reported:  # the model's own logits are
-            logits = logits.float().clone() if self.dtype == torch.float32 else logits.float()
-        if edits is not None:
-            index = to_device(edits.sequences * logits.shape[1] + edits.token_ids, self.device)
-            logits.view(-1)[index] += to_device(edits.values, self.device)
-        if masks is not None:
-            mask_logits(logits, *(to_device(x, self.device) for x in (masks.sequences, masks.which, masks.masks)))
+    def _edited(self, logits: Tensor, edits: Edits | None) -> Tensor:
+        if edits is None:
+            return logits
+        logits = logits.float().clone() if self.dtype == torch.float32 else logits.float()  # a copy: see `_masked`
+        index = to_device(edits.sequences * logits.shape[1] + edits.token_ids, self.device)
+        logits.view(-1)[index] += to_device(edits.values, self.device)
         return logits
 
     def _prompt_logprobs(self, plan: Plan) -> Logprobs | None:
@@ -309,24 +329,25 @@ class Runner:
             forwards += [(n, n, True, None, slots) for n in self.decode_sizes]
         for shape in sorted(forwards, key=lambda shape: shape[:3], reverse=True):
             self.forward_graphs[shape], _ = self._record("layers", partial(self._forward, *shape))
-        self._record_draws(self.decode_sizes, reported=False)
+        self._record_draws(self.decode_sizes, Kind())
 
-    def _record_draws(self, sizes: list[int], reported: bool) -> None:
+    def _record_draws(self, sizes: list[int], like: Kind) -> None:
+        """With and without filters, else as `like`."""
         steps = self.table.steps.clone()
         self.table.steps[2] = 0  # a draw that is tried out gives nobody a token
         for sequences in reversed(sizes):
-            for kind in (Kind(True, reported), Kind(False, reported)):
+            for kind in (replace(like, filtered=True), replace(like, filtered=False)):
                 self.draw_graphs[sequences, kind] = self._record("draws", partial(self._draw, sequences, kind))
         self.table.steps.copy_(steps)
 
     def _draw_graph(self, sequences: int, kind: Kind) -> Drawn:
-        """Replay a draw. Those with log probabilities are rare: for a few sizes, recorded when first asked for."""
+        """Replay a draw. Log probabilities and masks are rarer: for a few sizes, recorded when first asked for."""
         sizes = self.decode_sizes
-        if kind.reported:
+        if kind.reported or kind.masked:
             sizes = [n for n in sizes if n & (n - 1) == 0 or n == sizes[-1]]
         key = sizes[bisect.bisect_left(sizes, sequences)], kind
         if key not in self.draw_graphs:
-            self._record_draws(sizes, kind.reported)
+            self._record_draws(sizes, kind)
         graph, drawn = self.draw_graphs[key]
         graph.replay()
         self.num_replays += 1

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillm.adapters import LoraConfig, adapted, adapter_of, attach, detach, merge, unmerge
+from minillm.adapters.bottleneck import BottleneckLinear
 from minillm.adapters.lora import Adapter, LoraLinear, Pair, described, modules
 from minillm.adapters.training import Example, loss_of, train
 from minillm.config import ModelConfig
@@ -278,3 +279,31 @@ def test_a_loss_that_is_no_number_ends_it():
     model.norm.weight.data.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="lower lr"):
         train(model, EXAMPLES, 2, progress=False)
+
+
+@pytest.mark.parametrize("order", [None, torch.arange(32).flip(0)], ids=["in order", "ordered"])
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+def test_merging_into_few_bits_leaves_other_rows_and_the_order_alone(kind, order):
+    """k and v keep their integers, scales and zero points when q is adapted; columns are those that they were."""
+    model = few_bits(kind)
+    layer = modules(model)["model.layers.0.self_attn.q_proj"]
+    layer.set(layer.quantized(), layer.bias, torch.device("cpu"), order)
+    drawn(model, LoraConfig(r=2, lora_alpha=32, target_modules=("q_proj",)))
+    wanted, before, first = logits(model), layer.quantized(), layer.parts["q_proj"]
+    merge(model)
+    after = layer.quantized()
+    assert layer.order is None if order is None else torch.equal(layer.order, order)
+    assert torch.equal(after.dequantize()[first:], before.dequantize()[first:])
+    assert not torch.equal(after.dequantize()[:first], before.dequantize()[:first])
+    assert (logits(model) - wanted).norm() / wanted.norm() < (0.4 if kind == "int4" else 0.05)
+
+
+def test_what_cannot_be_merged_is_told_before_anything_changes():
+    model = tiny()
+    adapter = drawn(model, LoraConfig(r=2, target_modules=("q_proj", "down_proj")))
+    detach(model)
+    model.layers[1].mlp.down_proj = BottleneckLinear(model.layers[1].mlp.down_proj, 4)
+    before = model.layers[0].self_attn.qkv_proj.weight.clone()
+    with pytest.raises(ValueError, match="down_proj"):
+        unmerge(model, adapter)
+    assert torch.equal(model.layers[0].self_attn.qkv_proj.weight, before)

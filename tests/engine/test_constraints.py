@@ -1,8 +1,10 @@
 """Guaranteed output in the engine: valid, the same whatever runs beside it; who asks for too much fails alone."""
 
+import copy
 import functools
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +15,6 @@ from minillm.generate import naive
 from minillm.model import Transformer
 from minillm.model.tokenizer import Tokenizer
 from minillm.sampling import SamplingParams, StructuredOutputsParams
-
-jsonschema = pytest.importorskip("jsonschema")
 
 END = "<|end|>"
 SCHEMA = {
@@ -74,7 +74,7 @@ def jobs(count: int = 16, most: int = 60) -> list[tuple[list[int], SamplingParam
 def valid(text: str, wanted: StructuredOutputsParams) -> bool:
     kind, value = wanted.asked
     if kind == "json":
-        jsonschema.validate(json.loads(text), json.loads(value))
+        pytest.importorskip("jsonschema").validate(json.loads(text), json.loads(value))
         return True
     return text in value if kind == "choice" else re.fullmatch(value, text) is not None
 
@@ -109,6 +109,29 @@ def test_tokens_do_not_depend_on_the_schedule(options):
     assert (other.metrics.num_preemptions > 0) == ("num_blocks" in options)
     again = run(other, todo)  # prompts out of the prefix cache
     assert [request.output_token_ids for request in again] == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"num_blocks": 30}, {"enforce_eager": True}], ids=str)
+def test_on_a_gpu_masks_are_drawn_in_graphs(options):
+    """Free, constrained and biased requests, with and without log probabilities: greedy tokens are those of a CPU."""
+    more = [{}, {"logprobs": 2}, {"top_k": 5}, {"logprobs": 1, "repetition_penalty": 1.2}]
+    todo = [
+        (
+            prompt,
+            replace(params, temperature=0, **(more[i % 4] if params.structured_outputs else {"logit_bias": {9: 3}})),
+        )
+        for i, (prompt, params) in enumerate(jobs(20, most=30))
+    ]
+    expected = [request.output_token_ids for request in run(engine(), todo)]
+    other = Engine(
+        copy.deepcopy(model()).to("cuda"), tokenizer=tokenizer(), max_num_seqs=6, block_size=4,
+        **{"num_blocks": 80, **options},
+    )  # fmt: skip
+    for _ in range(2):
+        assert [request.output_token_ids for request in run(other, todo)] == expected
+    if not options.get("enforce_eager"):
+        assert any(kind.masked for _, kind in other.runner.draw_graphs)
 
 
 def test_several_completions_go_their_own_way():
