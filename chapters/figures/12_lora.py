@@ -117,8 +117,8 @@ def memory() -> None:
             left += row[key] / 1e6
         text = f" {left:,.0f} MB"
         if "peak" in row:
-            ax.plot(row["peak"] / 1e6, -i, "D", color=BLACK, ms=4, label="peak of a step" if i == 0 else None)
-            text = ""
+            label = f"peak of a step of {first} orders"
+            ax.plot(row["peak"] / 1e6, -i, "D", color=BLACK, ms=4, label=label if i == 0 else None)
         ax.text(left, -i, text, va="center", fontsize=8)
     ax.set_yticks([-i for i in range(len(names))], labels)
     ax.set_xlabel("MB")
