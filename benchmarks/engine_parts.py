@@ -208,11 +208,16 @@ def adapters(bench: Bench) -> dict:
     """A batch of 64 requests: without adapters, all with one, with 8 and 64 different ones, in turn."""
     count, (prompt, output), kinds = bench.sizes.adapted, bench.sizes.special, bench.sizes.adapter_kinds
     bench.free()
+    start = time.perf_counter()
     llm = LLM(
         bench.directory, load_format="dummy", enable_prefix_caching=False, **{**LIMITS, "max_num_seqs": count},
         max_loras=max(kinds), max_lora_rank=16, **bench.options,
     )  # fmt: skip
+    ready = time.perf_counter()
     wanted = [LoRARequest(f"a{i}", i + 1, adapter) for i, adapter in enumerate(random_adapters(llm, max(kinds)))]
+    for request in wanted:
+        llm.engine.registry.get(request)
+    print(f"  engine with adapters ready in {ready - start:.1f} s, adapters in {time.perf_counter() - ready:.1f} s more")
     rates: dict[int, list[float]] = {n: [] for n in (0, *kinds)}
     for seed in range(bench.sizes.adapted_runs + 1):
         for n in rates:
