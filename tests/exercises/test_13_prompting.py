@@ -3,6 +3,7 @@ paired difference, induction heads, a JSON string with three bugs.
 """
 
 import copy
+import itertools
 import math
 import random
 
@@ -97,8 +98,10 @@ class TestChat:
         expect_equal("nothing at all", impl([], None), OPEN)
         expect_equal("nothing, no answer", impl([], None, False), "")
         expect_equal("an empty system", impl([message("user", "x")], ""), said("system", "") + said("user", "x") + OPEN)
-        own = [message("system", ""), message("user", "x")]
-        expect_equal("an empty one of its own", impl(own, "S"), said("system", "") + said("user", "x") + OPEN)
+        for content in ("", " ", "\n"):
+            own = [message("system", content), message("user", "x")]
+            expected = said("system", content) + said("user", "x") + OPEN
+            expect_equal(f"its own system {content!r}", impl(own, "S"), expected)
 
     def test_content(self, impl):
         """contents are taken as they are: white space, braces, another role's marks, a message twice"""
@@ -113,6 +116,7 @@ class TestChat:
             "a\r\nb\tc\x00d",
             "<think>\nSo.\n</think>\n\nYes.",
             "&amp; <b>",
+            "C:\\new\\table",
             " \n",
         ):
             for role in ("user", "assistant"):
@@ -146,6 +150,20 @@ class TestChat:
             given = copy.deepcopy(talk)
             impl(given, system)
             expect_equal("messages after the call", given, talk)
+
+    def test_every_order(self, impl):
+        """up to three messages of any roles, with a system or without, with an answer to come or without"""
+        for count, system, generate in itertools.product(range(4), (None, "", " ", "S"), (True, False)):
+            for roles in itertools.product(("system", "user", "assistant", "tool"), repeat=count):
+                talk = [message(role, ("", "a", " \n")[i]) for i, role in enumerate(roles)]
+                own = system is None or roles[:1] == ("system",)
+                expected = ("" if own else said("system", system)) + "".join(said(**m) for m in talk)
+                if generate and roles[-1:] == ("assistant",):
+                    expected = expected[: -len("<|im_end|>\n")]
+                elif generate:
+                    expected += OPEN
+                what = f"{', '.join(roles) or 'no messages'}; system {system!r}, generate {generate}"
+                expect_equal(what, impl(talk, system, generate), expected)
 
     def test_long(self, impl):
         """a long conversation, in its order"""
@@ -187,7 +205,7 @@ class TestLabelScore:
     def test_mean(self, impl):
         """mean=True: their mean"""
         logits, ids = random_tensor(9, 11, seed=3), [3, 1, 4, 1, 5, 9, 2, 6, 5]
-        for begin in (1, 5, 8):
+        for begin in range(1, 9):
             each = score_by_hand(logits, ids, begin)
             expect_close(f"begin {begin}", impl(logits, ids, begin, mean=True), math.fsum(each) / len(each))
 
@@ -357,6 +375,8 @@ class TestFewShot:
             "Q: {text}\n\nA:\n{label}",
             "{text}{label}",
             "{text}\n{label}",
+            " \n{text}: (label):: {label}",
+            "{text} \n {label}",
         ):
             for separator in ("\n\n", "\n###\n", "", " "):
                 got = impl(list(POOL), "text", 3, template, separator)
@@ -379,13 +399,35 @@ class TestFewShot:
         empty = [("", "a"), ("x", "b")]
         expect_equal("an empty text", impl(list(empty), "?", 2), prompt_of(empty[::-1], "?"))
         expect_equal("of an empty text", impl(list(empty), "", 1), prompt_of([("x", "b")], ""))
+        expect_equal("a label that is the text", impl(list(empty), "b", 2), prompt_of(empty[::-1], "b"))
 
     def test_braces(self, impl):
         """braces in texts, labels and the template are text"""
-        pool = [("{label} {text}", "{text}"), ("{0} {}", "{label}"), ("\\1 %s", "a")]
+        pool = [("{label} {text}", "{text}"), ("{0} {}", "{label}"), ("\\1 %s {{}}", "a}}")]
         for template in ("Input: {text}\nLabel: {label}", '{"review": "{text}", {x} {} "label": {label}'):
-            got = impl(list(pool), "{text} {label} {", 3, template)
-            expect_equal("prompt", got, prompt_of(pool[::-1], "{text} {label} {", template))
+            got = impl(list(pool), "{text} {label} {{{", 3, template)
+            expect_equal("prompt", got, prompt_of(pool[::-1], "{text} {label} {{{", template))
+
+    def test_drawn(self, impl):
+        """drawn pools with doubles, with the text itself, with too few of a label"""
+        draw = random.Random(3)
+        for _ in range(200):
+            pool = [
+                (draw.choice(["", "a", "A", "a ", "b", "c"]), draw.choice(["x", "X", " x", "xy"])) for _ in range(12)
+            ]
+            text, count = draw.choice(["a", "", "b ", "d"]), draw.randint(0, 8)
+            left = [shot for shot in pool if shot[0] != text]
+            labels, shots = list(dict.fromkeys(label for _, label in left)), []
+            wanted = {label: count // len(labels) + (i < count % len(labels)) for i, label in enumerate(labels)}
+            for shot in left:
+                if wanted[shot[1]]:
+                    wanted[shot[1]] -= 1
+                    shots.insert(0, shot)
+            what = f"{count} of {pool}"
+            if any(wanted.values()):
+                expect_raises(ValueError, lambda p=pool, t=text, n=count: impl(list(p), t, n), what)
+            else:
+                expect_equal(what, impl(list(pool), text, count), prompt_of(shots, text))
 
     def test_too_few(self, impl):
         """ValueError where a label has too few examples"""
@@ -562,6 +604,9 @@ class TestMask:
             b"\xff",
             None,
             b"\xc3\xa9\xc3",
+            b"x\x00,",
+            b"\xff\x00",
+            b"\x00" * 300 + b"x,",
         ]
         for state in range(3):
             expect_mask(impl, "é", *accent, state, tokens, 10)
@@ -581,6 +626,9 @@ class TestMask:
         every = automaton(1, [(0, bytes(range(256)), 0)], (0,))
         expect_mask(impl, "any bytes", *every, 0, [None, b"", b"x", None, b"<|im_end|>", b"", b"x", None], 3)
         expect_mask(impl, "any bytes", *every, 0, [b"", b"x", None], 0)
+        later = automaton(2, [(0, bytes(range(1, 256)), 0), (0, b"\0", 1)], (1,))
+        for state in (0, 1):
+            expect_mask(impl, "until a NUL", *later, state, [None, b"x", b"<|im_end|>", b"x\0", b""], 2)
 
     def test_nothing(self, impl):
         """an automaton that accepts nothing allows nothing, though it moves"""
@@ -601,10 +649,11 @@ class TestMask:
         """table, accepting and tokens stay as they are; the table need not be contiguous"""
         table, ends = integer()
         tokens = list(INTEGERS)
-        impl(table, ends, 0, tokens, 18)
-        expect_kept("table", table, integer()[0])
-        expect_kept("accepting", ends, integer()[1])
-        expect_equal("tokens after the call", tokens, INTEGERS)
+        for state, end in ((0, 18), (2, 3)):
+            impl(table, ends, state, tokens, end)
+            expect_kept("table", table, integer()[0])
+            expect_kept("accepting", ends, integer()[1])
+            expect_equal("tokens after the call", tokens, INTEGERS)
         expect_mask(impl, "not contiguous", spread(table), spread(ends), 0, INTEGERS, 18)
 
 
@@ -691,6 +740,13 @@ class TestCalibrated:
         """many prompts, words and classes"""
         classes = torch.randint(20, (60,), generator=torch.Generator().manual_seed(19)).tolist() + list(range(20))
         expect_calibrated(impl, "80 words", random_tensor(90, 80, seed=20), random_tensor(12, 80, seed=21), classes)
+
+    def test_shapes(self, impl):
+        """as many prompts as empty ones, words or classes, and other numbers of each"""
+        for i, (p, e, w) in enumerate(((3, 3, 3), (4, 4, 6), (5, 3, 5), (2, 6, 6), (1, 1, 1), (1, 4, 7), (6, 1, 2))):
+            classes = torch.randint(3, (w,), generator=torch.Generator().manual_seed(i)).unique(return_inverse=True)[1]
+            scores, empty = random_tensor(p, w, seed=30 + i), random_tensor(e, w, seed=40 + i) * 2
+            expect_calibrated(impl, f"P {p}, E {e}, W {w}", scores, empty, classes.tolist())
 
     def test_certain(self, impl):
         """differences of hundreds"""
@@ -793,6 +849,9 @@ class TestPaired:
         expect_paired(impl, "names", a, b, texts)
         expect_paired(impl, "a tuple of answers", tuple(a), tuple(b), tuple(texts))
         expect_paired(impl, "numbers far apart", a[:4], b[:4], [10**9, -5, 10**9, 7])
+        alike = ["", None, " one", "one", ("two", 3), ("two", 2), "two", 1001, 1, 2**32 + 1, 0.5, False, "0", b"0"]
+        a, b, texts = drawn_answers(90, 11, alike)
+        expect_paired(impl, "names that are alike", a, b, texts)
         expect_paired(impl, "-1 and -2", [1, 0, 1, 0], [0, 0, 1, 1], [-1, -2, -2, -3])
         expect_paired(impl, "1 and 1.0", [1, 0, 1, 1], [0, 0, 0, 1], [1, 2, 1.0, 2])
 
@@ -812,7 +871,7 @@ class TestPaired:
         expect_paired(impl, "three questions", [1, 0, 1], [0, 0, 1], ["x", "x", "x"])
 
     def test_exact(self, impl):
-        """small differences of large numbers"""
+        """small differences of large numbers (torch makes fp32 of a list of floats unless told otherwise)"""
         a, b, texts = ([1e6 + x for x in random_tensor(30, seed=i, dtype=torch.float64).tolist()] for i in (7, 8, 9))
         expect_paired(impl, "around a million", a, b, [int(x) % 7 for x in texts])
 
@@ -916,8 +975,8 @@ class TestInduction:
         expect_induction(impl, "texts with many, none and some", attention, ids)
 
     def test_heads(self, impl):
-        """each head by itself, one or many; T and H are unequal"""
-        for b, h, t in ((1, 1, 9), (2, 12, 5), (4, 3, 8), (1, 2, 1)):
+        """each head by itself, one or many, as many as texts or positions, or not"""
+        for b, h, t in ((1, 1, 9), (2, 12, 5), (4, 3, 8), (1, 2, 1), (2, 6, 6), (6, 2, 6), (5, 5, 5)):
             expect_induction(impl, f"[{b}, {h}, {t}, {t}]", *drawn_attention(b, h, t, b + h))
 
     def test_none(self, impl):

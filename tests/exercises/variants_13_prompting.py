@@ -76,6 +76,7 @@ for change, why in (
     (lambda text: text.split("</think>")[-1].lstrip("\n") if "</think>" in text else text, "leaves out thoughts"),
     (lambda text: text.replace("\0", ""), "leaves out NUL"),
     (lambda text: text.replace("\t", "    "), "tabs become spaces"),
+    (lambda text: text.replace("\\n", "\n"), "a backslash and n become a line break"),
     (lambda text: text if text.strip() else "", "white space alone is nothing"),
 ):
     wrong("13.1", why)(chatter(one=lambda m, change=change: one({**m, "content": change(m["content"])})))
@@ -168,6 +169,11 @@ def chat(messages, system=None, generate=True):
 def chat(messages, system=None, generate=True):
     last = messages and not generate and messages[-1] == {"role": "assistant", "content": ""}
     return chatter()(messages[:-1] if last else messages, system, generate)
+
+
+@wrong("13.1", "no system in front of the assistant's message")
+def chat(messages, system=None, generate=True):
+    return chatter(first=lambda m: bool(m) and m[0]["role"] in ("system", "assistant"))(messages, system, generate)
 
 
 @alternative("13.1", "from the end")
@@ -345,6 +351,11 @@ def label_score(logits, ids, begin, mean=False):
     return sum(each.values()) / (len(ids) - begin if mean else 1)
 
 
+@wrong("13.2", "a mean of three or more")
+def label_score(logits, ids, begin, mean=False):
+    return scorer()(logits, ids, begin, mean and len(ids) - begin > 2)
+
+
 @alternative("13.2", "a cross-entropy")
 def label_score(logits, ids, begin, mean=False):
     if not 0 < begin < len(ids):
@@ -430,6 +441,8 @@ for changes, why in (
     ({"end": lambda text, tail: text + tail.strip()}, "strips both sides"),
     ({"end": lambda text, tail: text + (tail[:-1] if tail else tail)}, "cuts one character"),
     ({"end": lambda text, tail: text.strip() + tail.rstrip()}, "strips the text"),
+    ({"end": lambda text, tail: text.replace("{{", "{") + tail.rstrip()}, "two braces become one"),
+    ({"keep": lambda shot, text: text not in shot}, "leaves out a label that is the text"),
     ({"fill": lambda head, x, tail, label: head + x.strip() + tail + label}, "strips the examples' texts"),
     ({"fill": lambda head, x, tail, label: head + x + tail + label.strip()}, "strips labels"),
     ({"fill": lambda head, x, tail, label: head + x + tail.rstrip() + " " + label}, "always one space before a label"),
@@ -585,6 +598,11 @@ def few_shot(pool, text, count, template="Input: {text}\nLabel: {label}", separa
 @wrong("13.3", "pools that are lists alone")
 def few_shot(pool, text, count, template="Input: {text}\nLabel: {label}", separator="\n\n"):
     return builder()(pool.copy(), text, count, template, separator)
+
+
+@wrong("13.3", "strips the template's beginning")
+def few_shot(pool, text, count, template="Input: {text}\nLabel: {label}", separator="\n\n"):
+    return builder()(pool, text, count, template.lstrip(), separator)
 
 
 @alternative("13.3", "by the end of the template")
@@ -882,6 +900,21 @@ def mask(table, accepting, state, tokens, end):
     return masker(alive=lambda table, ends: living(table[:, :128], ends))(table, accepting, state, tokens, end)
 
 
+@wrong("13.4", "an end token written out comes as its bytes may")
+def mask(table, accepting, state, tokens, end):
+    found = masker()(table, accepting, state, tokens, end)
+    if tokens[end] and tokens[end].startswith(b"<|"):
+        found[end] |= masker()(table, accepting, state, [*tokens, None], len(tokens))[end]
+    return found
+
+
+@wrong("13.4", "takes the end token's bytes off the caller's list")
+def mask(table, accepting, state, tokens, end):
+    found = masker()(table, accepting, state, tokens, end)
+    tokens[end] = None
+    return found
+
+
 @alternative("13.4", "backwards from the end")
 def mask(table, accepting, state, tokens, end):
     into = defaultdict(set)
@@ -1070,6 +1103,12 @@ def calibrated(scores, empty, classes):
     if isinstance(classes, list):
         classes.sort()
     return found
+
+
+@wrong("13.5", "each prompt by its own empty one where there are as many")
+def calibrated(scores, empty, classes):
+    pairs = len(scores) == len(empty)
+    return calibrator(mean=lambda p: p if pairs else p.mean(0))(scores, empty, classes)
 
 
 @alternative("13.5", "with probabilities, in fp32")
@@ -1274,6 +1313,26 @@ def paired(a, b, texts):
 @wrong("13.6", "texts by kind and name")
 def paired(a, b, texts):
     return pairer()(a, b, [(type(text), text) for text in texts])
+
+
+@wrong("13.6", "fp64 of tensors in fp32")
+def paired(a, b, texts):
+    return pairer()(torch.as_tensor(a).float().tolist(), torch.as_tensor(b).float().tolist(), texts)
+
+
+@wrong("13.6", "texts without white space around")
+def paired(a, b, texts):
+    return pairer()(a, b, [text.strip() if isinstance(text, str) else text for text in texts])
+
+
+@wrong("13.6", "None is the empty text")
+def paired(a, b, texts):
+    return pairer()(a, b, ["" if text is None else text for text in texts])
+
+
+@wrong("13.6", "texts by the first part of their name")
+def paired(a, b, texts):
+    return pairer()(a, b, [text[0] if isinstance(text, tuple) else text for text in texts])
 
 
 @alternative("13.6", "one text after the other")
@@ -1533,6 +1592,12 @@ def induction(attention, ids, lengths=None):
     if isinstance(lengths, list):
         lengths[:] = [length - 1 for length in lengths]
     return found
+
+
+@wrong("13.7", "positions for heads where there are as many")
+def induction(attention, ids, lengths=None):
+    values, counts = masked(attention, ids, lengths)
+    return values.sum((0, 1) if values.shape[1] == values.shape[2] else (0, 2)) / counts.sum().clamp(min=1)
 
 
 @alternative("13.7", "with a mask for all texts")
