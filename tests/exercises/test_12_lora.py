@@ -220,6 +220,8 @@ class TestScaleOf:
                     "self_attn|k_proj", r"model\.q_proj"):  # fmt: skip
             self.same(impl, {"alpha_pattern": {key: 2}}, (8, 1.0))
         self.same(impl, {"rank_pattern": {"q.proj": 2}}, (2, 4.0))
+        self.same(impl, {"rank_pattern": {"wqkv": 2}}, (8, 1.0), "transformer.blocks.0.attn.Wqkv")
+        self.same(impl, {"rank_pattern": {"Wqkv": 512}}, (512, 8 / 512), "transformer.blocks.0.attn.Wqkv")
 
     def test_missing(self, impl):
         """what is missing or null is PEFT's default"""
@@ -317,7 +319,7 @@ class TestLoraLinear:
     def test_forward(self, impl):
         """x Wᵀ + bias + alpha / r · (x Aᵀ) Bᵀ, with and without a bias"""
         x = random_tensor(5, self.N_IN, seed=4)
-        for r, alpha in ((3, 5.0), (1, 2.0), (9, 3), (32, 2.5), (128, 64)):
+        for r, alpha in ((3, 5.0), (1, 2.0), (9, 3), (32, 2.5), (128, 64), (4, 0)):
             for bias in (True, False):
                 w, bias = self.frozen(bias=bias)
                 layer = self.made(impl, w, bias, r, alpha)
@@ -357,6 +359,9 @@ class TestLoraLinear:
             expect_tensor(f"layer(x), {dtype}", got, dtype, (6, self.N_OUT))
             limit = 4 * torch.finfo(dtype).eps
             expect_close(f"layer(x), {dtype}", got, self.exact(layer, w, bias, x, 5 / 3), atol=8 * limit, rtol=limit)
+            for shape in ((), (0,), (2, 3)):
+                got = layer(random_tensor(*shape, self.N_IN, seed=4, dtype=dtype))
+                expect_tensor(f"layer(x), x {[*shape, self.N_IN]} {dtype}", got, dtype, (*shape, self.N_OUT))
             zeros = self.made(impl, torch.zeros(40, 64, dtype=dtype), None)
             x = random_tensor(50, 64, seed=5, dtype=dtype)
             exact = self.exact(zeros, torch.zeros(40, 64), None, x, 5 / 3)
@@ -384,6 +389,21 @@ class TestLoraLinear:
         for name, got, expected in zip("abx", found, (a.grad, b.grad, z.grad), strict=True):
             expect(got is not None, f"gradient of {name}: expected one, got none")
             expect_close(f"gradient of {name}", got, expected, atol=1e-4)
+
+    def test_half_gradients(self, impl):
+        """in fp16 and bf16 x has the gradient of both parts, in its dtype; a and b have theirs in fp32"""
+        for dtype in DTYPES[1:]:
+            (w, bias), z = self.frozen(dtype), random_tensor(5, self.N_IN, seed=4, dtype=dtype)
+            for part, weight in (("both parts", w), ("the adapter alone", 0 * w)):
+                layer, x = self.made(impl, weight, bias), z.clone().requires_grad_()
+                self.backward(layer(x).sum())
+                for name, t, kind in (("a", layer.a, torch.float32), ("b", layer.b, torch.float32), ("x", x, dtype)):
+                    expect(t.grad is not None, f"gradient of {name}, {dtype}: expected one, got none")
+                    expect_equal(f"dtype of {name}'s gradient, {dtype}", t.grad.dtype, kind)
+                whole = weight.double() + 5 / 3 * layer.b.detach().double() @ layer.a.detach().double()
+                limit = 16 * torch.finfo(dtype).eps
+                what = f"gradient of x, {dtype}, {part}"
+                expect_close(what, x.grad, whole.sum(0).expand(5, -1), atol=4 * limit, rtol=limit)
 
     def test_frozen(self, impl):
         """no gradient reaches weight and bias, even if they ask for one; a and b alone are trained"""
@@ -680,6 +700,9 @@ class TestMerger:
             b[row, 2] = INF
             expect_raises(ValueError, lambda w=w, a=a, b=b: impl(w).merge(a, b, 1.0), f"infinity in row {row} of b")
             expect_bits(f"the weight after infinity in row {row} of b", w, self.weight())
+        w, (a, b) = self.weight(), self.pair()
+        w[3, 5] = NAN
+        expect_raises(ValueError, lambda: impl(w).merge(a, b, 1.0), "NaN in the weight that was there before")
 
     def test_near_the_end(self, impl):
         """whether the merged weight is finite decides: not the change alone, nor a sum of all numbers"""
@@ -761,6 +784,8 @@ class TestGathered:
         self.same(impl, self.case(adapters=[4, 4, 4, 4, 4, 4, 4]), "y, one adapter for all")
         self.same(impl, self.case(n=1, adapters=[3]), "y, one token")
         self.same(impl, self.case(n=40, slots=9, r=1, n_in=5, n_out=13), "y, r = 1")
+        self.same(impl, self.case(n=5, slots=1, adapters=[1, 0, 1, 1, 0]), "y, one slot")
+        self.same(impl, self.case(adapters=[1, 2, 3, 4, 1, 4, 2], scale=1e6), "y, changes of a million")
         self.same(impl, self.case(n=6, slots=2, r=6, n_in=6, n_out=6), "y, all sizes equal")
         self.same(impl, self.case(n=5, slots=300, adapters=[300, 257, 1, 44, 256]), "y, 300 slots")
         for sizes in ((1, 1, 4, 1), (3, 1, 1, 1), (1, 1, 1, 1), (2, 1, 5, 1), (1, 4, 1, 6)):  # what squeeze would take
@@ -845,6 +870,8 @@ class TestGathered:
 
     def test_empty(self, impl):
         """no token"""
+        for dtype in DTYPES[1:]:
+            self.same(impl, self.case(n=0, adapters=[], dtypes=(dtype,) * 4), f"y, no token, {dtype}")
         case = self.case(n=0, adapters=[])
         expect(self.same(impl, case, "y, no token") is not case[0], "no token: expected a new tensor, got y itself")
 
@@ -905,6 +932,8 @@ class TestPlan:
     def test_by_hand(self, impl):
         """five tokens, two adapters, blocks of 2"""
         order, blocks = expect_parts(impl(torch.tensor([2, 0, 1, 2, 2]), 2, 2), "order", "blocks")
+        expect_tensor("order", order, torch.int32, (5,))
+        expect_tensor("blocks", blocks, torch.int32, (4, 3))
         expect_equal("order", order.tolist(), [1, 2, 0, 3, 4])
         expect_equal("blocks", blocks.tolist(), [[1, 1, 2], [2, 2, 4], [2, 4, 5], [0, 0, 0]])
 
@@ -1070,10 +1099,12 @@ class TestReadAdapter:
         self.same(impl, self.config(rank_pattern={"up|up_proj": 8}), {Q: 4, UP: 8}, (0.5, 0.25))
 
     def test_same_tensors(self, impl):
-        """A and B with the memory and strides that they have: no copies"""
+        """A and B with the memory, strides, dtypes and numbers that they have: no copies"""
         tensors = {f"{BEFORE}q.lora_A.weight": apart(random_tensor(4, 6, seed=1)),
-                   f"{BEFORE}q.lora_B.weight": random_tensor(4, 5, seed=2).T}  # fmt: skip
-        got = impl(self.config(), dict(tensors))
+                   f"{BEFORE}q.lora_B.weight": torch.zeros(4, 5, dtype=torch.bfloat16).T}  # fmt: skip
+        tensors[f"{BEFORE}q.lora_A.weight"][1, 2] = NAN
+        others = {"target_modules": [], "layers_to_transform": [3], "lora_dropout": 0.5, "inference_mode": True}
+        got = impl(self.config(**others), dict(tensors))
         expect_equal("modules", list(got), ["q"])
         got = expect_parts(got["q"], "A", "B", "scale")
         for name, now, given in zip("AB", got[:2], tensors.values(), strict=True):
@@ -1126,7 +1157,7 @@ class TestReadAdapter:
             self.refused(
                 impl, f"a key {key!r}", change=lambda tensors, key=key: tensors.update({key: torch.ones(4, 4)})
             )
-        for before, after in (("x", ""), ("", "x"), ("a.", ""), ("", ".x")):
+        for before, after in (("x", ""), ("", "x"), ("a.", ""), ("", ".x"), ("", "\n"), (" ", "")):
             keys = [f"{before}{BEFORE}v.lora_{half}.weight{after}" for half in "AB"]
             extra = {keys[0]: torch.ones(4, 6), keys[1]: torch.ones(5, 4)}
             self.refused(impl, f"keys {keys}", change=lambda tensors, extra=extra: tensors.update(extra))
@@ -1199,6 +1230,7 @@ class TestBlockNames:
             whole = self.names(impl, TOKENS, 4, adapter)
             expect(self.names(impl, TOKENS[:11], 4, adapter) == whole[:2], "11 tokens: expected the names of 8")
             expect_equal("names in blocks of 1", len(set(self.names(impl, TOKENS, 1, adapter))), 20)
+            expect_equal("names of 1,000 tokens in blocks of 2", len(self.names(impl, TOKENS * 50, 2, adapter)), 500)
 
     def test_default(self, impl):
         """without an adapter"""
@@ -1273,6 +1305,10 @@ class TestBlockNames:
         one["v"][1][2, 1] += 1
         expect(not set(names) & set(self.names(impl, adapter=one)),
                "B was changed in place: expected other names\n  got the same")  # fmt: skip
+        names = self.names(impl, adapter=one)
+        one["q"][0].copy_(one["q"][0].flip(1))
+        expect(not set(names) & set(self.names(impl, adapter=one)),
+               "A was turned around in place: expected other names\n  got the same")  # fmt: skip
         for i, half in enumerate("AB"):  # by ways that autograd's counter of versions does not see
             for way, change in (("data", lambda x: x.data.add_(1)), ("NumPy", lambda x: x.numpy().__iadd__(1))):
                 names = self.names(impl, adapter=one)
@@ -1284,6 +1320,7 @@ class TestBlockNames:
         """the scale of each module counts, however little it differs"""
         one = self.adapter()
         self.told_apart(impl, "another scale", one, self.adapter(scale=2.0))
+        self.told_apart(impl, "a scale and its negative", one, self.adapter(scale=-0.5))
         self.told_apart(impl, "a scale that differs in the 12th digit", one, self.adapter(scale=0.5 + 1e-12))
         closest = self.adapter(scale=math.nextafter(0.3, 1))
         self.told_apart(impl, "a scale that differs in the last bit", self.adapter(scale=0.3), closest)

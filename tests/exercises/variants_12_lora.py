@@ -432,6 +432,13 @@ def scale_of(name, config):
     return scaled(name, config, key=key)
 
 
+@wrong("12.2", "capital letters of a name do not count")
+def scale_of(name, config):
+    return scaled(
+        name, config, key=lambda patterns, name: first(patterns, name) or first((p for p in patterns), name.lower())
+    )
+
+
 # ---- 12.3
 
 
@@ -729,6 +736,31 @@ class LoraLinear(Right):
 class LoraLinear(Right):
     def change(self, x):
         return self.scale * (x.double() @ self.a.double().T @ self.b.double().T)
+
+
+@wrong("12.3", "an alpha of 0 is r")
+class LoraLinear(Right):
+    def __init__(self, weight, bias, r, alpha, rslora=False):
+        super().__init__(weight, bias, r, alpha or r, rslora)
+
+
+@wrong("12.3", "fp32 unless x has two dimensions")
+class LoraLinear(Right):
+    def forward(self, x):
+        return super().forward(x) if x.dim() == 2 else super().forward(x).float()
+
+
+@wrong("12.3", "half: x's gradient by the frozen part alone")
+class LoraLinear(Right):
+    def change(self, x):
+        return super().change(x if x.dtype == torch.float32 else x.detach())
+
+
+@wrong("12.3", "half: x's gradient by the adapter alone")
+class LoraLinear(Right):
+    def forward(self, x):
+        still = x if x.dtype == torch.float32 else x.detach()
+        return (F.linear(still, self.w, self.c) + self.change(x)).to(x.dtype)
 
 
 # ---- 12.4
@@ -1221,6 +1253,12 @@ class Merger(RightMerger):
         return self.weight.contiguous().view(kind).clone().view(self.weight.dtype)
 
 
+@wrong("12.4", "numbers that were not finite before do not count")
+class Merger(RightMerger):
+    def look(self, merged):
+        refuse(not bool((merged.isfinite() | ~self.weight.isfinite()).all()))
+
+
 # ---- 12.5
 
 
@@ -1524,6 +1562,18 @@ def gathered(y, x, a, b, adapters):
     return y.float().index_add(0, rows, torch.einsum("tor,tr->to", b[slots].float(), low)).to(y.dtype)
 
 
+@wrong("12.5", "changes end where fp16 does")
+def gathered(y, x, a, b, adapters):
+    change = chosen(0 * y.float(), x, a, b, (adapters.long() - 1).clamp(min=0), adapters > 0)
+    return (y.float() + change.clamp(-65504, 65504)).to(y.dtype)
+
+
+@wrong("12.5", "fp32 if there is no token")
+def gathered(y, x, a, b, adapters):
+    got = chosen(y, x, a, b, (adapters.long() - 1).clamp(min=0), adapters > 0)
+    return got.to(y.dtype) if len(y) else got
+
+
 # ---- 12.6
 
 
@@ -1814,6 +1864,14 @@ def plan(adapters, slots, size):
     first = begin[slot] + (torch.arange(rows) - (there.cumsum(0) - there)[slot]) * size
     blocks = torch.stack((slot + 1, first, torch.minimum(first + size, end[slot])), 1)
     return order.int(), blocks.masked_fill(left[:, None], 0).int()
+
+
+@alternative("12.6", "each token counts those in front of it: T x T")
+def plan(adapters, slots, size):
+    place = torch.arange(len(adapters))
+    front = (adapters < adapters[:, None]) | ((adapters == adapters[:, None]) & (place < place[:, None]))
+    order = torch.zeros(len(adapters), dtype=torch.int64).scatter(0, front.sum(1), place)
+    return order.int(), planning(adapters, slots, size)[1]
 
 
 # ---- 12.7
@@ -2107,6 +2165,25 @@ def read_adapter(config, tensors):
 @alternative("12.7", "triples as lists")
 def read_adapter(config, tensors):
     return {module: list(triple) for module, triple in reading(config, tensors).items()}
+
+
+@wrong("12.7", "refuses NaN")
+def read_adapter(config, tensors):
+    if not all(bool(t.isfinite().all()) for t in tensors.values()):
+        raise ValueError
+    return reading(config, tensors)
+
+
+@wrong("12.7", "refuses A and B of two dtypes")
+def read_adapter(config, tensors):
+    if len({t.dtype for t in tensors.values()}) > 1:
+        raise ValueError
+    return reading(config, tensors)
+
+
+@wrong("12.7", "space around a key")
+def read_adapter(config, tensors):
+    return reading(config, {key.strip(): t for key, t in tensors.items()})
 
 
 # ---- 12.8
@@ -2432,3 +2509,23 @@ def block_names(token_ids, size, adapter=None):
 def block_names(token_ids, size, adapter=None):
     return named(token_ids, size, adapter and {m: (a.detach() + 0.0, b.detach() + 0.0, s + 0.0) for m, (a, b, s) in
                                                adapter.items()} if adapter != {} else {})  # fmt: skip
+
+
+@wrong("12.8", "the sign of the scale does not count")
+def block_names(token_ids, size, adapter=None):
+    return named(token_ids, size, adapter and {m: (a, b, abs(s)) for m, (a, b, s) in adapter.items()})
+
+
+@wrong("12.8", "64 names at most")
+def block_names(token_ids, size, adapter=None):
+    return named(token_ids, size, adapter)[:64]
+
+
+@wrong("12.8", "remembers the digest by sums")
+def block_names(token_ids, size, adapter=None):
+    if adapter is None:
+        return named(token_ids, size, None)
+    key = id(adapter), tuple((m, float(a.sum()), float(b.sum()), s) for m, (a, b, s) in adapter.items())
+    if key not in REMEMBERED:
+        REMEMBERED[key] = named([0], 1, adapter)[0], adapter
+    return named(token_ids, size, None, begin=REMEMBERED[key][0])
