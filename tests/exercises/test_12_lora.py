@@ -945,6 +945,7 @@ class TestPlan:
         for n in (257, 2049, 4097):
             self.same(impl, [1] * n + [2, 0, 3] * 7, 3, 16)
         self.same(impl, [i % 3 for i in range(5000)], 2, 1)
+        self.same(impl, [1] * 700 + [2] * 50, 2, 300)
 
     def test_none(self, impl):
         """tokens without an adapter come first, and are in no block"""
