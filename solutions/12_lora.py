@@ -384,11 +384,11 @@ def plan(adapters: torch.Tensor, slots: int, size: int) -> tuple[torch.Tensor, t
     """adapters [T] -> order [T] and blocks [T // size + slots, 3] of (adapter, first, end), int32"""
     ### BEGIN SOLUTION
     order = adapters.argsort(stable=True)
-    counts = (adapters[:, None] == torch.arange(1, slots + 1)).sum(0)  # [slots]
+    counts = (adapters[:, None] == torch.arange(1, slots + 1, device=adapters.device)).sum(0)  # [slots]
     ends = len(adapters) - counts.sum() + counts.cumsum(0)  # where in `order` each adapter's tokens end
     of_each = (counts + size - 1) // size  # blocks
     last = of_each.cumsum(0)  # one past each adapter's last block
-    block = torch.arange(len(adapters) // size + slots)  # [M]
+    block = torch.arange(len(adapters) // size + slots, device=adapters.device)  # [M]
     slot = torch.searchsorted(last, block, right=True)  # `slots` for rows that are left over
     there, slot = slot < slots, slot.clamp(max=slots - 1)
     first = (ends - counts)[slot] + (block - (last - of_each)[slot]) * size
@@ -427,7 +427,7 @@ check("12.6", plan)
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | beyond: mend what reads an adapter | 3 of 5 | 25 | each was in a known engine: the chapter names them |
+# | beyond: mend what reads an adapter | 3 of 5 | 25 | three were in known engines: see the chapter's pitfalls |
 #
 # `config` is what `adapter_config.json` holds, `tensors` what `adapter_model.safetensors` does. The function below
 # should keep to this:
@@ -442,12 +442,13 @@ check("12.6", plan)
 # - What is not supported is refused: `use_dora` true, `bias` other than "none" or null, `modules_to_save` that is not
 #   empty, a `peft_type` other than "LORA" (it must be there): ValueError.
 #
-# Four mistakes were planted. With each, adapters are read, and the model answers. Write the mended function.
+# Mistakes of four kinds were planted; with each, adapters are read, and the model answers. Besides, nulls and ranks are
+# not looked at. Write the mended function.
 
 
 # %%
 def broken(config: Mapping, tensors: Mapping[str, torch.Tensor]) -> dict:
-    """{module: (A, B, scale)}. Four mistakes."""
+    """{module: (A, B, scale)}, with mistakes of four kinds."""
     if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("bias") not in (None, "none"):
         raise ValueError("expected a plain LoRA")
     scale = config.get("lora_alpha", 8)
