@@ -606,7 +606,16 @@ def products_part(bench: Bench, save: Save, tokens: int = 64, size: int = 4096, 
                 "sorted": seconds_of(ours, y, x, a, b),
             })  # fmt: skip
         show(rows[-1])
-        save({"tokens": tokens, "size": size, "rank": r, "dtype": str(dtype).removeprefix("torch."), "rows": rows})
+        save(
+            {
+                "tokens": tokens,
+                "size": size,
+                "rank": r,
+                "all in graphs": GPU,
+                "dtype": str(dtype).removeprefix("torch."),
+                "rows": rows,
+            }
+        )
 
 
 def loop(x: Tensor, a: Tensor, b: Tensor, mine: Tensor) -> Tensor:
