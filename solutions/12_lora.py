@@ -28,7 +28,7 @@ from minillm.learn import check
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | warm-up: what is trained, and what that takes of memory | 1 of 5 | 5 | Hu et al., 2021, 4.2; Dettmers et al., 2023 |
+# | warm-up: what is trained, and what that takes of memory | 1 of 5 | 5 | Hu et al., 2022, 4.2; Dettmers et al., 2023 |
 #
 # A model has `layers` decoder layers. `shapes` has the matrices of one, {name: (N, K)}; all layers are alike. Beside
 # them there are `rest` parameters: the embedding, the norms.
@@ -86,7 +86,7 @@ check("12.1", budget)
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | warm-up: alpha / r, for each module its own | 1 of 5 | 10 | Hu et al., 2021, 4.1; Kalajdzievski, 2023 |
+# | warm-up: alpha / r, for each module its own | 1 of 5 | 10 | Hu et al., 2022, 4.1; Kalajdzievski, 2023 |
 #
 # `config` is what `adapter_config.json` holds. Say which rank and which scale the module `name` has, such as
 # `"model.layers.3.self_attn.q_proj"`.
@@ -147,7 +147,7 @@ check("12.2", scale_of)
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | core: a frozen linear layer and what is trained beside it | 2 of 5 | 25 | Hu et al., 2021, 4.1 |
+# | core: a frozen linear layer and what is trained beside it | 2 of 5 | 25 | Hu et al., 2022, 4.1 |
 #
 # `LoraLinear(weight, bias, r, alpha, rslora)` is a layer around a frozen one: weight [N, K], bias [N] or None, of
 # one dtype (fp32, fp16, bf16).
@@ -221,7 +221,7 @@ check("12.3", LoraLinear)
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | core: add an adapter into the weight, and take it out to the bit | 2 of 5 | 20 | Hu et al., 2021, 4.1 |
+# | core: add an adapter into the weight, and take it out to the bit | 2 of 5 | 20 | Hu et al., 2022, 4.1 |
 #
 # `Merger(weight)` looks after a weight [N, K], fp32, fp16 or bf16, that a model computes with. It is changed **in
 # place**: the model keeps the tensor that it has.
