@@ -2,14 +2,15 @@
 
 Constraints are compiled by whoever adds the request, not by the loop; the last ones are kept, since many requests ask
 for the same schema. In the loop a request's `Follower` is asked before each draw (see `Engine._masks`): it goes on from
-where it was, and a request that was preempted has the tokens that it had. Masks of one state are one array, which
-`Masks` sends once.
+where it was, and a request that was preempted has the tokens that it had. Equal masks are one array, which stays on the
+device (`MaskTable`): a step sends a number for each sequence.
 """
 
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,13 +19,15 @@ from numpy.typing import NDArray
 
 from ..constrained import Constraint, Vocabulary, compile_constraint, packed
 from ..sampling import SamplingParams
+from .batch import to_device
 
 if TYPE_CHECKING:
     from .request import Request
 
-__all__ = ["Constraints", "Follower", "Masks", "mask_of"]
+__all__ = ["Constraints", "Follower", "MaskTable", "Masks", "mask_of"]
 
 KEPT = 64  # compiled constraints
+ROWS = 1024  # masks that stay on the device, 6 to 19 KB each
 
 
 class Follower:
@@ -53,22 +56,52 @@ def mask_of(request: "Request", size: int) -> NDArray[np.int32] | None:
 
 @dataclass(frozen=True)
 class Masks:
-    """Which tokens some sequences of a step may get: sequence sequences[i] by masks[which[i]].
+    """Which tokens some sequences of a step may get: sequence sequences[i] those of masks[i].
 
-    sequences, which int64 [M]; masks int32 [U, ceil(vocabulary / 32)], each one different.
+    masks: as `packed` gives them. Those that are the same array are the same mask, and arrays are never written to.
     """
 
-    sequences: NDArray[np.int64]
-    which: NDArray[np.int64]
-    masks: NDArray[np.int32]
+    sequences: list[int]
+    masks: list[NDArray[np.int32]]
 
-    @classmethod
-    def of(cls, sequences: list[int], masks: list[NDArray[np.int32]]) -> "Masks":
-        """masks: one of each sequence; those that are the same array are sent once."""
-        different = {id(mask): mask for mask in masks}
-        at = {key: i for i, key in enumerate(different)}
-        which = np.array([at[id(mask)] for mask in masks])
-        return cls(np.array(sequences), which, np.stack(list(different.values())))
+
+class MaskTable:
+    """The masks of late, on the device: a step sends those that are new, and says which of them each sequence has.
+
+    bits int32 [1 + rows, ceil(vocabulary / 32)], of which row 0 allows everything; which int64 [sequences].
+    """
+
+    def __init__(self, sequences: int, vocabulary: int, device: torch.device) -> None:
+        rows = max(ROWS, sequences)  # a step may have as many masks as sequences
+        self.bits = torch.full((1 + rows, -(-vocabulary // 32)), -1, dtype=torch.int32, device=device)
+        self.which = torch.zeros(sequences, dtype=torch.int64, device=device)
+        # By the array's id, which is nobody else's as long as the array is held here; the one used last at the end.
+        self._held: OrderedDict[int, tuple[int, NDArray[np.int32]]] = OrderedDict()
+
+    def set(self, masks: Masks) -> None:
+        """What the next draw is to keep to."""
+        held, which = self._held, np.zeros(len(self.which), np.int64)
+        new: dict[int, NDArray[np.int32]] = {}
+        for mask in masks.masks:
+            if id(mask) in held:
+                held.move_to_end(id(mask))
+            else:
+                new[id(mask)] = mask
+        if new:
+            self._send(new)
+        which[masks.sequences] = [held[id(mask)][0] for mask in masks.masks]
+        self.which.copy_(to_device(which, self.which.device), non_blocking=True)
+
+    def _send(self, new: dict[int, NDArray[np.int32]]) -> None:
+        """Into free rows, then into those of masks that nobody asked for for the longest time."""
+        held, device = self._held, self.bits.device
+        free = range(1 + len(held), len(self.bits))[: len(new)]
+        old = list(islice(held, len(new) - len(free)))
+        rows = [*free, *(held[key][0] for key in old)]
+        self.bits[to_device(np.array(rows), device)] = to_device(np.stack(list(new.values())), device)
+        for key in old:
+            del held[key]
+        held.update({key: (row, mask) for (key, mask), row in zip(new.items(), rows, strict=True)})
 
 
 class Constraints:

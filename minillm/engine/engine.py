@@ -425,7 +425,7 @@ class Engine:
             if mask is not None:
                 sequences.append(i)
                 masks.append(mask)
-        return Masks.of(sequences, masks) if masks else None
+        return Masks(sequences, masks) if masks else None
 
     # ---- taking in ---------------------------------------------------------------------------------------------------
 

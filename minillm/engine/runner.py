@@ -36,7 +36,7 @@ from ..kernels import (
 )
 from ..model import Transformer
 from .batch import DeviceTable, RowLayout, to_device
-from .constraints import Masks
+from .constraints import Masks, MaskTable
 from .request import known
 from .table import Edits, Plan
 
@@ -125,9 +125,7 @@ class Runner:
         vocab = model.config.vocab_size  # how often which token stands in which row; written where penalties ask for it
         self.counts = torch.zeros(config.max_num_seqs + 1, vocab, dtype=torch.int16, device=self.device)
         self.reported = min(REPORTED, vocab)
-        # The step's masks, one bit a token, behind one that allows everything; and which of them each sequence has.
-        self.masks = torch.full((config.max_num_seqs + 1, -(-vocab // 32)), -1, dtype=torch.int32, device=self.device)
-        self.which_mask = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=self.device)
+        self.masks = MaskTable(config.max_num_seqs, vocab, self.device)
         self._last = torch.zeros(config.max_num_seqs, model.config.hidden_size, dtype=self.dtype, device=self.device)
         self._hidden_states = self._last  # of all tokens of the step; graphs leave them in `_all`
         self._all: Tensor | None = None
@@ -205,7 +203,7 @@ class Runner:
         prompt_logprobs = self._prompt_logprobs(plan)
         most = 0 if plan.logprobs is None else plan.logprobs[1]
         if masks is not None:
-            self._set_masks(masks)
+            self.masks.set(masks)
         kind = Kind(plan.filtered, plan.logprobs is not None, masks is not None)
         if plan.edits is not None or most > self.reported or not self.decode_sizes:
             drawn = self._draw_edited(plan, kind)
@@ -254,19 +252,13 @@ class Runner:
             self.table.append(sampled)
             return (sampled, *top_logprobs(logits, sampled, self.reported)) if kind.reported else (sampled,)
 
-    def _set_masks(self, masks: Masks) -> None:
-        which = np.zeros(self.max_num_seqs, np.int64)
-        which[masks.sequences] = masks.which + 1
-        self.which_mask.copy_(to_device(which, self.device), non_blocking=True)
-        self.masks[1 : 1 + len(masks.masks)].copy_(to_device(masks.masks, self.device), non_blocking=True)
-
     def _masked(self, logits: Tensor, kind: Kind) -> Tensor:
         """-inf where the step's masks forbid. In place, but for reported ones: these are the model's own."""
         if not kind.masked:
             return logits
         logits = logits.clone() if kind.reported else logits
         rows = torch.arange(len(logits), device=self.device)
-        mask_logits(logits, rows, self.which_mask[: len(logits)], self.masks)
+        mask_logits(logits, rows, self.masks.which[: len(logits)], self.masks.bits)
         return logits
 
     def _choose(self, logits: Tensor, filtered: bool) -> Tensor:
