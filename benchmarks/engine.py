@@ -85,7 +85,7 @@ DEFINITIONS = {
         "runs": "rank 16, all layers but the head, 64 requests; the better of two each, in turn",
     },
     "constrained": {
-        "runs": "the better of two each, in turn, after a first one: texts whose masks are all known, new ones, free ones",
+        "runs": "the better of two each, in turn, after a first: texts with known masks, with new ones, free texts",
     },
     "idle": {
         "idle": "1 - (union of kernels, copies and fills) / (last end - first start), in a torch.profiler trace of the"

@@ -109,7 +109,7 @@ class Vocabulary:
         self.tokens = [None if i in self.ends else token or None for i, token in enumerate(tokens)]
         self._build(self.tokens)
         self._masks, self._walks = _Kept(cache_bytes * 2 // 3), _Kept(cache_bytes // 3)
-        self._equal: WeakValueDictionary[bytes, NDArray[np.int32]] = WeakValueDictionary()
+        self._equal: WeakValueDictionary[bytes, NDArray] = WeakValueDictionary()
 
     @classmethod
     def of(cls, tokenizer: ByteTokens, end_ids: Collection[int] | None = None, size: int | None = None) -> "Vocabulary":
@@ -181,7 +181,7 @@ class Vocabulary:
         return self._masks.get(node.digest, lambda: (self._one_of(packed(self._make_mask(automaton, node))),))[0]
 
     def _one_of(self, mask: NDArray[np.int32]) -> NDArray[np.int32]:
-        """Of equal masks the same array: in a long string most places allow the same tokens, however many may follow."""
+        """Of equal masks the same array: at most places of a long string the same tokens may come."""
         return self._equal.setdefault(blake2b(mask, digest_size=16).digest(), mask)
 
     def _make_mask(self, automaton: Automaton, node: Node) -> Mask:
