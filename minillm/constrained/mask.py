@@ -182,7 +182,7 @@ class Vocabulary:
 
     def _one_of(self, mask: NDArray[np.int32]) -> NDArray[np.int32]:
         """Of equal masks the same array: at most places of a long string the same tokens may come."""
-        return self._equal.setdefault(blake2b(mask, digest_size=16).digest(), mask)
+        return self._equal.setdefault(blake2b(mask.tobytes(), digest_size=16).digest(), mask)
 
     def _make_mask(self, automaton: Automaton, node: Node) -> Mask:
         reached, _ = self._reach(automaton, node)
