@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DTYPE_BYTES", "LLAMA_3_8B", "EngineConfig", "ModelConfig", "sampling_defaults"]
+__all__ = ["DTYPE_BYTES", "LLAMA_3_8B", "EngineConfig", "ModelConfig", "SpeculativeConfig", "sampling_defaults"]
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8": 1, "int8": 1, "int4": 0.5}
 # What transformers calls a model type -> its class, and what its configuration says where config.json is silent.
@@ -415,6 +415,43 @@ KV_CACHE_DTYPES = ("auto", "float32", "float16", "bfloat16", "int8", "fp8")
 
 
 @dataclass(frozen=True)
+class SpeculativeConfig:
+    """How an engine guesses tokens, with vLLM's names. What it gives does not depend on it, only how fast.
+
+    - method: "ngram", prompt lookup: what followed the last time that the text ended as it does now.
+    - num_speculative_tokens: guesses that a step checks of one request, at most.
+    - prompt_lookup_max, prompt_lookup_min: how many tokens must agree; the longest agreement wins. min None: 2, or max
+      if that is less.
+
+    Raises ValueError that names the argument for one out of range or of a wrong type.
+    """
+
+    method: str = "ngram"
+    num_speculative_tokens: int = 8
+    prompt_lookup_max: int = 3
+    prompt_lookup_min: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.method != "ngram":
+            raise ValueError(f"method: expected 'ngram', got {self.method!r}")
+        if self.prompt_lookup_min is None and isinstance(self.prompt_lookup_max, int):
+            object.__setattr__(self, "prompt_lookup_min", min(2, self.prompt_lookup_max))
+        for name in ("num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}: expected an integer, 1 or more, got {value!r}")
+        if self.least > self.prompt_lookup_max:
+            raise ValueError(
+                f"prompt_lookup_min: expected at most prompt_lookup_max ({self.prompt_lookup_max}), got {self.least}"
+            )
+
+    @property
+    def least(self) -> int:
+        """`prompt_lookup_min`, once it is known."""
+        return self.prompt_lookup_min or 1
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """How an engine runs a model, with vLLM's names. None: chosen by `resolved`.
 
@@ -426,6 +463,7 @@ class EngineConfig:
     - enforce_eager: no CUDA graphs. async_scheduling: launch a step before the tokens of the last one are known
       (None: on a GPU).
     - max_loras: adapters that requests which run at once may have, of a rank up to max_lora_rank. 0: none is served.
+    - speculative: how tokens are guessed, so that one step gives several. None: they are not.
 
     Raises ValueError that names the argument for one out of range or of a wrong type.
     """
@@ -442,6 +480,12 @@ class EngineConfig:
     kv_cache_dtype: str = "auto"
     max_loras: int = 0
     max_lora_rank: int = 16
+    speculative: SpeculativeConfig | None = None
+
+    @property
+    def most_per_step(self) -> int:
+        """Tokens that a step may give a request."""
+        return 1 if self.speculative is None else 1 + self.speculative.num_speculative_tokens
 
     def __post_init__(self) -> None:
         least_of = {"block_size": 1, "max_num_seqs": 1, "max_num_batched_tokens": 1, "max_model_len": 2,
@@ -466,6 +510,8 @@ class EngineConfig:
             raise ValueError(
                 f"kv_cache_dtype: expected one of {', '.join(KV_CACHE_DTYPES)}, got {self.kv_cache_dtype!r}"
             )
+        if not isinstance(self.speculative, SpeculativeConfig | None):
+            raise ValueError(f"speculative: expected a SpeculativeConfig or None, got {self.speculative!r}")
 
     def resolved(self, config: ModelConfig, on_gpu: bool) -> "EngineConfig":
         """The same with what depends on the model and the device filled in; only num_blocks may still be None.

@@ -175,8 +175,15 @@ class DeviceTable:
         """The options of the first sequences of the last batch, [S] each."""
         return {name: values[:sequences] for name, values in self.options.items()}
 
+    def logit_rows(self, last: Tensor, width: int) -> Tensor:
+        """The rows of the batch whose hidden states give each sequence's next tokens: of its last token but its
+        guesses, then of each guess. Where there are fewer, the last one's again.  last [S] -> [S W]
+        """
+        ahead = torch.arange(width, device=self.device)
+        guesses = (self.steps[2, : len(last)] - 1).clamp(min=0)
+        return (last[:, None] + (ahead - guesses[:, None]).clamp(max=0)).view(-1)
+
     def append(self, sampled: Tensor, given: Tensor | None = None) -> None:
-        """Write each sequence's new tokens behind its others.  [S] int64, or [S, K] and how many are meant [S] int32"""
-        sampled = sampled[:, None] if sampled.dim() == 1 else sampled
+        """Write each sequence's new tokens behind its others.  [S, K] int64, and how many are meant [S] int32"""
         given = self.given[: len(sampled)] if given is None else given
         append_tokens(self.steps, self.matrix, sampled, given, self.layout.first_token)

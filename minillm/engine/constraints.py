@@ -22,7 +22,7 @@ from ..sampling import SamplingParams
 if TYPE_CHECKING:
     from .request import Request
 
-__all__ = ["Constraints", "Follower", "Masks", "mask_of"]
+__all__ = ["Constraints", "Follower", "Masks", "masks_of"]
 
 KEPT = 64  # compiled constraints
 
@@ -33,42 +33,51 @@ class Follower:
     def __init__(self, constraint: Constraint) -> None:
         self.constraint, self.seen, self.state = constraint, 0, constraint.start
 
-    def mask(self, output_token_ids: Sequence[int]) -> NDArray[np.int32]:
-        """Which tokens may come next, as `Constraint.packed` says it."""
+    def masks(self, output_token_ids: Sequence[int], guesses: Sequence[int] = ()) -> list[NDArray[np.int32]]:
+        """Which tokens may come next, as `Constraint.packed` says it; and behind each guess, as long as the guesses
+        stay in the language: one that leaves it is never drawn, so nobody will ask what comes behind it.
+        """
         for i in range(self.seen, len(output_token_ids)):
             self.state = self.constraint.advance(self.state, output_token_ids[i])
-        self.seen = len(output_token_ids)
-        return self.constraint.packed(self.state)
+        self.seen, state = len(output_token_ids), self.state
+        masks = [self.constraint.packed(state)]
+        for guess in guesses:
+            if not masks[-1][guess // 32] >> guess % 32 & 1:
+                break
+            state = self.constraint.advance(state, guess)
+            masks.append(self.constraint.packed(state))
+        return masks
 
 
-def mask_of(request: "Request", size: int) -> NDArray[np.int32] | None:
-    """What the request's next token may be, of `size`, as `Follower.mask`; None for any."""
+def masks_of(request: "Request", size: int, guesses: Sequence[int] = ()) -> list[NDArray[np.int32]]:
+    """What the request's next token may be, of `size`, as `Follower.masks`; none for any."""
     if isinstance(request.allowed, Follower):
-        return request.allowed.mask(request.output_token_ids)
+        return request.allowed.masks(request.output_token_ids, guesses)
     allowed = request.allowed(request.tokens()) if request.allowed else None
     if allowed is not None and (allowed.shape != (size,) or allowed.dtype != torch.bool):
         raise ValueError(f"allowed: expected bool [{size}] or None, got {allowed.dtype} {list(allowed.shape)}")
-    return None if allowed is None else packed(allowed.numpy())
+    return [] if allowed is None else [packed(allowed.numpy())]
 
 
 @dataclass(frozen=True)
 class Masks:
-    """Which tokens some sequences of a step may get: sequence sequences[i] by masks[which[i]].
+    """Which tokens may come in some places that a step draws for: place places[i] by masks[which[i]]. Sequence s has
+    the places W s ... W s + W - 1 (`Plan.width`).
 
-    sequences, which int64 [M]; masks int32 [U, ceil(vocabulary / 32)], each one different.
+    places, which int64 [M]; masks int32 [U, ceil(vocabulary / 32)], each one different.
     """
 
-    sequences: NDArray[np.int64]
+    places: NDArray[np.int64]
     which: NDArray[np.int64]
     masks: NDArray[np.int32]
 
     @classmethod
-    def of(cls, sequences: list[int], masks: list[NDArray[np.int32]]) -> "Masks":
-        """masks: one of each sequence; those that are the same array are sent once."""
+    def of(cls, places: list[int], masks: list[NDArray[np.int32]]) -> "Masks":
+        """masks: one of each place; those that are the same array are sent once."""
         different = {id(mask): mask for mask in masks}
         at = {key: i for i, key in enumerate(different)}
         which = np.array([at[id(mask)] for mask in masks])
-        return cls(np.array(sequences), which, np.stack(list(different.values())))
+        return cls(np.array(places), which, np.stack(list(different.values())))
 
 
 class Constraints:

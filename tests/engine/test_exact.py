@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from minillm.config import SpeculativeConfig
 from minillm.engine.engine import Engine
 from minillm.engine.request import Request
 from minillm.sampling import SamplingParams
@@ -56,6 +57,7 @@ class Settings:
     prefix_caching: bool
     async_scheduling: bool
     kind: str = "plain"
+    speculative: SpeculativeConfig | None = None
 
 
 SAMPLING = {
@@ -93,6 +95,8 @@ ARRIVALS = st.lists(
 ENGINES = st.builds(
     Settings, st.integers(6, 20), st.sampled_from([1, 2, 4, 8]), st.integers(1, 5), st.integers(1, 30), st.booleans(),
     st.booleans(), st.sampled_from(["plain", "windows"]),
+    st.one_of(st.none(), st.builds(SpeculativeConfig, st.just("ngram"), st.integers(1, 5), st.integers(2, 3),
+                                   st.integers(1, 2))),
 )  # fmt: skip
 
 # ---- playing -------------------------------------------------------------------------------------------------------
@@ -241,7 +245,7 @@ def schedule_is_exact(device: str, arrivals: list, e) -> None:
     engine = Engine(
         tiny_model(device, e.kind), num_blocks=e.num_blocks, block_size=e.block_size, max_num_seqs=e.max_num_seqs,
         max_num_batched_tokens=e.budget, enable_prefix_caching=e.prefix_caching, async_scheduling=e.async_scheduling,
-        enforce_eager=True, tokenizer=Letters(),
+        enforce_eager=True, tokenizer=Letters(), speculative=e.speculative,
     )  # fmt: skip
     player = Player(engine, arrivals, device, e.kind)
     started = player.play()
