@@ -7,12 +7,22 @@ RoPE and softmax add less than 1 % to the cost of a model of any real size (Kapl
 Neural Language Models", count the same way).
 """
 
+import bisect
 import json
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DTYPE_BYTES", "LLAMA_3_8B", "EngineConfig", "ModelConfig", "SpeculativeConfig", "sampling_defaults"]
+__all__ = [
+    "DTYPE_BYTES",
+    "LLAMA_3_8B",
+    "EngineConfig",
+    "ModelConfig",
+    "SpeculativeConfig",
+    "StepCosts",
+    "sampling_defaults",
+]
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8": 1, "int8": 1, "int4": 0.5}
 # What transformers calls a model type -> its class, and what its configuration says where config.json is silent.
@@ -415,6 +425,31 @@ KV_CACHE_DTYPES = ("auto", "float32", "float16", "bfloat16", "int8", "fp8")
 
 
 @dataclass(frozen=True)
+class StepCosts:
+    """How many seconds a step takes by its number of tokens, as (tokens, seconds) pairs in ascending order: `plain`
+    steps, and those with guesses, `checked`. Raises ValueError for none, or another order.
+    """
+
+    plain: tuple[tuple[int, float], ...]
+    checked: tuple[tuple[int, float], ...]
+
+    def __post_init__(self) -> None:
+        for name in ("plain", "checked"):
+            pairs = getattr(self, name)
+            if not pairs or any(a[0] >= b[0] for a, b in pairwise(pairs)) or any(s <= 0 for _, s in pairs):
+                raise ValueError(f"{name}: expected (tokens, seconds) pairs, tokens ascending, got {pairs!r}")
+
+    def seconds(self, tokens: int, checked: bool) -> float:
+        """By straight lines between the pairs, and beyond them as between the last two; before the first: as that."""
+        pairs = self.checked if checked else self.plain
+        if tokens <= pairs[0][0] or len(pairs) == 1:
+            return pairs[0][1] * max(1.0, tokens / pairs[0][0])
+        after = min(max(1, bisect.bisect_left(pairs, (tokens, 0.0))), len(pairs) - 1)
+        (a, low), (b, high) = pairs[after - 1], pairs[after]
+        return low + max(0.0, high - low) * (tokens - a) / (b - a)
+
+
+@dataclass(frozen=True)
 class SpeculativeConfig:
     """How an engine guesses tokens, with vLLM's names. What it gives does not depend on it, only how fast.
 
@@ -422,6 +457,8 @@ class SpeculativeConfig:
     - num_speculative_tokens: guesses that a step checks of one request, at most.
     - prompt_lookup_max, prompt_lookup_min: how many tokens must agree; the longest agreement wins. min None: 2, or max
       if that is less.
+    - adaptive: check as many guesses of each request as promise the most tokens a second; else always all of them.
+      step_costs: what steps take, for that; None: the engine measures it when it is made.
 
     Raises ValueError that names the argument for one out of range or of a wrong type.
     """
@@ -430,6 +467,8 @@ class SpeculativeConfig:
     num_speculative_tokens: int = 8
     prompt_lookup_max: int = 3
     prompt_lookup_min: int | None = None
+    adaptive: bool = True
+    step_costs: StepCosts | None = None
 
     def __post_init__(self) -> None:
         if self.method != "ngram":
@@ -440,6 +479,10 @@ class SpeculativeConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}: expected an integer, 1 or more, got {value!r}")
+        if not isinstance(self.adaptive, bool):
+            raise ValueError(f"adaptive: expected True or False, got {self.adaptive!r}")
+        if not isinstance(self.step_costs, StepCosts | None):
+            raise ValueError(f"step_costs: expected StepCosts or None, got {self.step_costs!r}")
         if self.least > self.prompt_lookup_max:
             raise ValueError(
                 f"prompt_lookup_min: expected at most prompt_lookup_max ({self.prompt_lookup_max}), got {self.least}"

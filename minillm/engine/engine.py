@@ -28,11 +28,12 @@ from ..model.tokenizer_hf import HuggingFaceTokenizer
 from ..sampling import SamplingParams, new_seed
 from .batch import OPTIONS, RowLayout
 from .constraints import Constraints, Follower, Masks, masks_of
+from .draft_length import Speculation
 from .metrics import EngineMetrics, LogLine
 from .request import Request, known
-from .runner import Results
+from .runner import Results, Runner
 from .scheduler import Copies, Scheduled, Scheduler
-from .speculative import Speculation, runner_of
+from .speculative import SpeculativeRunner
 from .table import Plan, RequestTable, prompt_part
 from .text import StopText
 
@@ -118,7 +119,7 @@ class Engine:
             self.registry = Registry(self.slots.packed, model, most=KEPT * self.config.max_loras)
             options["adapter"] = torch.int32
         self.layout = RowLayout(self.max_model_len + self.config.most_per_step - 1, blocks, options)
-        self.runner = runner_of(self.config)(model, self.config, self.layout)
+        self.runner: Runner = self.runner_class(model, self.config, self.layout)
         num_blocks = self._num_blocks(asked)
         self.max_model_len = min(self.max_model_len, num_blocks * self.config.block_size)
         self.runner.allocate(num_blocks)
@@ -127,7 +128,7 @@ class Engine:
             gc.collect()
             gc.freeze()  # model and graphs stay: a collection that walks through them stops a step for 30 ms
         self.metrics = EngineMetrics()
-        self.speculation = Speculation(self.config.speculative) if self.config.speculative else None
+        self.speculation = self._speculation()
         self.constraints = Constraints(tokenizer, self.end_token_ids, model.config.vocab_size)
         self.requests: dict[str, Request] = {}
         self._lock, self._order, self._log = threading.RLock(), itertools.count(), LogLine(self.metrics)
@@ -149,6 +150,20 @@ class Engine:
                 " max_model_len, max_num_batched_tokens or max_num_seqs, or raise gpu_memory_utilization"
             )
         return num_blocks
+
+    @property
+    def runner_class(self) -> type[Runner]:
+        """What runs the steps. A subclass may guess in another way."""
+        return Runner if self.config.speculative is None else SpeculativeRunner
+
+    def _speculation(self) -> Speculation | None:
+        asked = self.config.speculative
+        if asked is None:
+            return None
+        costs = asked.step_costs
+        if costs is None and asked.adaptive and isinstance(self.runner, SpeculativeRunner):
+            costs = self.runner.measure()
+        return Speculation(asked, costs if asked.adaptive else None, known(self.config.max_num_batched_tokens))
 
     def reset(self) -> None:
         """Drop everything: requests (as aborted), steps on their way, and what the prefix cache holds."""
@@ -330,7 +345,7 @@ class Engine:
 
     def _step(self) -> list[Request]:
         if self.speculation is not None:
-            self.speculation.choose(self.scheduler.running)
+            self.speculation.choose(self.scheduler)
         scheduled, copies = self.scheduler.schedule()
         got: Got = {}
         while self.scheduler.failed:
@@ -416,7 +431,8 @@ class Engine:
             return None
         self._take(self._in_flight, got)
         self._in_flight = []
-        places, masks = [], []
+        places: list[int] = []
+        masks = []
         guesses = self.runner.guesses(plan)
         for i, request in constrained:
             try:
@@ -462,6 +478,8 @@ class Engine:
             if request.num_preemptions == flight.preemptions[i]:
                 request.num_computed -= most - len(tokens)
             self.metrics.checked(most - 1, len(tokens) - 1)
+        if self.speculation is not None:
+            self.speculation.learn(request, most - 1, tokens)
         count = 0
         for token in tokens:
             count += 1

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -10,6 +11,9 @@ from ..cache.blocks import BlockTable
 from ..sampling import SamplingParams
 from .constraints import Follower
 from .text import StopText
+
+if TYPE_CHECKING:
+    from .draft_length import Acceptance
 
 __all__ = ["Request", "known"]
 
@@ -22,9 +26,10 @@ class Request:
     done); it chases `num_tokens`, the tokens there are. Where it catches up, the next token is sampled: first it is
     pending (`num_pending`: it exists on the device, and the host has not read it yet), then it is in
     `output_token_ids`. A step that computes more tokens than there are checks guesses, up to `drafts` (see
-    `speculative.py`), and may give as many more: then both counts are bounds until it is read. Preemption sets
-    `num_computed` back to 0. A running request has a `row`, where the device keeps its tokens and its block table;
-    `on_device` says whether it is filled. `epoch` counts how often what was on its way was declared void.
+    `speculative.py`; `acceptance`: how often they were right), and may give as many more: then both counts are bounds
+    until it is read. Preemption sets `num_computed` back to 0. A running request has a `row`, where the device keeps
+    its tokens and its block table; `on_device` says whether it is filled. `epoch` counts how often what was on its way
+    was declared void.
 
     At most `max_tokens` are generated; one of `ends` is the last. `order` is the time of arrival, as a count; a smaller
     `priority` goes first. `parent`: the request whose prompt is the same, and whose blocks this one shares once they
@@ -44,6 +49,7 @@ class Request:
     order: int = 0
     priority: int = 0
     drafts: int = 0
+    acceptance: "Acceptance | None" = None
     parent: "Request | None" = None
     allowed: Callable[[Sequence[int]], Tensor | None] | Follower | None = None
     adapter: Loaded | None = None

@@ -25,30 +25,31 @@ for. These depend on the tokens before them alone.
 tokens of the last one; were guesses the host's, each step of a request that speculates would have to wait for it. The
 device has all tokens (`DeviceTable`), so prompt lookup runs there, in front of the layers: comparisons of fixed shape,
 which a CUDA graph records. The host knows bounds (`Request.num_pending`), until it reads how many were given. Who needs
-more than bounds has no guesses (`Speculation.choose`); constraints read the guesses back while the layers run.
+more than bounds has no guesses (`draft_length.room`); constraints read the guesses back while the layers run.
 
 What is written for wrong guesses: keys and values behind the last token given, which the next step writes anew; and
 tokens behind a row's length. Blocks get names for tokens that the host has read, so never for a guess.
 """
 
 import bisect
-from collections.abc import Iterable, Sequence
+import time
+from array import array
+from collections.abc import Sequence
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import EngineConfig, SpeculativeConfig
+from ..config import EngineConfig, SpeculativeConfig, StepCosts
 from ..kernels import gumbel_argmax
 from ..model import Transformer
 from .batch import RowLayout
-from .constraints import Follower
-from .request import Request
 from .runner import Kind, Runner, Shape, powers_of_2
 from .table import Plan
 
-__all__ = ["Speculation", "SpeculativeRunner", "count_given", "look_up", "look_up_one", "runner_of"]
+__all__ = ["SpeculativeRunner", "count_given", "look_up", "look_up_one"]
 
 
 # ---- guessing: prompt lookup (Saxena, 2023) --------------------------------------------------------------------------
@@ -60,11 +61,15 @@ def look_up_one(tokens: Sequence[int], count: int, most: int, least: int) -> lis
     The longest agreement of `least` to `most` tokens wins, of equal ones the latest. What followed is continued by
     itself where it reaches the end: after a b a b comes a b a b. Without agreement: the last token again.
     """
-    last = len(tokens)
+    last, text = len(tokens), array("i", tokens).tobytes()
     for n in range(min(most, last - 1), least - 1, -1):
-        for place in range(last - 1, n - 1, -1):
-            if list(tokens[place - n : place]) == list(tokens[last - n :]):
-                return [tokens[place + j % (last - place)] for j in range(count)]
+        tail = text[-4 * n :]
+        at = text.rfind(tail, 0, -4)
+        while at > 0 and at % 4:  # bytes of two tokens that look like one
+            at = text.rfind(tail, 0, at + 4 * n - 1)
+        if at >= 0:
+            place = at // 4 + n
+            return [tokens[place + j % (last - place)] for j in range(count)]
     return [tokens[-1]] * count
 
 
@@ -187,6 +192,43 @@ class SpeculativeRunner(Runner):
                 return n * plan.width, n, False, None, slots, plan.width
         return super()._shape(plan, slots)
 
+    # ---- what steps cost ---------------------------------------------------------------------------------------------
+
+    def measure(self) -> StepCosts:
+        """Run plain steps and steps with all guesses, of some sizes, and see how long they take.
+
+        Before the first request: what they write goes into the padding's row and into a block that nobody has yet.
+        """
+        width, sizes = min(1 + self.num_guesses, self.max_num_batched_tokens), [1]
+        most = min(
+            self.max_num_seqs, self.max_num_batched_tokens // width, 16 if self.device.type == "cpu" else 1 << 20
+        )
+        while sizes[-1] < most:
+            sizes.append(min(4 * sizes[-1], most))
+        plain = tuple((n, self._seconds(n, 1)) for n in sizes)
+        checked = tuple((n * width, self._seconds(n, width)) for n in sizes)
+        self.table.matrix[self.table.padding] = 0
+        return StepCosts(plain, checked)
+
+    def _seconds(self, sequences: int, count: int, times: int = 3) -> float:
+        """The shortest of some steps, after one that does not count."""
+        steps = self.table.nobody()
+        ends = np.arange(1, sequences + 1, dtype=np.int32) * count
+        steps[1, :sequences], steps[2, :sequences], steps[3, 1:] = -1, count, ends[-1]
+        steps[3, :sequences] = ends - count
+        nothing = np.zeros(0, np.int64)
+        plan = Plan(
+            nothing, nothing.astype(np.int32), steps, sequences * count, sequences, np.arange(sequences),
+            width=1 if count == 1 else 1 + self.num_guesses,
+        )  # fmt: skip
+        took = []
+        for _ in range(1 + times):
+            self.table.matrix[self.table.padding, 0] = 1
+            start = time.perf_counter()
+            self.launch(plan).read()
+            took.append(time.perf_counter() - start)
+        return min(took[1:])
+
     # ---- checking ----------------------------------------------------------------------------------------------------
 
     def _tokens(self, logits: Tensor, kind: Kind) -> tuple[Tensor, Tensor | None]:
@@ -213,36 +255,3 @@ class SpeculativeRunner(Runner):
             if place < self.num_guesses:
                 active = active & (place + 1 < most) & (drawn[-1] == guesses[:, place])
         return torch.stack(drawn, 1)
-
-
-def runner_of(config: EngineConfig) -> type[Runner]:
-    """What runs the steps of an engine."""
-    return Runner if config.speculative is None else SpeculativeRunner
-
-
-# ---- how many guesses ------------------------------------------------------------------------------------------------
-
-
-class Speculation:
-    """Says how many guesses the next step may check of each request."""
-
-    def __init__(self, config: SpeculativeConfig) -> None:
-        self.config = config
-
-    def choose(self, running: Iterable[Request]) -> None:
-        """Set `drafts` of each."""
-        for request in running:
-            request.drafts = min(self.config.num_speculative_tokens, room(request))
-
-
-def room(request: Request) -> int:
-    """How many guesses may be checked of a request in its next step.
-
-    None while it computes its prompt; none beyond its last token; none where the host must know which token it is that
-    is drawn: for `min_tokens`, and for a mask that only a caller's function knows.
-    """
-    if request.num_tokens - request.num_computed != 1 or request.num_output < request.params.min_tokens:
-        return 0
-    if request.allowed is not None and not isinstance(request.allowed, Follower):
-        return 0
-    return max(0, request.max_tokens - request.num_output - 1)

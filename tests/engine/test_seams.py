@@ -1,6 +1,5 @@
 """What later chapters add to the engine, shown by doubles: each is an addition, and no line of the engine knows it."""
 
-import sys
 from itertools import pairwise
 
 import numpy as np
@@ -9,14 +8,12 @@ import torch
 
 from minillm.config import SpeculativeConfig
 from minillm.engine import batch as batch_module
-from minillm.engine import engine as engine_module
 from minillm.engine.engine import Engine
 from minillm.engine.runner import Runner
-from minillm.engine.speculative import SpeculativeRunner
 from minillm.generate import naive
 from minillm.sampling import SamplingParams
 
-from .conftest import assert_home, oracle, run, tiny_model
+from .conftest import Guessing, assert_home, oracle, run, tiny_model
 
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
 SAMPLED = SamplingParams(temperature=1.0, seed=4, max_tokens=9, ignore_eos=True)
@@ -25,38 +22,21 @@ BOTH = pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "
 JOBS = [((1, 2, 3), GREEDY), ((4, 5), SAMPLED), ((6,) * 9, FILTERED), ((1, 2, 3, 4, 9), GREEDY)]
 
 
-def engine_of(**options) -> Engine:
-    return Engine(tiny_model(), **{"num_blocks": 40, "block_size": 4, "max_num_seqs": 3, **options})
+def engine_of(kind: type[Engine] = Engine, **options) -> Engine:
+    return kind(tiny_model(), **{"num_blocks": 40, "block_size": 4, "max_num_seqs": 3, **options})
 
 
 # ---- guesses of another kind ---------------------------------------------------------------------------------------
 
 
-class FortuneTeller(SpeculativeRunner):
-    """Guesses by what it is told about each beginning: sometimes right, sometimes not, as a draft model would."""
-
-    def guess(self, tokens, lengths):
-        rows = []
-        for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True):
-            known = next((t for t in FUTURES if t[:length] == row[:length]), [])
-            future = (known[length : length + self.num_guesses] + [0] * self.num_guesses)[: self.num_guesses]
-            wrong = length % 4  # where it errs: 0 is nowhere
-            rows.append([(t + 1) % 50 if i + 1 == wrong else t for i, t in enumerate(future)])
-        return torch.tensor(rows, dtype=torch.int32)
-
-
-FUTURES: list[list[int]] = []
-TWO = SpeculativeConfig(num_speculative_tokens=2)
+TWO = SpeculativeConfig(num_speculative_tokens=2, adaptive=False)
 
 
 @BOTH
 @pytest.mark.parametrize("num_blocks", [40, 7])  # 7: with preemption
-def test_a_step_may_give_several_tokens(async_scheduling, num_blocks, monkeypatch):
-    monkeypatch.setattr(engine_module, "runner_of", lambda config: FortuneTeller)
-    monkeypatch.setattr(
-        sys.modules[__name__], "FUTURES", [[*prompt, *oracle(prompt, params, 28)] for prompt, params in JOBS]
-    )
-    engine = engine_of(async_scheduling=async_scheduling, num_blocks=num_blocks, speculative=TWO)
+def test_a_step_may_give_several_tokens(async_scheduling, num_blocks):
+    engine = engine_of(Guessing, async_scheduling=async_scheduling, num_blocks=num_blocks, speculative=TWO)
+    engine.runner.futures = [[*prompt, *oracle(prompt, params, 28)] for prompt, params in JOBS]
     requests = [engine.add(list(prompt), params)[0] for prompt, params in JOBS * 2]
     most = 0
     while engine.has_unfinished():
@@ -72,13 +52,12 @@ def test_a_step_may_give_several_tokens(async_scheduling, num_blocks, monkeypatc
 
 
 @BOTH
-def test_an_end_within_a_step_drops_what_follows(async_scheduling, monkeypatch):
-    monkeypatch.setattr(engine_module, "runner_of", lambda config: FortuneTeller)
+def test_an_end_within_a_step_drops_what_follows(async_scheduling):
     free = oracle((3,), GREEDY, 64)
-    monkeypatch.setattr(sys.modules[__name__], "FUTURES", [[3, *free]])
     for stop in free[2:5]:
         params = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True, stop_token_ids=[stop])
-        engine = engine_of(async_scheduling=async_scheduling, speculative=TWO)
+        engine = engine_of(Guessing, async_scheduling=async_scheduling, speculative=TWO)
+        engine.runner.futures = [[3, *free]]
         [request] = engine.add([3], params)
         run(engine)
         assert_home(engine)

@@ -1,0 +1,176 @@
+"""How many guesses to check: as many as give the most tokens a second, by what was seen so far.
+
+A guess costs the time of one more token in the step, right or wrong, and brings a token if it and all guesses before it
+are right. So a step of S requests, of n tokens without guesses, gives with guesses k_1 ... k_S
+
+    goodput = (S + sum over requests i, and j = 1 ... k_i, of P_i(the first j guesses are right)) / seconds(n + sum k_i)
+
+tokens a second (Liu et al., 2024, "Optimizing Speculative Decoding for Serving Large Language Models Using Goodput").
+The terms of the sum fall with j, and requests do not disturb each other: so for each total the best guesses are those
+of the largest terms, and one pass over the sorted terms finds the best of all totals. No guess at all is one of the
+totals, so by this model speculation is never slower than plain decoding.
+
+P_i is measured (`Acceptance`). While nothing is guessed there is nothing to measure: then the host looks up guesses for
+itself now and then, and compares them with the tokens that come. That costs the device nothing, so a request whose text
+does not repeat itself is decoded as without speculation, and one that begins to is noticed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ..config import SpeculativeConfig, StepCosts
+from .constraints import Follower
+from .speculative import look_up_one
+
+if TYPE_CHECKING:
+    from .request import Request
+    from .scheduler import Scheduler
+
+__all__ = ["Acceptance", "Speculation", "best_lengths", "room"]
+
+MEMORY = 0.95  # what an observation still counts after the next one
+PRIOR = 2.0  # observations that what is known of all requests together counts as, for each of them
+GAIN = 1.03  # by how much guessing must be better than not, as probabilities are estimates
+WATCHED = 4  # requests that are watched in a step, about: a look-up takes the host some 20 microseconds
+
+
+@dataclass
+class Acceptance:
+    """How often guesses of one request (or of all) were right, by their place, the latest counting most.
+
+    tried[j]: how often guess j was reached, those before it being right; right[j]: how often it was right then.
+    guesses: those that are being watched, without being checked; the first `seen` were right.
+    """
+
+    tried: list[float]
+    right: list[float]
+    guesses: list[int] = field(default_factory=list)
+    seen: int = 0
+    chances: list[float] | None = None
+
+    @classmethod
+    def of(cls, count: int) -> "Acceptance":
+        """Nothing is known."""
+        return cls([0.0] * count, [0.0] * count)
+
+    def learn(self, count: int, accepted: int) -> None:
+        """Of `count` guesses the first `accepted` were right."""
+        for j in range(min(accepted + 1, count)):
+            self.tried[j] = MEMORY * self.tried[j] + 1
+            self.right[j] = MEMORY * self.right[j] + (j < accepted)
+        self.guesses, self.seen, self.chances = [], 0, None
+
+    def rates(self, prior: Sequence[float]) -> list[float]:
+        """The chance of each guess, given that those before it are right. prior: what it is where nothing was seen."""
+        seen = zip(self.right, self.tried, prior, strict=True)
+        return [(right + PRIOR * before) / (tried + PRIOR) for right, tried, before in seen]
+
+    def survival(self, prior: Sequence[float]) -> list[float]:
+        """The chance that the first j + 1 guesses are all right, for each j."""
+        if self.chances is None:
+            product, self.chances = 1.0, []
+            for rate in self.rates(prior):
+                product *= rate
+                self.chances.append(product)
+        return self.chances
+
+
+def best_lengths(chances: Sequence[Sequence[float]], others: int, budget: int, costs: StepCosts) -> list[int]:
+    """How many guesses of each request give the most tokens a second.
+
+    chances[i][j]: the chance that the first j + 1 guesses of request i are all right, as many as may be checked.
+    others: tokens of the step that no request decodes (of prompts). budget: tokens that the step may have.
+    """
+    tokens = len(chances) + others
+    offers = [(chance, -j, i) for i, row in enumerate(chances) for j, chance in enumerate(row) if chance > 0]
+    offers.sort(reverse=True)
+    gain, best, most = 0.0, GAIN * len(chances) / costs.seconds(tokens, False), 0
+    for count, (chance, _, _) in enumerate(offers[: max(0, budget - tokens)], 1):
+        gain += chance
+        goodput = (len(chances) + gain) / costs.seconds(tokens + count, True)
+        if goodput > best:
+            best, most = goodput, count
+    lengths = [0] * len(chances)
+    for _, _, i in offers[:most]:
+        lengths[i] += 1
+    return lengths
+
+
+class Speculation:
+    """Says how many guesses the next step may check of each request. costs: of steps; None: always all guesses."""
+
+    def __init__(self, config: SpeculativeConfig, costs: StepCosts | None, budget: int) -> None:
+        self.config, self.costs, self.budget = config, costs, budget
+        self.count = config.num_speculative_tokens
+        self.all = Acceptance.of(self.count)
+        self.stride = 1  # a request is watched at every so many of its tokens
+
+    def choose(self, scheduler: "Scheduler") -> None:
+        """Set `Request.drafts` of all that run."""
+        running = scheduler.running
+        rooms = [min(self.count, room(request)) for request in running]
+        if self.costs is None:
+            for request, most in zip(running, rooms, strict=True):
+                request.drafts = most
+            return
+        prior = self.all.rates([0.0] + [0.5] * (self.count - 1))
+        chances, decoding, others = [], [], sum(r.num_tokens - r.num_computed for r in scheduler.waiting[:1])
+        for request, most in zip(running, rooms, strict=True):
+            request.drafts = 0
+            if request.is_full:
+                continue
+            if (needed := request.num_tokens - request.num_computed) == 1:
+                decoding.append(request)
+                chances.append(self._known(request).survival(prior)[:most])
+            else:
+                others += needed
+        self.stride = 1 + len(running) // WATCHED
+        if any(row and row[0] > GAIN - 1 for row in chances):
+            lengths = best_lengths(chances, min(others, self.budget), self.budget, self.costs)
+            for request, length in zip(decoding, lengths, strict=True):
+                request.drafts = length
+
+    def _known(self, request: "Request") -> Acceptance:
+        if request.acceptance is None:
+            request.acceptance = Acceptance.of(self.count)
+        return request.acceptance
+
+    def learn(self, request: "Request", num_guesses: int, tokens: Sequence[int]) -> None:
+        """The request gets these tokens, of a step that checked so many guesses."""
+        if self.costs is None:
+            return
+        if num_guesses:
+            self._learn(request, num_guesses, len(tokens) - 1)
+        else:
+            self._watch(request, tokens[0])
+
+    def _learn(self, request: "Request", count: int, accepted: int) -> None:
+        self._known(request).learn(count, accepted)
+        self.all.learn(count, accepted)
+
+    def _watch(self, request: "Request", token: int) -> None:
+        """Would a guess have been this token?"""
+        known = self._known(request)
+        if not known.guesses:
+            if len(request.output_token_ids) % self.stride:
+                return
+            c = self.config
+            known.guesses, known.seen = look_up_one(request.tokens(), self.count, c.prompt_lookup_max, c.least), 0
+        right = known.guesses[known.seen] == token
+        known.seen += right
+        if not right or known.seen == self.count:
+            self._learn(request, self.count, known.seen)
+
+
+def room(request: "Request") -> int:
+    """How many guesses may be checked of a request in its next step.
+
+    None while it computes its prompt; none beyond its last token; none where the host must know which token it is that
+    is drawn: for `min_tokens`, and for a mask that only a caller's function knows.
+    """
+    if request.num_tokens - request.num_computed != 1 or request.num_output < request.params.min_tokens:
+        return 0
+    if request.allowed is not None and not isinstance(request.allowed, Follower):
+        return 0
+    return max(0, request.max_tokens - request.num_output - 1)
