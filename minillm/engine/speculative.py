@@ -14,7 +14,7 @@ behind the tokens of plain decoding, in the same place, with the same noise, und
 decoding's, too. This holds for any guesses, for each temperature, filter, penalty, bias and constraint.
 
 **So the distribution is kept, and the rule is the known one.** Leviathan et al. (2023) and Chen et al. (2023) accept a
-guess x, drawn from q, with probability min(1, p(x) / q(x)), and else draw from max(0, p - q), normalised. A guess that
+guess x, drawn from q, with probability min(1, p(x) / q(x)), and else draw from max(0, p - q), normalized. A guess that
 is looked up has q(x) = 1: accepted with probability p(x), and else a draw from p without x, renormalised. That is what
 happens here: the draw is x with probability p(x) (Gumbel, 1954: the largest of log p + noise has distribution p), and
 given that it is not, it is distributed as p without x. One draw decides both, and no random number is used twice,
