@@ -187,17 +187,18 @@ def test_who_asks_the_host_for_each_token_has_no_guesses(async_scheduling):
     assert engine.metrics.num_accepted_tokens > 10
 
 
-@BOTH
-def test_guesses_take_nobodys_blocks(async_scheduling):
-    """Two requests that just fit, as they do without guesses: nobody is preempted for a guess."""
-    jobs = [([1, 2, 3], GREEDY), ([4, 5, 6], GREEDY)]  # 18 tokens in the cache each: 5 blocks
-    engine = guessing(*jobs, num_blocks=10, async_scheduling=async_scheduling)
-    requests = [engine.add(*job)[0] for job in jobs]
+def test_guesses_take_nobodys_blocks():
+    """The first one's guesses would need a block that the other has: it waits with them until that one ends."""
+    first, other = [1, 2, 3], [4, 5, 6, 7, 8, 9, 10]
+    engine = guessing((first, GREEDY), num_blocks=3)
+    params = [replace(GREEDY, max_tokens=6), replace(GREEDY, max_tokens=2)]
+    requests = [engine.add(*job)[0] for job in zip((first, other), params, strict=True)]
     run(engine)
     assert engine.metrics.num_preemptions == 0
     assert engine.metrics.num_accepted_tokens
-    for request, (prompt, params) in zip(requests, jobs, strict=True):
-        assert request.output_token_ids == oracle(tuple(prompt), params, 64)
+    for request in requests:
+        expected = oracle(tuple(request.prompt_token_ids), request.params, 12)
+        assert request.output_token_ids == expected
 
 
 # ---- names of blocks -----------------------------------------------------------------------------------------------
