@@ -143,20 +143,21 @@ class DeviceTable:
     # ---- on the device -----------------------------------------------------------------------------------------------
 
     def batch(
-        self, tokens: int, sequences: int, decode: bool, max_seqlen_k: int | None = None, num_adapters: int = 0
+        self, tokens: int, sequences: int, decode: bool, max_seqlen_k: int | None = None, num_adapters: int = 0,
+        max_seqlen_q: int | None = None,
     ) -> Batch:  # fmt: skip
         """The batch that `set_steps` described, padded to so many tokens and sequences; decode: one token each.
-        num_adapters: slots of adapters, where the step has some.
+        num_adapters: slots of adapters, where the step has some. max_seqlen_q: tokens that one may have (None: any).
         """
         token_ids, positions, slots, context_lens, block_tables, logit_rows = step_inputs(
             self.steps, self.matrix, self._options, self.lengths, self.layout.first_token, self.layout.first_block,
             self.layout.wide, self.block_size, tokens, sequences,
         )  # fmt: skip
-        bounds, plan = self.steps[3, : sequences + 1], None
+        bounds, plan, max_seqlen_q = self.steps[3, : sequences + 1], None, 1 if decode else max_seqlen_q or tokens
         if KERNELS["paged_attention"].path(self.matrix) == "torch":
             plan = AttentionPlan(block_tables, context_lens, bounds, self.block_size)
         return Batch(
-            token_ids, positions, slots, bounds, context_lens, block_tables, 1 if decode else tokens, logit_rows,
+            token_ids, positions, slots, bounds, context_lens, block_tables, max_seqlen_q, logit_rows,
             self.lengths[:sequences], self.options_of(sequences), plan, max_seqlen_k,
             self._lora(tokens, sequences, decode, num_adapters) if num_adapters else None,
         )  # fmt: skip

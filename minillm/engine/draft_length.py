@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Acceptance", "Speculation", "best_lengths", "room"]
 
 MEMORY = 0.95  # what an observation still counts after the next one
-PRIOR = 2.0  # observations that what is known of all requests together counts as, for each of them
+PRIOR = 1.0  # observations that what is known of all requests together counts as, for each of them
 GAIN = 1.03  # by how much guessing must be better than not, as probabilities are estimates
 WATCHED = 4  # requests that are watched in a step, about: a look-up takes the host some 20 microseconds
 
@@ -57,9 +57,14 @@ class Acceptance:
     def learn(self, count: int, accepted: int) -> None:
         """Of `count` guesses the first `accepted` were right."""
         for j in range(min(accepted + 1, count)):
-            self.tried[j] = MEMORY * self.tried[j] + 1
-            self.right[j] = MEMORY * self.right[j] + (j < accepted)
-        self.guesses, self.seen, self.chances = [], 0, None
+            self.see(j, j < accepted)
+        self.guesses, self.seen = [], 0
+
+    def see(self, place: int, right: bool) -> None:
+        """The guess for this place was right or not, and all before it were."""
+        self.tried[place] = MEMORY * self.tried[place] + 1
+        self.right[place] = MEMORY * self.right[place] + right
+        self.chances = None
 
     def rates(self, prior: Sequence[float]) -> list[float]:
         """The chance of each guess, given that those before it are right. prior: what it is where nothing was seen."""
@@ -141,13 +146,10 @@ class Speculation:
         if self.costs is None:
             return
         if num_guesses:
-            self._learn(request, num_guesses, len(tokens) - 1)
+            self._known(request).learn(num_guesses, len(tokens) - 1)
+            self.all.learn(num_guesses, len(tokens) - 1)
         else:
             self._watch(request, tokens[0])
-
-    def _learn(self, request: "Request", count: int, accepted: int) -> None:
-        self._known(request).learn(count, accepted)
-        self.all.learn(count, accepted)
 
     def _watch(self, request: "Request", token: int) -> None:
         """Would a guess have been this token?"""
@@ -158,9 +160,11 @@ class Speculation:
             c = self.config
             known.guesses, known.seen = look_up_one(request.tokens(), self.count, c.prompt_lookup_max, c.least), 0
         right = known.guesses[known.seen] == token
-        known.seen += right
+        known.see(known.seen, right)
+        self.all.see(known.seen, right)
+        known.seen += 1
         if not right or known.seen == self.count:
-            self._learn(request, self.count, known.seen)
+            known.guesses = []
 
 
 def room(request: "Request") -> int:

@@ -108,7 +108,7 @@ class Drawn:
     logprobs: tuple[Tensor, ...] = ()
 
 
-Shape = tuple[int, int, bool, int | None, int, int]  # of a graph of `forward`: the arguments of `_forward`
+Shape = tuple[int, int, bool, int | None, int, int, int | None]  # of a graph of `forward`: `_forward`'s arguments
 
 
 def powers_of_2(sizes: list[int]) -> list[int]:
@@ -219,7 +219,7 @@ class Runner:
             return None
         short = SHORT if plan.num_tokens == 1 and plan.longest is not None and plan.longest <= SHORT else None
         sequences = sizes[at] if plan.is_decode else self.max_num_seqs
-        return sizes[at], sequences, plan.is_decode, short, slots, plan.width
+        return sizes[at], sequences, plan.is_decode, short, slots, plan.width, None
 
     def _receive(self, plan: Plan) -> None:
         """What the plan says, into the device's tables."""
@@ -275,11 +275,11 @@ class Runner:
 
     def _forward(
         self, tokens: int, sequences: int, decode: bool, max_seqlen_k: int | None = None, slots: int = 0,
-        width: int = 1,
+        width: int = 1, max_seqlen_q: int | None = None,
     ) -> None:  # fmt: skip
         """Everything that a graph of `forward` holds: from rows to hidden states, those that give tokens in `_last`."""
         with dependent_launch(), trusted():
-            batch = self.table.batch(tokens, sequences, decode, max_seqlen_k, slots)
+            batch = self.table.batch(tokens, sequences, decode, max_seqlen_k, slots, max_seqlen_q)
             hidden_states = self.model(batch.token_ids, batch, self.cache)  # [N, hidden]
             rows = batch.logit_rows if width == 1 else self.table.logit_rows(batch.logit_rows, width)
             self._last[: sequences * width] = hidden_states if decode else hidden_states[rows]  # [S W, hidden]
@@ -383,9 +383,9 @@ class Runner:
     def _shapes(self, slots: int) -> list[Shape]:
         """What `_forward` is recorded for."""
         return [
-            (1, 1, True, SHORT, slots, 1),
-            *((n, self.max_num_seqs, False, None, slots, 1) for n in self.mixed_sizes),
-            *((n, n, True, None, slots, 1) for n in self.decode_sizes),
+            (1, 1, True, SHORT, slots, 1, None),
+            *((n, self.max_num_seqs, False, None, slots, 1, None) for n in self.mixed_sizes),
+            *((n, n, True, None, slots, 1, None) for n in self.decode_sizes),
         ]
 
     def _record_draws(self, sizes: list[int], like: Kind) -> None:

@@ -171,7 +171,7 @@ class SpeculativeRunner(Runner):
         super().capture()
         self.check_sizes = [n for n in powers_of_2(self.decode_sizes) if self._fits(n)]
         for n in reversed(self.check_sizes):
-            self.guess_graphs[n] = self._record("layers", partial(self._guess, n))
+            self.guess_graphs[n] = self._record("guesses", partial(self._guess, n))  # copied while the layers run
         self._record_draws(self.check_sizes, Kind(width=1 + self.num_guesses))
 
     def _fits(self, sequences: int) -> bool:
@@ -182,14 +182,15 @@ class SpeculativeRunner(Runner):
         small = [n for n in powers_of_2(self.decode_sizes) if self._fits(n)]
         return [
             *super()._shapes(slots),
-            *((n * width, n, False, None, slots, width) for n in small),
-            *((n, self.max_num_seqs, False, None, slots, width) for n in self.mixed_sizes),
+            *((n * width, n, False, None, slots, width, width) for n in small),
+            *((n, self.max_num_seqs, False, None, slots, width, None) for n in self.mixed_sizes),
         ]
 
     def _shape(self, plan: Plan, slots: int) -> Shape | None:
-        for n in self.check_sizes if plan.width > 1 else ():
-            if plan.num_sequences <= n and plan.num_tokens <= n * plan.width:
-                return n * plan.width, n, False, None, slots, plan.width
+        if plan.width > 1 and np.diff(plan.steps[3, : plan.num_sequences + 1]).max() <= plan.width:
+            at = bisect.bisect_left(self.check_sizes, plan.num_sequences)
+            for n in self.check_sizes[at : at + 1]:
+                return n * plan.width, n, False, None, slots, plan.width, plan.width
         return super()._shape(plan, slots)
 
     # ---- what steps cost ---------------------------------------------------------------------------------------------
