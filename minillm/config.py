@@ -7,7 +7,6 @@ RoPE and softmax add less than 1 % to the cost of a model of any real size (Kapl
 Neural Language Models", count the same way).
 """
 
-import bisect
 import json
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -438,15 +437,6 @@ class StepCosts:
             pairs = getattr(self, name)
             if not pairs or any(a[0] >= b[0] for a, b in pairwise(pairs)) or any(s <= 0 for _, s in pairs):
                 raise ValueError(f"{name}: expected (tokens, seconds) pairs, tokens ascending, got {pairs!r}")
-
-    def seconds(self, tokens: int, checked: bool) -> float:
-        """By straight lines between the pairs, and beyond them as between the last two; before the first: as that."""
-        pairs = self.checked if checked else self.plain
-        if tokens <= pairs[0][0] or len(pairs) == 1:
-            return pairs[0][1] * max(1.0, tokens / pairs[0][0])
-        after = min(max(1, bisect.bisect_left(pairs, (tokens, 0.0))), len(pairs) - 1)
-        (a, low), (b, high) = pairs[after - 1], pairs[after]
-        return low + max(0.0, high - low) * (tokens - a) / (b - a)
 
 
 @dataclass(frozen=True)

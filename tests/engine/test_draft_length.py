@@ -4,10 +4,11 @@ import itertools
 import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from minillm.config import SpeculativeConfig, StepCosts
-from minillm.engine.draft_length import GAIN, Acceptance, Speculation, best_lengths
+from minillm.engine.draft_length import GAIN, Acceptance, Speculation, best_lengths, seconds
 from minillm.engine.engine import Engine
 from minillm.sampling import SamplingParams
 
@@ -21,9 +22,9 @@ COSTS = pytest.mark.parametrize("costs", [FLAT, STEEP], ids=["flat", "steep"])
 
 
 def test_costs_lie_on_straight_lines():
-    costs = StepCosts(((1, 1.0), (11, 2.0)), ((10, 4.0),))
-    assert [costs.seconds(n, False) for n in (0, 1, 6, 11, 21)] == pytest.approx([1, 1, 1.5, 2, 3])
-    assert [costs.seconds(n, True) for n in (5, 10, 20)] == pytest.approx([4, 4, 8])
+    assert [seconds(((1, 1.0), (11, 2.0)), n) for n in (0, 1, 6, 11, 21)] == pytest.approx([1, 1, 1.5, 2, 3])
+    assert seconds(((10, 4.0),), np.array([5, 10, 20])) == pytest.approx([4, 4, 8])
+    assert seconds(((1, 3.0), (2, 1.0)), 10) == 1  # measured so by chance: more tokens are never for less
     with pytest.raises(ValueError, match="plain: expected .tokens, seconds. pairs, tokens ascending"):
         StepCosts(((2, 1.0), (1, 1.0)), ((1, 1.0),))
 
@@ -31,7 +32,7 @@ def test_costs_lie_on_straight_lines():
 def goodput(chances, lengths, others, costs):
     tokens = len(chances) + others
     gain = sum(sum(row[:n]) for row, n in zip(chances, lengths, strict=True))
-    return (len(chances) + gain) / costs.seconds(tokens + sum(lengths), sum(lengths) > 0)
+    return (len(chances) + gain) / seconds(costs.checked if sum(lengths) else costs.plain, tokens + sum(lengths))
 
 
 @COSTS
@@ -101,13 +102,13 @@ class Simulation:
 
     def gain(self, steps=250):
         """Decode for as long as so many plain steps take -> tokens a second over those of plain decoding."""
-        plain, spent = self.costs.seconds(len(self.requests), False), 0.0
+        plain, spent = seconds(self.costs.plain, len(self.requests)), 0.0
         while spent < steps * plain:
             for r in self.requests:
                 r.num_output = len(r.output_token_ids)
             self.speculation.choose(SimpleNamespace(running=self.requests, waiting=[]))
             drafts = [r.drafts for r in self.requests]
-            spent += self.costs.seconds(len(self.requests) + sum(drafts), any(drafts))
+            spent += seconds(self.costs.checked if any(drafts) else self.costs.plain, len(self.requests) + sum(drafts))
             for r in self.requests:
                 count = 1
                 while count <= r.drafts and self.hit(r, count - 1):
