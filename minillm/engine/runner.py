@@ -321,7 +321,8 @@ class Runner:
         active [S] bool: whose token is given, so that it counts for penalties; None: who gets any.
         """
         sequences = len(logits)
-        o, lengths = self.table.options_of(sequences), self.table.lengths[:sequences] + ahead
+        o, lengths = self.table.options_of(sequences), self.table.lengths[:sequences]
+        lengths = lengths + ahead if ahead else lengths  # a plain draw is not to pay for a sum
         if not filtered:
             return gumbel_argmax(logits, o["temperature"], o["seed"], lengths)
         rows = self.table.steps[0, :sequences]
