@@ -201,6 +201,28 @@ def test_guesses_take_nobodys_blocks():
         assert request.output_token_ids == expected
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
+def test_graphs_of_steps_with_guesses(async_scheduling):
+    """Prompts that repeat themselves, some at once and one alone; each check is replayed."""
+    jobs = [([1, 2, 3] * 3, GREEDY), ([4, 5] * 4, SAMPLED), ([6] * 9, FILTERED), ([1, 2, 3, 4, 9], GREEDY)]
+    engine = Engine(
+        tiny_model("cuda"), num_blocks=60, block_size=4, max_num_seqs=4, max_num_batched_tokens=64,
+        async_scheduling=async_scheduling, speculative=replace(ALL, prompt_lookup_max=2, prompt_lookup_min=1),
+    )  # fmt: skip
+    assert engine.runner.guess_graphs.keys() == {1, 2, 4}
+    requests = [engine.add(*job)[0] for job in jobs]
+    run(engine)
+    jobs.append(jobs[0])
+    requests.append(engine.add(*jobs[0])[0])
+    run(engine)
+    assert_home(engine)
+    for request, (prompt, params) in zip(requests, jobs, strict=True):
+        assert request.output_token_ids == oracle(tuple(prompt), params, 64, "cuda")
+    assert engine.metrics.num_drafts
+    assert any(kind.width == 4 for _, kind in engine.runner.draw_graphs)
+
+
 # ---- names of blocks -----------------------------------------------------------------------------------------------
 
 
