@@ -178,7 +178,7 @@ class Runner:
         before = torch.cuda.memory_allocated()
         self._forward(self.max_num_batched_tokens, min(self.max_num_seqs, self.max_num_batched_tokens), False,
                       slots=self.config.max_loras)  # fmt: skip
-        self._draw(self.max_num_seqs, Kind(True, True, width=self.config.most_per_step))
+        self._draw(self.max_num_seqs, Kind(filtered=True, reported=True, masked=True, width=self.config.most_per_step))
         torch.cuda.synchronize()
         step = torch.cuda.max_memory_allocated() - before
         torch.cuda.empty_cache()
