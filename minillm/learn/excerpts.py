@@ -67,7 +67,7 @@ CPU = "cpu-2-cores"
 
 
 def results(suite: str, *devices: str) -> dict:
-    """What the benchmark `suite` recorded: benchmarks/results/<device>/<suite>.json, without its provenance; "cpu-2-cores"
+    """What the benchmark `suite` recorded: benchmarks/results/<device>/<suite>.json, without provenance; "cpu-2-cores"
     if no device is named. Of several devices each part is the first one's that has it.
 
     Raises FileNotFoundError if none has the suite.
