@@ -66,8 +66,8 @@ class Bench:
         if name not in self._llms:
             start = time.perf_counter()
             self._llms[name] = LLM(
-                MODEL, dtype=DTYPE, max_model_len=512, max_num_seqs=max(SIZES.batches), num_blocks=16_384 if GPU else 1024,
-                enable_prefix_caching=True, speculative_config=ENGINES[name],
+                MODEL, dtype=DTYPE, max_model_len=512, max_num_seqs=max(SIZES.batches), enable_prefix_caching=True,
+                num_blocks=16_384 if GPU else 1024, speculative_config=ENGINES[name],
             )  # fmt: skip
             print(f"{name}: ready in {time.perf_counter() - start:.1f} s", flush=True)
         return self._llms[name]
