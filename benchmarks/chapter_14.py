@@ -1,32 +1,39 @@
 """What chapter 14 quotes: SmolLM2 on three tasks, with guesses and without: how many are right, what that gains for one
-stream and for many, what a step with guesses costs, and how often an early layer already knows the next token.
+stream and for many, what a step with guesses costs, how often an early layer already knows the next token, and how
+often a trained head does.
 
-    python benchmarks/chapter_14.py               everything
+    python benchmarks/chapter_14.py               everything; on a CPU all but the head
     python benchmarks/chapter_14.py tasks exits   these parts again; the rest of the recorded file stays
     python benchmarks/chapter_14.py --small       few tokens: does it run? Nothing is recorded
 
 Engines run in turn, the same requests; the median of the rounds counts. Prompts come out of the prefix cache, so
-decoding is what is timed. Guesses: "chosen" checks as many as promise the most tokens a second, "always 8" all of them.
-On a CPU there are fewer requests and shorter answers.
+decoding is what is timed. Guesses: "chosen" checks as many as promise the most tokens a second, "always 8" all of them,
+both by prompt lookup; "head" is the trained head, as many as promise the most. The part `head` trains it and leaves it
+in `draft_head` below $OUT, else in the cache folder; the parts behind it measure it where it is. On a CPU there are
+fewer requests and shorter answers.
 """
 
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from common import parts_asked, run_parts
-from passages import TASKS, messages
+from minillm.engine.draft_head import save_head
+from minillm.engine.draft_training import agreement, new_head, own_outputs, train_head
+from passages import TASKS, messages, practice
 
 from minillm import LLM, SamplingParams
 from minillm.engine.speculative import look_up_one
 from minillm.generate import cached
 from minillm.kernels import use
 from minillm.model import Transformer
-from minillm.model.weights import load
+from minillm.model.weights import load, model_path
 
 MODEL = "smollm2-135m-instruct"
 GPU, SMALL = torch.cuda.is_available(), "--small" in sys.argv[1:]
@@ -44,19 +51,25 @@ class Sizes:
     temperatures: tuple[float, ...]
     batches: tuple[int, ...]
     batch_tokens: int  # of each answer, exactly
-    texts: int  # of each task, for the early exits
+    texts: int  # of each task, for the early exits and to judge the head
+    practice: int  # prompts whose answers the head learns
+    steps: int
+    token_ids: int  # that it can guess
 
 
-FULL = Sizes(6, 192, 3, (0.0, 0.8), (1, 2, 4, 8, 16, 32, 64, 128, 256), 96, 16)
-ON_CPU = Sizes(1, 64, 1, (0.0,), (1, 4), 24, 1)
-LITTLE = Sizes(1, 8, 1, (0.0, 0.8), (1, 2), 4, 1)
+FULL = Sizes(6, 192, 3, (0.0, 0.8), (1, 2, 4, 8, 16, 32, 64, 128, 256), 96, 16, 6000, 800, 16_384)
+ON_CPU = Sizes(1, 64, 1, (0.0,), (1, 4), 24, 1, 8, 2, 1024)
+LITTLE = Sizes(1, 8, 1, (0.0, 0.8), (1, 2), 4, 1, 8, 2, 1024)
 SIZES = LITTLE if SMALL else FULL if GPU else ON_CPU
 Save = Callable[[dict], None]
 ENGINES: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "chosen": {"method": "ngram", "num_speculative_tokens": COUNT},
     "always 8": {"method": "ngram", "num_speculative_tokens": COUNT, "adaptive": False},
+    "head": None,  # once it is trained
 }
+HEAD = Path(os.environ.get("OUT") or model_path(MODEL).parent) / ("draft_head_small" if SMALL else "draft_head")
+HEAD_GUESSES = 4
 
 
 class Bench:
@@ -67,13 +80,19 @@ class Bench:
 
     def llm(self, name: str) -> LLM:
         if name not in self._llms:
+            given = ENGINES[name]
+            if name == "head":
+                given = {"method": "draft_head", "path": HEAD, "num_speculative_tokens": HEAD_GUESSES}
             start = time.perf_counter()
             self._llms[name] = LLM(
                 MODEL, dtype=DTYPE, max_model_len=512, max_num_seqs=max(SIZES.batches), enable_prefix_caching=True,
-                num_blocks=16_384 if GPU else 1024, speculative_config=ENGINES[name],
+                num_blocks=16_384 if GPU else 1024, speculative_config=given,
             )  # fmt: skip
             print(f"{name}: ready in {time.perf_counter() - start:.1f} s", flush=True)
         return self._llms[name]
+
+    def names(self) -> list[str]:
+        return [name for name in ENGINES if name != "head" or HEAD.is_dir()]
 
     def prompts(self, task: str, count: int) -> list[list[int]]:
         return [self.llm("plain").chat_prompt(messages(task, i)) for i in range(count)]
@@ -101,7 +120,7 @@ def counted(llm: LLM, requests: int) -> dict:
     }  # fmt: skip
 
 
-def agreement(outputs: Sequence[list[int]], plain: Sequence[list[int]]) -> dict:
+def sameness(outputs: Sequence[list[int]], plain: Sequence[list[int]]) -> dict:
     """How many answers are the same, and the share of tokens before the first that is not."""
     before = [next((i for i, (a, b) in enumerate(zip(x, y, strict=False)) if a != b), min(len(x), len(y)))
               for x, y in zip(outputs, plain, strict=True)]  # fmt: skip
@@ -125,7 +144,7 @@ def compared(
                 plain = outputs if name == "plain" else plain
                 continue
             times[name].append(seconds)
-            found[name] = counted(llm, len(prompts)) | agreement(outputs, plain)
+            found[name] = counted(llm, len(prompts)) | sameness(outputs, plain)
     for name, row in found.items():
         row["seconds"] = times[name]
         row["tokens/s"] = row["tokens"] / statistics.median(times[name])
@@ -174,7 +193,7 @@ def tasks_part(bench: Bench, save: Save) -> None:
         prompts = bench.prompts(task, SIZES.prompts)
         for temperature in SIZES.temperatures:
             params = SamplingParams(temperature=temperature, seed=0, max_tokens=SIZES.tokens)
-            found = compared(bench, list(ENGINES), prompts, params, together=False)
+            found = compared(bench, bench.names(), prompts, params, together=False)
             rows.append({"task": task, "temperature": temperature, "engines": found})
             show(task, temperature, **found)
             save(
@@ -193,7 +212,7 @@ def batches_part(bench: Bench, save: Save) -> None:
     for task in TASKS:
         prompts = bench.prompts(task, max(SIZES.batches))
         for batch in SIZES.batches:
-            found = compared(bench, list(ENGINES), prompts[:batch], params, together=True)
+            found = compared(bench, bench.names(), prompts[:batch], params, together=True)
             rows.append({"task": task, "batch": batch, "engines": found})
             show(task, batch, **found)
             save({"tokens": SIZES.batch_tokens, "guesses": COUNT, "rows": rows,
@@ -240,11 +259,42 @@ def in_a_row(found: Sequence[torch.Tensor], length: int) -> float:
     return float(torch.cat(windows).mean()) if windows else 0.0
 
 
-PARTS = {"plain": plain_part, "tasks": tasks_part, "batches": batches_part, "exits": exits_part}
+# ---- a trained head --------------------------------------------------------------------------------------------------
+
+
+def head_part(bench: Bench, save: Save) -> None:
+    """Train a head on the model's greedy answers to other prompts; how often its guesses are right on the tasks."""
+    llm, params = bench.llm("plain"), SamplingParams(temperature=0, max_tokens=SIZES.batch_tokens)
+    start = time.perf_counter()
+    examples = own_outputs(llm.engine, [llm.chat_prompt(m) for m in practice(SIZES.practice)], params)
+    wrote = time.perf_counter() - start
+    held_out = {task: own_outputs(llm.engine, bench.prompts(task, SIZES.texts), params) for task in TASKS}
+    head = new_head(load(MODEL, DEVICE, DTYPE), examples, most_token_ids=SIZES.token_ids)
+    everything, curve = [x for some in held_out.values() for x in some], []
+
+    def watch(step: int, loss: float) -> None:
+        if step == 0 or (step + 1) % max(1, SIZES.steps // 8) == 0:
+            curve.append({"step": step + 1, "loss": loss, "rates": agreement(head, everything, HEAD_GUESSES)})
+            print(curve[-1], flush=True)
+
+    with use("torch"):
+        start = time.perf_counter()
+        train_head(head, examples, SIZES.steps, progress=False, watch=watch)
+        seconds = time.perf_counter() - start
+        head.rates = agreement(head, everything, HEAD_GUESSES)
+        by_task = {task: agreement(head, some, HEAD_GUESSES) for task, some in held_out.items()}
+    save_head(head, HEAD)
+    print(head.rates, by_task, flush=True)
+    save({"examples": len(examples), "tokens": sum(x.count for x in examples), "seconds to write them": wrote,
+          "steps": SIZES.steps, "seconds": seconds, "token ids": SIZES.token_ids, "rates": head.rates,
+          "by task": by_task, "curve": curve, "parameters": sum(p.numel() for p in head.parameters())})  # fmt: skip
+
+
+PARTS = {"plain": plain_part, "exits": exits_part, "head": head_part, "tasks": tasks_part, "batches": batches_part}
 
 
 def main() -> None:
-    run_parts("chapter_14", PARTS, parts_asked(PARTS), Bench(), not SMALL)
+    run_parts("chapter_14", PARTS, parts_asked(PARTS, () if GPU or SMALL else ("head",)), Bench(), not SMALL)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """Short texts, and three tasks on them that repeat their prompt a lot, a little and not at all. Written for this
-repository; chapter 14's measurement asks for a copy with its spelling corrected, a summary, and a story.
+repository; chapter 14's measurement asks for a copy with its spelling corrected, a summary, and a story. `practice`:
+other prompts of these kinds and of others, to train a draft head on.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-__all__ = ["PASSAGES", "TASKS", "messages", "misspelled"]
+from minillm.data import split_paragraphs
+
+__all__ = ["PASSAGES", "TASKS", "messages", "misspelled", "practice"]
 
 PASSAGES = {
     "the library": [
@@ -93,6 +96,20 @@ PLACES = ["a harbor", "an old castle", "a desert town", "a night train", "the mo
           "a mountain hut", "a lighthouse", "a circus", "a school for wizards", "a quiet island"]  # fmt: skip
 HEROES = ["a clockmaker", "a shy fox", "two sisters", "a retired sailor", "a robot", "a young painter", "a lost letter",
           "a baker", "a talking cat", "a girl with a map", "a violinist", "an old gardener"]  # fmt: skip
+SUBJECTS = [
+    "bread", "rain", "bicycles", "chess", "volcanoes", "sleep", "trains", "honey", "maps", "glass", "music", "winter",
+    "paper", "whales", "gardens", "coffee", "bridges", "dreams", "clocks", "salt", "rivers", "cheese", "stars", "shoes",
+    "forests", "languages", "money", "robots", "tea", "mountains", "islands", "painting", "running", "cats", "history",
+    "friendship", "electricity", "the moon", "deserts", "cooking", "libraries", "insects", "the sea", "soap", "wool",
+    "photography", "memory", "a good letter", "earthquakes", "public speaking", "recycling", "camping", "a small town",
+    "swimming", "football", "the heart", "vaccines", "computers", "poetry", "wind", "ships", "birds", "pottery", "fire",
+]  # fmt: skip
+ASKED = [
+    "Explain {} to a child.", "Give me five tips about {}.", "Write a paragraph about {}.", "What is special about {}?",
+    "List the advantages and disadvantages of {}.", "Write a short poem about {}.", "How did people discover {}?",
+    "Write a short story about {}.", "Describe {} in three sentences.", "Write an email to a friend about {}.",
+    "What should everybody know about {}?", "Write a dialogue between two people about {}.",
+]  # fmt: skip
 
 
 def passage(i: int) -> str:
@@ -134,3 +151,19 @@ TASKS: dict[str, Callable[[int], str]] = {"copy-edit": _copy_edit, "summary": _s
 def messages(task: str, i: int) -> list[dict[str, str]]:
     """The i-th conversation of a task, for `LLM.chat_prompt`."""
     return [{"role": "user", "content": TASKS[task](i)}]
+
+
+def practice(count: int, seed: int = 0) -> Iterator[list[dict[str, str]]]:
+    """Conversations that are none of the tasks': half of them on other subjects, the others to correct or summarize
+    paragraphs of CPython's reference.
+    """
+    draw, told = random.Random(seed), split_paragraphs()[0]
+    paragraphs = [part for text in told.values() for part in text.split("\n\n") if 200 < len(part) < 800]
+    for i in range(count):
+        if i % 2 == 0:
+            asked = draw.choice(ASKED).format(draw.choice(SUBJECTS))
+        elif i % 4 == 1:
+            asked = "Correct the spelling of this text.\n\n" + draw.choice(paragraphs)
+        else:
+            asked = "Summarize this text.\n\n" + draw.choice(paragraphs)
+        yield [{"role": "user", "content": asked}]

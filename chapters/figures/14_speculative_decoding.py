@@ -1,5 +1,7 @@
 """Draw the figures of chapter 14: `python chapters/figures/14_speculative_decoding.py` writes 14_*.svg beside this."""
 
+from itertools import pairwise
+
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import FancyArrowPatch, Rectangle
@@ -54,8 +56,8 @@ def step() -> None:
     ax.text(x0 + unit + width / 2, 2.7, "given: three tokens", ha="center", va="bottom")
     for y, label in ((0.73, "computed"), (2.02, "drawn, each with\nits place's noise")):
         ax.text(x0 - 0.2, y, label, ha="right", va="center")
-    ax.text(x0 + 3 * unit + width, 0.08, "their keys and values: overwritten by the next step", ha="center", fontsize=7.5,
-            color=GRAY)  # fmt: skip
+    note = "their keys and values: overwritten by the next step"
+    ax.text(x0 + 3.5 * unit + width / 2, 0.08, note, ha="center", fontsize=7.5, color=GRAY)
     ax.plot([x0 + 3 * unit, x0 + 4 * unit + width], [0.22, 0.22], color=GRAY, lw=0.8)
     save(figure, "14_step")
 
@@ -126,7 +128,7 @@ def tasks() -> None:
         color, marker = TASKS[x["task"]]
         always = x["engines"]["always 8"]
         counts = [always["checks"], *always["right by place"]]
-        rates = [b / a for a, b in zip(counts, counts[1:], strict=False) if a]
+        rates = [b / a for a, b in pairwise(counts) if a]
         axes[0].plot(range(1, len(rates) + 1), rates, color=color, marker=marker, ms=4, lw=1.3, label=x["task"])
     axes[0].set(xlabel="place of the guess", ylabel="right, where those before are", ylim=(0, 1.04))
     axes[0].legend(fontsize=8)
