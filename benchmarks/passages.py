@@ -19,7 +19,7 @@ PASSAGES = {
         "The heating was repaired last winter after a pipe had burst above the map collection.",
         "Two rooms on the upper floor are reserved for students who prepare for their examinations.",
         "Volunteers sort the donated books every Saturday, and the duplicates are sold for a small sum.",
-        "A new catalogue went online in March, with photographs of every cover.",
+        "A new catalog went online in March, with photographs of every cover.",
     ],
     "the market": [
         "Every Wednesday the farmers of the valley bring their vegetables to the square in front of the town hall.",
@@ -34,10 +34,10 @@ PASSAGES = {
     "the bridge": [
         "The stone bridge across the river was finished in 1861 and carried carts for almost a century.",
         "Engineers measured its pillars last autumn and found cracks in the second and the fourth.",
-        "Heavy lorries must therefore take the motorway, which adds eleven kilometres to their journey.",
+        "Heavy lorries must therefore take the motorway, which adds eleven kilometers to their journey.",
         "Cyclists and pedestrians are not affected by the closure.",
         "The repair will cost about three million euros, of which the region pays one half.",
-        "Work begins in April, as soon as the water level has fallen below two metres.",
+        "Work begins in April, as soon as the water level has fallen below two meters.",
         "Divers will examine the foundations before the first stone is removed.",
         "If nothing unexpected happens, the bridge opens again before the harvest festival.",
     ],
@@ -59,14 +59,14 @@ PASSAGES = {
         "School classes come on weekday mornings and learn how to find north without a compass.",
         "The dome is opened by two electric motors, and by hand when the power fails.",
         "Last year the staff discovered a small asteroid and named it after the cleaning lady.",
-        "Tickets are free, but everyone has to walk the last five hundred metres in the dark.",
+        "Tickets are free, but everyone has to walk the last five hundred meters in the dark.",
     ],
     "the ferry": [
         "The ferry to the island leaves every forty minutes between sunrise and sunset.",
         "It carries twenty cars and about three hundred passengers, most of them in summer.",
         "The captain has worked on the same route for thirty-one years and knows every sandbank.",
         "Dogs travel for free, provided that they are kept on a short lead.",
-        "When the wind is stronger than eight, the crossing is cancelled without notice.",
+        "When the wind is stronger than eight, the crossing is canceled without notice.",
         "A small kitchen below deck serves soup, coffee and sandwiches with smoked fish.",
         "The new electric engines are so quiet that the gulls no longer fly away.",
         "Residents of the island pay half of the ordinary fare and need no reservation.",
@@ -83,7 +83,7 @@ PASSAGES = {
     ],
     "the lighthouse": [
         "The lighthouse at the northern cape has not needed a keeper since 1987.",
-        "Its lamp is controlled by a computer on the mainland, two hundred kilometres away.",
+        "Its lamp is controlled by a computer on the mainland, two hundred kilometers away.",
         "A family from the village looks after the building and paints it every third summer.",
         "The stairs have two hundred and sixteen steps, and there is no elevator.",
         "From the gallery you can watch whales between June and the middle of September.",
@@ -108,7 +108,7 @@ ASKED = [
     "Explain {} to a child.", "Give me five tips about {}.", "Write a paragraph about {}.", "What is special about {}?",
     "List the advantages and disadvantages of {}.", "Write a short poem about {}.", "How did people discover {}?",
     "Write a short story about {}.", "Describe {} in three sentences.", "Write an email to a friend about {}.",
-    "What should everybody know about {}?", "Write a dialogue between two people about {}.",
+    "What should everybody know about {}?", "Write a dialog between two people about {}.",
 ]  # fmt: skip
 
 

@@ -115,6 +115,7 @@ def gain() -> None:
     device = {"h100": "H100", "h200": "H200"}.get(measured_on("chapter_14", "h100", "h200") or "", "2 CPU cores")
     axes[1].semilogx(sizes, cost, "o-", color=BLUE, ms=4, lw=1.2, base=2, label=f"SmolLM2 on {device}")
     axes[1].set(xlabel="batch", ylabel="check of 8 guesses over a plain step", ylim=(0, 10))
+    axes[1].set_xticks([4**e for e in range(5)], [str(4**e) for e in range(5)])
     axes[1].legend(fontsize=8, loc="upper left")
     figure.tight_layout()
     save(figure, "14_gain")
@@ -133,10 +134,13 @@ def tasks() -> None:
     axes[0].set(xlabel="place of the guess", ylabel="right, where those before are", ylim=(0, 1.04))
     axes[0].legend(fontsize=8)
     for i, x in enumerate(rows):
-        for j, (name, color) in enumerate((("chosen", BLUE), ("always 8", SKY))):
-            value = x["engines"][name]["of plain"]
-            axes[1].bar(i + 0.36 * (j - 0.5), value, 0.34, color=color, label=name if i == 0 else None)
-            axes[1].text(i + 0.36 * (j - 0.5), value, f"{value:.2f}", ha="center", va="bottom", fontsize=8)
+        kinds = [(name, color) for name, color in (("chosen", BLUE), ("always 8", SKY), ("head", ORANGE))
+                 if name in x["engines"]]  # fmt: skip
+        width = 0.8 / len(kinds)
+        for j, (name, color) in enumerate(kinds):
+            value, at = x["engines"][name]["of plain"], i + width * (j - (len(kinds) - 1) / 2)
+            axes[1].bar(at, value, 0.94 * width, color=color, label=name if i == 0 else None)
+            axes[1].text(at, value, f"{value:.2f}", ha="center", va="bottom", fontsize=7.5)
     axes[1].axhline(1, color=GRAY, lw=0.8, ls=":")
     axes[1].set_xticks(range(len(rows)), [x["task"] for x in rows])
     axes[1].set_ylabel("tokens/s over plain decoding")
@@ -153,7 +157,9 @@ def batches() -> None:
     for name, (color, marker) in TASKS.items():
         mine = [x for x in rows if x["task"] == name]
         sizes = [x["batch"] for x in mine]
-        for engine, line in (("chosen", "-"), ("always 8", ":")):
+        for engine, line in (("chosen", "-"), ("always 8", ":"), ("head", "--")):
+            if any(engine not in x["engines"] for x in mine):
+                continue
             ax.semilogx(sizes, [x["engines"][engine]["of plain"] for x in mine], line, base=2, color=color,
                         marker=marker, ms=4, lw=1.4, label=f"{name}, {engine}")  # fmt: skip
     ax.axhline(1, color=GRAY, lw=0.8)
@@ -179,6 +185,11 @@ def exits() -> None:
             label="says the model's token")  # fmt: skip
     ax.plot(list(found), [gained(n) for n in found], "s--", color=WINE, ms=3.5, lw=1.2,
             label="best speed-up, checks free")  # fmt: skip
+    if head := recorded().get("head"):
+        rate = head["rates"][0]
+        ax.plot(layers, rate, "*", color=ORANGE, ms=11)
+        ax.annotate(f"trained head: {rate:.0%}", (layers, rate), xytext=(-8, 6), textcoords="offset points", ha="right",
+                    fontsize=8)  # fmt: skip
     ax.axhline(1, color=GRAY, lw=0.8, ls=":")
     ax.set(xlabel=f"layers before the exit, of {layers}", ylim=(0, 1.35))
     ax.legend(fontsize=8, loc="upper left")
