@@ -1,42 +1,35 @@
 """What chapter 14 quotes: SmolLM2 on three tasks, with guesses and without: how many are right, what that gains for one
-stream and for many, what a step with guesses costs, how often an early layer already knows the next token, and how
-often a trained head does.
+stream and for many, what a step with guesses costs, and how often an early layer already knows the next token.
 
-    python benchmarks/chapter_14.py               everything; on a CPU all but the head
+    python benchmarks/chapter_14.py               everything
     python benchmarks/chapter_14.py tasks exits   these parts again; the rest of the recorded file stays
     python benchmarks/chapter_14.py --small       few tokens: does it run? Nothing is recorded
 
 Engines run in turn, the same requests; the median of the rounds counts. Prompts come out of the prefix cache, so
 decoding is what is timed. Guesses: "chosen" checks as many as promise the most tokens a second, "always 8" all of them,
-both by prompt lookup; "head" is the trained head, as many as promise the most. The part `head` trains it and leaves it
-in `draft_head` below $OUT, else in the cache folder; the parts behind it measure it where it is. On a CPU there are
-fewer requests and shorter answers, and what counts is processor time, which others on the machine disturb less: set
-OMP_NUM_THREADS=1.
+both by prompt lookup; "head" is the head that draft_head.py has trained, where it is, as many as promise the most. On a
+CPU there are fewer requests and shorter answers, and what counts is processor time, which others on the machine disturb
+less: set OMP_NUM_THREADS=1.
 """
 
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from common import parts_asked, run_parts
-from minillm.engine.draft_head import save_head
-from minillm.engine.draft_training import agreement, new_head, own_outputs, train_head
-from passages import TASKS, messages, practice
+from speculation import MODEL, TASKS, asked, chat, head_folder
 
 from minillm import LLM, SamplingParams
 from minillm.engine.speculative import look_up_one
 from minillm.generate import cached
 from minillm.kernels import use
 from minillm.model import Transformer
-from minillm.model.weights import load, model_path
+from minillm.model.weights import load
 
-MODEL = "smollm2-135m-instruct"
 GPU, SMALL = torch.cuda.is_available(), "--small" in sys.argv[1:]
 DEVICE, DTYPE = ("cuda", "bfloat16") if GPU else ("cpu", "float32")
 COUNT = 8  # guesses
@@ -52,15 +45,12 @@ class Sizes:
     temperatures: tuple[float, ...]
     batches: tuple[int, ...]
     batch_tokens: int  # of each answer, exactly
-    texts: int  # of each task, for the early exits and to judge the head
-    practice: int  # prompts whose answers the head learns
-    steps: int
-    token_ids: int  # that it can guess
+    texts: int  # of each task, for the early exits
 
 
-FULL = Sizes(6, 192, 3, (0.0, 0.8), (1, 2, 4, 8, 16, 32, 64, 128, 256), 96, 16, 6000, 800, 16_384)
-ON_CPU = Sizes(1, 64, 2, (0.0,), (1, 4, 8), 24, 1, 8, 2, 1024)
-LITTLE = Sizes(1, 8, 1, (0.0, 0.8), (1, 2), 4, 1, 8, 2, 1024)
+FULL = Sizes(6, 192, 3, (0.0, 0.8), (1, 2, 4, 8, 16, 32, 64, 128, 256), 96, 16)
+ON_CPU = Sizes(1, 64, 2, (0.0,), (1, 4), 24, 1)
+LITTLE = Sizes(1, 8, 1, (0.0, 0.8), (1, 2), 4, 1)
 SIZES = LITTLE if SMALL else FULL if GPU else ON_CPU
 Save = Callable[[dict], None]
 clock = time.perf_counter if GPU else time.process_time
@@ -70,8 +60,6 @@ ENGINES: dict[str, dict[str, Any] | None] = {
     "always 8": {"method": "ngram", "num_speculative_tokens": COUNT, "adaptive": False},
     "head": None,  # once it is trained
 }
-HEAD = Path(os.environ.get("OUT") or model_path(MODEL).parent) / ("draft_head_small" if SMALL else "draft_head")
-HEAD_GUESSES = 4
 
 
 class Bench:
@@ -84,7 +72,7 @@ class Bench:
         if name not in self._llms:
             given = ENGINES[name]
             if name == "head":
-                given = {"method": "draft_head", "path": HEAD, "num_speculative_tokens": HEAD_GUESSES}
+                given = {"method": "draft_head", "path": head_folder(), "num_speculative_tokens": 4}
             start = time.perf_counter()
             self._llms[name] = LLM(
                 MODEL, dtype=DTYPE, max_model_len=512, max_num_seqs=max(SIZES.batches), enable_prefix_caching=True,
@@ -94,10 +82,10 @@ class Bench:
         return self._llms[name]
 
     def names(self) -> list[str]:
-        return [name for name in ENGINES if name != "head" or HEAD.is_dir()]
+        return [name for name in ENGINES if name != "head" or head_folder().is_dir()]
 
     def prompts(self, task: str, count: int) -> list[list[int]]:
-        return [self.llm("plain").chat_prompt(messages(task, i)) for i in range(count)]
+        return chat(self.llm("plain"), asked(task, count))
 
 
 def seconds_of(llm: LLM, prompts: Sequence[list[int]], params: SamplingParams, together: bool) -> tuple[float, list]:
@@ -261,42 +249,11 @@ def in_a_row(found: Sequence[torch.Tensor], length: int) -> float:
     return float(torch.cat(windows).mean()) if windows else 0.0
 
 
-# ---- a trained head --------------------------------------------------------------------------------------------------
-
-
-def head_part(bench: Bench, save: Save) -> None:
-    """Train a head on the model's greedy answers to other prompts; how often its guesses are right on the tasks."""
-    llm, params = bench.llm("plain"), SamplingParams(temperature=0, max_tokens=SIZES.batch_tokens)
-    start = time.perf_counter()
-    examples = own_outputs(llm.engine, [llm.chat_prompt(m) for m in practice(SIZES.practice)], params)
-    wrote = time.perf_counter() - start
-    held_out = {task: own_outputs(llm.engine, bench.prompts(task, SIZES.texts), params) for task in TASKS}
-    head = new_head(load(MODEL, DEVICE, DTYPE), examples, most_token_ids=SIZES.token_ids)
-    everything, curve = [x for some in held_out.values() for x in some], []
-
-    def watch(step: int, loss: float) -> None:
-        if step == 0 or (step + 1) % max(1, SIZES.steps // 8) == 0:
-            curve.append({"step": step + 1, "loss": loss, "rates": agreement(head, everything, HEAD_GUESSES)})
-            print(curve[-1], flush=True)
-
-    with use("torch"):
-        start = time.perf_counter()
-        train_head(head, examples, SIZES.steps, progress=False, watch=watch)
-        seconds = time.perf_counter() - start
-        head.rates = agreement(head, everything, HEAD_GUESSES)
-        by_task = {task: agreement(head, some, HEAD_GUESSES) for task, some in held_out.items()}
-    save_head(head, HEAD)
-    print(head.rates, by_task, flush=True)
-    save({"examples": len(examples), "tokens": sum(x.count for x in examples), "seconds to write them": wrote,
-          "steps": SIZES.steps, "seconds": seconds, "token ids": SIZES.token_ids, "rates": head.rates,
-          "by task": by_task, "curve": curve, "parameters": sum(p.numel() for p in head.parameters())})  # fmt: skip
-
-
-PARTS = {"plain": plain_part, "exits": exits_part, "head": head_part, "tasks": tasks_part, "batches": batches_part}
+PARTS = {"plain": plain_part, "exits": exits_part, "tasks": tasks_part, "batches": batches_part}
 
 
 def main() -> None:
-    run_parts("chapter_14", PARTS, parts_asked(PARTS, () if GPU or SMALL else ("head",)), Bench(), not SMALL)
+    run_parts("chapter_14", PARTS, parts_asked(PARTS), Bench(), not SMALL)
 
 
 if __name__ == "__main__":

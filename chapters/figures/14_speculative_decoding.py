@@ -185,8 +185,9 @@ def exits() -> None:
             label="says the model's token")  # fmt: skip
     ax.plot(list(found), [gained(n) for n in found], "s--", color=WINE, ms=3.5, lw=1.2,
             label="best speed-up, checks free")  # fmt: skip
-    if head := recorded().get("head"):
-        rate = head["rates"][0]
+    if where := measured_on("draft_head", "h100", "h200"):
+        found_rates = results("draft_head", where)["agreement of guess 1, 2, ..., those before right"].values()
+        rate = float(np.mean([x["trained"][0] for x in found_rates]))
         ax.plot(layers, rate, "*", color=ORANGE, ms=11)
         ax.annotate(f"trained head: {rate:.0%}", (layers, rate), xytext=(-8, 6), textcoords="offset points", ha="right",
                     fontsize=8)  # fmt: skip
