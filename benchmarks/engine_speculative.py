@@ -100,7 +100,7 @@ def speculative(bench: Bench) -> dict | None:
     bench.free()
     exact = differences(engines(dtype="float32", enforce_eager=True, max_num_seqs=32), 8 if GPU else 1, 96)
     gc.collect()
-    llms = engines(gpu_memory_utilization=0.25, **bench.options) if GPU else engines(max_num_seqs=4)
+    llms = engines(**bench.options) if GPU else engines(max_num_seqs=4)
     rows: dict[str, Any] = {"fp32": exact, "16 bits, graphs": differences(llms, 8, output) if GPU else {}}
     for task in TASKS:
         rows[task] = {}

@@ -147,8 +147,9 @@ class LLM:
     The other arguments are those of `EngineConfig`: max_model_len, max_num_seqs, max_num_batched_tokens, block_size,
     enable_prefix_caching, gpu_memory_utilization, enforce_eager, async_scheduling, ... speculative_config, a dictionary
     with the fields of `SpeculativeConfig`, lets a step give several tokens: {"method": "ngram",
-    "num_speculative_tokens": 8}. Raises ValueError for an
-    argument that does not fit, and MemoryError when the device has no room, with what was expected.
+    "num_speculative_tokens": 8}, or {"method": "draft_head", "path": "a/trained/head", "num_speculative_tokens": 4}.
+    Raises ValueError for an argument that does not fit, and MemoryError when the device has no room, with what was
+    expected.
 
     Threads may share an LLM: what several generate at once runs in one batch.
     """

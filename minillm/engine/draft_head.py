@@ -276,30 +276,27 @@ class HeadRunner(SpeculativeRunner):
         return self.states.hidden[0].index_select(0, torch.where(positions < 0, self.states.nothing, slots))
 
     def _guesses(self, rows: Tensor, lengths: Tensor, count: int) -> Tensor:
-        """By one pass of the head after another, a token a sequence."""
-        table, layout, sequences = self.table, self.table.layout, len(rows)
-        guessed = table.steps[2, :sequences] - 1  # how many guesses each may have
-        last = lengths.long() - 1
+        """By one pass of the head after another, a token a sequence. Of a sequence that may have fewer guesses nothing
+        is stored or read beyond these.
+        """
+        table, layout, size, sequences = self.table, self.table.layout, self.config.block_size, len(rows)
+        sequence, last = torch.arange(sequences, device=self.device), lengths.long() - 1
         tables = table.matrix[:, layout.first_block :].index_select(0, rows)
+        ahead = torch.arange(count, device=self.device)[:, None]
+        # What all passes need, at once, [count, S] each: a graph of many small kernels takes longer than their work.
+        positions = (last + ahead).clamp(0, self.last_position)
+        used = table.steps[2, :sequences] - 1 > ahead
+        slots = torch.where(used, tables[sequence, positions // size].long() * size + positions % size, -1)
+        lens = torch.where(used, positions + 1, 0).int()
+        bounds = torch.arange(sequences + 1, dtype=torch.int32, device=self.device)
+        on_torch = KERNELS["paged_attention"].path(tables) == "torch"
         token = table.matrix[rows, layout.first_token + last.clamp(min=0)].long()
-        hidden = self._hidden(tables, torch.arange(sequences, device=self.device), last - 1)
+        hidden = self._hidden(tables, sequence, last - 1)
         guesses = []
-        for ahead in range(count):
-            positions = (last + ahead).clamp(0, self.last_position)
-            batch = self._one_each(token, positions, guessed > ahead, tables)
-            hidden = self.head(token, hidden, positions, self.cache.layers[-1], batch)
+        for place, slot, length in zip(positions, slots, lens, strict=True):
+            plan = AttentionPlan(tables, length, bounds, size) if on_torch else None
+            batch = Batch(token, place, slot, bounds, length, tables, 1, sequence, length, {}, plan)
+            hidden = self.head(token, hidden, place, self.cache.layers[-1], batch)
             token = self.head.best(hidden)
             guesses.append(token)
         return torch.stack(guesses, 1).int()
-
-    def _one_each(self, token_ids: Tensor, positions: Tensor, used: Tensor, tables: Tensor) -> Batch:
-        """The batch of one token a sequence; of those that are not `used` [S] bool nothing is stored or read."""
-        size, sequences = self.config.block_size, len(token_ids)
-        bounds = torch.arange(sequences + 1, dtype=torch.int32, device=self.device)
-        blocks = tables.gather(1, (positions // size)[:, None])[:, 0].long()
-        slots = torch.where(used, blocks * size + positions % size, -1)
-        lens = torch.where(used, positions + 1, 0).int()
-        plan = None
-        if KERNELS["paged_attention"].path(tables) == "torch":
-            plan = AttentionPlan(tables, lens, bounds, size)
-        return Batch(token_ids, positions, slots, bounds, lens, tables, 1, bounds[:-1], lens, {}, plan)

@@ -391,7 +391,8 @@ class Runner:
         self.table.steps[2] = 0  # a draw that is tried out gives nobody a token
         for sequences in reversed(sizes):
             for kind in (replace(like, filtered=True), replace(like, filtered=False)):
-                self.draw_graphs[sequences, kind] = self._record("draws", partial(self._draw, sequences, kind))
+                if (sequences, kind) not in self.draw_graphs:
+                    self.draw_graphs[sequences, kind] = self._record("draws", partial(self._draw, sequences, kind))
         self.table.steps.copy_(steps)
 
     def _draw_graph(self, sequences: int, kind: Kind) -> Drawn:

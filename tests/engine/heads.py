@@ -17,12 +17,12 @@ from .conftest import tiny_model
 PROMPTS = [[1, 2, 3], [4, 5], [6] * 9, [1, 2, 3, 4, 9], [3], [0, 0, 1], [2, 2], [1, 2, 3, 4, 5, 6, 7, 8, 9, 1]]
 
 
-def trained(model: Transformer, prompts: list[list[int]], steps: int = 60) -> DraftHead:
+def trained(model: Transformer, prompts: list[list[int]], steps: int = 300) -> DraftHead:
     """A head that has learnt by heart what the model says to these prompts, more or less."""
     engine = Engine(model, num_blocks=200, block_size=4, max_num_seqs=len(prompts), enforce_eager=True)
     examples = own_outputs(engine, prompts, SamplingParams(temperature=0, max_tokens=40, ignore_eos=True))
     head = new_head(model, examples, most_token_ids=model.config.vocab_size - 5)
-    train_head(head, examples, steps, lr=6e-3, batch_size=8, progress=False)
+    train_head(head, examples, steps, lr=1e-2, batch_size=8, progress=False)
     return head
 
 

@@ -54,7 +54,7 @@ def test_tokens_are_those_of_plain_decoding(async_scheduling, options):
     engine = with_head(async_scheduling=async_scheduling, **options)
     for _ in range(2):  # then with a prefix cache
         exact(engine, JOBS)
-    assert engine.metrics.num_accepted_tokens > 30
+    assert min(engine.metrics.num_accepted_tokens_per_pos) >= 5
     assert (engine.metrics.num_preemptions > 0) == (options.get("num_blocks") == 18)
 
 
@@ -157,7 +157,7 @@ def test_a_copy_on_write_takes_hidden_states_along():
 def test_constraints_hold_along_guesses(async_scheduling, options, tmp_path):
     todo = constraints.jobs(most=30)
     plain = constraints.run(constraints.engine(), todo)
-    path = save_head(trained(constraints.model(), [r.tokens()[:4] for r in plain], steps=20), tmp_path / "head")
+    path = save_head(trained(constraints.model(), [r.tokens()[:4] for r in plain], steps=60), tmp_path / "head")
     engine = with_head(
         model=constraints.model(), path=path, tokenizer=constraints.tokenizer(), async_scheduling=async_scheduling,
         **{"max_num_seqs": 6, **options},
@@ -331,7 +331,7 @@ def test_graphs_with_a_head(async_scheduling):
     assert {width for _, width in engine.runner.guess_graphs} == {2, 4}
     for _ in range(2):
         exact(engine, JOBS, "cuda")
-    assert engine.metrics.num_accepted_tokens > 30
+    assert engine.metrics.num_accepted_tokens > 50
     eager = with_head(model=tiny_model("cuda"), path=head_path("plain", "cuda"), enforce_eager=True, **options)
     exact(eager, JOBS, "cuda")
     found, right = contents(engine), contents(eager)
