@@ -426,15 +426,19 @@ KV_CACHE_DTYPES = ("auto", "float32", "float16", "bfloat16", "int8", "fp8")
 @dataclass(frozen=True)
 class StepCosts:
     """How many seconds a step takes by its number of tokens, as (tokens, seconds) pairs in ascending order: `plain`
-    steps, and those with guesses, `checked`. Raises ValueError for none, or another order.
+    steps, and those with guesses, `checked`.
+
+    padded: of an engine whose steps are CUDA graphs, what those with guesses take, whatever they hold: by width (tokens
+    of each sequence, one and its guesses), then as (sequences, seconds) pairs, one for each graph.
+    Raises ValueError for none, or another order.
     """
 
     plain: tuple[tuple[int, float], ...]
     checked: tuple[tuple[int, float], ...]
+    padded: tuple[tuple[int, tuple[tuple[int, float], ...]], ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("plain", "checked"):
-            pairs = getattr(self, name)
+        for name, pairs in (("plain", self.plain), ("checked", self.checked), *(("padded", p) for _, p in self.padded)):
             if not pairs or any(a[0] >= b[0] for a, b in pairwise(pairs)) or any(s <= 0 for _, s in pairs):
                 raise ValueError(f"{name}: expected (tokens, seconds) pairs, tokens ascending, got {pairs!r}")
 
@@ -443,7 +447,8 @@ class StepCosts:
 class SpeculativeConfig:
     """How an engine guesses tokens, with vLLM's names. What it gives does not depend on it, only how fast.
 
-    - method: "ngram", prompt lookup: what followed the last time that the text ended as it does now.
+    - method: "ngram", prompt lookup: what followed the last time that the text ended as it does now; or "draft_head",
+      what a small network says that was trained on this model (`engine/draft_head.py`). path: the latter's folder.
     - num_speculative_tokens: guesses that a step checks of one request, at most.
     - prompt_lookup_max, prompt_lookup_min: how many tokens must agree; the longest agreement wins. min None: 2, or max
       if that is less.
@@ -459,10 +464,14 @@ class SpeculativeConfig:
     prompt_lookup_min: int | None = None
     adaptive: bool = True
     step_costs: StepCosts | None = None
+    path: str | Path | None = None
 
     def __post_init__(self) -> None:
-        if self.method != "ngram":
-            raise ValueError(f"method: expected 'ngram', got {self.method!r}")
+        if self.method not in ("ngram", "draft_head"):
+            raise ValueError(f"method: expected 'ngram' or 'draft_head', got {self.method!r}")
+        if (self.method == "draft_head") != isinstance(self.path, str | Path):
+            expected = "the folder of a draft head" if self.method == "draft_head" else "None with 'ngram'"
+            raise ValueError(f"path: expected {expected}, got {self.path!r}")
         if self.prompt_lookup_min is None and isinstance(self.prompt_lookup_max, int):
             object.__setattr__(self, "prompt_lookup_min", min(2, self.prompt_lookup_max))
         for name in ("num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min"):
@@ -482,6 +491,14 @@ class SpeculativeConfig:
     def least(self) -> int:
         """`prompt_lookup_min`, once it is known."""
         return self.prompt_lookup_min or 1
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """For how many places of each sequence a step may draw: one; or one and all guesses, half of them, a quarter.
+        A step has the least that its longest guess fits into, so that a short one does not pay for a long one.
+        """
+        most = self.num_speculative_tokens
+        return tuple(sorted({1, *(1 + n for n in (most, most // 2, most // 4))}))
 
 
 @dataclass(frozen=True)
@@ -518,7 +535,12 @@ class EngineConfig:
     @property
     def most_per_step(self) -> int:
         """Tokens that a step may give a request."""
-        return 1 if self.speculative is None else 1 + self.speculative.num_speculative_tokens
+        return self.widths[-1]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """For how many places of each sequence a step may draw, ascending."""
+        return (1,) if self.speculative is None else self.speculative.widths
 
     def __post_init__(self) -> None:
         least_of = {"block_size": 1, "max_num_seqs": 1, "max_num_batched_tokens": 1, "max_model_len": 2,

@@ -10,11 +10,17 @@ The terms of the sum fall with j, and requests do not disturb each other: so for
 of the largest terms, and one pass over the sorted terms finds the best of all totals. No guess at all is one of the
 totals, so by this model speculation is never slower than plain decoding.
 
-P_i is measured (`Acceptance`). While nothing is guessed there is nothing to measure: then the host looks up guesses for
-itself now and then, and compares them with the tokens that come. That costs the device nothing, so a request whose text
-does not repeat itself is decoded as without speculation, and one that begins to is noticed.
+Where steps are CUDA graphs, a step costs what its graph costs, whatever it holds: S sequences of w tokens each. Then a
+guess that fits into the graph is for nothing, and what is left to choose is w (`best_width`).
+
+P_i is measured (`Acceptance`). While nothing is guessed there is nothing to measure. Guesses that are looked up the
+host then looks up for itself now and then, and compares them with the tokens that come. That costs the device nothing,
+so a request whose text does not repeat itself is decoded as without speculation, and one that begins to is noticed.
+Those of a draft head nobody knows but the device: but how often they are right is known from its training, and what
+was seen of a request, or of all, is forgotten with time, so that they are tried again.
 """
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -29,12 +35,13 @@ if TYPE_CHECKING:
     from .request import Request
     from .scheduler import Scheduler
 
-__all__ = ["Acceptance", "Speculation", "best_lengths", "room", "seconds"]
+__all__ = ["Acceptance", "Speculation", "best_lengths", "best_width", "room", "seconds"]
 
 MEMORY = 0.95  # what an observation still counts after the next one
 PRIOR = 1.0  # observations that what is known of all requests together counts as, for each of them
 GAIN = 1.03  # by how much guessing must be better than not, as probabilities are estimates
 WATCHED = 2  # requests that begin to be watched in a step, about: that takes the host up to 0.2 ms each
+FORGOTTEN = 32  # tokens without a guess after which what was seen counts half, where nothing can be watched
 
 
 @dataclass
@@ -66,6 +73,11 @@ class Acceptance:
         """The guess for this place was right or not, and all before it were."""
         self.tried[place] = MEMORY * self.tried[place] + 1
         self.right[place] = MEMORY * self.right[place] + right
+        self.chances = None
+
+    def forget(self) -> None:
+        """What was seen is old."""
+        self.tried, self.right = [0.5 * n for n in self.tried], [0.5 * n for n in self.right]
         self.chances = None
 
     def rates(self, prior: Sequence[float]) -> list[float]:
@@ -101,6 +113,21 @@ def best_lengths(chances: Sequence[Sequence[float]], others: int, budget: int, c
     return np.bincount(whose[order[:most]], minlength=len(chances)).tolist()
 
 
+def best_width(chances: Sequence[Sequence[float]], budget: int, costs: StepCosts) -> int:
+    """How many tokens of each request a step should have for the most tokens a second, of `costs.padded`; 1: no guess.
+    chances and budget: as for `best_lengths`.
+    """
+    requests = len(chances)
+    best, goodput = 1, GAIN * requests / seconds(costs.plain, requests)
+    for width, pairs in costs.padded:
+        at = bisect.bisect_left(pairs, (requests, 0.0))  # the least graph that has room
+        if at < len(pairs) and requests * width <= budget:
+            gain = requests + sum([sum(row[: width - 1]) for row in chances])
+            if gain / pairs[at][1] > goodput:
+                best, goodput = width, gain / pairs[at][1]
+    return best
+
+
 def seconds(pairs: Sequence[tuple[int, float]], tokens: Any) -> Any:
     """What steps of so many tokens take (a number or an array), by straight lines between the (tokens, seconds) pairs,
     and beyond them as between the last two; before the first: as that.
@@ -111,11 +138,17 @@ def seconds(pairs: Sequence[tuple[int, float]], tokens: Any) -> Any:
 
 
 class Speculation:
-    """Says how many guesses the next step may check of each request. costs: of steps; None: always all guesses."""
+    """Says how many guesses the next step may check of each request. costs: of steps; None: always all guesses. rates:
+    how often guesses are right, before any was seen, given that those before are; None: that must be watched first.
+    """
 
-    def __init__(self, config: SpeculativeConfig, costs: StepCosts | None, budget: int) -> None:
+    def __init__(
+        self, config: SpeculativeConfig, costs: StepCosts | None, budget: int, rates: Sequence[float] | None = None
+    ) -> None:  # fmt: skip
         self.config, self.costs, self.budget = config, costs, budget
         self.count = config.num_speculative_tokens
+        self.is_watched = rates is None
+        self.rates = [0.0] + [0.5] * (self.count - 1) if rates is None else list(rates)
         self.all = Acceptance.of(self.count)
         self.stride = 1  # a request is watched at every so many of its tokens
 
@@ -127,7 +160,7 @@ class Speculation:
             for request, most in zip(running, rooms, strict=True):
                 request.drafts = most
             return
-        prior = self.all.rates([0.0] + [0.5] * (self.count - 1))
+        prior = self.all.rates(self.rates)
         chances, decoding, others = [], [], sum(r.num_tokens - r.num_computed for r in scheduler.waiting[:1])
         for request, most in zip(running, rooms, strict=True):
             request.drafts = 0
@@ -140,9 +173,14 @@ class Speculation:
                 others += needed
         self.stride = 1 + len(running) // WATCHED
         if any(row and row[0] > GAIN - 1 for row in chances):
-            lengths = best_lengths(chances, min(others, self.budget), self.budget, self.costs)
-            for request, length in zip(decoding, lengths, strict=True):
+            for request, length in zip(decoding, self._lengths(chances, others, self.costs), strict=True):
                 request.drafts = length
+
+    def _lengths(self, chances: Sequence[Sequence[float]], others: int, costs: StepCosts) -> list[int]:
+        if not costs.padded:
+            return best_lengths(chances, min(others, self.budget), self.budget, costs)
+        width = 1 if others else best_width(chances, self.budget, costs)  # a prompt takes what guesses would
+        return [min(width - 1, len(row)) for row in chances]
 
     def _known(self, request: "Request") -> Acceptance:
         if request.acceptance is None:
@@ -157,7 +195,12 @@ class Speculation:
             self._known(request).learn(num_guesses, len(tokens) - 1)
             self.all.learn(num_guesses, len(tokens) - 1)
         else:
-            self._watch(request, tokens[0])
+            (self._watch if self.is_watched else self._forget)(request, tokens[0])
+
+    def _forget(self, request: "Request", _: int) -> None:
+        if len(request.output_token_ids) % max(self.stride, FORGOTTEN) == 0:
+            self._known(request).forget()
+            self.all.forget()
 
     def _watch(self, request: "Request", token: int) -> None:
         """Would a guess have been this token?"""

@@ -28,6 +28,7 @@ from ..model.tokenizer_hf import HuggingFaceTokenizer
 from ..sampling import SamplingParams, new_seed
 from .batch import OPTIONS, RowLayout
 from .constraints import Constraints, Follower, Masks, masks_of
+from .draft_head import HeadRunner
 from .draft_length import Speculation
 from .metrics import EngineMetrics, LogLine
 from .request import Request, known
@@ -154,7 +155,9 @@ class Engine:
     @property
     def runner_class(self) -> type[Runner]:
         """What runs the steps. A subclass may guess in another way."""
-        return Runner if self.config.speculative is None else SpeculativeRunner
+        if self.config.speculative is None:
+            return Runner
+        return HeadRunner if self.config.speculative.method == "draft_head" else SpeculativeRunner
 
     def _speculation(self) -> Speculation | None:
         asked = self.config.speculative
@@ -163,7 +166,8 @@ class Engine:
         costs = asked.step_costs
         if costs is None and asked.adaptive and isinstance(self.runner, SpeculativeRunner):
             costs = self.runner.measure()
-        return Speculation(asked, costs if asked.adaptive else None, known(self.config.max_num_batched_tokens))
+        budget, rates = known(self.config.max_num_batched_tokens), getattr(self.runner, "rates", None)
+        return Speculation(asked, costs if asked.adaptive else None, budget, rates)
 
     def reset(self) -> None:
         """Drop everything: requests (as aborted), steps on their way, and what the prefix cache holds."""
@@ -181,7 +185,7 @@ class Engine:
             self.slots.held = [0] * self.slots.count
         self.scheduler = Scheduler(self.pool, self.config.max_num_seqs, budget, self.metrics, self.slots)
         self.table = RequestTable(
-            self.layout, self.config.max_num_seqs, self.model_config.vocab_size, self.config.most_per_step
+            self.layout, self.config.max_num_seqs, self.model_config.vocab_size, self.config.widths
         )
         self.requests.clear()
         self._in_flight: list[InFlight] = []

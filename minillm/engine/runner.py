@@ -35,7 +35,7 @@ from ..kernels import (
     trusted,
 )
 from ..model import Transformer
-from .batch import DeviceTable, RowLayout, to_device
+from .batch import Batch, DeviceTable, RowLayout, to_device
 from .constraints import Masks
 from .request import known
 from .table import Edits, Plan
@@ -280,12 +280,16 @@ class Runner:
         """Everything that a graph of `forward` holds: from rows to hidden states, those that give tokens in `_last`."""
         with dependent_launch(), trusted():
             batch = self.table.batch(tokens, sequences, decode, max_seqlen_k, slots, max_seqlen_q)
-            hidden_states = self.model(batch.token_ids, batch, self.cache)  # [N, hidden]
+            hidden_states = self._layers(batch)  # [N, hidden]
             rows = batch.logit_rows if width == 1 else self.table.logit_rows(batch.logit_rows, width)
             self._last[: sequences * width] = hidden_states if decode else hidden_states[rows]  # [S W, hidden]
         if self._all is not None and not decode:
             self._all[:tokens] = hidden_states
         self._hidden_states = hidden_states
+
+    def _layers(self, batch: Batch) -> Tensor:
+        """Hidden states of the batch's tokens, [N, hidden]; keys and values go into the cache."""
+        return self.model(batch.token_ids, batch, self.cache)
 
     def _draw(self, sequences: int, kind: Kind) -> Drawn:
         """Everything that a graph of `draw` holds: from hidden states to tokens [S, W], in the rows too."""

@@ -107,15 +107,18 @@ def count_given(drawn: Tensor, guesses: Tensor, most: Tensor) -> Tensor:
 
 
 class SpeculativeRunner(Runner):
-    """A runner whose steps may have guesses. Whoever guesses otherwise overrides `guess`."""
+    """A runner whose steps may have guesses. Whoever guesses otherwise overrides `guess`; or, to know more than tokens,
+    `_guesses`.
+    """
 
     def __init__(self, model: Transformer, config: EngineConfig, layout: RowLayout) -> None:
         super().__init__(model, config, layout)
         self.speculative = config.speculative or SpeculativeConfig()
         self.num_guesses = self.speculative.num_speculative_tokens
+        self.widths = self.speculative.widths[1:]  # of steps with guesses
         self.check_sizes: list[int] = []  # of sequences, where graphs are recorded
         self._told: tuple[Tensor, torch.cuda.Event | None] | None = None  # guesses on their way to the host
-        self.guess_graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.guess_graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # by sequences and width
 
     def guess(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """tokens [S, T] int32 of rows of these lengths [S] int32 -> what follows them, [S, num_guesses] int32."""
@@ -128,10 +131,10 @@ class SpeculativeRunner(Runner):
             return
         at = bisect.bisect_left(self.check_sizes, plan.num_sequences)
         if at < len(self.check_sizes):
-            graph, guesses = self.guess_graphs[self.check_sizes[at]]
+            graph, guesses = self.guess_graphs[self.check_sizes[at], plan.width]
             graph.replay()
         else:
-            guesses = self._guess(plan.num_sequences)
+            guesses = self._guess(plan.num_sequences, plan.width)
         if plan.constrained:
             self._told = self._to_host(guesses[: plan.num_sequences]), None
             if self._copying is not None:
@@ -139,21 +142,25 @@ class SpeculativeRunner(Runner):
                 event.record(self._copying)
                 self._told = self._told[0], event
 
-    def _guess(self, sequences: int) -> Tensor:
-        """Guesses [S, num_guesses], also written behind the sequences' tokens, where the batch finds them."""
-        table = self.table
-        rows = table.steps[0, :sequences].long()
-        first = table.layout.first_token
-        tokens = table.matrix[:, first : table.layout.first_block].index_select(0, rows)
-        lengths = table.matrix[rows, 0]
-        guesses = self.guess(tokens, lengths)
-        table.matrix[rows[:, None], self._behind(lengths)] = guesses
+    @torch.inference_mode()
+    def _guess(self, sequences: int, width: int) -> Tensor:
+        """Guesses [S, width - 1], also written behind the sequences' tokens, where the batch finds them."""
+        matrix = self.table.matrix
+        rows = self.table.steps[0, :sequences].long()
+        lengths = matrix[rows, 0]
+        guesses = self._guesses(rows, lengths, width - 1)
+        matrix[rows[:, None], self._behind(lengths, width - 1)] = guesses
         return guesses
 
-    def _behind(self, lengths: Tensor) -> Tensor:
-        """The columns of the guesses, [S, num_guesses]."""
-        ahead = torch.arange(self.num_guesses, device=self.device)
-        return self.table.layout.first_token + lengths.long()[:, None] + ahead
+    def _guesses(self, rows: Tensor, lengths: Tensor, count: int) -> Tensor:
+        """rows [S] int64 of the table, tokens in each [S] int32 -> what follows these, [S, count] int32."""
+        layout = self.table.layout
+        tokens = self.table.matrix[:, layout.first_token : layout.first_block].index_select(0, rows)
+        return self.guess(tokens, lengths)[:, :count]
+
+    def _behind(self, lengths: Tensor, count: int) -> Tensor:
+        """The columns of the guesses, [S, count]."""
+        return self.table.layout.first_token + lengths.long()[:, None] + torch.arange(count, device=self.device)
 
     def guesses(self, plan: Plan) -> list[list[int]]:
         if plan.width == 1 or self._told is None:
@@ -163,28 +170,28 @@ class SpeculativeRunner(Runner):
             copied.synchronize()  # they were there before the layers began
         return [row[: max(0, most - 1)] for row, most in zip(found.tolist(), plan.steps[2].tolist(), strict=False)]
 
-    # ---- CUDA graphs: for so many sequences, each with all guesses; a step with fewer is padded ----------------------
+    # ---- CUDA graphs: for so many sequences, each with so many guesses; a step with fewer is padded ------------------
 
     @torch.inference_mode()
     def capture(self) -> None:
         """As the base does; and guessing, and layers and draws of steps that have guesses."""
         super().capture()
         self.check_sizes = [n for n in powers_of_2(self.decode_sizes) if self._fits(n)]
-        for n in reversed(self.check_sizes):
-            self.guess_graphs[n] = self._record("guesses", partial(self._guess, n))  # copied while the layers run
-        self._record_draws(self.check_sizes, Kind(width=1 + self.num_guesses))
+        for width in self.widths:
+            for n in reversed(self.check_sizes):  # guesses are copied to the host while the layers run: memory apart
+                self.guess_graphs[n, width] = self._record("guesses", partial(self._guess, n, width))
+            self._record_draws(self.check_sizes, Kind(width=width))
 
     def _fits(self, sequences: int) -> bool:
         return sequences * (1 + self.num_guesses) <= self.max_num_batched_tokens
 
     def _shapes(self, slots: int) -> list[Shape]:
-        width = 1 + self.num_guesses
+        shapes = super()._shapes(slots)
         small = [n for n in powers_of_2(self.decode_sizes) if self._fits(n)]
-        return [
-            *super()._shapes(slots),
-            *((n * width, n, False, None, slots, width, width) for n in small),
-            *((n, self.max_num_seqs, False, None, slots, width, None) for n in self.mixed_sizes),
-        ]
+        for width in self.widths:
+            shapes += [(n * width, n, False, None, slots, width, width) for n in small]
+            shapes += [(n, self.max_num_seqs, False, None, slots, width, None) for n in self.mixed_sizes]
+        return shapes
 
     def _shape(self, plan: Plan, slots: int) -> Shape | None:
         if plan.width > 1 and np.diff(plan.steps[3, : plan.num_sequences + 1]).max() <= plan.width:
@@ -196,7 +203,7 @@ class SpeculativeRunner(Runner):
     # ---- what steps cost ---------------------------------------------------------------------------------------------
 
     def measure(self) -> StepCosts:
-        """Run plain steps and steps with all guesses, of some sizes, and see how long they take.
+        """Run plain steps and steps with guesses, of some sizes, and see how long they take.
 
         Before the first request: what they write goes into the padding's row and into a block that nobody has yet.
         """
@@ -206,13 +213,16 @@ class SpeculativeRunner(Runner):
         )
         while sizes[-1] < most:
             sizes.append(min(4 * sizes[-1], most))
-        plain = tuple((n, self._seconds(n, 1)) for n in sizes)
-        checked = tuple((n * width, self._seconds(n, width)) for n in sizes)
+        padded = tuple((w, tuple((n, self._seconds(n, w)) for n in self.check_sizes)) for w in self.widths)
+        plain = tuple((n, self._seconds(n, 1)) for n in self.check_sizes or sizes)
+        checked = dict(padded).get(width) or tuple((n, self._seconds(n, width)) for n in sizes)
         self.table.matrix[self.table.padding] = 0
-        return StepCosts(plain, checked)
+        return StepCosts(plain, tuple((n * width, s) for n, s in checked), padded if self.check_sizes else ())
 
-    def _seconds(self, sequences: int, count: int, times: int = 3) -> float:
-        """The shortest of some steps, after one that does not count."""
+    def _seconds(self, sequences: int, count: int) -> float:
+        """A step's time, while steps follow one another as they do with asynchronous scheduling: where the device is
+        one of its own, it computes a step while the host launches the next. The shortest of some, after a first one.
+        """
         steps = self.table.nobody()
         ends = np.arange(1, sequences + 1, dtype=np.int32) * count
         steps[1, :sequences], steps[2, :sequences], steps[3, 1:] = -1, count, ends[-1]
@@ -220,14 +230,16 @@ class SpeculativeRunner(Runner):
         nothing = np.zeros(0, np.int64)
         plan = Plan(
             nothing, nothing.astype(np.int32), steps, sequences * count, sequences, np.arange(sequences),
-            width=1 if count == 1 else 1 + self.num_guesses,
+            width=1 if count == 1 else next(width for width in self.widths if width >= count),
         )  # fmt: skip
-        took = []
-        for _ in range(1 + times):
-            self.table.matrix[self.table.padding, 0] = 1
+        took, steps_each = [], 1 if self.device.type == "cpu" else 4
+        for _ in range(4):
             start = time.perf_counter()
-            self.launch(plan).read()
-            took.append(time.perf_counter() - start)
+            for _ in range(steps_each):
+                self.table.matrix[self.table.padding, 0] = 1
+                flight = self.launch(plan)
+            flight.read()
+            took.append((time.perf_counter() - start) / steps_each)
         return min(took[1:])
 
     # ---- checking ----------------------------------------------------------------------------------------------------
@@ -238,7 +250,7 @@ class SpeculativeRunner(Runner):
         sequences = len(logits) // kind.width
         most, lengths = self.table.steps[2, :sequences], self.table.lengths[:sequences]
         rows = self.table.steps[0, :sequences].long()
-        guesses = self.table.matrix[rows[:, None], self._behind(lengths)]
+        guesses = self.table.matrix[rows[:, None], self._behind(lengths, kind.width - 1)]
         if kind.filtered:
             drawn = self._one_by_one(logits.view(sequences, kind.width, -1), guesses, most)
         else:
@@ -253,6 +265,6 @@ class SpeculativeRunner(Runner):
         drawn, active = [], most > 0
         for place in range(logits.shape[1]):
             drawn.append(self._choose(logits[:, place], True, place, active))
-            if place < self.num_guesses:
+            if place < guesses.shape[1]:
                 active = active & (place + 1 < most) & (drawn[-1] == guesses[:, place])
         return torch.stack(drawn, 1)

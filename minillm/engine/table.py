@@ -66,12 +66,14 @@ class Plan:
 
 
 class RequestTable:
-    """Which row holds what of which request. `max_num_seqs` rows; the one behind them stands for padding. width: tokens
-    that a step may give a request.
+    """Which row holds what of which request. `max_num_seqs` rows; the one behind them stands for padding. widths: of
+    how many tokens a step may give a request, ascending; a step's is the least that suffices.
     """
 
-    def __init__(self, layout: RowLayout, max_num_seqs: int, vocab_size: int, width: int = 1) -> None:
-        self.layout, self.padding, self.vocab_size, self.width = layout, max_num_seqs, vocab_size, width
+    def __init__(
+        self, layout: RowLayout, max_num_seqs: int, vocab_size: int, widths: Sequence[int] = (1,)
+    ) -> None:  # fmt: skip
+        self.layout, self.padding, self.vocab_size, self.widths = layout, max_num_seqs, vocab_size, widths
 
     def plan(self, scheduled: Scheduled) -> Plan:
         """The step that computes (request, number of its next tokens) pairs; what it says counts as on the device.
@@ -99,9 +101,10 @@ class RequestTable:
         fresh = [request for request in changed if request.has_penalties and not request.on_device]
         places, values = self._changes(changed)
         drawing = [(i, request) for i, request in special if steps[2, i]]
+        most_of_all = int(steps[2].max())
         return Plan(
             places, values, steps, begin, n, np.array(ready, np.int64), longest,
-            width=self.width if steps[2].max() > 1 else 1,
+            width=next(width for width in self.widths if width >= most_of_all),
             filtered=any([request.is_filtered for _, request in drawing]),
             penalized=tuple(self._penalized(request) for request in fresh),
             edits=_edits([(i, request) for i, request in drawing if request.is_edited]),

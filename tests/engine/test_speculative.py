@@ -210,7 +210,7 @@ def test_graphs_of_steps_with_guesses(async_scheduling):
         tiny_model("cuda"), num_blocks=60, block_size=4, max_num_seqs=4, max_num_batched_tokens=64,
         async_scheduling=async_scheduling, speculative=replace(ALL, prompt_lookup_max=2, prompt_lookup_min=1),
     )  # fmt: skip
-    assert engine.runner.guess_graphs.keys() == {1, 2, 4}
+    assert engine.runner.guess_graphs.keys() == {(n, width) for n in (1, 2, 4) for width in (2, 4)}
     requests = [engine.add(*job)[0] for job in jobs]
     run(engine)
     jobs.append(jobs[0])
@@ -220,7 +220,7 @@ def test_graphs_of_steps_with_guesses(async_scheduling):
     for request, (prompt, params) in zip(requests, jobs, strict=True):
         assert request.output_token_ids == oracle(tuple(prompt), params, 64, "cuda")
     assert engine.metrics.num_drafts
-    assert any(kind.width == 4 for _, kind in engine.runner.draw_graphs)
+    assert {kind.width for _, kind in engine.runner.draw_graphs} == {1, 2, 4}
 
 
 # ---- names of blocks -----------------------------------------------------------------------------------------------
@@ -324,7 +324,7 @@ def test_a_guess_that_fails_concerns_one_request(async_scheduling, monkeypatch):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"method": "eagle"}, "method: expected 'ngram', got 'eagle'"),
+        ({"method": "eagle"}, "method: expected 'ngram' or 'draft_head', got 'eagle'"),
         ({"num_speculative_tokens": 0}, "num_speculative_tokens: expected an integer, 1 or more, got 0"),
         ({"prompt_lookup_max": True}, "prompt_lookup_max: expected an integer, 1 or more, got True"),
         ({"prompt_lookup_min": 5, "prompt_lookup_max": 4}, "prompt_lookup_min: expected at most prompt_lookup_max"),

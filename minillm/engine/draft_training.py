@@ -1,0 +1,215 @@
+"""Training a draft head on what its model says itself.
+
+    examples = own_outputs(engine, prompts, params)         # prompts, and what the model answers
+    head = new_head(model, examples, most_token_ids=8192)
+    train_head(head, examples, steps=1000)
+    head.rates = agreement(head, held_out, count=4)          # how often each guess is right
+    save_head(head, "head")                                  # for LLM(speculative_config={"method": "draft_head", ...})
+
+**On its own outputs**, since a guess is right if it is what the model itself says next, not what a text says.
+
+**As it is used.** The first guess is made from the model's hidden states, the second one from the head's own first g,
+and so on; a head that has seen true states alone in training falls off there. So each example goes through the head
+`passes` times, pass d from the g of pass d - 1, and attention sees what it will see then: in pass d token i sees what
+pass 1 stored of tokens up to i - d + 1 (that is what the cache holds), then what each later pass stored of one token
+(`Passes`). Sources: Zhang et al., 2024, "Learning Harmonized Representations for Speculative Sampling"; Li et al.,
+2025, "EAGLE-3".
+
+The loss is the cross-entropy to the model's own distribution of the next token, over the tokens that the head can
+guess: which token is the likeliest is learnt sooner from all probabilities than from one token that was drawn. Only
+answers count, as guesses are only made there.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..adapters.training import Example
+from ..model import Transformer
+from ..model.layers import attention
+from ..sampling import SamplingParams
+from .draft_head import DraftHead
+from .engine import Engine
+
+__all__ = ["Passes", "agreement", "new_head", "own_outputs", "train_head"]
+
+DECAY = 0.8  # what a pass counts in the loss, of the one before
+
+
+def own_outputs(
+    engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
+) -> list[Example]:  # fmt: skip
+    """What the engine's model answers to the prompts, all run together; without those that have no answer."""
+    each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+    requests = [engine.add(prompt, p)[0] for prompt, p in zip(prompts, each, strict=True)]
+    while engine.has_unfinished():
+        engine.step()
+    return [Example(r.tokens(), r.num_prompt_tokens) for r in requests if r.output_token_ids]
+
+
+def new_head(
+    model: Transformer, examples: Sequence[Example], most_token_ids: int | None = None, seed: int = 0
+) -> DraftHead:  # fmt: skip
+    """An untrained head. Of the vocabulary it can guess the `most_token_ids` that answers have most often (None: all).
+
+    It begins as one whose layer adds little to the hidden state that it is given. Raises ValueError for a number of
+    tokens out of range.
+    """
+    vocab = model.config.vocab_size
+    if most_token_ids is not None and not 1 <= most_token_ids <= vocab:
+        raise ValueError(f"most_token_ids: expected 1 to {vocab} (the vocabulary) or None, got {most_token_ids}")
+    kept = None
+    if most_token_ids is not None:
+        counts = Counter(token for example in examples for token in example.token_ids[example.given :])
+        often = [token for token, _ in counts.most_common(most_token_ids)]
+        others = (token for token in range(vocab) if token not in counts)
+        kept = torch.tensor(sorted([*often, *(next(others) for _ in range(most_token_ids - len(often)))]))
+    head, draw = DraftHead(model, kept), torch.Generator().manual_seed(seed)
+    for name, parameter in head.named_parameters():
+        if parameter.dim() == 2:
+            std = 0.02 / 2**0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+            parameter.copy_(torch.randn(parameter.shape, generator=draw) * std)
+    hidden = model.config.hidden_size
+    head.merge.weight[:, hidden:] += torch.eye(hidden, device=model.device, dtype=model.dtype)
+    return head
+
+
+class Passes:
+    """The `LayerCache` of training: what each pass has stored, [B, T, H_kv, D] each."""
+
+    def __init__(self) -> None:
+        self.k: list[Tensor] = []
+        self.v: list[Tensor] = []
+
+    def slots(self, batch: Any) -> None:
+        """Nowhere: by `write`."""
+
+    def write(self, k: Tensor, v: Tensor, batch: Any) -> None:
+        """One more pass."""
+        self.k.append(k)
+        self.v.append(v)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, batch: Any) -> Tensor:
+        """As in the engine at the guess of this number.  [B, T, H, D] -> the same"""
+        passes, length = len(self.k), q.shape[1]
+        i, j = torch.arange(length, device=q.device)[:, None], torch.arange(length, device=q.device)
+        seen = [j <= i - passes + 1, *(j == i - passes + number for number in range(2, passes + 1))]
+        return attention(q, torch.cat(self.k, 1), torch.cat(self.v, 1), torch.cat(seen, 1))
+
+
+def _padded(examples: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids [B, T], 0 behind an end, and of which tokens the one that follows is an answer's [B, T] bool."""
+    longest = max(len(example.token_ids) for example in examples)
+    ids, counts = torch.zeros(len(examples), longest, dtype=torch.long), torch.zeros(len(examples), longest)
+    for row, count, example in zip(ids, counts, examples, strict=True):
+        row[: len(example.token_ids)] = torch.tensor(example.token_ids)
+        count[example.given - 1 : len(example.token_ids) - 1] = 1
+    return ids.to(device), counts.bool().to(device)
+
+
+def _behind(x: Tensor) -> Tensor:
+    """Of each token what the one before it has, 0 of the first.  [B, T, hidden] -> the same"""
+    return F.pad(x, (0, 0, 1, -1))
+
+
+def _states(head: DraftHead, ids: Tensor, passes: int) -> list[Tensor]:
+    """The model's hidden states, and g of each pass, [B, T, hidden] each; the first d - 1 of pass d mean nothing."""
+    with torch.no_grad():
+        states = [head.model(ids).to(head.merge.weight.dtype)]
+    cache, positions = Passes(), torch.arange(ids.shape[1], device=ids.device)
+    for _ in range(passes):
+        states.append(head(ids, _behind(states[-1]), positions, cache))
+    return states
+
+
+def _loss(head: DraftHead, examples: Sequence[Example], passes: int) -> Tensor:
+    """The mean over tokens, summed over passes by their weights."""
+    ids, counts = _padded(examples, head.model.device)
+    truth, *guessed = _states(head, ids, passes)
+    target = F.linear(truth[counts], head.rows).float().softmax(-1)
+    losses = []
+    for number, g in enumerate(guessed):
+        there = (torch.arange(ids.shape[1], device=ids.device) >= number).expand_as(counts)[counts]
+        said = F.linear(g[counts], head.rows).float().log_softmax(-1)
+        losses.append(DECAY**number * -((target * said).sum(-1) * there).sum() / there.sum().clamp(min=1))
+    return torch.stack(losses).sum()
+
+
+def train_head(
+    head: DraftHead, examples: Sequence[Example], steps: int, *, passes: int = 3, lr: float = 1e-3,
+    batch_size: int = 32, warmup: int | None = None, clip: float = 1.0, seed: int = 0, progress: bool = True,
+    watch: Callable[[int, float], None] | None = None,
+) -> list[float]:  # fmt: skip
+    """Train a head in place, by AdamW in fp32; its model stays as it is. -> the loss of each step
+
+    Each step draws `batch_size` examples; the rate rises for `warmup` steps (None: a twentieth of all) and falls along
+    a half cosine. watch: called with each step's number and loss (the host waits for the device then). Raises
+    ValueError for numbers below 1, and FloatingPointError for a loss that is no number.
+    """
+    sizes = {"steps": steps, "passes": passes, "batch_size": batch_size, "examples": len(examples)}
+    if bad := [name for name, value in sizes.items() if value < 1]:
+        raise ValueError(f"{bad[0]}: expected 1 or more, got {sizes[bad[0]]}")
+    dtype, precision = head.merge.weight.dtype, torch.get_float32_matmul_precision()
+    parameters = list(head.float().requires_grad_(True).parameters())
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+    warmup = max(1, steps // 20 if warmup is None else warmup)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, 0.5 + 0.5 * float(torch.tensor(step / steps * torch.pi).cos()))
+    )
+    draw, losses = torch.Generator().manual_seed(seed), []
+    try:
+        for step in tqdm(range(steps), disable=not progress, desc="draft head"):
+            chosen = torch.randint(len(examples), (batch_size,), generator=draw).tolist()
+            optimizer.zero_grad()
+            with torch.enable_grad():
+                loss = _loss(head, [examples[i] for i in chosen], passes)
+                loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, clip)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.detach())
+            if watch is not None:
+                watch(step, float(loss.detach()))
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        head.to(dtype).requires_grad_(False)
+    found: list[float] = torch.stack(losses).tolist()
+    if bad_steps := [step for step, value in enumerate(found) if not value < float("inf")]:
+        raise FloatingPointError(f"step {bad_steps[0]}: the loss is {found[bad_steps[0]]}; lower lr, {lr}")
+    return found
+
+
+@torch.inference_mode()
+def agreement(head: DraftHead, examples: Sequence[Example], count: int, batch_size: int = 32) -> list[float]:
+    """How often guess 1 ... count is the model's likeliest token where all guesses before it were, over the answers'
+    tokens. With greedy decoding that is how often it is accepted, as the texts are the model's own.
+    """
+    reached, right = torch.zeros(count), torch.zeros(count)
+    for first in range(0, len(examples), batch_size):
+        ids, counts = _padded(examples[first : first + batch_size], head.model.device)
+        truth, *guessed = _states(head, ids, count)
+        likeliest = _likeliest(head, truth)
+        # Guess d that begins behind token i is about token i + d: pass d at i + d - 1.
+        alive = counts.clone()
+        for place, g in enumerate(guessed):
+            ahead = F.pad(head.best(g) == likeliest, (0, place))[:, place:]
+            # A text that was drawn goes on otherwise than the likeliest tokens: then nothing can be said.
+            alive = alive & F.pad(counts, (0, place))[:, place:]
+            if place:
+                alive = alive & F.pad(ids == likeliest.roll(1, 1), (0, place))[:, place:]
+            reached[place] += alive.sum().cpu()
+            alive = alive & ahead
+            right[place] += alive.sum().cpu()
+    return (right / reached.clamp(min=1)).tolist()
+
+
+def _likeliest(head: DraftHead, hidden: Tensor) -> Tensor:
+    """The model's likeliest next tokens, some texts at a time, as the vocabulary is large.  [B, T, hidden] -> [B, T]"""
+    logits = head.model.logits
+    return torch.stack([logits(row.to(head.model.dtype)).argmax(-1) for row in hidden])
