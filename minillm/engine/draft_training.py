@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from ..adapters.training import Example
@@ -102,14 +103,35 @@ class Passes:
         return attention(q, torch.cat(self.k, 1), torch.cat(self.v, 1), torch.cat(seen, 1))
 
 
-def _padded(examples: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids [B, T], 0 behind an end, and of which tokens the one that follows is an answer's [B, T] bool."""
-    longest = max(len(example.token_ids) for example in examples)
-    ids, counts = torch.zeros(len(examples), longest, dtype=torch.long), torch.zeros(len(examples), longest)
-    for row, count, example in zip(ids, counts, examples, strict=True):
-        row[: len(example.token_ids)] = torch.tensor(example.token_ids)
-        count[example.given - 1 : len(example.token_ids) - 1] = 1
-    return ids.to(device), counts.bool().to(device)
+class Texts:
+    """Examples on the model's device, and the model's hidden states of all their tokens, computed once: training looks
+    at them again and again, and the model stays as it is. They take 2 · hidden bytes a token in 16 bits.
+    """
+
+    def __init__(self, model: Transformer, examples: Sequence[Example], batch_size: int) -> None:
+        self.examples, self.model = examples, model
+        order = sorted(range(len(examples)), key=lambda i: len(examples[i].token_ids))
+        self.states: list[Tensor] = [torch.empty(0)] * len(examples)
+        for first in range(0, len(order), batch_size):
+            some = order[first : first + batch_size]
+            with torch.no_grad():
+                hidden = model(self._ids(some))  # what stands behind an end changes nothing in front of it
+            for i, row in zip(some, hidden, strict=True):
+                self.states[i] = row[: len(examples[i].token_ids)].clone()
+
+    def _ids(self, which: Sequence[int]) -> Tensor:
+        rows = [torch.tensor(self.examples[i].token_ids) for i in which]
+        return pad_sequence(rows, batch_first=True).to(self.model.device, non_blocking=True)
+
+    def batch(self, which: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids [B, T], 0 behind an end; of which tokens the one that follows is an answer's [B, T] bool; hidden
+        states [B, T, hidden].
+        """
+        ids, hidden = self._ids(which), pad_sequence([self.states[i] for i in which], batch_first=True)
+        counts = torch.zeros(ids.shape, dtype=torch.bool)
+        for row, example in zip(counts, (self.examples[i] for i in which), strict=True):
+            row[example.given - 1 : len(example.token_ids) - 1] = True
+        return ids, counts.to(ids.device, non_blocking=True), hidden
 
 
 def _behind(x: Tensor) -> Tensor:
@@ -117,20 +139,18 @@ def _behind(x: Tensor) -> Tensor:
     return F.pad(x, (0, 0, 1, -1))
 
 
-def _states(head: DraftHead, ids: Tensor, passes: int) -> list[Tensor]:
-    """The model's hidden states, and g of each pass, [B, T, hidden] each; the first d - 1 of pass d mean nothing."""
-    with torch.no_grad():
-        states = [head.model(ids).to(head.merge.weight.dtype)]
-    cache, positions = Passes(), torch.arange(ids.shape[1], device=ids.device)
+def _guessed(head: DraftHead, ids: Tensor, hidden: Tensor, passes: int) -> list[Tensor]:
+    """g of each pass, [B, T, hidden] each; the first d - 1 of pass d mean nothing."""
+    states, cache, positions = [hidden], Passes(), torch.arange(ids.shape[1], device=ids.device)
     for _ in range(passes):
         states.append(head(ids, _behind(states[-1]), positions, cache))
-    return states
+    return states[1:]
 
 
-def _loss(head: DraftHead, examples: Sequence[Example], passes: int) -> Tensor:
+def _loss(head: DraftHead, ids: Tensor, counts: Tensor, truth: Tensor, passes: int) -> Tensor:
     """The mean over tokens, summed over passes by their weights."""
-    ids, counts = _padded(examples, head.model.device)
-    truth, *guessed = _states(head, ids, passes)
+    truth = truth.to(head.merge.weight.dtype)
+    guessed = _guessed(head, ids, truth, passes)
     target = F.linear(truth[counts], head.rows).float().softmax(-1)
     losses = []
     for number, g in enumerate(guessed):
@@ -162,13 +182,13 @@ def train_head(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, 0.5 + 0.5 * float(torch.tensor(step / steps * torch.pi).cos()))
     )
-    draw, losses = torch.Generator().manual_seed(seed), []
+    draw, losses, texts = torch.Generator().manual_seed(seed), [], Texts(head.model, examples, batch_size)
     try:
         for step in tqdm(range(steps), disable=not progress, desc="draft head"):
             chosen = torch.randint(len(examples), (batch_size,), generator=draw).tolist()
             optimizer.zero_grad()
             with torch.enable_grad():
-                loss = _loss(head, [examples[i] for i in chosen], passes)
+                loss = _loss(head, *texts.batch(chosen), passes)
                 loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, clip)
             optimizer.step()
@@ -192,9 +212,10 @@ def agreement(head: DraftHead, examples: Sequence[Example], count: int, batch_si
     """
     reached, right = torch.zeros(count), torch.zeros(count)
     for first in range(0, len(examples), batch_size):
-        ids, counts = _padded(examples[first : first + batch_size], head.model.device)
-        truth, *guessed = _states(head, ids, count)
-        likeliest = _likeliest(head, truth)
+        some = examples[first : first + batch_size]
+        ids, counts, truth = Texts(head.model, some, batch_size).batch(range(len(some)))
+        guessed, likeliest = _guessed(head, ids, truth, count), torch.zeros_like(ids)
+        likeliest[counts] = _likeliest(head.model, truth[counts])
         # Guess d that begins behind token i is about token i + d: pass d at i + d - 1.
         alive = counts.clone()
         for place, g in enumerate(guessed):
@@ -209,7 +230,6 @@ def agreement(head: DraftHead, examples: Sequence[Example], count: int, batch_si
     return (right / reached.clamp(min=1)).tolist()
 
 
-def _likeliest(head: DraftHead, hidden: Tensor) -> Tensor:
-    """The model's likeliest next tokens, some texts at a time, as the vocabulary is large.  [B, T, hidden] -> [B, T]"""
-    logits = head.model.logits
-    return torch.stack([logits(row.to(head.model.dtype)).argmax(-1) for row in hidden])
+def _likeliest(model: Transformer, hidden: Tensor) -> Tensor:
+    """The model's likeliest next tokens, some at a time, as the vocabulary is large.  [N, hidden] -> [N]"""
+    return torch.cat([model.logits(some).argmax(-1) for some in hidden.split(1024)])
