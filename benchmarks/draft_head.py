@@ -26,8 +26,8 @@ from minillm.engine.draft_training import agreement, new_head, own_outputs, trai
 from minillm.model import Transformer
 
 GPU, SMALL = torch.cuda.is_available(), "--small" in sys.argv[1:]
-PROMPTS, ANSWER, STEPS, BATCH, MOST_TOKENS = (12, 24, 6, 4, 2048) if SMALL else (8192, 256, 1200, 64, 8192)
-SECONDS = 80  # that training may take: fewer steps on a slower device
+PROMPTS, ANSWER, STEPS, BATCH, MOST_TOKENS = (12, 24, 6, 4, 2048) if SMALL else (6144, 256, 1000, 64, 8192)
+SECONDS = 60  # that training may take: fewer steps on a slower device
 JUDGED = 2 if SMALL else 64  # texts of each task
 COUNT = 4  # guesses
 OPTIONS: dict[str, Any] = {"device": "cuda" if GPU else "cpu", "max_model_len": 1024, "enable_prefix_caching": False}

@@ -22,7 +22,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "head": {"method": "draft_head", "num_speculative_tokens": 4, "path": str(head_folder())},
 }
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-OUTPUT, RUNS = 160, 3  # tokens; runs of each method, in turn, of which the best counts
+OUTPUT, RUNS = 128, 2  # tokens; runs of each method, in turn, of which the best counts
 DEFINITION = {
     "tokens/s": f"of greedy answers of up to {OUTPUT} tokens, prompts included in the time; batches one after another,"
     " a batch's requests all at once; how many guesses are checked is chosen by goodput; the best of some runs",
@@ -116,4 +116,5 @@ def speculative(bench: Bench) -> dict | None:
             rows[task][str(batch)] = found
             said = ", ".join(f"{name} {row['tokens/s']:,.0f} ({row['ratio']:.2f})" for name, row in found.items())
             print(f"  {task:10} x {batch:3}: {said}", flush=True)
-    return {"model": MODEL, "methods": {name: {**(METHODS[name] or {}), "path": None} for name in llms}, "output": output, **rows}
+    methods = {name: {**(METHODS[name] or {}), "path": None} for name in llms}
+    return {"model": MODEL, "methods": methods, "output": output, **rows}

@@ -243,6 +243,8 @@ class HeadRunner(SpeculativeRunner):
     def __init__(self, model: Transformer, config: EngineConfig, layout: RowLayout) -> None:
         super().__init__(model, config, layout)
         self.head = load_head(model, self.speculative.path or "")
+        rates = self.head.rates or [0.5]
+        self.rates = [rates[min(place, len(rates) - 1)] for place in range(self.num_guesses)]
         self.last_position = known(config.max_model_len) - 1
 
     def allocate(self, num_blocks: int) -> None:
@@ -250,12 +252,6 @@ class HeadRunner(SpeculativeRunner):
         self.cache = self.states = HeadCache(
             self.model.config, num_blocks, self.config.block_size, self.device, self.cache_dtype, self.dtype
         )
-
-    @property
-    def rates(self) -> list[float]:
-        """How often guesses are right by place, given that those before are: what was measured after training."""
-        rates = self.head.rates or [0.5]
-        return [rates[min(place, len(rates) - 1)] for place in range(self.num_guesses)]
 
     def _layers(self, batch: Batch) -> Tensor:
         """The model's layers; then the tokens' hidden states into their slots, and what the head remembers of them."""

@@ -41,7 +41,7 @@ MEMORY = 0.95  # what an observation still counts after the next one
 PRIOR = 1.0  # observations that what is known of all requests together counts as, for each of them
 GAIN = 1.03  # by how much guessing must be better than not, as probabilities are estimates
 WATCHED = 2  # requests that begin to be watched in a step, about: that takes the host up to 0.2 ms each
-FORGOTTEN = 32  # tokens without a guess after which what was seen counts half, where nothing can be watched
+FORGOTTEN = 32  # steps without a guess after which what was seen counts half, where nothing can be watched
 
 
 @dataclass
@@ -150,6 +150,7 @@ class Speculation:
         self.is_watched = rates is None
         self.rates = [0.0] + [0.5] * (self.count - 1) if rates is None else list(rates)
         self.all = Acceptance.of(self.count)
+        self.plain_steps = 0  # since the last one with guesses
         self.stride = 1  # a request is watched at every so many of its tokens
 
     def choose(self, scheduler: "Scheduler") -> None:
@@ -172,9 +173,14 @@ class Speculation:
             else:
                 others += needed
         self.stride = 1 + len(running) // WATCHED
+        lengths = [0] * len(decoding)
         if any(row and row[0] > GAIN - 1 for row in chances):
-            for request, length in zip(decoding, self._lengths(chances, others, self.costs), strict=True):
-                request.drafts = length
+            lengths = self._lengths(chances, others, self.costs)
+        for request, length in zip(decoding, lengths, strict=True):
+            request.drafts = length
+        self.plain_steps = 0 if any(lengths) else self.plain_steps + 1
+        if not self.is_watched and self.plain_steps % FORGOTTEN == FORGOTTEN - 1:
+            self.all.forget()
 
     def _lengths(self, chances: Sequence[Sequence[float]], others: int, costs: StepCosts) -> list[int]:
         if not costs.padded:
@@ -200,7 +206,6 @@ class Speculation:
     def _forget(self, request: "Request", _: int) -> None:
         if len(request.output_token_ids) % max(self.stride, FORGOTTEN) == 0:
             self._known(request).forget()
-            self.all.forget()
 
     def _watch(self, request: "Request", token: int) -> None:
         """Would a guess have been this token?"""

@@ -58,8 +58,8 @@ def new_head(
 ) -> DraftHead:  # fmt: skip
     """An untrained head. Of the vocabulary it can guess the `most_token_ids` that answers have most often (None: all).
 
-    It begins as one whose layer adds little to the hidden state that it is given. Raises ValueError for a number of
-    tokens out of range.
+    It begins as one whose layer adds little: g is nearly the hidden state that it is given. Raises ValueError for a
+    number of tokens out of range.
     """
     vocab = model.config.vocab_size
     if most_token_ids is not None and not 1 <= most_token_ids <= vocab:
@@ -75,8 +75,9 @@ def new_head(
         if parameter.dim() == 2:
             std = 0.02 / 2**0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
             parameter.copy_(torch.randn(parameter.shape, generator=draw) * std)
-    hidden = model.config.hidden_size
-    head.merge.weight[:, hidden:] += torch.eye(hidden, device=model.device, dtype=model.dtype)
+    weight = model.norm.weight.float()  # which g is multiplied by anew
+    undone = torch.where(weight.abs() > 0.01 * weight.abs().mean(), 1 / weight, 0)
+    head.merge.weight[:, len(weight) :] += torch.diag(undone).to(model.dtype)
     return head
 
 

@@ -163,10 +163,11 @@ class Engine:
         asked = self.config.speculative
         if asked is None:
             return None
-        costs = asked.step_costs
-        if costs is None and asked.adaptive and isinstance(self.runner, SpeculativeRunner):
-            costs = self.runner.measure()
-        budget, rates = known(self.config.max_num_batched_tokens), getattr(self.runner, "rates", None)
+        runner, costs, rates = self.runner, asked.step_costs, None
+        if isinstance(runner, SpeculativeRunner):
+            rates = runner.rates
+            costs = runner.measure() if costs is None and asked.adaptive else costs
+        budget = known(self.config.max_num_batched_tokens)
         return Speculation(asked, costs if asked.adaptive else None, budget, rates)
 
     def reset(self) -> None:

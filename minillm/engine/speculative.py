@@ -24,7 +24,8 @@ for. These depend on the tokens before them alone.
 **Where guesses are made: on the device.** With asynchronous scheduling the host launches a step before it has seen the
 tokens of the last one; were guesses the host's, each step of a request that speculates would have to wait for it. The
 device has all tokens (`DeviceTable`), so prompt lookup runs there, in front of the layers: comparisons of fixed shape,
-which a CUDA graph records. The host knows bounds (`Request.num_pending`), until it reads how many were given. Who needs
+which a CUDA graph records. So does a trained network that guesses (`draft_head.py`). A step has a width, the tokens of
+each sequence that there is room for: one of a few (`SpeculativeConfig.widths`), since each has graphs of its own. The host knows bounds (`Request.num_pending`), until it reads how many were given. Who needs
 more than bounds has no guesses (`draft_length.room`); constraints read the guesses back while the layers run.
 
 What is written for wrong guesses: keys and values behind the last token given, which the next step writes anew; and
@@ -43,7 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import EngineConfig, SpeculativeConfig, StepCosts
-from ..kernels import gumbel_argmax
+from ..kernels import dependent_launch, gumbel_argmax, trusted
 from ..model import Transformer
 from .batch import RowLayout
 from .runner import Kind, Runner, Shape, powers_of_2
@@ -117,6 +118,7 @@ class SpeculativeRunner(Runner):
         self.num_guesses = self.speculative.num_speculative_tokens
         self.widths = self.speculative.widths[1:]  # of steps with guesses
         self.check_sizes: list[int] = []  # of sequences, where graphs are recorded
+        self.rates: list[float] | None = None  # how often guesses are right by place, if that is known beforehand
         self._told: tuple[Tensor, torch.cuda.Event | None] | None = None  # guesses on their way to the host
         self.guess_graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # by sequences and width
 
@@ -148,7 +150,8 @@ class SpeculativeRunner(Runner):
         matrix = self.table.matrix
         rows = self.table.steps[0, :sequences].long()
         lengths = matrix[rows, 0]
-        guesses = self._guesses(rows, lengths, width - 1)
+        with dependent_launch(), trusted():
+            guesses = self._guesses(rows, lengths, width - 1)
         matrix[rows[:, None], self._behind(lengths, width - 1)] = guesses
         return guesses
 
@@ -190,7 +193,6 @@ class SpeculativeRunner(Runner):
         small = [n for n in powers_of_2(self.decode_sizes) if self._fits(n)]
         for width in self.widths:
             shapes += [(n * width, n, False, None, slots, width, width) for n in small]
-            shapes += [(n, self.max_num_seqs, False, None, slots, width, None) for n in self.mixed_sizes]
         return shapes
 
     def _shape(self, plan: Plan, slots: int) -> Shape | None:
@@ -198,7 +200,7 @@ class SpeculativeRunner(Runner):
             at = bisect.bisect_left(self.check_sizes, plan.num_sequences)
             for n in self.check_sizes[at : at + 1]:
                 return n * plan.width, n, False, None, slots, plan.width, plan.width
-        return super()._shape(plan, slots)
+        return super()._shape(plan, slots) if plan.width == 1 else None  # guesses beside a prompt: rare, see `_lengths`
 
     # ---- what steps cost ---------------------------------------------------------------------------------------------
 
@@ -208,9 +210,7 @@ class SpeculativeRunner(Runner):
         Before the first request: what they write goes into the padding's row and into a block that nobody has yet.
         """
         width, sizes = min(1 + self.num_guesses, self.max_num_batched_tokens), [1]
-        most = min(
-            self.max_num_seqs, self.max_num_batched_tokens // width, 16 if self.device.type == "cpu" else 1 << 20
-        )
+        most = min(self.max_num_seqs, self.max_num_batched_tokens // width, 4 if self.device.type == "cpu" else 1 << 20)
         while sizes[-1] < most:
             sizes.append(min(4 * sizes[-1], most))
         padded = tuple((w, tuple((n, self._seconds(n, w)) for n in self.check_sizes)) for w in self.widths)
@@ -232,8 +232,8 @@ class SpeculativeRunner(Runner):
             nothing, nothing.astype(np.int32), steps, sequences * count, sequences, np.arange(sequences),
             width=1 if count == 1 else next(width for width in self.widths if width >= count),
         )  # fmt: skip
-        took, steps_each = [], 1 if self.device.type == "cpu" else 4
-        for _ in range(4):
+        took, (times, steps_each) = [], (3, 1) if self.device.type == "cpu" else (4, 4)
+        for _ in range(times):
             start = time.perf_counter()
             for _ in range(steps_each):
                 self.table.matrix[self.table.padding, 0] = 1

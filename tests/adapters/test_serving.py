@@ -13,6 +13,8 @@ from minillm.adapters import LoraConfig, adapted, adapter_of, attach, detach, pe
 from minillm.adapters.lora import Adapter, Pair
 from minillm.adapters.serving import AdapterSlots, LoRARequest, Registry
 from minillm.config import ModelConfig, SpeculativeConfig
+from minillm.engine.draft_head import save_head
+from minillm.engine.draft_training import new_head, own_outputs, train_head
 from minillm.engine.engine import Engine
 from minillm.engine.speculative import SpeculativeRunner
 from minillm.generate import naive
@@ -146,6 +148,23 @@ def test_tokens_are_the_same_with_guesses(async_scheduling, monkeypatch):
     )  # fmt: skip
     assert run(engine, todo) == expected
     assert engine.metrics.num_accepted_tokens > 20
+
+
+@pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
+def test_tokens_are_the_same_with_a_draft_head(async_scheduling, tmp_path):
+    """One head, trained on the model alone, beside adapters."""
+    todo = jobs(8)
+    plain = Engine(fresh(), num_blocks=200, block_size=4, max_num_seqs=8)
+    examples = own_outputs(plain, [prompt for prompt, _, _ in todo], SamplingParams(temperature=0, max_tokens=16))
+    head = new_head(plain.model, examples)
+    train_head(head, examples, 15, lr=6e-3, batch_size=8, progress=False)
+    engine = Engine(
+        fresh(), num_blocks=60, block_size=4, max_num_seqs=4, max_loras=2, async_scheduling=async_scheduling,
+        speculative=SpeculativeConfig("draft_head", 3, adaptive=False, path=save_head(head, tmp_path / "head")),
+    )  # fmt: skip
+    for _ in range(2):  # then with a prefix cache, apart for each adapter
+        assert run(engine, todo) == [ORACLE(*job) for job in todo]
+    assert engine.metrics.num_draft_tokens > 50
 
 
 @settings(max_examples=6)

@@ -17,6 +17,7 @@ from minillm.engine.request import Request
 from minillm.sampling import SamplingParams
 
 from .conftest import VOCAB, Guessing, Letters, assert_home, oracle_tokens, prompt_oracle, text_oracle, tiny_model
+from .heads import head_path
 
 # ---- what is drawn -------------------------------------------------------------------------------------------------
 
@@ -274,6 +275,14 @@ def test_schedules(arrivals, e):
 def test_schedules_with_guesses_that_are_often_right(arrivals, e, count):
     guesses = SpeculativeConfig(num_speculative_tokens=count, adaptive=False)
     schedule_is_exact("cpu", arrivals, dataclasses.replace(e, speculative=guesses), told=True)
+
+
+@pytest.mark.usefixtures("one_thread")
+@settings(max_examples=100, suppress_health_check=list(HealthCheck))
+@given(ARRIVALS, ENGINES, st.integers(1, 5))
+def test_schedules_with_a_draft_head(arrivals, e, count):
+    guesses = SpeculativeConfig("draft_head", count, adaptive=False, path=head_path(e.kind))
+    schedule_is_exact("cpu", arrivals, dataclasses.replace(e, speculative=guesses))
 
 
 @pytest.mark.gpu
