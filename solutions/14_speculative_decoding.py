@@ -424,10 +424,10 @@ def broken(target, draft, guesses, uniforms, temperature=1.0, allowed=None):
         target[:k].masked_fill_(~allowed[:k], -torch.inf)
     p = torch.softmax(target.double() / max(temperature, 1e-5), -1)
     q = torch.softmax(draft.double(), -1)
-    for j, x in enumerate(guesses):
-        if uniforms[j] >= p[j, x]:
-            return [*tokens, draw((p[j] - q[j]).clamp(min=0), uniforms[k])]
-        tokens.append(x)
+    for i, token in enumerate(guesses):
+        if uniforms[i] >= p[i, token]:
+            return [*tokens, draw((p[i] - q[i]).clamp(min=0), uniforms[k])]
+        tokens.append(token)
     return [*tokens, draw(p[k - 1], uniforms[k])]
 
 
@@ -456,10 +456,10 @@ def speculate_logits(
     k, tokens = len(guesses), []
     p = distribution(target if allowed is None else target.masked_fill(~allowed, -torch.inf))
     q = distribution(draft)
-    for j, x in enumerate(guesses):
-        if uniforms[j] * q[j, x] >= p[j, x]:
-            left = (p[j] - q[j]).clamp(min=0)
-            return [*tokens, draw(left if left.any() else p[j], uniforms[k])]
+    for x, u, p_j, q_j in zip(guesses, uniforms, p, q, strict=False):
+        if u * q_j[x] >= p_j[x]:
+            left = (p_j - q_j).clamp(min=0)
+            return [*tokens, draw(left if left.any() else p_j, uniforms[k])]
         tokens.append(int(x))
     return [*tokens, draw(p[k], uniforms[k])]
     ### END SOLUTION
