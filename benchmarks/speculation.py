@@ -17,7 +17,7 @@ __all__ = ["MODEL", "TASKS", "asked", "chat", "head_folder", "passage", "trainin
 
 MODEL = "smollm2-135m-instruct"
 
-NAMES = ("Ada", "Bruno", "Clara", "David", "Elif", "Farid", "Greta", "Hugo", "Ines", "Jonas", "Kira", "Leon", "Mina",
+NAMES = ("Ada", "Bruno", "Clara", "David", "Elif", "Farid", "Greta", "Hugo", "Irma", "Jonas", "Kira", "Leon", "Mina",
          "Noor", "Oskar", "Paula", "Quentin", "Rosa", "Samir", "Tilda", "Umar", "Vera", "Wanda", "Yusuf")  # fmt: skip
 WHO = ("a retired teacher", "a young baker", "a train driver", "a lonely lighthouse keeper", "a curious robot",
        "a street musician", "a shy librarian", "a clever fox", "an old fisherman", "a night nurse", "a clock maker",
@@ -61,7 +61,7 @@ DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
 OTHERS = (
     "Explain {topic} to {audience}.", "Write a short poem about {place}.", "List five facts about {topic}.",
     "Write an email from {name} to {audience} about {topic}.", "What should somebody know about {topic}?",
-    "Write a dialogue between {name} and {who}.", "Give me a plan for a day at {place}.",
+    "Write a short play about {name} and {who}.", "Give me a plan for a day at {place}.",
     "Describe {who} in a few sentences.", "Compare {place} and {place} in a table.", "Write step by step {topic}.",
 )  # fmt: skip
 TASKS = ("copy-edit", "summary", "story")

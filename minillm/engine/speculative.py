@@ -25,8 +25,9 @@ for. These depend on the tokens before them alone.
 tokens of the last one; were guesses the host's, each step of a request that speculates would have to wait for it. The
 device has all tokens (`DeviceTable`), so prompt lookup runs there, in front of the layers: comparisons of fixed shape,
 which a CUDA graph records. So does a trained network that guesses (`draft_head.py`). A step has a width, the tokens of
-each sequence that there is room for: one of a few (`SpeculativeConfig.widths`), since each has graphs of its own. The host knows bounds (`Request.num_pending`), until it reads how many were given. Who needs
-more than bounds has no guesses (`draft_length.room`); constraints read the guesses back while the layers run.
+each sequence that there is room for: one of a few (`SpeculativeConfig.widths`), since each has graphs of its own. The
+host knows bounds (`Request.num_pending`), until it reads how many were given. Who needs more than bounds has no guesses
+(`draft_length.room`); constraints read the guesses back while the layers run.
 
 What is written for wrong guesses: keys and values behind the last token given, which the next step writes anew; and
 tokens behind a row's length. Blocks get names for tokens that the host has read, so never for a guess.
