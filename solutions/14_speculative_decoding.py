@@ -562,5 +562,5 @@ check("14.8", acceptance)
 # "acceptance rate 42 %" and "80 %" may be the same run. The formula (1 - α^(k+1)) / (1 - α) wants alpha.
 #
 # alpha is one number for all places, which the formula takes for granted. `by_place` shows whether it is so: with
-# prompt lookup guesses get *better* behind the first (whoever copies goes on copying), with a draft head worse (it
-# feeds on its own guesses).
+# prompt lookup guesses get *better* behind the first (whoever copies goes on copying). With a draft head two things
+# work against each other: it feeds on its own guesses, and a place where it was right is an easy one.
