@@ -138,6 +138,57 @@ def generate(
 
 
 @app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="A known name, a Hugging Face directory or id.")] = MODEL,
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 lets the network in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any that is free.")] = 8000,
+    api_key: Annotated[
+        list[str] | None, typer.Option(envvar="MINILLM_API_KEY", help="Clients need one of these.")
+    ] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
+    lora_modules: Annotated[list[str] | None, typer.Option(help="NAME=FOLDER: an adapter in PEFT's format.")] = None,
+    max_lora_rank: Annotated[int, typer.Option(help="Of an adapter.")] = 16,
+    max_queued_requests: Annotated[int, typer.Option(help="That wait for their first token.")] = 1024,
+    max_queued_tokens: Annotated[int, typer.Option(help="Of their prompts.")] = 1 << 20,
+    tokens_per_minute: Annotated[float | None, typer.Option(help="Of each key.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 600.0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    quantization: Annotated[str | None, typer.Option(help="int8, int4, w8a8 or fp8: round as it is loaded.")] = None,
+    kv_cache_dtype: Annotated[str, typer.Option(help="auto, or int8, fp8 and the like for keys and values.")] = "auto",
+    max_model_len: Annotated[int | None, typer.Option(help="Longest sequence, prompt included.")] = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Requests that run at once.")] = 256,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(help="New tokens a step.")] = None,
+    gpu_memory_utilization: Annotated[float, typer.Option(help="Share of the GPU's memory to use.")] = 0.9,
+    enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="No CUDA graphs.")] = False,
+) -> None:
+    """Serve a model to OpenAI's clients, on this machine alone unless --host says otherwise."""
+    adapters = dict([_pair(one) for one in lora_modules or []])
+    from . import LLM
+    from .server.run import listen
+    from .server.service import ServerConfig
+
+    config = ServerConfig(
+        served_model_name or model, adapters, tuple(api_key or ()), max_queued_requests, max_queued_tokens,
+        tokens_per_minute, timeout,
+    )  # fmt: skip
+    llm = LLM(
+        model, device=device, dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens, enforce_eager=enforce_eager, quantization=quantization,
+        gpu_memory_utilization=gpu_memory_utilization, kv_cache_dtype=kv_cache_dtype, max_loras=len(adapters),
+        max_lora_rank=max_lora_rank,
+    )  # fmt: skip
+    listen(llm, config, host, port)
+
+
+def _pair(given: str) -> tuple[str, str]:
+    name, _, folder = given.partition("=")
+    if not name or not folder:
+        raise ValueError(f"--lora-modules: expected NAME=FOLDER, got {given!r}")
+    return name, folder
+
+
+@app.command()
 def quantize(
     model: Annotated[str, typer.Argument(help="A known name, a Hugging Face directory or id.")],
     out: Annotated[Path, typer.Option(help="The directory to write; it must not exist.")],

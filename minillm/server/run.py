@@ -1,0 +1,77 @@
+"""Listening: uvicorn around the app, with limits on connections that have not said yet what they want."""
+
+import asyncio
+import logging
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from ..llm import LLM
+from .app import make_app
+from .service import ServerConfig
+
+__all__ = ["HeaderTimeout", "Server", "listen"]
+
+LOG = logging.getLogger("minillm.server")
+HEADER_SECONDS, HEADER_BYTES, CONNECTIONS = 10.0, 32 << 10, 4096
+
+
+class HeaderTimeout(H11Protocol):
+    """A connection that must have sent a request's head in time: uvicorn watches only those that had one answered."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in the parent
+        """A client has connected."""
+        super().connection_made(transport)
+        self.loop.call_later(HEADER_SECONDS, self._look)
+
+    def _look(self) -> None:
+        if self.cycle is None:
+            self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, of one model: what runs when it is told to end is finished, what comes is refused.
+
+        Server(llm, ServerConfig(), host="127.0.0.1", port=8000).run()
+
+    drain_seconds: how long what runs may take then. port 0: any that is free; `address` says which.
+    """
+
+    def __init__(
+        self, llm: LLM, config: ServerConfig, host: str = "127.0.0.1", port: int = 8000, drain_seconds: int = 30,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        self.app = make_app(llm, config)
+        super().__init__(
+            uvicorn.Config(
+                self.app, host, port, http=HeaderTimeout, ws="none", access_log=False, server_header=False,
+                proxy_headers=False, limit_concurrency=CONNECTIONS, h11_max_incomplete_event_size=HEADER_BYTES,
+                timeout_graceful_shutdown=drain_seconds, **options,
+            )
+        )  # fmt: skip
+
+    @property
+    def address(self) -> str:
+        """Where it listens, once it does."""
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal: the first one lets what runs finish, a second one does not."""
+        self.app.state.service.admission.closed = True
+        super().handle_exit(sig, frame)
+
+
+def listen(llm: LLM, config: ServerConfig, host: str = "127.0.0.1", port: int = 8000) -> None:
+    """Listen until SIGINT or SIGTERM. Raises OSError where the address is taken."""
+    if host not in ("127.0.0.1", "::1", "localhost") and not config.api_keys:
+        LOG.warning("listening on %s without a key: whoever reaches it may use it", host)
+    server = Server(llm, config, host, port, log_level="info")
+    try:
+        server.run()
+    finally:
+        server.app.state.service.close()
+    if server.started is False:
+        raise OSError(f"port: cannot listen on {host}:{port}; is it taken?")
