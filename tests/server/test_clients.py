@@ -1,0 +1,262 @@
+"""What OpenAI's Python client does with a server, against the engine alone."""
+
+import asyncio
+import json
+
+import openai
+import pytest
+
+from minillm import SamplingParams
+
+from .conftest import MODEL, until
+
+HELLO = [{"role": "user", "content": "hello"}]
+MORE = {"ignore_eos": True}
+GREEDY = {"model": MODEL, "temperature": 0, "max_tokens": 12, "extra_body": MORE}
+
+
+@pytest.fixture
+def expected(tiny_llm):
+    """What the engine gives alone."""
+
+    def of(prompt, **params):
+        tiny_llm.engine.reset()
+        params = {"temperature": 0, "max_tokens": 12, "ignore_eos": True, **params}
+        return tiny_llm.generate([prompt], SamplingParams(**params), use_tqdm=False)[0]
+
+    return of
+
+
+def test_a_conversation(client, expected, tiny_llm):
+    prompt = tiny_llm.chat_prompt(HELLO)
+    found, wanted = client.chat.completions.create(messages=HELLO, **GREEDY), expected(prompt)
+    [choice] = found.choices
+    assert (choice.message.content, choice.message.role, choice.finish_reason) == (wanted.text, "assistant", "length")
+    assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (len(prompt), 12)
+    assert found.usage.total_tokens == len(prompt) + 12
+    assert (found.object, found.model, choice.logprobs) == ("chat.completion", MODEL, None)
+    assert client.chat.completions.create(messages=HELLO, **GREEDY).id != found.id
+
+
+def test_a_conversation_as_a_stream(client, expected, tiny_llm):
+    """The role first and once, the reason last and once, one id, no usage unasked."""
+    chunks = list(client.chat.completions.create(messages=HELLO, stream=True, **GREEDY))
+    deltas = [chunk.choices[0].delta for chunk in chunks]
+    assert "".join(d.content or "" for d in deltas) == expected(tiny_llm.chat_prompt(HELLO)).text
+    assert [d.role for d in deltas] == ["assistant"] + [None] * (len(deltas) - 1)
+    assert [c.choices[0].finish_reason for c in chunks] == [None] * (len(chunks) - 1) + ["length"]
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert all(chunk.usage is None for chunk in chunks)
+
+
+def test_usage_comes_last_and_alone(client):
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    *chunks, last = client.chat.completions.create(messages=HELLO, **options, **GREEDY)
+    assert last.choices == []
+    assert last.usage.completion_tokens == 12
+    assert all(chunk.usage is None and chunk.choices for chunk in chunks)
+
+
+def test_what_goes_over_the_wire(server):
+    body = {"prompt": "hello", "max_tokens": 3, "stream": True, **MORE}
+    answer = server.http.post("/v1/completions", json=body)
+    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+    *events, done, rest = answer.text.split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    assert all(json.loads(event.removeprefix("data: "))["object"] == "text_completion" for event in events)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_prompts_in_all_forms(client, expected, tiny_llm, stream):
+    ids = tiny_llm.tokenizer.encode("the quick fox")
+    for prompt, each in (
+        ("the quick fox", [ids]), (["hello", "the quick fox"], ["hello", ids]), (ids, [ids]),
+        ([ids, [5, 6]], [ids, [5, 6]]),
+    ):  # fmt: skip
+        found = client.completions.create(prompt=prompt, stream=stream, **GREEDY)
+        texts = dict.fromkeys(range(len(each)), "")
+        for part in found if stream else [found]:
+            for choice in part.choices:
+                texts[choice.index] += choice.text
+        assert list(texts.values()) == [expected(one).text for one in each]
+
+
+def test_several_choices_are_seeded_one_by_one(client, expected):
+    params = {"temperature": 1.0, "seed": 7, "n": 3}
+    found = client.completions.create(model=MODEL, prompt="hello", max_tokens=12, extra_body=MORE, **params)
+    assert [c.text for c in found.choices] == [o.text for o in expected("hello", **params).outputs]
+    assert [c.index for c in found.choices] == [0, 1, 2]
+    assert found.usage.completion_tokens == 36
+    again = client.completions.create(
+        model=MODEL, prompt="hello", max_tokens=12, extra_body=MORE, stream=True, **params
+    )
+    texts = ["", "", ""]
+    for chunk in again:
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == [c.text for c in found.choices]
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_stop_strings_across_tokens(client, expected, as_list):
+    text = expected("hello").text
+    stop = text[3:6]  # wherever the borders of its tokens are
+    found = client.completions.create(prompt="hello", stop=["never", stop] if as_list else stop, **GREEDY)
+    assert found.choices[0].text == text[: text.index(stop)]
+    assert found.choices[0].finish_reason == "stop"
+    chunks = client.completions.create(prompt="hello", stop=stop, stream=True, **GREEDY)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == found.choices[0].text
+
+
+def test_log_probabilities_of_a_conversation(client, expected, tiny_llm):
+    wanted = expected(tiny_llm.chat_prompt(HELLO), logprobs=3)
+    asked = {"messages": HELLO, "logprobs": True, "top_logprobs": 3, **GREEDY}
+    content = client.chat.completions.create(**asked).choices[0].logprobs.content
+    assert len(content) == 12
+    for entry, token, known in zip(content, wanted.token_ids, wanted.logprobs, strict=True):
+        assert entry.logprob == pytest.approx(known[token], abs=1e-4)
+        known_token = token < tiny_llm.tokenizer.vocab_size  # the model has more rows
+        assert bytes(entry.bytes) == (tiny_llm.tokenizer.token_bytes(token) if known_token else b"")
+        best = sorted(known.values(), reverse=True)[:3]
+        assert [top.logprob for top in entry.top_logprobs] == pytest.approx(best, abs=1e-4)
+    streamed = client.chat.completions.create(stream=True, **asked)
+    parts = [c.choices[0].logprobs.content for c in streamed if c.choices[0].logprobs]
+    assert [e.token for part in parts for e in part] == [e.token for e in content]
+    only = client.chat.completions.create(messages=HELLO, logprobs=True, **GREEDY).choices[0].logprobs.content
+    assert all(entry.top_logprobs == [] for entry in only)
+
+
+def test_echo_with_log_probabilities(client, expected, tiny_llm):
+    prompt = "the quick fox"
+    ids, wanted = tiny_llm.tokenizer.encode(prompt), expected(prompt, logprobs=0, prompt_logprobs=0)
+    [choice] = client.completions.create(prompt=prompt, echo=True, logprobs=0, **GREEDY).choices
+    assert choice.text == prompt + wanted.text
+    found = choice.logprobs
+    assert found.token_logprobs[0] is None
+    tokens = ids + wanted.token_ids
+    known = [d[t] for d, t in zip(wanted.prompt_logprobs[1:] + wanted.logprobs, tokens[1:], strict=True)]
+    assert found.token_logprobs[1:] == pytest.approx(known, abs=1e-4)
+    assert found.text_offset == [sum(len(t) for t in found.tokens[:i]) for i in range(len(tokens))]
+    assert all(len(best) == 1 for best in found.top_logprobs[1:])
+
+
+@pytest.mark.parametrize("prompt", ["hello", ["hello", "the quick fox"]])
+def test_only_the_prompt(client, prompt):
+    """What evaluations ask for."""
+    found = client.completions.create(model=MODEL, prompt=prompt, echo=True, max_tokens=0, logprobs=0)
+    assert [c.text for c in found.choices] == ([prompt] if isinstance(prompt, str) else prompt)
+    assert found.usage.completion_tokens == 0
+    assert all(len(c.logprobs.tokens) == len(c.logprobs.token_logprobs) for c in found.choices)
+
+
+def test_biases(client):
+    found = client.completions.create(prompt="hello", logit_bias={"104": 100}, logprobs=0, **GREEDY)
+    assert len(set(found.choices[0].logprobs.tokens)) == 1
+    stopped = {"model": MODEL, "temperature": 0, "extra_body": {"stop_token_ids": [104]}}
+    ended = client.completions.create(prompt="hello", logit_bias={"104": 100}, **stopped)
+    assert (ended.choices[0].finish_reason, ended.usage.completion_tokens) == ("stop", 1)
+
+
+def test_forms(client):
+    """By any of the four ways to ask."""
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": [1, 22]}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+    plain = {"model": MODEL, "messages": HELLO, "max_tokens": 60, "temperature": 1, "seed": 1}
+    found = client.chat.completions.create(response_format=form, **plain)
+    assert json.loads(found.choices[0].message.content)["a"] in (1, 22)
+    for asked, wanted in ({"choice": ["yes", "no"]}, ("yes", "no")), ({"regex": "ab?"}, ("a", "ab")):
+        found = client.chat.completions.create(extra_body={"structured_outputs": asked}, **plain)
+        assert found.choices[0].message.content in wanted
+    found = client.chat.completions.create(response_format={"type": "json_object"}, **plain)
+    assert found.choices[0].message.content.lstrip().startswith("{")
+    assert client.chat.completions.create(response_format={"type": "text"}, **plain).choices
+
+
+def test_models_and_adapters(client, expected):
+    assert [model.id for model in client.models.list()] == [MODEL, "pirate"]
+    assert client.models.retrieve("pirate").parent == MODEL
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("../x")
+    own = client.completions.create(prompt="hello", **GREEDY)
+    adapted = client.completions.create(prompt="hello", **{**GREEDY, "model": "pirate"})
+    assert own.choices[0].text == expected("hello").text != adapted.choices[0].text
+    assert adapted.model == "pirate"
+    with pytest.raises(openai.NotFoundError) as error:
+        client.completions.create(model="gpt-4", prompt="hello")
+    assert (error.value.code, error.value.param) == ("model_not_found", "model")
+
+
+def test_a_prefix_that_was_there(client):
+    prompt = list(range(5, 55))
+    first, second = (client.completions.create(prompt=prompt, **GREEDY).usage for _ in range(2))
+    assert second.prompt_tokens_details.cached_tokens == 48 > first.prompt_tokens_details.cached_tokens
+    salted = client.completions.create(prompt=prompt, **GREEDY | {"extra_body": {"cache_salt": "mine", **MORE}})
+    assert salted.usage.prompt_tokens_details.cached_tokens == 0
+
+
+def test_many_at_once(server, expected, tiny_llm):
+    """More than run at once, streamed and not: everybody gets what they would get alone."""
+    prompts = [[5 + i, 6, 7 + i] for i in range(32)]
+    wanted = [expected(prompt).text for prompt in prompts]
+
+    async def one(client, index):
+        found = await client.completions.create(prompt=prompts[index], stream=index % 2 == 0, **GREEDY)
+        if index % 2:
+            return found.choices[0].text
+        return "".join([chunk.choices[0].text async for chunk in found])
+
+    async def everybody():
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client:
+            return await asyncio.gather(*[one(client, i) for i in range(32)])
+
+    assert asyncio.run(everybody()) == wanted
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_leaves_is_aborted(server, stream):
+    body = {"prompt": "hello", "max_tokens": 100, "stream": stream, **MORE}
+    aborted = server.llm.engine.metrics.num_aborted
+    data = json.dumps(body).encode()
+    with server.held():
+        head = (
+            f"POST /v1/completions HTTP/1.1\nHost: x\nContent-Type: application/json\nContent-Length: {len(data)}\n\n"
+        )
+        connection = server.socket(head, data)
+        until(lambda: server.llm.engine.has_unfinished())
+        connection.close()
+        until(lambda: not server.service.thread._inbox.empty())  # the abort waits for the step that is held
+    until(server.idle)
+    assert server.llm.engine.metrics.num_aborted == aborted + 1
+
+
+def test_who_closes_a_stream_is_aborted(server, client):
+    stream = client.completions.create(prompt="hello", stream=True, **GREEDY | {"max_tokens": 110})
+    next(stream)
+    stream.close()
+    until(server.idle)
+
+
+def test_tokens_and_text(server, tiny_llm):
+    tokens = tiny_llm.tokenizer.encode("the quick fox")
+    found = server.http.post("/tokenize", json={"prompt": "the quick fox"}).json()
+    assert found == {"count": len(tokens), "max_model_len": 128, "tokens": tokens}
+    assert server.http.post("/detokenize", json={"tokens": tokens}).json() == {"prompt": "the quick fox"}
+    chat = server.http.post("/tokenize", json={"messages": HELLO}).json()
+    assert chat["tokens"] == tiny_llm.chat_prompt(HELLO)
+
+
+def test_metrics_have_vllms_names(server, client):
+    client.completions.create(prompt="hello", **GREEDY)
+    text = server.http.get("/metrics").text
+    for name in ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"):
+        assert f'{name}{{model_name="tiny"}} 0\n' in text
+    assert 'vllm:time_to_first_token_seconds_bucket{model_name="tiny",le="+Inf"} ' in text
+    generated = server.llm.engine.metrics.num_generated_tokens
+    assert f'vllm:generation_tokens_total{{model_name="tiny"}} {generated}\n' in text
+    from prometheus_client.parser import text_string_to_metric_families
+
+    assert len(list(text_string_to_metric_families(text))) > 20
