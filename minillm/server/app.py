@@ -10,7 +10,7 @@ import hmac
 import json
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from starlette.applications import Starlette
@@ -58,7 +58,8 @@ class Reply(Response):
             self.running.close()
             await asyncio.gather(work, gone, return_exceptions=True)
         if finished:
-            work.result()
+            with suppress(ClientGone):  # the connection is closed, as its answer is not complete
+                work.result()
 
     async def _work(self, send: Send) -> None:
         if self.answer.asked.stream:

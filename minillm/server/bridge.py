@@ -74,7 +74,6 @@ class Stream:
     def __init__(self, choices: int) -> None:
         self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.requests: list[Request] = []  # the engine thread's
-        self.aborted = False  # likewise
         self._loop, self._open, self._kept = asyncio.get_running_loop(), choices, dict[int, Piece]()
         self._news = asyncio.Event()
 
@@ -178,8 +177,6 @@ class EngineThread:
         self.alive = False
 
     def _add(self, stream: Stream, prompts: Sequence[Prompt]) -> None:
-        if stream.aborted:
-            return
         error: BaseException | None = None if self.alive else Stopped("the engine has stopped")
         try:
             for p in prompts if self.alive else ():
@@ -193,7 +190,6 @@ class EngineThread:
         self._call(stream, stream.settle, error)
 
     def _abort(self, stream: Stream) -> None:
-        stream.aborted = True
         for request in stream.requests:
             if not request.finished:
                 self.engine.abort(request)

@@ -56,12 +56,18 @@ class Running:
         return connection
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """The engine makes no step meanwhile."""
-        go, step = threading.Event(), self.llm.engine.step
-        self.llm.engine.step = lambda: go.wait(30) and step()
+    def held(self) -> Iterator[threading.Event]:
+        """The engine makes no step meanwhile -> whether one waits."""
+        go, waits, step = threading.Event(), threading.Event(), self.llm.engine.step
+
+        def held() -> list:
+            waits.set()
+            go.wait(60)
+            return step()
+
+        self.llm.engine.step = held
         try:
-            yield
+            yield waits
         finally:
             self.llm.engine.step = step
             go.set()

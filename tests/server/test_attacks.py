@@ -128,6 +128,16 @@ def test_bodies_that_are_none(server, body):
     refused(server.http.post(COMPLETION, content=body, headers={"content-type": "application/json"}))
 
 
+def test_how_deep_a_body_may_be(server):
+    schema = {"type": "string"}
+    for _ in range(protocol.DEPTH // 2):
+        schema = {"anyOf": [schema, {"type": "null"}]}
+    deep = {"structured_outputs": {"json": schema}}
+    assert "nested" in refused(server.http.post(CHAT, json=HELLO | deep))["message"]
+    deep["structured_outputs"]["json"] = schema["anyOf"][0]["anyOf"][0]["anyOf"][0]
+    assert server.http.post(CHAT, json=HELLO | deep).status_code == 200
+
+
 def test_half_a_character(server):
     """Lone surrogates, which no text has, come back as something that is text."""
     body = b'{"prompt": "\\ud800", "max_tokens": 1, "echo": true}'
@@ -203,7 +213,7 @@ def test_a_reader_that_never_reads(start):
     connection.sendall("\r\n".join([*head, f"Content-Length: {len(body)}", "", ""]).encode() + body)
     assert server.http.post(COMPLETION, json=PROMPT).status_code == 200
     until(lambda: not server.server.server_state.tasks)
-    assert server.idle()
+    until(server.idle)
     connection.close()
 
 

@@ -221,12 +221,12 @@ def test_who_leaves_is_aborted(server, stream):
     body = {"prompt": "hello", "max_tokens": 100, "stream": stream, **MORE}
     aborted = server.llm.engine.metrics.num_aborted
     data = json.dumps(body).encode()
-    with server.held():
+    with server.held() as waits:
         head = (
             f"POST /v1/completions HTTP/1.1\nHost: x\nContent-Type: application/json\nContent-Length: {len(data)}\n\n"
         )
         connection = server.socket(head, data)
-        until(lambda: server.llm.engine.has_unfinished())
+        until(waits.is_set)
         connection.close()
         until(lambda: not server.service.thread._inbox.empty())  # the abort waits for the step that is held
     until(server.idle)
