@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import socket
+import sys
 from types import FrameType
 from typing import Any
 
@@ -65,13 +67,16 @@ class Server(uvicorn.Server):
 
 
 def listen(llm: LLM, config: ServerConfig, host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Listen until SIGINT or SIGTERM. Raises OSError where the address is taken."""
+    """Serve until SIGINT or SIGTERM, which then has its usual effect. Raises OSError where the address is taken."""
     if host not in ("127.0.0.1", "::1", "localhost") and not config.api_keys:
         LOG.warning("listening on %s without a key: whoever reaches it may use it", host)
-    server = Server(llm, config, host, port, log_level="info")
     try:
-        server.run()
-    finally:
-        server.app.state.service.close()
-    if server.started is False:
-        raise OSError(f"port: cannot listen on {host}:{port}; is it taken?")
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening = socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise OSError(f"port: cannot listen on {host}:{port}: {error.strerror}") from None
+    with listening:
+        server = Server(llm, config, host, port, log_level="warning")
+        address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+        print(f"{config.name}: {address}", file=sys.stderr, flush=True)
+        server.run([listening])
