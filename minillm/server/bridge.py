@@ -1,8 +1,9 @@
 """Between an event loop and the engine: a thread that steps, and what it hands over.
 
-The thread alone touches the engine once it runs. Whatever others want of it (add, abort, stop) lies in an inbox, which
-it empties before each step: so nobody fights for the engine's lock, and an abort takes effect within a step. After each
-step it wakes the event loop once, with what all requests got.
+The thread alone touches the engine once it runs, but for what takes long and needs no lock: adapters and constraints
+are prepared by others. Whatever is wanted of it (add, abort, stop) lies in an inbox, which it empties before each step:
+so nobody fights for the engine's lock, and an abort takes effect within a step. After each step it wakes the event loop
+once, with what all requests got.
 
 A `Stream` keeps what its reader has not taken yet, merged into one piece for each choice: a client that reads slowly
 gets larger pieces later, nobody waits for it, and the most that is kept is the output itself.
@@ -13,9 +14,11 @@ import logging
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
+from ..adapters.serving import LoRARequest
 from ..engine.engine import Engine, Prepared
 from ..engine.request import Request
 from ..sampling import SamplingParams
@@ -23,6 +26,7 @@ from ..sampling import SamplingParams
 __all__ = ["EngineThread", "Piece", "Prompt", "Stopped", "Stream"]
 
 LOG = logging.getLogger("minillm.server")
+PREPARING = 2  # threads that do so
 FAILURES = 3  # steps in a row that raised: the engine is given up
 
 
@@ -32,11 +36,11 @@ class Stopped(RuntimeError):
 
 @dataclass
 class Prompt:
-    """What to generate from, ready for `Engine.add`."""
+    """What to generate from."""
 
     token_ids: list[int]
     params: SamplingParams
-    prepared: Prepared
+    adapter: LoRARequest | None = None
     priority: int = 0
     cache_salt: str = ""
 
@@ -122,13 +126,18 @@ class EngineThread:
         self.engine, self.alive = engine, True
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._owners: dict[Request, tuple[Stream, int]] = {}
+        self._pool = ThreadPoolExecutor(PREPARING, "prepare")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     async def submit(self, prompts: Sequence[Prompt]) -> Stream:
         """Queue all prompts, or none. Raises as `Engine.add`, and Stopped."""
-        stream = Stream(sum(prompt.params.n for prompt in prompts))
-        self._inbox.put(partial(self._add, stream, prompts))
+        if any([p.adapter or p.params.structured_outputs for p in prompts]):
+            prepared = await asyncio.get_running_loop().run_in_executor(self._pool, self._prepared, prompts)
+        else:
+            prepared = self._prepared(prompts)  # at once
+        stream = Stream(sum([prompt.params.n for prompt in prompts]))
+        self._inbox.put(partial(self._add, stream, prompts, prepared))
         if not self.alive:  # looked at after putting: else it could end in between, and nobody would answer
             stream.settle(Stopped("the engine has stopped"))
         try:
@@ -146,6 +155,14 @@ class EngineThread:
         """Take nothing more, drop what runs, and wait for the thread's end."""
         self._inbox.put(self._stop)
         self._thread.join(timeout)
+
+    def _prepared(self, prompts: Sequence[Prompt]) -> list[Prepared]:
+        found: dict[tuple[int, int], Prepared] = {}  # the prompts of one request have one object of each
+        keys = [(id(p.params), id(p.adapter)) for p in prompts]
+        for key, p in zip(keys, prompts, strict=True):
+            if key not in found:
+                found[key] = self.engine.prepare(p.params, p.adapter)
+        return [found[key] for key in keys]
 
     # ---- in the thread -----------------------------------------------------------------------------------------------
 
@@ -176,12 +193,12 @@ class EngineThread:
     def _stop(self) -> None:
         self.alive = False
 
-    def _add(self, stream: Stream, prompts: Sequence[Prompt]) -> None:
+    def _add(self, stream: Stream, prompts: Sequence[Prompt], prepared: Sequence[Prepared]) -> None:
         error: BaseException | None = None if self.alive else Stopped("the engine has stopped")
         try:
-            for p in prompts if self.alive else ():
+            for p, ready in zip(prompts, prepared, strict=True) if self.alive else ():
                 stream.requests += self.engine.add(
-                    p.token_ids, p.params, None, p.priority, p.cache_salt, prepared=p.prepared
+                    p.token_ids, p.params, None, p.priority, p.cache_salt, prepared=ready
                 )
         except Exception as e:  # of one prompt: the others are not wanted without it
             error = e

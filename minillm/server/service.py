@@ -1,7 +1,7 @@
 """From what is asked for to a running request: its adapter, a place in the queue, tokens, the engine.
 
-What may take long (a template, tokens of a long text, a constraint) is done by a few threads beside the event loop and
-the engine's.
+What may take long (a template, the tokens of a long text) is done by a few threads beside the event loop and the
+engine's.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from .protocol import Asked
 __all__ = ["Running", "ServerConfig", "Service"]
 
 T = TypeVar("T")
-WORKERS = 2  # threads for what takes long
+WORKERS = 2  # threads for templates and tokens
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Service:
         self.longest = max([len(self.tokenizer.token_bytes(i)) for i in ids if self._has_token(i)], default=1)
         self.admission = Admission(config.max_queued_requests, config.max_queued_tokens, llm.engine.metrics.queue_time)
         self.buckets: dict[str, Bucket] = {}
-        self.pool = ThreadPoolExecutor(WORKERS, "prepare")
+        self.pool = ThreadPoolExecutor(WORKERS, "tokens")
         self.thread = EngineThread(llm.engine)
 
     def _has_token(self, token: int) -> bool:
@@ -138,7 +138,7 @@ class Service:
 
     def _prompts(self, asked: Asked, adapter: LoRARequest | None) -> list[Prompt]:
         """In a thread of the pool."""
-        engine, where = self.llm.engine, "prompt" if asked.messages is None else "messages"
+        where = "prompt" if asked.messages is None else "messages"
         if asked.messages is None:
             found = [self.encode(where, one) if isinstance(one, str) else one for one in asked.prompts]
         else:
@@ -146,9 +146,8 @@ class Service:
         for ids in found:
             if len(ids) >= self.llm.max_model_len:
                 raise self._too_long(where, f"{len(ids)}")
-            engine.prompt_of(ids, where)
-        prepared = engine.prepare(asked.params, adapter)
-        return [Prompt(ids, asked.params, prepared, asked.priority, asked.cache_salt) for ids in found]
+            self.llm.engine.prompt_of(ids, where)
+        return [Prompt(ids, asked.params, adapter, asked.priority, asked.cache_salt) for ids in found]
 
     def _too_long(self, where: str, got: str) -> ApiError:
         most = self.llm.max_model_len - 1

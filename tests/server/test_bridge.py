@@ -29,7 +29,7 @@ def thread(llm):
 
 
 def prompt(ids=(5, 6, 7), params=PARAMS, **more) -> Prompt:
-    return Prompt(list(ids), params, (None, None), **more)
+    return Prompt(list(ids), params, **more)
 
 
 async def collect(thread: EngineThread, *prompts: Prompt) -> dict[int, Piece]:
