@@ -9,9 +9,9 @@ import asyncio
 import hmac
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -25,13 +25,17 @@ from ..llm import LLM
 from .bridge import Piece
 from .errors import ApiError, of_generation
 from .metrics import CONTENT_TYPE, render
-from .protocol import parse, read_chat, read_completion, read_fields
+from .protocol import Asked, parse, read_chat, read_completion, read_fields
 from .service import Running, ServerConfig, Service
 
 __all__ = ["Keys", "Reply", "Routes", "make_app"]
 
+T = TypeVar("T")
 EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 EVENTS += [(b"x-accel-buffering", b"no")]  # nginx shall not collect them
+
+
+LARGE = 64 << 10  # bytes of a body that is read beside the event loop
 
 
 class ClientGone(Exception):
@@ -152,11 +156,12 @@ class Routes:
 
     async def _generate(self, request: Request, chat: bool) -> Response:
         start, defaults = asyncio.get_running_loop().time(), self.service.llm.sampling_defaults
-        async with self._body(request) as body:
-            if chat:
-                asked = read_chat(body, defaults)
-            else:
-                asked = read_completion(body, defaults, self.config.max_queued_requests)
+
+        def read(body: dict[str, Any]) -> Asked:
+            most = self.config.max_queued_requests
+            return read_chat(body, defaults) if chat else read_completion(body, defaults, most)
+
+        async with self._body(request, read) as asked:
             until = start + min(asked.timeout or self.config.timeout, self.config.timeout)
             try:
                 async with asyncio.timeout_at(until):
@@ -167,8 +172,7 @@ class Routes:
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize: {"prompt": text} or {"messages": [...]} -> its tokens, as vLLM's."""
         known = {"model": str, "prompt": str, "messages": list, "add_special_tokens": bool}
-        async with self._body(request) as body:
-            given = read_fields(body, known)
+        async with self._body(request, lambda body: read_fields(body, known)) as given:
             if ("prompt" in given) == ("messages" in given):
                 raise ApiError(400, "prompt: expected either prompt or messages", "prompt")
             if "prompt" in given:
@@ -182,8 +186,9 @@ class Routes:
 
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize: {"tokens": ids} -> their text, as vLLM's."""
-        async with self._body(request) as body:
-            tokens = read_fields(body, {"model": str, "tokens": list}).get("tokens")
+        known = {"model": str, "tokens": list}
+        async with self._body(request, lambda body: read_fields(body, known)) as given:
+            tokens = given.get("tokens")
             if tokens is None or not all([type(token) is int and token < 2**31 for token in tokens]):
                 raise ApiError(400, "tokens: expected a list of token ids", "tokens")
             text = await self.service.in_pool(self.service.tokenizer.decode, tokens)
@@ -222,8 +227,8 @@ class Routes:
         return Response(text, media_type=CONTENT_TYPE)
 
     @asynccontextmanager
-    async def _body(self, request: Request) -> AsyncIterator[dict[str, Any]]:
-        """The JSON of a request, read with limits of size and time."""
+    async def _body(self, request: Request, read: Callable[[dict[str, Any]], T]) -> AsyncIterator[T]:
+        """What `read` makes of a request's JSON, which may be of a limited size and take a limited time."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":  # a page of another site cannot send this without being asked first
             raise ApiError(415, f"content-type: expected application/json, got {kind[:40]!r}")
@@ -239,7 +244,10 @@ class Routes:
                         raise ApiError(413, f"body: expected at most {self.config.max_body_bytes} bytes")
                     if self.reading > 32 * self.config.max_body_bytes:
                         raise ApiError(429, "too many bodies at once", headers={"Retry-After": "1"})
-            yield parse(bytes(data))
+            if len(data) > LARGE:
+                yield await self.service.in_pool(lambda: read(parse(data)))
+            else:
+                yield read(parse(data))
         except ClientDisconnect:
             raise ApiError(400, "body: not complete") from None  # nobody hears it
         except TimeoutError:

@@ -65,7 +65,7 @@ class Asked:
     timeout: float | None = None
 
 
-def parse(body: bytes) -> dict[str, Any]:
+def parse(body: bytes | bytearray) -> dict[str, Any]:
     """JSON -> its object. Raises ApiError for what is no JSON or no object, and beyond `DEPTH`."""
     try:
         found = json.loads(body, parse_constant=_no_constant)

@@ -21,16 +21,20 @@ HEADER_SECONDS, HEADER_BYTES, CONNECTIONS = 10.0, 32 << 10, 4096
 
 
 class HeaderTimeout(H11Protocol):
-    """A connection that must have sent a request's head in time: uvicorn watches only those that had one answered."""
+    """A connection on which a request's head must be complete in time: uvicorn watches only those that send nothing."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in the parent
         """A client has connected."""
         super().connection_made(transport)
-        self.loop.call_later(HEADER_SECONDS, self._look)
+        self.loop.call_later(HEADER_SECONDS, self._look, None)
 
-    def _look(self) -> None:
-        if self.cycle is None:
+    def _look(self, before: object) -> None:
+        """before: the request that was answered when we looked last, None before the first."""
+        answered = self.cycle is None or self.cycle.response_complete
+        if answered and self.cycle is before:
             self.transport.close()
+        elif not self.transport.is_closing():
+            self.loop.call_later(HEADER_SECONDS, self._look, self.cycle if answered else self)
 
 
 class Server(uvicorn.Server):

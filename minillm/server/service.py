@@ -47,7 +47,7 @@ class ServerConfig:
     timeout: float = 600.0
     body_seconds: float = 30.0
     send_seconds: float = 30.0
-    max_body_bytes: int = 8 << 20
+    max_body_bytes: int = 2 << 20
 
 
 class Service:

@@ -7,6 +7,7 @@ Sources: CVE-2026-34756 (n), -73559 (prompts), -116181 (ids out of range), -5557
 import gzip
 import json
 import socket
+from contextlib import suppress
 from urllib.parse import quote
 
 import pytest
@@ -183,6 +184,10 @@ def test_heads_that_never_end(start, monkeypatch):
     server = start()
     with server.socket("GET /health HTTP/1.1\nX: y") as connection:
         assert connection.recv(100) == b""
+    with server.socket("GET /health HTTP/1.1\nHost: x\n\n") as connection:  # one that is answered, then half of one
+        assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+        connection.sendall(b"GET /health HTTP/1.1\r\n")
+        assert connection.recv(100) == b""
     with server.socket("GET /health HTTP/1.1\nX: " + "y" * 100_000) as connection:
         assert connection.recv(100)[:12] in (b"HTTP/1.1 400", b"HTTP/1.1 431")
 
@@ -215,6 +220,20 @@ def test_a_reader_that_never_reads(start):
     until(lambda: not server.server.server_state.tasks)
     until(server.idle)
     connection.close()
+
+
+def test_many_who_hang_up(server):
+    """At any point of their request, while others are served."""
+    body = json.dumps(PROMPT | {"max_tokens": 100, "ignore_eos": True, "stream": True}).encode()
+    head = "POST /v1/completions HTTP/1.1\nHost: x\nContent-Type: application/json\nContent-Length: {}\n\n"
+    for i in range(200):
+        with server.socket(head.format(len(body)), body[: i % 2 * i or len(body)]) as connection:
+            if i % 3 == 0:
+                connection.settimeout(0.01)
+                with suppress(TimeoutError):
+                    connection.recv(100)
+        if i % 20 == 0:
+            assert server.http.post(COMPLETION, json=PROMPT).status_code in (200, 429)
 
 
 def test_nothing_of_a_client_becomes_a_label(server):
