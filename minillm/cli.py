@@ -164,7 +164,7 @@ def serve(
 ) -> None:
     """Serve a model to OpenAI's clients, on this machine alone unless --host says otherwise."""
     adapters = dict([_pair(one) for one in lora_modules or []])
-    from . import LLM
+    from .server.process import EngineProcess
     from .server.run import listen
     from .server.service import ServerConfig
 
@@ -172,13 +172,13 @@ def serve(
         served_model_name or model, adapters, tuple(api_key or ()), max_queued_requests, max_queued_tokens,
         tokens_per_minute, timeout,
     )  # fmt: skip
-    llm = LLM(
-        model, device=device, dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
+    engine = EngineProcess(
+        model, adapters, device=device, dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens, enforce_eager=enforce_eager, quantization=quantization,
         gpu_memory_utilization=gpu_memory_utilization, kv_cache_dtype=kv_cache_dtype, max_loras=len(adapters),
         max_lora_rank=max_lora_rank,
     )  # fmt: skip
-    listen(llm, config, host, port)
+    listen(engine, config, host, port)
 
 
 def _pair(given: str) -> tuple[str, str]:

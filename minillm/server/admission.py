@@ -9,18 +9,11 @@ all that it may generate; what it did not generate flows back.
 import math
 import time
 from collections.abc import Callable
-from typing import Protocol
 
+from ..engine.metrics import Histogram
 from .errors import ApiError
 
 __all__ = ["Admission", "Bucket", "Ticket"]
-
-
-class HasQuantile(Protocol):
-    """`engine.metrics.Histogram`."""
-
-    def quantile(self, q: float) -> float:
-        """The value below which a share of `q` lies."""
 
 
 class Bucket:
@@ -50,6 +43,7 @@ class Ticket:
 
     def __init__(self, admission: "Admission", choices: int) -> None:
         self.admission, self.share, self.waiting = admission, 0, set(range(choices))
+        self.since = time.monotonic()
         admission.requests += choices
 
     def sized(self, prompt_tokens: int) -> None:
@@ -61,6 +55,7 @@ class Ticket:
     def leave(self, choice: int) -> None:
         """The choice waits no more."""
         if choice in self.waiting:
+            self.admission.waits.observe(time.monotonic() - self.since)
             self.waiting.remove(choice)
             self.admission.requests -= 1
             self.admission.tokens -= self.share
@@ -72,10 +67,11 @@ class Ticket:
 
 
 class Admission:
-    """What waits, and its bounds. queue_time: how long requests waited, for the advice when to come again."""
+    """What waits, and its bounds."""
 
-    def __init__(self, max_requests: int, max_tokens: int, queue_time: HasQuantile) -> None:
-        self.max_requests, self.max_tokens, self.queue_time = max_requests, max_tokens, queue_time
+    def __init__(self, max_requests: int, max_tokens: int) -> None:
+        self.max_requests, self.max_tokens = max_requests, max_tokens
+        self.waits = Histogram()  # seconds until first tokens, for the advice when to come again
         self.requests, self.tokens, self.closed = 0, 0, False
 
     def enter(self, choices: int) -> Ticket:
@@ -95,6 +91,11 @@ class Admission:
         if self.tokens and self.tokens + tokens > self.max_tokens:
             raise self._full(f"{self.tokens} tokens of prompts wait; this server lets {self.max_tokens} wait")
 
+    def prometheus(self) -> str:
+        """What waits, in Prometheus' text format."""
+        gauges = (("requests", self.requests), ("tokens", self.tokens))
+        return "".join([f"# TYPE minillm_queued_{n} gauge\nminillm_queued_{n} {value}\n" for n, value in gauges])
+
     def _full(self, message: str) -> ApiError:
-        seconds = min(60, max(1, math.ceil(self.queue_time.quantile(0.5))))
+        seconds = min(60, max(1, math.ceil(self.waits.quantile(0.5))))
         return ApiError(429, message, code="queue_full", headers={"Retry-After": str(seconds)})

@@ -24,7 +24,8 @@ from .. import __version__
 from ..llm import LLM
 from .bridge import Piece
 from .errors import ApiError, of_generation
-from .metrics import CONTENT_TYPE, render
+from .metrics import CONTENT_TYPE
+from .process import EngineProcess
 from .protocol import Asked, parse, read_chat, read_completion, read_fields
 from .service import Running, ServerConfig, Service
 
@@ -155,7 +156,7 @@ class Routes:
         return await self._generate(request, chat=False)
 
     async def _generate(self, request: Request, chat: bool) -> Response:
-        start, defaults = asyncio.get_running_loop().time(), self.service.llm.sampling_defaults
+        start, defaults = asyncio.get_running_loop().time(), self.service.model.sampling_defaults
 
         def read(body: dict[str, Any]) -> Asked:
             most = self.config.max_queued_requests
@@ -181,7 +182,7 @@ class Routes:
             else:
                 messages = read_chat({"messages": given["messages"]}, {}).messages
                 tokens = await self.service.in_pool(self.service.chat_prompt, messages, {})
-        longest = self.service.llm.max_model_len
+        longest = self.service.model.max_model_len
         return JSONResponse({"count": len(tokens), "max_model_len": longest, "tokens": tokens})
 
     async def detokenize(self, request: Request) -> Response:
@@ -208,13 +209,13 @@ class Routes:
 
     def _model(self, name: str) -> dict[str, Any]:
         parent = self.config.name if name in self.service.adapters else None
-        longest = self.service.llm.max_model_len
+        longest = self.service.model.max_model_len
         facts = {"id": name, "object": "model", "created": self.started, "owned_by": "minillm"}
         return facts | {"root": name, "parent": parent, "max_model_len": longest}
 
     async def health(self, request: Request) -> Response:
         """GET /health: 200 while requests are taken."""
-        ready = self.service.thread.alive and not self.service.admission.closed
+        ready = self.service.engine.alive and not self.service.admission.closed
         return Response(status_code=200 if ready else 503)
 
     async def version(self, request: Request) -> Response:
@@ -223,7 +224,7 @@ class Routes:
 
     async def metrics(self, request: Request) -> Response:
         """GET /metrics"""
-        text = render(self.service.llm.engine, self.service.admission, self.config.name)
+        text = await self.service.engine.metrics(self.config.name) + self.service.admission.prometheus()
         return Response(text, media_type=CONTENT_TYPE)
 
     @asynccontextmanager
@@ -276,9 +277,9 @@ class Keys:
         return await self.app(scope, receive, send)
 
 
-def make_app(llm: LLM, config: ServerConfig) -> Starlette:
+def make_app(model: LLM | EngineProcess, config: ServerConfig) -> Starlette:
     """The ASGI app of a model; `app.state.service` is its `Service`. Raises as `Service`."""
-    service = Service(llm, config)
+    service = Service(model, config)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

@@ -17,11 +17,13 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from ..adapters.serving import LoRARequest
 from ..engine.engine import Engine, Prepared
 from ..engine.request import Request
 from ..sampling import SamplingParams
+from .metrics import render
 
 __all__ = ["EngineThread", "Piece", "Prompt", "Stopped", "Stream"]
 
@@ -78,7 +80,9 @@ class Stream:
     def __init__(self, choices: int) -> None:
         self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.requests: list[Request] = []  # the engine thread's
-        self._loop, self._open, self._kept = asyncio.get_running_loop(), choices, dict[int, Piece]()
+        self.aborted = False  # likewise
+        self.loop: Any = asyncio.get_running_loop()
+        self._open, self._kept = set(range(choices)), dict[int, Piece]()
         self._news = asyncio.Event()
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
@@ -91,12 +95,19 @@ class Stream:
 
     def put(self, index: int, piece: Piece) -> None:
         """Keep a piece for the reader."""
-        self._open -= piece.finish_reason is not None
+        if piece.finish_reason is not None:
+            self._open.discard(index)
         if index in self._kept:
             self._kept[index].add(piece)
         else:
             self._kept[index] = piece
         self._news.set()
+
+    def fail(self, error: BaseException) -> None:
+        """Nothing more will come."""
+        self.settle(error)
+        for index in list(self._open):
+            self.put(index, Piece(finish_reason="error", error=error))
 
     def settle(self, error: BaseException | None) -> None:
         """The engine has taken the prompts, or refused them."""
@@ -132,20 +143,27 @@ class EngineThread:
 
     async def submit(self, prompts: Sequence[Prompt]) -> Stream:
         """Queue all prompts, or none. Raises as `Engine.add`, and Stopped."""
-        if any([p.adapter or p.params.structured_outputs for p in prompts]):
-            prepared = await asyncio.get_running_loop().run_in_executor(self._pool, self._prepared, prompts)
-        else:
-            prepared = self._prepared(prompts)  # at once
         stream = Stream(sum([prompt.params.n for prompt in prompts]))
-        self._inbox.put(partial(self._add, stream, prompts, prepared))
-        if not self.alive:  # looked at after putting: else it could end in between, and nobody would answer
-            stream.settle(Stopped("the engine has stopped"))
         try:
+            if any([p.adapter or p.params.structured_outputs for p in prompts]):
+                await asyncio.get_running_loop().run_in_executor(self._pool, self.queue, stream, prompts)
+            else:
+                self.queue(stream, prompts)
             await stream.accepted
         except BaseException:  # the client may have left: what is queued nonetheless is dropped
             self.abort(stream)
             raise
         return stream
+
+    def queue(self, stream: Stream, prompts: Sequence[Prompt]) -> None:
+        """The part of `submit` that may take long. Raises as `Engine.prepare`."""
+        self._inbox.put(partial(self._add, stream, prompts, self._prepared(prompts)))
+        if not self.alive:  # looked at after putting: else it could end in between, and nobody would answer
+            self._call(stream, stream.settle, Stopped("the engine has stopped"))
+
+    async def metrics(self, model: str) -> str:
+        """For Prometheus. model: what it is called."""
+        return render(self.engine.metrics, model)
 
     def abort(self, stream: Stream) -> None:
         """Whatever of the stream still runs is not wanted any more. May be called at any time, more than once."""
@@ -194,6 +212,8 @@ class EngineThread:
         self.alive = False
 
     def _add(self, stream: Stream, prompts: Sequence[Prompt], prepared: Sequence[Prepared]) -> None:
+        if stream.aborted:  # while its constraint was prepared
+            return
         error: BaseException | None = None if self.alive else Stopped("the engine has stopped")
         try:
             for p, ready in zip(prompts, prepared, strict=True) if self.alive else ():
@@ -207,6 +227,7 @@ class EngineThread:
         self._call(stream, stream.settle, error)
 
     def _abort(self, stream: Stream) -> None:
+        stream.aborted = True
         for request in stream.requests:
             if not request.finished:
                 self.engine.abort(request)
@@ -214,7 +235,7 @@ class EngineThread:
         stream.requests.clear()
 
     def _hand_over(self, got: Sequence[Request]) -> None:
-        batches: dict[asyncio.AbstractEventLoop, list[tuple[Stream, int, Piece]]] = {}
+        batches: dict[Any, list[tuple[Stream, int, Piece]]] = {}
         for request in got:
             owner = self._owners.get(request)
             if owner is None:
@@ -222,7 +243,7 @@ class EngineThread:
             if request.finished:
                 del self._owners[request]
             stream, index = owner
-            batches.setdefault(stream._loop, []).append((stream, index, _piece(request)))
+            batches.setdefault(stream.loop, []).append((stream, index, _piece(request)))
         for loop, batch in batches.items():
             _call_soon(loop, partial(_deliver, batch))
 
@@ -233,10 +254,10 @@ class EngineThread:
         self.engine.reset()
 
     def _call(self, stream: Stream, function: Callable[..., None], *arguments: object) -> None:
-        _call_soon(stream._loop, partial(function, *arguments))
+        _call_soon(stream.loop, partial(function, *arguments))
 
 
-def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
+def _call_soon(loop: Any, function: Callable[[], None]) -> None:
     try:
         loop.call_soon_threadsafe(function)
     except RuntimeError:  # the loop is closed: nobody reads any more

@@ -4,8 +4,7 @@ engine's own. No label comes from a client: each new value would be a new series
 
 import json
 
-from ..engine.engine import Engine
-from .admission import Admission
+from ..engine.metrics import EngineMetrics
 
 __all__ = ["CONTENT_TYPE", "render"]
 
@@ -27,15 +26,13 @@ HISTOGRAMS = {
 }
 
 
-def render(engine: Engine, admission: Admission, model: str) -> str:
+def render(metrics: EngineMetrics, model: str) -> str:
     """Everything in Prometheus' text format. model: the label `model_name`."""
-    metrics, label = engine.metrics, f"model_name={json.dumps(model)}"
+    label = f"model_name={json.dumps(model)}"
     lines = []
     for kind, names in (("counter", COUNTERS), ("gauge", GAUGES)):
         for name, own in names.items():
             lines += [f"# TYPE vllm:{name} {kind}", f"vllm:{name}{{{label}}} {getattr(metrics, own):.15g}"]
     for name, own in HISTOGRAMS.items():
         lines += [f"# TYPE vllm:{name} histogram", *getattr(metrics, own).lines(f"vllm:{name}", label)]
-    for name, value in (("requests", admission.requests), ("tokens", admission.tokens)):
-        lines += [f"# TYPE minillm_queued_{name} gauge", f"minillm_queued_{name} {value}"]
     return "\n".join(lines) + "\n" + metrics.prometheus()

@@ -12,6 +12,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..llm import LLM
 from .app import make_app
+from .process import EngineProcess
 from .service import ServerConfig
 
 __all__ = ["HeaderTimeout", "Server", "listen"]
@@ -40,16 +41,16 @@ class HeaderTimeout(H11Protocol):
 class Server(uvicorn.Server):
     """uvicorn's, of one model: what runs when it is told to end is finished, what comes is refused.
 
-        Server(llm, ServerConfig(), host="127.0.0.1", port=8000).run()
+        Server(LLM(...), ServerConfig(), host="127.0.0.1", port=8000).run()
 
     drain_seconds: how long what runs may take then. port 0: any that is free; `address` says which.
     """
 
     def __init__(
-        self, llm: LLM, config: ServerConfig, host: str = "127.0.0.1", port: int = 8000, drain_seconds: int = 30,
-        **options: Any,
+        self, model: LLM | EngineProcess, config: ServerConfig, host: str = "127.0.0.1", port: int = 8000,
+        drain_seconds: int = 30, **options: Any,
     ) -> None:  # fmt: skip
-        self.app = make_app(llm, config)
+        self.app = make_app(model, config)
         super().__init__(
             uvicorn.Config(
                 self.app, host, port, http=HeaderTimeout, ws="none", access_log=False, server_header=False,
@@ -70,7 +71,7 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def listen(llm: LLM, config: ServerConfig, host: str = "127.0.0.1", port: int = 8000) -> None:
+def listen(model: LLM | EngineProcess, config: ServerConfig, host: str = "127.0.0.1", port: int = 8000) -> None:
     """Serve until SIGINT or SIGTERM, which then has its usual effect. Raises OSError where the address is taken."""
     if host not in ("127.0.0.1", "::1", "localhost") and not config.api_keys:
         LOG.warning("listening on %s without a key: whoever reaches it may use it", host)
@@ -80,7 +81,10 @@ def listen(llm: LLM, config: ServerConfig, host: str = "127.0.0.1", port: int = 
     except OSError as error:
         raise OSError(f"port: cannot listen on {host}:{port}: {error.strerror}") from None
     with listening:
-        server = Server(llm, config, host, port, log_level="warning")
+        server = Server(model, config, host, port, log_level="warning")
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
         print(f"{config.name}: {address}", file=sys.stderr, flush=True)
-        server.run([listening])
+        try:
+            server.run([listening])
+        finally:
+            server.app.state.service.close()  # a second signal leaves no time for the app's own end

@@ -18,6 +18,7 @@ from .admission import Admission, Bucket, Ticket
 from .answers import Answer
 from .bridge import EngineThread, Piece, Prompt, Stream
 from .errors import ApiError, of_generation, of_value
+from .process import EngineProcess
 from .protocol import Asked
 
 __all__ = ["Running", "ServerConfig", "Service"]
@@ -55,21 +56,19 @@ class Service:
     cannot be used.
     """
 
-    def __init__(self, llm: LLM, config: ServerConfig) -> None:
-        if llm.tokenizer is None:
+    def __init__(self, model: LLM | EngineProcess, config: ServerConfig) -> None:
+        if model.tokenizer is None:
             raise ValueError("model: expected one with a tokenizer.json, as clients send text")
-        self.llm, self.config = llm, config
-        self.tokenizer: Tokenizer | HuggingFaceTokenizer = llm.tokenizer
+        self.model, self.config = model, config
+        self.engine = model if isinstance(model, EngineProcess) else EngineThread(model.engine)
+        self.tokenizer: Tokenizer | HuggingFaceTokenizer = model.tokenizer
         adapters = enumerate(config.adapters.items(), 1)
         self.adapters = {name: LoRARequest(name, number, path) for number, (name, path) in adapters}
-        for adapter in self.adapters.values():
-            llm.engine.prepare(llm.default_params(), adapter)  # what cannot be read shall fail now
         ids = range(self.tokenizer.vocab_size)
         self.longest = max([len(self.tokenizer.token_bytes(i)) for i in ids if self._has_token(i)], default=1)
-        self.admission = Admission(config.max_queued_requests, config.max_queued_tokens, llm.engine.metrics.queue_time)
+        self.admission = Admission(config.max_queued_requests, config.max_queued_tokens)
         self.buckets: dict[str, Bucket] = {}
         self.pool = ThreadPoolExecutor(WORKERS, "tokens")
-        self.thread = EngineThread(llm.engine)
 
     def _has_token(self, token: int) -> bool:
         try:
@@ -80,7 +79,7 @@ class Service:
     def close(self) -> None:
         """Refuse what comes, drop what runs."""
         self.admission.closed = True
-        self.thread.stop()
+        self.engine.stop()
         self.pool.shutdown(wait=False, cancel_futures=True)
 
     async def in_pool(self, function: Callable[..., T], *arguments: Any) -> T:
@@ -101,7 +100,7 @@ class Service:
             ticket.sized(tokens)
             charge = self._charge(key, tokens, prompts)
             try:
-                stream = await self.thread.submit(prompts)
+                stream = await self.engine.submit(prompts)
             except (ValueError, TypeError) as error:
                 raise of_value(error) from error
             except RuntimeError as error:
@@ -117,7 +116,7 @@ class Service:
 
     def encode(self, where: str, text: str, add_special_tokens: bool = True) -> list[int]:
         """The tokens of a text. Raises ApiError for one that is too long, before it is looked at."""
-        if len(text) > self.longest * self.llm.max_model_len:
+        if len(text) > self.longest * self.model.max_model_len:
             raise self._too_long(where, f"a text of {len(text)} characters")
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
@@ -144,20 +143,25 @@ class Service:
         else:
             found = [self.chat_prompt(asked.messages, asked.variables)]
         for ids in found:
-            if len(ids) >= self.llm.max_model_len:
+            if len(ids) >= self.model.max_model_len:
                 raise self._too_long(where, f"{len(ids)}")
-            self.llm.engine.prompt_of(ids, where)
+            self._in_vocabulary(ids, where)
         return [Prompt(ids, asked.params, adapter, asked.priority, asked.cache_salt) for ids in found]
 
+    def _in_vocabulary(self, ids: list[int], where: str) -> None:
+        size = self.model.vocab_size
+        if not ids or min(ids) < 0 or max(ids) >= size:
+            raise ApiError(400, f"{where}: expected token ids in 0..{size - 1}, at least one", where)
+
     def _too_long(self, where: str, got: str) -> ApiError:
-        most = self.llm.max_model_len - 1
+        most = self.model.max_model_len - 1
         return ApiError(400, f"{where}: expected at most {most} tokens, got {got}", where, "context_length_exceeded")
 
     def _charge(self, key: str, tokens: int, prompts: list[Prompt]) -> tuple[Bucket, float] | None:
         """Take from the key's bucket -> (it, what may flow back)."""
         if self.config.tokens_per_minute is None:
             return None
-        longest = self.llm.max_model_len
+        longest = self.model.max_model_len
         output = sum([p.params.n * min(p.params.max_tokens, longest - len(p.token_ids)) for p in prompts])
         bucket = self.buckets.setdefault(key, Bucket(self.config.tokens_per_minute))
         if tokens + output > bucket.per_minute:
@@ -189,7 +193,7 @@ class Running:
 
     def close(self) -> None:
         """Nobody wants more of it."""
-        self.service.thread.abort(self.stream)
+        self.service.engine.abort(self.stream)
         self.ticket.close()
         if self.charge is not None:
             bucket, output = self.charge

@@ -45,7 +45,7 @@ class Running:
     def idle(self) -> bool:
         """Nothing runs, waits, or is held."""
         engine, admission = self.llm.engine, self.service.admission
-        counts = (engine.pool.num_used, admission.requests, admission.tokens, len(self.service.thread._owners))
+        counts = (engine.pool.num_used, admission.requests, admission.tokens, len(self.service.engine._owners))
         return not engine.has_unfinished() and counts == (0, 0, 0, 0)
 
     def socket(self, head: str, body: bytes = b"") -> socket.socket:
@@ -79,6 +79,7 @@ class Running:
         self.server.should_exit = self.server.force_exit = True
         self.thread.join(20)
         assert not self.thread.is_alive()
+        self.service.close()
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minillm.engine.metrics import Histogram
 from minillm.server.admission import Admission, Bucket
 from minillm.server.errors import ApiError
 from minillm.server.service import ServerConfig
@@ -50,7 +49,7 @@ def refusal(call, *arguments) -> ApiError | None:
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 60), st.lists(st.integers(0, 4)), st.booleans())))
 def test_every_place_comes_back(asked):
-    admission, tickets = Admission(10, 100, Histogram()), []
+    admission, tickets = Admission(10, 100), []
     for choices, tokens, leave, close in asked:
         before = admission.requests
         error = refusal(lambda n=choices: tickets.append(admission.enter(n)))
@@ -169,7 +168,7 @@ def test_who_runs_is_finished_and_who_comes_is_refused(start):
     assert found[0].json()["usage"]["completion_tokens"] == 8
     server.thread.join(20)
     assert not server.thread.is_alive()
-    assert not server.service.thread._thread.is_alive()
+    assert not server.service.engine._thread.is_alive()
 
 
 def test_a_connection_that_stays_open_is_told(start):

@@ -157,7 +157,7 @@ def test_kinds_and_sizes_of_bodies(server):
     refused(server.http.post("/detokenize", json={"tokens": [2**70]}))
     refused(server.http.post("/detokenize", json={"tokens": [-1]}))
     refused(server.http.post("/tokenize", json={}))
-    assert server.service.llm.engine.metrics.num_failed == 0
+    assert server.llm.engine.metrics.num_failed == 0
 
 
 def test_a_body_without_end(start):
