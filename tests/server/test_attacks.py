@@ -58,7 +58,7 @@ def refused(answer, status: int = 400) -> dict:
         ("include_usage", {"stream": True, "stream_options": {"include_usage": 1}}),
         ("model", {"model": 5}), ("best_of", {"best_of": 3}), ("suffix", {"suffix": "x"}),
         ("guided_json", {"guided_json": {}}), ("guided_grammar", {"guided_grammar": "x"}),
-        ("tempreature", {"tempreature": 1}), ("messages", HELLO),
+        ("max_token", {"max_token": 1}), ("messages", HELLO),
     ],
 )  # fmt: skip
 def test_a_field_is_refused_by_name(server, param, changes):

@@ -1,6 +1,7 @@
 """The engine's thread: what it hands over, and what happens when a step or a request fails."""
 
 import asyncio
+import threading
 
 import pytest
 
@@ -82,6 +83,27 @@ def test_who_leaves_before_the_engine_knows(thread, llm):
 
     asyncio.run(leave())
     until(lambda: not llm.engine.has_unfinished() and not thread._owners)
+
+
+def test_who_leaves_while_a_constraint_is_prepared(thread, llm, monkeypatch):
+    """The abort is there before the request."""
+    go, prepare = threading.Event(), llm.engine.prepare
+    monkeypatch.setattr(llm.engine, "prepare", lambda *arguments: go.wait(30) and prepare(*arguments))
+    params = SamplingParams(max_tokens=10, structured_outputs={"regex": "a{100}"})
+
+    async def leave():
+        task = asyncio.create_task(thread.submit([prompt(params=params)]))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        until(thread._inbox.empty)
+        go.set()
+        await asyncio.to_thread(thread._pool.shutdown)
+
+    asyncio.run(leave())
+    until(thread._inbox.empty)
+    assert llm.engine.metrics.num_requests == 0
 
 
 def test_abort_more_than_once_and_after_the_end(thread):
