@@ -291,7 +291,7 @@ def make_app(model: LLM | EngineProcess, config: ServerConfig) -> Starlette:
             error = ApiError(error.status_code, f"{request.method} {request.url.path[:100]}: {error.detail}")
         elif not isinstance(error, ApiError):
             error = of_generation(error)
-        return JSONResponse(error.body(), error.status, error.headers)
+        return Response(_encoded(error.body()), error.status, error.headers, "application/json")
 
     app = Starlette(
         routes=Routes(service).routes(), lifespan=lifespan,

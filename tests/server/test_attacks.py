@@ -14,7 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from minillm.constrained import ConstraintTooLarge
 from minillm.server import protocol, run
+from minillm.server.errors import of_generation
 from minillm.server.service import ServerConfig
 
 from .conftest import MODEL, until
@@ -76,7 +78,8 @@ def test_a_field_is_refused_by_name(server, param, changes):
         ("messages", {"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}),
         ("tools", {"tools": [{"type": "function"}]}), ("tool_choice", {"tool_choice": "auto"}),
         ("chat_template", {"chat_template": "{% for i in range(10**9) %}x{% endfor %}"}),
-        (None, {"chat_template_kwargs": {"tokenize": True}}), (None, {"chat_template_kwargs": {"x": "y" * 10}}),
+        (None, {"chat_template_kwargs": {"tokenize": True}}), (None, {"chat_template_kwargs": {"messages": True}}),
+        (None, {"chat_template_kwargs": {"x": "y" * 10}}),
         ("top_logprobs", {"top_logprobs": 2}), ("top_logprobs", {"logprobs": True, "top_logprobs": 21}),
         ("logprobs", {"logprobs": 2}), ("response_format", {"response_format": {"type": "xml"}}),
         ("response_format", {"response_format": {"type": "json_schema"}}),
@@ -137,6 +140,18 @@ def test_how_deep_a_body_may_be(server):
     assert "nested" in refused(server.http.post(CHAT, json=HELLO | deep))["message"]
     deep["structured_outputs"]["json"] = schema["anyOf"][0]["anyOf"][0]["anyOf"][0]
     assert server.http.post(CHAT, json=HELLO | deep).status_code == 200
+
+
+def test_errors_of_constraints_are_the_clients():
+    assert of_generation(ConstraintTooLarge("regex: too large")).status == 400
+    assert of_generation(OSError("/secret")).status == 500
+    assert "secret" not in of_generation(OSError("/secret")).message
+
+
+def test_half_a_character_as_a_name(server):
+    headers = {"content-type": "application/json"}
+    answer = server.http.post(COMPLETION, content=b'{"prompt": "x", "\\ud800": 1}', headers=headers)
+    assert refused(answer)["param"] == "?"
 
 
 def test_half_a_character(server):

@@ -194,6 +194,8 @@ def test_a_prefix_that_was_there(client):
     prompt = list(range(5, 55))
     first, second = (client.completions.create(prompt=prompt, **GREEDY).usage for _ in range(2))
     assert second.prompt_tokens_details.cached_tokens == 48 > first.prompt_tokens_details.cached_tokens
+    both = client.completions.create(prompt=prompt, n=2, **GREEDY).usage
+    assert (both.prompt_tokens, both.prompt_tokens_details.cached_tokens) == (50, 48)
     salted = client.completions.create(prompt=prompt, **GREEDY | {"extra_body": {"cache_salt": "mine", **MORE}})
     assert salted.usage.prompt_tokens_details.cached_tokens == 0
 
