@@ -14,7 +14,6 @@ has asymmetric schemes alone, without its slowest row: half an hour on a core of
 
 import copy
 import itertools
-import json
 import math
 import statistics
 import sys
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from chapter_09 import thread_seconds
-from common import ROOT, device, record
+from common import parts_asked, run_parts
 from torch import Tensor
 
 from minillm.data import calibration, held_out
@@ -530,24 +529,8 @@ PARTS = {
 
 @torch.no_grad()
 def main() -> None:
-    wanted = [a for a in sys.argv[1:] if not a.startswith("--")]
-    if unknown := set(wanted) - set(PARTS):
-        raise SystemExit(f"part: expected some of {', '.join(PARTS)}, got {', '.join(unknown)}")
-    wanted = wanted or [x for x in PARTS if x not in (("enumeration", "speed") if GPU else ("crossover",))]
-    path = ROOT / "benchmarks" / "results" / device()[0] / "chapter_10.json"
-    results = json.loads(path.read_text(encoding="utf-8"))["results"] if path.is_file() else {}
-    bench, begin = Bench(*WINDOWS), time.perf_counter()
-    for name in wanted:
-        start = time.perf_counter()
-
-        def save(found: dict, name: str = name) -> None:
-            results[name] = found
-            if not SMALL:
-                record("chapter_10", results)
-
-        PARTS[name](bench, save)
-        now = time.perf_counter()
-        print(f"{name}: {now - start:.0f} s, {now - begin:.0f} s in all", flush=True)
+    wanted = parts_asked(PARTS, ("enumeration", "speed") if GPU else ("crossover",))
+    run_parts("chapter_10", PARTS, wanted, Bench(*WINDOWS), not SMALL)
 
 
 if __name__ == "__main__":

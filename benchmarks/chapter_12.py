@@ -25,18 +25,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import ROOT, device, median_seconds, record
+from common import median_seconds, parts_asked, recorded, run_parts
 from torch import Tensor, nn
 
 from minillm.adapters import Adapter, LoraConfig, adapted, adapter_of, attach, merge
 from minillm.adapters.bottleneck import bottlenecked
 from minillm.adapters.lora import LoraLinear, modules
-from minillm.adapters.training import Example, loss_of, train
+from minillm.adapters.training import Example, asked, loss_of, train
 from minillm.data import Order, held_out, orders
 from minillm.generate import cached_batch
 from minillm.kernels import LoraPlan, multi_lora, use
 from minillm.model import Transformer
-from minillm.model.layers import PaddedBatch
 from minillm.model.tokenizer_hf import load_tokenizer
 from minillm.model.weights import load, model_path
 from minillm.prompting import share
@@ -135,16 +134,7 @@ def judged(model: Transformer, examples: Sequence[Example]) -> tuple[float, int,
     """Sum of -ln p of the answers' tokens; how many; whether each answer's tokens are all the likeliest."""
     total, count, exact = 0.0, 0, []
     for part in chunks(examples, 50):
-        longest = max(len(e.token_ids) for e in part)
-        ids = torch.zeros(len(part), longest, dtype=torch.long)
-        there, asked = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
-        for i, e in enumerate(part):
-            ids[i, : len(e.token_ids)] = torch.tensor(e.token_ids)
-            there[i, : len(e.token_ids)] = True
-            asked[i, e.given - 1 : len(e.token_ids) - 1] = True
-        ids, there, asked = ids.to(DEVICE), there.to(DEVICE), asked.to(DEVICE)
-        logits = model.logits(model(ids, PaddedBatch(there))[asked])
-        target = ids.roll(-1, 1)[asked]
+        logits, target = asked(model, part)
         total += float(F.cross_entropy(logits, target, reduction="sum"))
         hit = logits.argmax(-1) == target
         exact += [bool(x.all()) for x in hit.split([e.count for e in part])]
@@ -539,6 +529,11 @@ def bottleneck_part(bench: Bench, save: Save) -> None:
     ids = torch.randint(100, 1000, (1, 1), device=DEVICE)
 
     def seconds(model: Transformer) -> float:
+        if GPU:  # the GPU's own time: a host's launches differ from run to run
+            from gpu import graph_seconds
+
+            with torch.no_grad():
+                return graph_seconds([lambda: model(ids)])
         times = []
         for _ in range(30):
             start = clock()
@@ -601,7 +596,16 @@ def products_part(bench: Bench, save: Save, tokens: int = 64, size: int = 4096, 
                 "sorted": seconds_of(ours, y, x, a, b),
             })  # fmt: skip
         show(rows[-1])
-        save({"tokens": tokens, "size": size, "rank": r, "dtype": str(dtype).removeprefix("torch."), "rows": rows})
+        save(
+            {
+                "tokens": tokens,
+                "size": size,
+                "rank": r,
+                "all in graphs": GPU,
+                "dtype": str(dtype).removeprefix("torch."),
+                "rows": rows,
+            }
+        )
 
 
 def loop(x: Tensor, a: Tensor, b: Tensor, mine: Tensor) -> Tensor:
@@ -621,9 +625,9 @@ def gathered(x: Tensor, a: Tensor, b: Tensor, mine: Tensor) -> Tensor:
 def seconds_of(run: Callable[..., Tensor], *inputs: Tensor) -> float:
     """On a GPU inside a graph, with weights from memory."""
     if GPU:
-        from gpu import copies, seconds
+        from gpu import copies, graph_seconds
 
-        return seconds([lambda i=i: run(*i) for i in copies(*inputs)])
+        return graph_seconds([lambda i=i: run(*i) for i in copies(*inputs)])
     return median_seconds(lambda: run(*inputs), 7, 2)
 
 
@@ -634,25 +638,10 @@ PARTS = {
 
 
 def main() -> None:
-    wanted = [a for a in sys.argv[1:] if not a.startswith("--")] or list(PARTS)
-    if unknown := set(wanted) - set(PARTS):
-        raise SystemExit(f"part: expected some of {', '.join(PARTS)}, got {', '.join(unknown)}")
-    path = ROOT / "benchmarks" / "results" / device()[0] / "chapter_12.json"
-    results = json.loads(path.read_text(encoding="utf-8"))["results"] if path.is_file() else {}
-    choose_rates(results.get("rates", {}).get("rows", []))
+    wanted = parts_asked(PARTS)
+    choose_rates(recorded("chapter_12").get("rates", {}).get("rows", []))
     with use("torch"):  # training takes torch's path, so judging does
-        bench, begin = Bench(), time.perf_counter()
-        for name in wanted:
-            start = time.perf_counter()
-
-            def save(found: dict, name: str = name) -> None:
-                results[name] = found
-                if not SMALL:
-                    record("chapter_12", results)
-
-            PARTS[name](bench, save)
-            now = time.perf_counter()
-            print(f"{name}: {now - start:.0f} s, {now - begin:.0f} s in all", flush=True)
+        run_parts("chapter_12", PARTS, wanted, Bench(), not SMALL)
 
 
 if __name__ == "__main__":

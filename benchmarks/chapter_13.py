@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, device, record
+from common import parts_asked, run_parts
 from torch import Tensor
 
 from minillm import LLM, SamplingParams
@@ -889,23 +889,7 @@ PARTS = {
 
 @torch.no_grad()
 def main() -> None:
-    wanted = [a for a in sys.argv[1:] if not a.startswith("--")]
-    if unknown := set(wanted) - set(PARTS):
-        raise SystemExit(f"part: expected some of {', '.join(PARTS)}, got {', '.join(unknown)}")
-    path = ROOT / "benchmarks" / "results" / device()[0] / "chapter_13.json"
-    results = json.loads(path.read_text(encoding="utf-8"))["results"] if path.is_file() else {}
-    bench, begin = Bench(), time.perf_counter()
-    for name in wanted or [x for x in PARTS if x != ("walk" if GPU else "batch")]:
-        start = time.perf_counter()
-
-        def save(found: dict, name: str = name) -> None:
-            results[name] = found
-            if not SMALL:
-                record("chapter_13", results)
-
-        PARTS[name](bench, save)
-        now = time.perf_counter()
-        print(f"{name}: {now - start:.0f} s, {now - begin:.0f} s in all", flush=True)
+    run_parts("chapter_13", PARTS, parts_asked(PARTS, ("walk" if GPU else "batch",)), Bench(), not SMALL)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,12 +51,50 @@ def median_seconds(run: Callable[[], object], repeats: int = 5, warmup: int = 1)
     return statistics.median(times)
 
 
+def record_path(suite: str) -> Path:
+    """Where this device's record of a suite is written: below $OUT, or in results/."""
+    folder = Path(os.environ["OUT"]) if os.environ.get("OUT") else ROOT / "benchmarks" / "results" / device()[0]
+    return folder / f"{suite}.json"
+
+
+def recorded(suite: str) -> dict:
+    """The results that this device's record holds so far: of where it is written, else of results/; {} of none."""
+    for path in (record_path(suite), ROOT / "benchmarks" / "results" / device()[0] / f"{suite}.json"):
+        if path.is_file():
+            return json.loads(path.read_text(encoding="utf-8"))["results"]
+    return {}
+
+
+def parts_asked(parts: Iterable[str], left_out: Collection[str] = ()) -> list[str]:
+    """The parts that the command line names; else all but those left out."""
+    wanted = [a for a in sys.argv[1:] if not a.startswith("--")]
+    if unknown := set(wanted) - set(parts):
+        raise SystemExit(f"part: expected some of {', '.join(parts)}, got {', '.join(unknown)}")
+    return wanted or [part for part in parts if part not in left_out]
+
+
+def run_parts(suite: str, parts: dict[str, Callable[[Any, Callable[[dict], None]], None]], wanted: Sequence[str],
+              bench: Any, kept: bool) -> None:  # fmt: skip
+    """Run them one after another, each with a function that records what it has so far, beside the others'."""
+    results, begin = recorded(suite), time.perf_counter()
+    for name in wanted:
+        start = time.perf_counter()
+
+        def save(found: dict, name: str = name) -> None:
+            results[name] = found
+            if kept:
+                record(suite, results)
+
+        parts[name](bench, save)
+        now = time.perf_counter()
+        print(f"{name}: {now - start:.0f} s, {now - begin:.0f} s in all", flush=True)
+
+
 def record(suite: str, results: dict, packages: tuple[str, ...] = ("torch", "numpy", "transformers")) -> Path:
     """Write results/<device>/<suite>.json with its provenance and return the path. Figures keep four significant
     digits.
     """
-    folder, description = device()
-    folder_path = Path(os.environ["OUT"]) if os.environ.get("OUT") else ROOT / "benchmarks" / "results" / folder
+    _, description = device()
     document = {
         "provenance": {
             "suite": suite,
@@ -65,8 +105,8 @@ def record(suite: str, results: dict, packages: tuple[str, ...] = ("torch", "num
         },
         "results": _rounded(results),
     }
-    folder_path.mkdir(parents=True, exist_ok=True)
-    path = folder_path / f"{suite}.json"
+    path = record_path(suite)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 

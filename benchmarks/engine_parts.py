@@ -217,7 +217,8 @@ def adapters(bench: Bench) -> dict:
     wanted = [LoRARequest(f"a{i}", i + 1, adapter) for i, adapter in enumerate(random_adapters(llm, max(kinds)))]
     for request in wanted:
         llm.engine.registry.get(request)
-    print(f"  engine with adapters ready in {ready - start:.1f} s, adapters in {time.perf_counter() - ready:.1f} s more")
+    packed = time.perf_counter()
+    print(f"  engine with adapters ready in {ready - start:.1f} s, adapters in {packed - ready:.1f} s more", flush=True)
     rates: dict[int, list[float]] = {n: [] for n in (0, *kinds)}
     for seed in range(bench.sizes.adapted_runs + 1):
         for n in rates:

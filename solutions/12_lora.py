@@ -28,7 +28,7 @@ from minillm.learn import check
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | warm-up: what is trained, and what that takes of memory | 1 of 5 | 5 | Hu et al., 2021, 4.2; Dettmers et al., 2023 |
+# | warm-up: what is trained, and what that takes of memory | 1 of 5 | 5 | Hu et al., 2022, 4.2; Dettmers et al., 2023 |
 #
 # A model has `layers` decoder layers. `shapes` has the matrices of one, {name: (N, K)}; all layers are alike. Beside
 # them there are `rest` parameters: the embedding, the norms.
@@ -86,7 +86,7 @@ check("12.1", budget)
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | warm-up: alpha / r, for each module its own | 1 of 5 | 10 | Hu et al., 2021, 4.1; Kalajdzievski, 2023 |
+# | warm-up: alpha / r, for each module its own | 1 of 5 | 10 | Hu et al., 2022, 4.1; Kalajdzievski, 2023 |
 #
 # `config` is what `adapter_config.json` holds. Say which rank and which scale the module `name` has, such as
 # `"model.layers.3.self_attn.q_proj"`.
@@ -147,20 +147,20 @@ check("12.2", scale_of)
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | core: a frozen linear layer and what is trained beside it | 2 of 5 | 25 | Hu et al., 2021, 4.1 |
+# | core: a frozen linear layer and what is trained beside it | 2 of 5 | 25 | Hu et al., 2022, 4.1 |
 #
 # `LoraLinear(weight, bias, r, alpha, rslora)` is a layer around a frozen one: weight [N, K], bias [N] or None, of
 # one dtype (fp32, fp16, bf16).
 #
-# - Its attributes `a` [r, K] and `b` [N, r] are fp32 `nn.Parameter`s, whatever the weight's dtype. a is drawn
+# - Its attributes `a` [r, K] and `b` [N, r] are fp32 `nn.Parameter`s, whatever the weight's dtype. a is drawn in fp32,
 #   uniformly from -1/√K to 1/√K, by torch's global generator (`torch.manual_seed` makes it the same again); b is 0.
 # - `layer(x)` for x [..., K], in the weight's dtype, is x Wᵀ + bias + γ (x Aᵀ) Bᵀ, in x's dtype. The adapter's part is
 #   computed in fp32.
 # - Gradients reach a, b and x. **None reaches weight and bias**, even if they ask for one (`requires_grad`).
 # - weight and bias are used as they are, not copied: if somebody changes them in place, the layer computes with that.
-#   The layer does not change them.
+#   The layer does not change their numbers.
 # - A token costs r (N + K) multiplications more than the frozen layer, when it is computed and in backward: **no
-#   [N, K] tensor is made**, B A least of all.
+#   [N, K] tensor is made**, B A least of all, nor a copy of the weight in another dtype.
 
 
 # %%
@@ -221,7 +221,7 @@ check("12.3", LoraLinear)
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | core: add an adapter into the weight, and take it out to the bit | 2 of 5 | 20 | Hu et al., 2021, 4.1 |
+# | core: add an adapter into the weight, and take it out to the bit | 2 of 5 | 20 | Hu et al., 2022, 4.1 |
 #
 # `Merger(weight)` looks after a weight [N, K], fp32, fp16 or bf16, that a model computes with. It is changed **in
 # place**: the model keeps the tensor that it has.
@@ -231,7 +231,7 @@ check("12.3", LoraLinear)
 # - `unmerge()`: the weight is what it was before, **bit for bit**, whatever has happened to the caller's a and b
 #   since.
 # - One adapter at a time: `merge` on a merged weight is a RuntimeError, as is `unmerge` on one that is not merged.
-#   After `unmerge` another one may be merged.
+#   After `unmerge` another one may be merged. One that changes nothing (scale 0) is an adapter, too.
 # - If a number of the merged weight would be infinite or NaN, `merge` raises ValueError.
 # - After an error all is as if the call had not been made.
 # - The weight may be an `nn.Parameter` that wants gradients, and a part of a larger tensor (the rows of q in a merged
@@ -308,9 +308,11 @@ check("12.4", Merger)
 # Return y [T, N] plus what each token's adapter makes of its row of x [T, K]:
 #
 # - A new tensor in y's dtype. x, a and b may have other dtypes (fp32, fp16, bf16); compute in fp32 and round once.
-# - Tokens without an adapter keep their row of y. **Slots that no token uses may hold anything**, NaN too.
+# - Tokens without an adapter keep their row of y, whatever x has there. **Slots that no token uses may hold anything**,
+#   NaN too; NaN in an adapter that is used is seen, in the rows of its tokens.
 # - **No loop** over tokens or slots: the number of torch operations is the same for all T and S. And the work is that
-#   of T tokens with one adapter each: T · r (N + K) multiplications in matrix products, whatever S is.
+#   of T tokens with one adapter each: T · r (N + K) multiplications, whatever S is. No tensor is larger than all
+#   adapters together, or than one for each token.
 # - T may be 0.
 
 
@@ -382,11 +384,11 @@ def plan(adapters: torch.Tensor, slots: int, size: int) -> tuple[torch.Tensor, t
     """adapters [T] -> order [T] and blocks [T // size + slots, 3] of (adapter, first, end), int32"""
     ### BEGIN SOLUTION
     order = adapters.argsort(stable=True)
-    counts = (adapters[:, None] == torch.arange(1, slots + 1)).sum(0)  # [slots]
+    counts = (adapters[:, None] == torch.arange(1, slots + 1, device=adapters.device)).sum(0)  # [slots]
     ends = len(adapters) - counts.sum() + counts.cumsum(0)  # where in `order` each adapter's tokens end
     of_each = (counts + size - 1) // size  # blocks
     last = of_each.cumsum(0)  # one past each adapter's last block
-    block = torch.arange(len(adapters) // size + slots)  # [M]
+    block = torch.arange(len(adapters) // size + slots, device=adapters.device)  # [M]
     slot = torch.searchsorted(last, block, right=True)  # `slots` for rows that are left over
     there, slot = slot < slots, slot.clamp(max=slots - 1)
     first = (ends - counts)[slot] + (block - (last - of_each)[slot]) * size
@@ -425,13 +427,13 @@ check("12.6", plan)
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | beyond: mend what reads an adapter | 3 of 5 | 25 | each was in a known engine: the chapter names them |
+# | beyond: mend what reads an adapter | 3 of 5 | 25 | three were in known engines: see the chapter's pitfalls |
 #
 # `config` is what `adapter_config.json` holds, `tensors` what `adapter_model.safetensors` does. The function below
 # should keep to this:
 #
-# - Return {module: (A, B, scale)}, tensors as they are. Their keys are `base_model.model.<module>.lora_A.weight`
-#   [r, K] and `base_model.model.<module>.lora_B.weight` [N, r].
+# - Return {module: (A, B, scale)}, tensors as they are, not copied. Their keys are
+#   `base_model.model.<module>.lora_A.weight` [r, K] and `base_model.model.<module>.lora_B.weight` [N, r].
 # - Each module has the rank and scale of exercise 12.2: its own by `rank_pattern` and `alpha_pattern` (the first key
 #   for which `re.fullmatch(rf"(.*\.)?({key})", module)` holds), over r or, with `use_rslora`, √r. Of the keys that may
 #   be missing `r` and `lora_alpha` are 8, the rest null; a value may be null.
@@ -440,12 +442,13 @@ check("12.6", plan)
 # - What is not supported is refused: `use_dora` true, `bias` other than "none" or null, `modules_to_save` that is not
 #   empty, a `peft_type` other than "LORA" (it must be there): ValueError.
 #
-# Four mistakes were planted. With each, adapters are read, and the model answers. Write the mended function.
+# Mistakes of four kinds were planted; with each, adapters are read, and the model answers. Besides, nulls and ranks are
+# not looked at. Write the mended function.
 
 
 # %%
 def broken(config: Mapping, tensors: Mapping[str, torch.Tensor]) -> dict:
-    """{module: (A, B, scale)}. Four mistakes."""
+    """{module: (A, B, scale)}, with mistakes of four kinds."""
     if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("bias") not in (None, "none"):
         raise ValueError("expected a plain LoRA")
     scale = config.get("lora_alpha", 8)
@@ -534,12 +537,12 @@ check("12.7", read_adapter)
 # be part of the name. `block_names(token_ids, size, adapter)` names the full blocks of a sequence, in order, `bytes`
 # each. `adapter` is None or {module: (A, B, scale)}.
 #
-# - Two names are equal **exactly if** the blocks hold the same tokens, after the same tokens, with the same adapter.
-#   Tokens behind the last full block have no name, and change none.
+# - Two names for one `size` are equal **exactly if** the blocks hold the same tokens, after the same tokens, with the
+#   same adapter. Tokens behind the last full block have no name, and change none.
 # - Two adapters are the same if they have the same modules, and each of these the same scale and A and B of the same
 #   shapes, dtypes and numbers. **Neither what they are called nor where they lie counts**: objects that were loaded
 #   twice are the same adapter, one that has been overwritten in place is another one. Nor does the order of modules.
-# - No adapter (None) differs from every adapter.
+# - No adapter (None) differs from every adapter, one that changes nothing and one without modules ({}) included.
 # - Names are the same in every process, and long enough that no two meet by chance (16 bytes or more).
 # - A and B may be fp32, fp16 or bf16, and `nn.Parameter`s.
 

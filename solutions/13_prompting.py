@@ -146,12 +146,13 @@ check("13.2", label_score)
 # - `count` examples are taken, of each label equally many. Where that does not come out even, the labels whose first
 #   example stands earliest in the pool have one more. Of a label, the most similar ones are taken.
 # - In the prompt the most similar example comes **last**, the least similar first, whatever their labels.
-# - `template` has `{text}` once, and ends with `{label}`, behind white space or none. An example is the template with
-#   both filled in. At the end comes the template with `text`, as far as its label would begin, **without** the white
-#   space in front of it: with labels, that becomes part of the first token. Parts are joined by `separator`.
-# - Texts and labels are put in as they are; they, and the template, may have other braces, `{text}` and `{label}`
-#   included (a text may be about templates).
-# - `count=0` makes a prompt without examples. Raise ValueError where some label has too few.
+# - `template` has `{text}` once, and `{label}` once, at its end, behind white space or none. An example is the template
+#   with both filled in. At the end comes the template with `text`, as far as its label would begin, **without** the
+#   white space in front of it: with labels, that becomes part of the first token. Parts are joined by `separator`.
+# - Texts and labels are put in as they are, empty ones too. They may have braces, `{text}` and `{label}` included (a
+#   text may be about templates); the template may have other braces, such as JSON's.
+# - `count=0` makes a prompt without examples, of an empty pool too. Raise ValueError where a label has fewer than are
+#   to be taken of it, or where examples are wanted and none is left.
 
 
 # %%
@@ -292,7 +293,7 @@ check("13.4", mask)
 # 4. The words of each class are added up.
 #
 # - Scores may be -2000 throughout, as sums over long words are, or -inf for a word that cannot come. In `empty` each
-#   word is possible behind some prompt.
+#   word is possible behind some prompt: its mean in step 2 is 1e-30 or more.
 # - Returns fp32; rows add up to 1. Scores may be fp16 or bf16; compute in fp32 or more.
 
 
@@ -339,15 +340,17 @@ check("13.5", calibrated)
 # |---|---|---|---|
 # | beyond: is prompt A better, if each text was asked several times? | 3 of 5 | 20 | Miller, 2024 |
 #
-# Both prompts were asked the same N questions: `a` and `b` [N] are what they scored (right or wrong, or numbers), and
-# question i is about text `texts[i]`. Several questions may be about one text (other seeds, other wordings); their
-# errors are alike, so they are no independent cases. Return `(mean, low, high)`:
+# Both prompts were asked the same N questions: `a` and `b` are what they scored, N truth values or numbers each, in a
+# list, a tuple or a tensor, and question i is about text `texts[i]`. Several questions may be about one text (other
+# seeds, other wordings); their errors are alike, so they are no independent cases. Return `(mean, low, high)`:
 #
 # - Each text's difference is the mean of a - b over its questions. `mean` is the mean over the **texts**, each counted
 #   alike, however many questions it has.
 # - The interval is mean ± 1.96 · s / √n for n texts, where s is the standard deviation of the texts' differences with
 #   n - 1 in the divisor. Of one text there is none: -∞ to ∞.
-# - Texts are named by anything that can be a key of a dictionary, and their questions come in any order.
+# - Texts are named by anything that can be a key of a dictionary, and two names are one text where they would be one
+#   key (1 and 1.0 are). A text's questions come in any order.
+# - Scores may be large and their differences small: subtract in fp64, which Python's own floats are.
 # - Raise ValueError for a, b and texts of different lengths, or without questions.
 
 

@@ -1,8 +1,10 @@
 """What the engine's benchmark counts: its workload, its floors, its percentiles, its driver. No timing."""
 
+import contextlib
 import importlib.util
 import math
 import random
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,17 +15,27 @@ from hypothesis import strategies as st
 from minillm.learn.paths import root
 
 
-@pytest.fixture(scope="module")
-def w():
-    """benchmarks/workloads.py; benchmarks/ is no package."""
-    import sys
-
-    spec = importlib.util.spec_from_file_location("bench_workloads", root() / "benchmarks" / "workloads.py")
+@contextlib.contextmanager
+def loaded(name):
+    """A file of benchmarks/, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", root() / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # its dataclasses look their module up
     spec.loader.exec_module(module)
     yield module
     del sys.modules[spec.name]
+
+
+@pytest.fixture(scope="module")
+def w():
+    with loaded("workloads") as module:
+        yield module
+
+
+@pytest.fixture(scope="module")
+def common():
+    with loaded("common") as module:
+        yield module
 
 
 def test_the_workload_is_the_one_that_others_were_measured_on(w):
@@ -214,3 +226,22 @@ def test_steps_that_cannot_be_told_apart(w):
     assert got["idle"] == pytest.approx(0.4)
     assert got["between steps"] is None
     assert got["inside steps"] is None
+
+
+def test_parts_run_one_by_one_are_kept_side_by_side(common, tmp_path, monkeypatch):
+    """Two calls with $OUT: the second once overwrote what the first had measured for five minutes."""
+    monkeypatch.setenv("OUT", str(tmp_path))
+    parts = {name: lambda bench, save, name=name: save({"of": name}) for name in ("first", "second", "third")}
+    for wanted in ("first", "second"):
+        common.run_parts("chapter_of_nobody", parts, [wanted], None, True)
+    assert common.recorded("chapter_of_nobody") == {"first": {"of": "first"}, "second": {"of": "second"}}
+    common.run_parts("chapter_of_nobody", parts, ["third"], None, False)
+    assert "third" not in common.recorded("chapter_of_nobody")
+
+
+def test_unknown_parts_are_named(common, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["chapter", "--small"])
+    assert common.parts_asked({"a": 0, "b": 0}, left_out=("a",)) == ["b"]
+    monkeypatch.setattr("sys.argv", ["chapter", "c"])
+    with pytest.raises(SystemExit, match="expected some of a, b, got c"):
+        common.parts_asked({"a": 0, "b": 0})

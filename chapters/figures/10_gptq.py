@@ -139,7 +139,7 @@ def ladder() -> None:
                 label="symmetric" if symmetric else "with zero points")  # fmt: skip
     ax.set_yticks([-i for i in range(len(names))], names)
     ax.set(xlabel="nats a token more than fp32, ± paired error")
-    ax.legend(fontsize=8, loc="lower right")
+    ax.legend(fontsize=8, loc="center right")
     save(figure, "10_ladder")
 
 

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..model import Transformer
 from ..model.layers import PaddedBatch
 
-__all__ = ["Example", "loss_of", "train"]
+__all__ = ["Example", "asked", "loss_of", "train"]
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Example:
         return len(self.token_ids) - self.given
 
 
-def loss_of(model: Transformer, examples: Sequence[Example]) -> tuple[Tensor, int]:
-    """The sum of -ln p over all answers' tokens, a scalar with a gradient, and how many these are."""
+def asked(model: Transformer, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """Logits of all answers' tokens, one example after another [tokens, vocab], and which tokens these are [tokens]."""
     longest = max(len(example.token_ids) for example in examples)
     ids = torch.zeros(len(examples), longest, dtype=torch.long)
     there, counts = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
@@ -50,8 +50,12 @@ def loss_of(model: Transformer, examples: Sequence[Example]) -> tuple[Tensor, in
         counts[i, example.given - 1 : len(example.token_ids) - 1] = True  # the token before says what comes
     ids, there, counts = (x.to(model.device) for x in (ids, there, counts))
     hidden = model(ids, PaddedBatch(there))
-    logits = model.logits(hidden[counts])  # of what counts alone: [tokens, vocab]
-    targets = ids.roll(-1, 1)[counts]
+    return model.logits(hidden[counts]), ids.roll(-1, 1)[counts]
+
+
+def loss_of(model: Transformer, examples: Sequence[Example]) -> tuple[Tensor, int]:
+    """The sum of -ln p over all answers' tokens, a scalar with a gradient, and how many these are."""
+    logits, targets = asked(model, examples)
     return F.cross_entropy(logits, targets, reduction="sum"), len(targets)
 
 

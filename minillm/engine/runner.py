@@ -158,7 +158,7 @@ class Runner:
         before = torch.cuda.memory_allocated()
         self._forward(self.max_num_batched_tokens, min(self.max_num_seqs, self.max_num_batched_tokens), False,
                       slots=self.config.max_loras)  # fmt: skip
-        self._draw(self.max_num_seqs, Kind(filtered=True, reported=True))
+        self._draw(self.max_num_seqs, Kind(filtered=True, reported=True, masked=True))
         torch.cuda.synchronize()
         step = torch.cuda.max_memory_allocated() - before
         torch.cuda.empty_cache()

@@ -45,6 +45,12 @@ def expect_bits(what, got, expected):
         expect(False, f"{what}: expected {expected[first].item()!r} at {first}\n  got {got[first].item()!r}")
 
 
+def expect_same_bits(what, got, expected):
+    """Hold that two tensors are equal to the bit: 0 and -0 are not."""
+    expect_bits(what, got, expected)
+    expect_equal(f"{what}: signs", torch.signbit(got).int().tolist(), torch.signbit(expected).int().tolist())
+
+
 def expect_rounded(what, got, exact):
     """Hold that `got` is `exact` (fp64), computed in fp32 and rounded once to got's dtype."""
     unit = torch.finfo(got.dtype).eps / 2
@@ -109,6 +115,22 @@ class TestBudget:
         for targets in ({"qkv_proj"}, {"q_proj", "v_proj"}, {"q"}, {"proj"}, {*known, "o_proj"}, {*known, "Q_PROJ"}):
             expect_raises(ValueError, lambda t=targets: impl(self.SHAPES, 2, 1, t, 4, 32), f"targets {targets}")
 
+    def test_exact_names(self, impl):
+        """a target is that matrix alone, not all whose names begin with it, end in it, or have it inside"""
+        shapes = {"proj": (1, 2), "q_proj": (4, 8), "proj_q": (16, 32), "q_proj_q": (64, 128)}
+        for name, (n, k) in shapes.items():
+            got = self.parts(impl, dict(shapes), 1, 0, {name}, 1, 16)
+            expect_equal(f"{self.NAMES[0]}, target {name}", got[0], n + k)
+
+    def test_large(self, impl):
+        """a model whose parameters no int32 counts"""
+        shapes = {"up": (28672, 8192), "down": (8192, 28672)}
+        got = self.parts(impl, shapes, 80, 12345, {"up"}, 8, 4)
+        expect_equal(self.NAMES[0], got[0], 80 * 8 * (28672 + 8192))
+        whole = 80 * 2 * 28672 * 8192 + 12345
+        self.same(1, got, 16 * whole)
+        self.same(2, got, whole / 2 + 16 * got[0])
+
     def test_inputs(self, impl):
         """shapes and targets stay as they are"""
         shapes, targets = dict(self.SHAPES), {"q_proj", "k_proj"}
@@ -137,6 +159,15 @@ class TestScaleOf:
         """alpha / r"""
         self.same(impl, {"r": 16, "lora_alpha": 8}, (16, 0.5))
         self.same(impl, {"r": 4, "lora_alpha": 6.5, "lora_dropout": 0.1, "peft_type": "LORA"}, (4, 1.625))
+        self.same(impl, {"r": 64, "lora_alpha": 0.1}, (64, 0.0015625))
+
+    def test_others(self, impl):
+        """other keys do not matter, whatever they say"""
+        others = {"target_modules": ["k_proj"], "layers_to_transform": [0], "fan_in_fan_out": True, "use_dora": True,
+                  "peft_type": "IA3", "bias": "all", "modules_to_save": ["lm_head"], "merge_weights": True,
+                  "inference_mode": True, "exclude_modules": ["q_proj"], "lora_dropout": 0.5, "rank": 2}  # fmt: skip
+        self.same(impl, {"r": 16, "lora_alpha": 8, **others}, (16, 0.5))
+        self.same(impl, {"lora_alpha": 8, "rank_pattern": {"q_proj": 2}, **others}, (2, 4.0))
 
     def test_rslora(self, impl):
         """alpha over the root of r"""
@@ -182,12 +213,15 @@ class TestScaleOf:
     def test_regular(self, impl):
         """a key is a regular expression: alternatives, classes, wildcards"""
         for key in ("q_proj|k_proj", "k_proj|q_proj", "[qkv]_proj", r"layers\.[0-3]\..*", ".*", r"\w+", ".*attn.*proj",
-                    r"(q|k)_proj", r"model\.layers\.(1|3)\.self_attn\.q_proj", "q_proj|", "q_proj$"):  # fmt: skip
+                    r"(q|k)_proj", r"model\.layers\.(1|3)\.self_attn\.q_proj", "q_proj|", "q_proj$",
+                    "q|q_proj", "|q_proj", r"^model\..*", "^" + Q, r"layers\.\d+\.self_attn\.(q|q_proj)"):  # fmt: skip
             self.same(impl, {"alpha_pattern": {key: 2}}, (8, 0.25))
         for key in ("k_proj|v_proj", "[kv]_proj", r"layers\.[4-9]\..*", "v_proj|proj", "proj|v_proj", "Q_PROJ",
                     "self_attn|k_proj", r"model\.q_proj"):  # fmt: skip
             self.same(impl, {"alpha_pattern": {key: 2}}, (8, 1.0))
         self.same(impl, {"rank_pattern": {"q.proj": 2}}, (2, 4.0))
+        self.same(impl, {"rank_pattern": {"wqkv": 2}}, (8, 1.0), "transformer.blocks.0.attn.Wqkv")
+        self.same(impl, {"rank_pattern": {"Wqkv": 512}}, (512, 8 / 512), "transformer.blocks.0.attn.Wqkv")
 
     def test_missing(self, impl):
         """what is missing or null is PEFT's default"""
@@ -209,11 +243,11 @@ class TestScaleOf:
 
 
 class Made(TorchDispatchMode):
-    """Notes the most numbers that any new tensor has: views are none."""
+    """Notes the most numbers that any new tensor has, and those of all of them: views are none."""
 
     def __init__(self):
         super().__init__()
-        self.most = 0
+        self.most = self.all = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -221,6 +255,7 @@ class Made(TorchDispatchMode):
             for x in out if isinstance(out, tuple | list) else (out,):
                 if isinstance(x, torch.Tensor) and not any(x is arg for arg in args):
                     self.most = max(self.most, x.numel())
+                    self.all += x.numel()
         return out
 
 
@@ -276,11 +311,15 @@ class TestLoraLinear:
             expect_close("a: share below half of the bound", (a.abs() < bound / 2).float().mean(), 0.5, atol=0.03)
             expect_close("a: share above 0", (a > 0).float().mean(), 0.5, atol=0.03)
             expect_close("a: the largest, over the bound", a.max() / bound, 1, atol=0.01)
+        for dtype in DTYPES[1:]:
+            a = impl(w.to(dtype), None, 30, 4).a.detach()
+            coarse = float((a == a.to(dtype)).float().mean())
+            expect(coarse < 0.5, f"a, weight {dtype}: expected numbers drawn in fp32\n  got numbers of {dtype}")
 
     def test_forward(self, impl):
         """x Wᵀ + bias + alpha / r · (x Aᵀ) Bᵀ, with and without a bias"""
         x = random_tensor(5, self.N_IN, seed=4)
-        for r, alpha in ((3, 5.0), (1, 2.0), (9, 3)):
+        for r, alpha in ((3, 5.0), (1, 2.0), (9, 3), (32, 2.5), (128, 64), (4, 0)):
             for bias in (True, False):
                 w, bias = self.frozen(bias=bias)
                 layer = self.made(impl, w, bias, r, alpha)
@@ -303,6 +342,8 @@ class TestLoraLinear:
             got = layer(x)
             expect_tensor(f"layer(x), x {list(x.shape)}", got, torch.float32, (*shape, self.N_OUT))
             expect_close(f"layer(x), x {list(x.shape)}", got, self.exact(layer, w, bias, x, 5 / 3))
+            narrow = self.made(impl, w[:1], bias[:1])(x)
+            expect_tensor(f"layer(x), N = 1, x {list(x.shape)}", narrow, torch.float32, (*shape, 1))
         x = random_tensor(4, self.N_IN, seed=4)
         expect_close("layer of a view", layer(apart(x)), layer(x))
         turned = self.made(impl, w.T.contiguous().T, bias)
@@ -318,6 +359,9 @@ class TestLoraLinear:
             expect_tensor(f"layer(x), {dtype}", got, dtype, (6, self.N_OUT))
             limit = 4 * torch.finfo(dtype).eps
             expect_close(f"layer(x), {dtype}", got, self.exact(layer, w, bias, x, 5 / 3), atol=8 * limit, rtol=limit)
+            for shape in ((), (0,), (2, 3)):
+                got = layer(random_tensor(*shape, self.N_IN, seed=4, dtype=dtype))
+                expect_tensor(f"layer(x), x {[*shape, self.N_IN]} {dtype}", got, dtype, (*shape, self.N_OUT))
             zeros = self.made(impl, torch.zeros(40, 64, dtype=dtype), None)
             x = random_tensor(50, 64, seed=5, dtype=dtype)
             exact = self.exact(zeros, torch.zeros(40, 64), None, x, 5 / 3)
@@ -345,6 +389,21 @@ class TestLoraLinear:
         for name, got, expected in zip("abx", found, (a.grad, b.grad, z.grad), strict=True):
             expect(got is not None, f"gradient of {name}: expected one, got none")
             expect_close(f"gradient of {name}", got, expected, atol=1e-4)
+
+    def test_half_gradients(self, impl):
+        """in fp16 and bf16 x has the gradient of both parts, in its dtype; a and b have theirs in fp32"""
+        for dtype in DTYPES[1:]:
+            (w, bias), z = self.frozen(dtype), random_tensor(5, self.N_IN, seed=4, dtype=dtype)
+            for part, weight in (("both parts", w), ("the adapter alone", 0 * w)):
+                layer, x = self.made(impl, weight, bias), z.clone().requires_grad_()
+                self.backward(layer(x).sum())
+                for name, t, kind in (("a", layer.a, torch.float32), ("b", layer.b, torch.float32), ("x", x, dtype)):
+                    expect(t.grad is not None, f"gradient of {name}, {dtype}: expected one, got none")
+                    expect_equal(f"dtype of {name}'s gradient, {dtype}", t.grad.dtype, kind)
+                whole = weight.double() + 5 / 3 * layer.b.detach().double() @ layer.a.detach().double()
+                limit = 16 * torch.finfo(dtype).eps
+                what = f"gradient of x, {dtype}, {part}"
+                expect_close(what, x.grad, whole.sum(0).expand(5, -1), atol=4 * limit, rtol=limit)
 
     def test_frozen(self, impl):
         """no gradient reaches weight and bias, even if they ask for one; a and b alone are trained"""
@@ -380,6 +439,15 @@ class TestLoraLinear:
             layer.a.add_(1)
         expect_close("layer(x) after a and b were changed", layer(x), self.exact(layer, w, bias, x, 5 / 3))
 
+    def test_modes(self, impl):
+        """the same in eval() and where no gradients are wanted"""
+        w, bias = self.frozen()
+        layer, x = self.made(impl, w, bias), random_tensor(5, self.N_IN, seed=4)
+        with torch.no_grad():
+            expect_close("layer(x) under torch.no_grad()", layer(x), self.exact(layer, w, bias, x, 5 / 3))
+        layer.eval()
+        expect_close("layer(x) after layer.eval()", layer(x), self.exact(layer, w, bias, x, 5 / 3))
+
     def test_moves(self, impl):
         """a and b are found in state_dict, and a second layer that loads them computes the same"""
         w, bias = self.frozen()
@@ -390,16 +458,22 @@ class TestLoraLinear:
         expect_close("the second layer", two(x), one(x))
 
     def test_no_large(self, impl):
-        """no [N, K] tensor is made, forward or backward"""
-        w = random_tensor(96, 128, seed=1)
-        layer = self.made(impl, w, None, 2)
-        x = random_tensor(3, 128, seed=4).requires_grad_()
-        with Made() as seen:
-            self.backward(layer(x).sum())
-            with torch.no_grad():
-                layer(x)
-        expect(seen.most < 96 * 128 / 4,
-               f"expected no tensor larger than x, y, A or B ({96 * 3} numbers)\n  got one of {seen.most}")  # fmt: skip
+        """no [N, K] tensor is made, forward or backward, in any dtype, and not in pieces either"""
+        for dtype in DTYPES:
+            wide = random_tensor(96, 128, seed=1, dtype=dtype)
+            for w in (wide, wide.T.contiguous().T, apart(wide)):
+                layer = self.made(impl, w, None, 2)
+                x = random_tensor(3, 128, seed=4, dtype=dtype).requires_grad_()
+                with Made() as seen:
+                    self.backward(layer(x).sum())
+                    with torch.no_grad():
+                        layer(x)
+                expect(seen.most < 96 * 128 / 4,
+                       f"{dtype}: expected no tensor larger than x, y, A or B ({96 * 3} numbers)\n"
+                       f"  got one of {seen.most}")  # fmt: skip
+                expect(seen.all < 96 * 128,
+                       f"{dtype}: expected tensors of x's, y's, A's and B's size\n"
+                       f"  got {seen.all} numbers in all: is B A made in pieces?")  # fmt: skip
 
 
 # ---- 12.4
@@ -450,6 +524,11 @@ class TestMerger:
                 expected = self.exact(w, a, b, 0.37)
                 impl(w).merge(a, b, 0.37)
                 expect_rounded(f"the weight, {dtype}, a and b {of}", w, expected)
+                for one, two in ((a, random_tensor(60, 4, seed=3)), (random_tensor(4, 50, seed=2), b)):
+                    w = torch.zeros(60, 50, dtype=dtype)
+                    impl(w).merge(one, two, 0.37)
+                    what = f"the weight, {dtype}, a {one.dtype}, b {two.dtype}"
+                    expect_rounded(what, w, 0.37 * two.double() @ one.double())
         w = self.weight()
         a, b = self.pair(dtype=torch.bfloat16)
         expected = self.exact(w, a, b, 0.37)
@@ -472,6 +551,12 @@ class TestMerger:
                 merger.merge(a, b, scale)
                 merger.unmerge()
                 expect_bits(f"the weight, {dtype}, scale {scale}", w, self.weight(dtype))
+            w = torch.zeros(self.N_OUT, self.N_IN, dtype=dtype)
+            w[::2] = -0.0
+            before, merger = w.clone(), impl(w)
+            merger.merge(a, b, 1.0)
+            merger.unmerge()
+            expect_same_bits(f"the weight, {dtype}, with -0 in it", w, before)
 
     def test_again(self, impl):
         """merged and unmerged again and again, with other adapters: each time from the first weight"""
@@ -494,6 +579,10 @@ class TestMerger:
         expect_close("the weight, doubled before merge", w, self.exact(2 * self.weight(), a, b, 1.0))
         merger.unmerge()
         expect_bits("the weight, doubled before merge, unmerged", w, 2 * self.weight())
+        w.mul_(2)
+        merger.merge(*self.pair(3), 1.0)
+        merger.unmerge()
+        expect_bits("the weight, doubled after unmerge, merged and unmerged again", w, 4 * self.weight())
 
     def test_overwritten(self, impl):
         """what happens to the caller's a and b after merge does not matter"""
@@ -529,6 +618,17 @@ class TestMerger:
             expect_close("the larger tensor", whole, expected)
             merger.unmerge()
             expect_bits("the larger tensor, unmerged", whole, before)
+        whole = random_tensor(12, 11, seed=9)
+        before = whole.clone()
+        first, second = impl(whole[:6]), impl(whole[6:])
+        first.merge(a, b, 2.0)
+        second.merge(a, b, 3.0)
+        first.unmerge()
+        expected = before.double()
+        expected[6:] += 3 * b.double() @ a.double()
+        expect_close("two parts merged, the first unmerged", whole, expected)
+        second.unmerge()
+        expect_bits("two parts merged, both unmerged", whole, before)
 
     def test_parameter(self, impl):
         """an nn.Parameter that wants gradients stays one, and the same tensor"""
@@ -560,6 +660,26 @@ class TestMerger:
         zeros = torch.zeros(self.R, self.N_IN)
         merger.merge(zeros, b, 2.0)
         expect_raises(RuntimeError, lambda: merger.merge(a, b, 1.0), "merge after an adapter that changes nothing")
+        for what, nothing in (("scale 0", (a, b, 0.0)), ("b = 0", (a, 0 * b, 1.0)), ("a = 0", (zeros, b, 1.0))):
+            merger = impl(w)
+            merger.merge(*nothing)
+            expect_raises(RuntimeError, lambda m=merger: m.merge(a, b, 1.0), f"merge after one with {what}")
+            merger.unmerge()
+            expect_bits(f"the weight, unmerged after {what}", w, self.weight())
+
+    def test_any_error(self, impl):
+        """after any error, a and b that do not fit each other for instance, nothing is merged"""
+        w, (a, b) = self.weight(), self.pair()
+        merger = impl(w)
+        try:
+            merger.merge(a, b[:, :2], 1.0)
+        except Exception as e:
+            if is_stub(e):
+                raise
+            expect_bits("the weight after the error", w, self.weight())
+            expect_raises(RuntimeError, merger.unmerge, "unmerge after a merge that raised")
+            merger.merge(a, b, 1.0)
+            expect_close("the weight, merged after the error", w, self.exact(self.weight(), a, b, 1.0))
 
     def test_finite(self, impl):
         """ValueError where the merged weight would have infinity or NaN; the weight stays, and is not merged"""
@@ -580,6 +700,31 @@ class TestMerger:
             b[row, 2] = INF
             expect_raises(ValueError, lambda w=w, a=a, b=b: impl(w).merge(a, b, 1.0), f"infinity in row {row} of b")
             expect_bits(f"the weight after infinity in row {row} of b", w, self.weight())
+        w, (a, b) = self.weight(), self.pair()
+        w[3, 5] = NAN
+        expect_raises(ValueError, lambda: impl(w).merge(a, b, 1.0), "NaN in the weight that was there before")
+
+    def test_near_the_end(self, impl):
+        """whether the merged weight is finite decides: not the change alone, nor a sum of all numbers"""
+        for dtype, large in ((torch.float16, 60000.0), (torch.float32, 3e38), (torch.bfloat16, 3e38)):
+            for sign in (1, -1):
+                w = torch.full((self.N_OUT, self.N_IN), sign * large, dtype=dtype)
+                before = w.clone()
+                one = torch.ones(1, self.N_IN), sign * torch.ones(self.N_OUT, 1)
+                merger = impl(w)
+                merger.merge(*one, large / 64)
+                expect(bool(w.isfinite().all()), f"the weight, {dtype}: expected finite numbers")
+                expect(not torch.equal(w, before), f"the weight, {dtype}: expected a change of {sign * large / 64}")
+                merger.unmerge()
+                what = f"{sign * large:g} + {sign * large / 2:g} in {dtype}"
+                expect_raises(ValueError, lambda m=merger, one=one, s=large / 2: m.merge(*one, s), what)
+                expect_bits(f"the weight after {what}", w, before)
+                expect_raises(RuntimeError, merger.unmerge, f"unmerge after {what}")
+                w = torch.zeros(self.N_OUT, self.N_IN, dtype=dtype)
+                w[4, 7] = sign * large
+                what = f"{sign * large:g} + {sign * large / 2:g} at (4, 7) alone, {dtype}"
+                expect_raises(ValueError, lambda w=w, one=one, s=large / 2: impl(w).merge(*one, s), what)
+                expect_equal(f"numbers other than 0 after {what}", int((w != 0).sum()), 1)
 
     def test_two(self, impl):
         """two weights have their own state"""
@@ -639,9 +784,11 @@ class TestGathered:
         self.same(impl, self.case(adapters=[4, 4, 4, 4, 4, 4, 4]), "y, one adapter for all")
         self.same(impl, self.case(n=1, adapters=[3]), "y, one token")
         self.same(impl, self.case(n=40, slots=9, r=1, n_in=5, n_out=13), "y, r = 1")
+        self.same(impl, self.case(n=5, slots=1, adapters=[1, 0, 1, 1, 0]), "y, one slot")
+        self.same(impl, self.case(adapters=[1, 2, 3, 4, 1, 4, 2], scale=1e6), "y, changes of a million")
         self.same(impl, self.case(n=6, slots=2, r=6, n_in=6, n_out=6), "y, all sizes equal")
         self.same(impl, self.case(n=5, slots=300, adapters=[300, 257, 1, 44, 256]), "y, 300 slots")
-        for sizes in ((1, 1, 4, 1), (3, 1, 1, 1), (1, 1, 1, 1), (2, 1, 5, 1), (1, 4, 1, 6)):  # what a squeeze would take
+        for sizes in ((1, 1, 4, 1), (3, 1, 1, 1), (1, 1, 1, 1), (2, 1, 5, 1), (1, 4, 1, 6)):  # what squeeze would take
             n, r, n_in, n_out = sizes
             what = f"y, {n} tokens, r {r}, {n_in} to {n_out}"
             self.same(impl, self.case(n, 2, r, n_in, n_out, adapters=[2, 1, 2][:n]), what)
@@ -667,6 +814,20 @@ class TestGathered:
             b.fill_(bad)
             got = impl(y, x, a, b, torch.zeros(7, dtype=torch.int64))
             expect_bits(f"y, no token has an adapter, all slots are {bad}", got, y)
+
+    def test_seen(self, impl):
+        """NaN and infinity in a token's own row or adapter show, in its row alone; without an adapter x is not used"""
+        for bad in (NAN, INF):
+            case = self.case(adapters=[0, 2, 0, 3, 2, 1, 0])
+            expected = self.exact(*case)
+            _, x, a, *_ = case
+            x[0], x[3], a[0] = bad, bad, bad
+            got = impl(*case)
+            for i in range(7):
+                if i in (3, 5):
+                    expect(not bool(got[i].isfinite().any()), f"row {i}: expected no finite number, with {bad} in it")
+                else:
+                    expect_close(f"row {i}, {bad} in others", got[i], expected[i])
 
     def test_new(self, impl):
         """a new tensor; y, x, a, b and adapters stay as they are"""
@@ -709,7 +870,10 @@ class TestGathered:
 
     def test_empty(self, impl):
         """no token"""
-        self.same(impl, self.case(n=0, adapters=[]), "y, no token")
+        for dtype in DTYPES[1:]:
+            self.same(impl, self.case(n=0, adapters=[], dtypes=(dtype,) * 4), f"y, no token, {dtype}")
+        case = self.case(n=0, adapters=[])
+        expect(self.same(impl, case, "y, no token") is not case[0], "no token: expected a new tensor, got y itself")
 
     def test_no_loop(self, impl):
         """the number of operations is the same for all T and S"""
@@ -731,6 +895,12 @@ class TestGathered:
         limit = 2 * n * r * (n_in + n_out)
         expect(seen.get_total_flops() <= 1.01 * limit,
                f"expected {limit:,} operations in products at most\n  got {seen.get_total_flops():,}")  # fmt: skip
+        with Made() as made:
+            impl(*case)
+        largest = max(n, slots + 1) * r * n_in
+        expect(made.most <= largest,
+               f"expected tensors no larger than all adapters, or the adapters of all tokens ({largest:,} numbers)\n"
+               f"  got one of {made.most:,}: is all of B A made, or all slots for all tokens?")  # fmt: skip
 
 
 # ---- 12.6
@@ -762,6 +932,8 @@ class TestPlan:
     def test_by_hand(self, impl):
         """five tokens, two adapters, blocks of 2"""
         order, blocks = expect_parts(impl(torch.tensor([2, 0, 1, 2, 2]), 2, 2), "order", "blocks")
+        expect_tensor("order", order, torch.int32, (5,))
+        expect_tensor("blocks", blocks, torch.int32, (4, 3))
         expect_equal("order", order.tolist(), [1, 2, 0, 3, 4])
         expect_equal("blocks", blocks.tolist(), [[1, 1, 2], [2, 2, 4], [2, 4, 5], [0, 0, 0]])
 
@@ -770,6 +942,10 @@ class TestPlan:
         draw = random.Random(3)
         for n in (20, 100, 2000):
             self.same(impl, [draw.randint(0, 5) for _ in range(n)], 5, 16)
+        for n in (257, 2049, 4097):
+            self.same(impl, [1] * n + [2, 0, 3] * 7, 3, 16)
+        self.same(impl, [i % 3 for i in range(5000)], 2, 1)
+        self.same(impl, [1] * 700 + [2] * 50, 2, 300)
 
     def test_none(self, impl):
         """tokens without an adapter come first, and are in no block"""
@@ -881,6 +1057,7 @@ class TestReadAdapter:
         """alpha over r"""
         self.same(impl, self.config(), {Q: 4, UP: 4}, (0.5, 0.5))
         self.same(impl, self.config(r=1, lora_alpha=32), {Q: 1}, (32,))
+        self.same(impl, self.config(r=3, lora_alpha=0.1), {Q: 3}, (0.1 / 3,))
 
     def test_rslora(self, impl):
         """alpha over √r"""
@@ -909,9 +1086,31 @@ class TestReadAdapter:
     def test_names(self, impl):
         """a module is called what stands between base_model.model. and .lora_A.weight, whatever is in it"""
         ranks = {Q: 4, "lm_head": 4, "model.base_model.model.x": 4, "base_model.model.y": 4, "a.lora_A.weight": 4,
-                 "x.lora_B.z": 4, "lora_A": 4}  # fmt: skip
-        self.same(impl, self.config(), ranks, (0.5,) * 7)
-        self.same(impl, self.config(), ranks, (0.5,) * 7, backward=True)
+                 "x.lora_B.z": 4, "lora_A": 4, "gate-proj": 4, "a/b c": 4}  # fmt: skip
+        self.same(impl, self.config(), ranks, (0.5,) * 9)
+        self.same(impl, self.config(), ranks, (0.5,) * 9, backward=True)
+
+    def test_whole_name(self, impl):
+        """patterns are held against the module's name: no more than that, and all of it"""
+        for key in (r"model\.lm_head", r"model\.model\.layers\.0\.mlp\.up_proj", r"base_model\..*"):
+            config = self.config(rank_pattern={key: 8}, alpha_pattern={key: 32})
+            self.same(impl, config, {"lm_head": 4, UP: 4}, (0.5, 0.5))
+        config = self.config(rank_pattern={r"model\.layers\.0\.mlp\.up_proj": 8}, alpha_pattern={r"^model\..*": 32})
+        self.same(impl, config, {"lm_head": 4, UP: 8}, (0.5, 4))
+        self.same(impl, self.config(rank_pattern={"up|up_proj": 8}), {Q: 4, UP: 8}, (0.5, 0.25))
+
+    def test_same_tensors(self, impl):
+        """A and B with the memory, strides, dtypes and numbers that they have: no copies"""
+        tensors = {f"{BEFORE}q.lora_A.weight": apart(random_tensor(4, 6, seed=1)),
+                   f"{BEFORE}q.lora_B.weight": torch.zeros(4, 5, dtype=torch.bfloat16).T}  # fmt: skip
+        tensors[f"{BEFORE}q.lora_A.weight"][1, 2] = NAN
+        others = {"target_modules": [], "layers_to_transform": [3], "lora_dropout": 0.5, "inference_mode": True}
+        got = impl(self.config(**others), dict(tensors))
+        expect_equal("modules", list(got), ["q"])
+        got = expect_parts(got["q"], "A", "B", "scale")
+        for name, now, given in zip("AB", got[:2], tensors.values(), strict=True):
+            expect(now.data_ptr() == given.data_ptr() and now.stride() == given.stride(),
+                   f"{name}: expected the tensor that was given\n  got a copy")  # fmt: skip
 
     def test_tensors(self, impl):
         """tensors as they are, in their dtype, in any order of the file; none at all"""
@@ -929,6 +1128,11 @@ class TestReadAdapter:
         def other(half, shape):
             return lambda tensors: tensors.update({f"{BEFORE}{UP}.lora_{half}.weight": torch.ones(shape)})
 
+        def halved(tensors):
+            tensors.update({f"{BEFORE}{UP}.lora_A.weight": torch.ones(2, 6),
+                            f"{BEFORE}{UP}.lora_B.weight": torch.ones(5, 8)})  # fmt: skip
+
+        self.refused(impl, "A of rank 2 and B of rank 8", change=halved)
         self.refused(impl, "A of rank 3", change=other("A", (3, 6)))
         self.refused(impl, "B of rank 3", change=other("B", (5, 3)))
         self.refused(impl, "A the other way around", change=other("A", (6, 4)))
@@ -954,23 +1158,31 @@ class TestReadAdapter:
             self.refused(
                 impl, f"a key {key!r}", change=lambda tensors, key=key: tensors.update({key: torch.ones(4, 4)})
             )
-        for before, after in (("x", ""), ("", "x"), ("a.", ""), ("", ".x")):
+        for before, after in (("x", ""), ("", "x"), ("a.", ""), ("", ".x"), ("", "\n"), (" ", "")):
             keys = [f"{before}{BEFORE}v.lora_{half}.weight{after}" for half in "AB"]
             extra = {keys[0]: torch.ones(4, 6), keys[1]: torch.ones(5, 4)}
             self.refused(impl, f"keys {keys}", change=lambda tensors, extra=extra: tensors.update(extra))
-        keys = [f"base_modelxmodel.v.lora_{half}.weight" for half in "AB"]
-        extra = {keys[0]: torch.ones(4, 6), keys[1]: torch.ones(5, 4)}
-        self.refused(impl, f"keys {keys}", change=lambda tensors: tensors.update(extra))
+        for form in ("base_modelxmodel.v.lora_{}.weight", "base_model.model.lora_{}.weight", "lora_{}.weight",
+                     "Base_Model.Model.v.lora_{}.weight", "base_model.model.v.lora_{}.Weight",
+                     "base_model.model.v.LORA_{}.weight", "base_model.model.v.lora_{}.weights"):  # fmt: skip
+            extra = {form.format("A"): torch.ones(4, 6), form.format("B"): torch.ones(5, 4)}
+            self.refused(impl, f"keys {list(extra)}", change=lambda tensors, extra=extra: tensors.update(extra))
 
     def test_unsupported(self, impl):
         """what is not supported"""
         for keys in ({"use_dora": True}, {"bias": "all"}, {"bias": "lora_only"}, {"modules_to_save": ["lm_head"]},
-                     {"peft_type": "IA3"}, {"peft_type": "ADALORA"}, {"peft_type": None}):  # fmt: skip
+                     {"peft_type": "IA3"}, {"peft_type": "ADALORA"}, {"peft_type": None}, {"peft_type": "XLORA"},
+                     {"peft_type": "lora"}, {"peft_type": "LORA_GA"}, {"peft_type": ""},
+                     {"bias": "None"}, {"bias": "mlp"}, {"bias": True}):  # fmt: skip
             self.refused(impl, f"{keys}", self.config(**keys))
         self.refused(impl, "no peft_type", {"r": 4})
 
     def test_inputs(self, impl):
         """config and tensors stay as they are"""
+        for little in ({"peft_type": "LORA"}, {"peft_type": "LORA", "r": None, "rank_pattern": None}):
+            config = dict(little)
+            impl(config, self.tensors({Q: 8}))
+            expect_equal("a config with little in it", config, little)
         config, tensors = self.config(rank_pattern={"up_proj": 2}), self.tensors({Q: 4, UP: 2})
         before = copy.deepcopy(config), {key: t.clone() for key, t in tensors.items()}
         impl(config, tensors)
@@ -1019,6 +1231,7 @@ class TestBlockNames:
             whole = self.names(impl, TOKENS, 4, adapter)
             expect(self.names(impl, TOKENS[:11], 4, adapter) == whole[:2], "11 tokens: expected the names of 8")
             expect_equal("names in blocks of 1", len(set(self.names(impl, TOKENS, 1, adapter))), 20)
+            expect_equal("names of 1,000 tokens in blocks of 2", len(self.names(impl, TOKENS * 50, 2, adapter)), 500)
 
     def test_default(self, impl):
         """without an adapter"""
@@ -1038,8 +1251,9 @@ class TestBlockNames:
         for adapter in (None, self.adapter()):
             names = self.names(impl, [5] * 40, 4, adapter)
             expect_equal("different names of ten equal blocks", len(set(names)), 10)
-            for one, two in (([1, 23], [12, 3]), ([258, 0], [2, 0]), ([2**32, 1], [0, 1]), ([1, 2], [2, 1])):
-                found = self.names(impl, one, 2, adapter), self.names(impl, two, 2, adapter)
+            for one, two in (([1, 23], [12, 3]), ([258, 0], [2, 0]), ([2**32, 1], [0, 1]), ([1, 2], [2, 1]),
+                             ([2**24, 1], [2**24 + 1, 1]), ([1, 2, 3, 4], [1, 3, 2, 4])):  # fmt: skip
+                found = self.names(impl, one, len(one), adapter), self.names(impl, two, len(two), adapter)
                 expect(found[0] != found[1], f"blocks {one} and {two}: expected different names, got the same")
 
     def test_adapters(self, impl):
@@ -1049,6 +1263,9 @@ class TestBlockNames:
         self.told_apart(impl, "two adapters of the same shapes", one, self.adapter(seed=5))
         self.told_apart(impl, "an adapter that changes nothing and none",
                         {"q": (torch.zeros(2, 6), torch.zeros(5, 2), 1.0)}, None)  # fmt: skip
+        self.told_apart(impl, "an adapter whose scale is 0 and none", self.adapter(scale=0.0), None)
+        self.told_apart(impl, "an adapter without modules ({}) and none", {}, None)
+        self.told_apart(impl, "an adapter without modules ({}) and one with two", {}, one)
 
     def test_content(self, impl):
         """loaded twice, the same adapter: other objects, other memory"""
@@ -1089,12 +1306,25 @@ class TestBlockNames:
         one["v"][1][2, 1] += 1
         expect(not set(names) & set(self.names(impl, adapter=one)),
                "B was changed in place: expected other names\n  got the same")  # fmt: skip
+        names = self.names(impl, adapter=one)
+        one["q"][0].copy_(one["q"][0].flip(1))
+        expect(not set(names) & set(self.names(impl, adapter=one)),
+               "A was turned around in place: expected other names\n  got the same")  # fmt: skip
+        for i, half in enumerate("AB"):  # by ways that autograd's counter of versions does not see
+            for way, change in (("data", lambda x: x.data.add_(1)), ("NumPy", lambda x: x.numpy().__iadd__(1))):
+                names = self.names(impl, adapter=one)
+                change(one["q"][i])
+                now = self.names(impl, adapter=one)
+                expect(not set(names) & set(now), f"{half} was changed in place, by {way}: expected other names")
 
     def test_scale(self, impl):
         """the scale of each module counts, however little it differs"""
         one = self.adapter()
         self.told_apart(impl, "another scale", one, self.adapter(scale=2.0))
+        self.told_apart(impl, "a scale and its negative", one, self.adapter(scale=-0.5))
         self.told_apart(impl, "a scale that differs in the 12th digit", one, self.adapter(scale=0.5 + 1e-12))
+        closest = self.adapter(scale=math.nextafter(0.3, 1))
+        self.told_apart(impl, "a scale that differs in the last bit", self.adapter(scale=0.3), closest)
         self.told_apart(impl, "another scale at one module", one, {**one, "v": (*one["v"][:2], 2.0)})
         exchanged = {"q": (*one["q"][:2], 2.0), "v": one["v"]}, {"q": one["q"], "v": (*one["v"][:2], 2.0)}
         self.told_apart(impl, "scales exchanged", *exchanged)
@@ -1113,6 +1343,12 @@ class TestBlockNames:
                 found[name] = a, b
         pair, empty = (x[:12].view(2, 6), x[12:24].view(6, 2), 1.0), (x[:0].view(0, 6), x[:0].view(6, 0), 1.0)
         self.told_apart(impl, "a module more, of rank 0", {"q": pair, "r": empty}, {"q": pair})
+        for names, scales in ((("q1", "q"), (2.0, 12.0)), (("q", "q-"), (-1.0, 1.0)), (("q0.", "q"), (5.0, 0.5))):
+            one, two = ({name: (*pair[:2], scale)} for name, scale in zip(names, scales, strict=True))
+            self.told_apart(impl, f"a name and a scale that run together, {names}, {scales}", one, two)
+        one = {"q": (x[:11].view(1, 11), x[11:22].view(11, 1), 1.0)}
+        two = {"q": (x[:11].view(11, 1), x[11:22].view(1, 11), 1.0)}
+        self.told_apart(impl, "shapes whose digits run together", one, two)
         self.told_apart(impl, "names that run together", {"ab": (x[:6].view(1, 6), x[:6].view(6, 1), 1.0)},
                         {"a": (x[:6].view(1, 6), x[:6].view(6, 1), 1.0)})  # fmt: skip
 
@@ -1147,9 +1383,10 @@ class TestBlockNames:
 
     def test_inputs(self, impl):
         """tokens and the adapter stay as they are"""
-        one, tokens = self.adapter(), list(TOKENS)
-        impl(tokens, 4, one)
-        expect_equal("token_ids", tokens, TOKENS)
+        for n in (20, 18, 3, 0):
+            one, tokens = self.adapter(), TOKENS[:n]
+            impl(tokens, 4, one)
+            expect_equal("token_ids", tokens, TOKENS[:n])
         expect_equal("modules", list(one), ["q", "v"])
         for module, (a, b, _) in self.adapter().items():
             expect_bits(f"A of {module}", one[module][0], a)
@@ -1161,3 +1398,16 @@ class TestBlockNames:
         expect_equal("different names", len(set(names)), 400)
         fewest = min(len({name[i] for name in names}) for i in range(16))
         expect(fewest > 120, f"expected bytes that take most of 256 values\n  got one that takes {fewest}")
+        columns = list(zip(*names, strict=False))[:16]
+        twice = [(i, j) for i in range(16) for j in range(i) if columns[i] == columns[j]]
+        expect(not twice, "expected 16 bytes that each tell more\n  got some that always repeat others")
+
+    def test_long(self, impl):
+        """of 1,500 adapters, or of 1,500 blocks, no two meet: nothing in the chain is short"""
+        numbers = torch.arange(1500.0)
+        adapters = [{"q": (x.view(1, 1), torch.ones(1, 1), 1.0)} for x in numbers]
+        names = [name for adapter in adapters for name in impl([1, 2], 2, adapter)]
+        expect_equal("different names, 1,500 adapters", len(set(names)), 1500)
+        for adapter in (None, adapters[0]):
+            names = [impl([token, 7], 1, adapter)[-1] for token in range(1500)]
+            expect_equal("different names of a block after 1,500 others", len(set(names)), 1500)

@@ -3,6 +3,7 @@ paired difference, induction heads, a JSON string with three bugs.
 """
 
 import copy
+import itertools
 import math
 import random
 
@@ -87,6 +88,9 @@ class TestChat:
         later = [message("user", "a"), message("system", "b"), message("user", "c")]
         middle = said("user", "a") + said("system", "b") + said("user", "c")
         expect_equal("one that is not first", impl(later, "S"), said("system", "S") + middle + OPEN)
+        two = [message("system", "a"), message("system", "b"), message("user", "c")]
+        expected = said("system", "a") + said("system", "b") + said("user", "c") + OPEN
+        expect_equal("two at the beginning", impl(two, "S"), expected)
 
     def test_empty(self, impl):
         """of no messages the system's is the only one; an empty system is a message, None is none"""
@@ -94,8 +98,10 @@ class TestChat:
         expect_equal("nothing at all", impl([], None), OPEN)
         expect_equal("nothing, no answer", impl([], None, False), "")
         expect_equal("an empty system", impl([message("user", "x")], ""), said("system", "") + said("user", "x") + OPEN)
-        own = [message("system", ""), message("user", "x")]
-        expect_equal("an empty one of its own", impl(own, "S"), said("system", "") + said("user", "x") + OPEN)
+        for content in ("", " ", "\n"):
+            own = [message("system", content), message("user", "x")]
+            expected = said("system", content) + said("user", "x") + OPEN
+            expect_equal(f"its own system {content!r}", impl(own, "S"), expected)
 
     def test_content(self, impl):
         """contents are taken as they are: white space, braces, another role's marks, a message twice"""
@@ -106,11 +112,37 @@ class TestChat:
             "",
             "<|im_end|>\n<|im_start|>system\nHa",
             "😀é",
+            "e\u0301 \u00a0\ufeff",
+            "a\r\nb\tc\x00d",
+            "<think>\nSo.\n</think>\n\nYes.",
+            "&amp; <b>",
+            "C:\\new\\table",
+            " \n",
         ):
-            expect_equal(f"content {content!r}", impl([message("user", content)]), said("user", content) + OPEN)
+            for role in ("user", "assistant"):
+                talk = [message(role, content), message("user", "?")]
+                expect_equal(f"content {content!r}", impl(talk), said(role, content) + said("user", "?") + OPEN)
+            expect_equal(f"system {content!r}", impl([], content), said("system", content) + OPEN)
+            begun = [message("assistant", content)]
+            expect_equal(f"a beginning {content!r}", impl(begun), OPEN + content)
+            expect_equal(f"an answer {content!r}", impl(begun, None, False), said("assistant", content))
         expect_equal("a system with spaces", impl([], " S \n"), said("system", " S \n") + OPEN)
-        twice = [message("user", "again")] * 3
-        expect_equal("three times the same", impl(twice), 3 * said("user", "again") + OPEN)
+
+    def test_all(self, impl):
+        """all messages appear: one three times, one role twice in a row, the content in front of the role"""
+        again = [message("user", "again") for _ in range(3)]
+        expect_equal("three times the same", impl(again), 3 * said("user", "again") + OPEN)
+        row = [message("user", "?"), message("assistant", "Well"), message("assistant", ", yes")]
+        expected = said("user", "?") + said("assistant", "Well") + OPEN + ", yes"
+        expect_equal("the assistant twice in a row", impl(row), expected)
+        turned = [{"content": "Hi", "role": "user"}]
+        expect_equal("the content named first", impl(turned), said("user", "Hi") + OPEN)
+
+    def test_roles(self, impl):
+        """roles are taken as they are; only `system` and `assistant`, so written, are those"""
+        for role in ("tool", "developer", "System", "systems", "Assistant", "assistant_2", "model", " user"):
+            talk = [message(role, "x")]
+            expect_equal(f"role {role!r}", impl(talk, "S"), said("system", "S") + said(role, "x") + OPEN)
 
     def test_input(self, impl):
         """the list and its messages stay as they are"""
@@ -118,6 +150,20 @@ class TestChat:
             given = copy.deepcopy(talk)
             impl(given, system)
             expect_equal("messages after the call", given, talk)
+
+    def test_every_order(self, impl):
+        """up to three messages of any roles, with a system or without, with an answer to come or without"""
+        for count, system, generate in itertools.product(range(4), (None, "", " ", "S"), (True, False)):
+            for roles in itertools.product(("system", "user", "assistant", "tool"), repeat=count):
+                talk = [message(role, ("", "a", " \n")[i]) for i, role in enumerate(roles)]
+                own = system is None or roles[:1] == ("system",)
+                expected = ("" if own else said("system", system)) + "".join(said(**m) for m in talk)
+                if generate and roles[-1:] == ("assistant",):
+                    expected = expected[: -len("<|im_end|>\n")]
+                elif generate:
+                    expected += OPEN
+                what = f"{', '.join(roles) or 'no messages'}; system {system!r}, generate {generate}"
+                expect_equal(what, impl(talk, system, generate), expected)
 
     def test_long(self, impl):
         """a long conversation, in its order"""
@@ -159,7 +205,7 @@ class TestLabelScore:
     def test_mean(self, impl):
         """mean=True: their mean"""
         logits, ids = random_tensor(9, 11, seed=3), [3, 1, 4, 1, 5, 9, 2, 6, 5]
-        for begin in (1, 5, 8):
+        for begin in range(1, 9):
             each = score_by_hand(logits, ids, begin)
             expect_close(f"begin {begin}", impl(logits, ids, begin, mean=True), math.fsum(each) / len(each))
 
@@ -198,15 +244,26 @@ class TestLabelScore:
         logits[2, 4] = -math.inf
         for mean in (False, True):
             expect_equal("a token of the label -inf", float(impl(logits, ids, 2, mean)), -math.inf)
+        low = random_tensor(4, 6, seed=10) - 50_000
+        low[:, [0, 5]] = -math.inf
+        expect_close("others -inf, logits of -50,000", impl(low, ids, 2), math.fsum(score_by_hand(low, ids, 2)), 1e-2)
 
     def test_input(self, impl):
         """logits and ids stay as they are; logits need not be contiguous"""
-        logits, ids = random_tensor(6, 5, seed=8), [0, 1, 2, 3, 4, 0]
-        kept = logits.clone()
-        impl(logits, ids, 2)
-        expect_kept("logits", logits, kept)
-        expect_equal("ids after the call", ids, [0, 1, 2, 3, 4, 0])
+        ids = [0, 1, 2, 3, 4, 0]
+        for dtype in (torch.float64, torch.float16, torch.bfloat16, torch.float32):
+            logits = random_tensor(6, 5, seed=8, dtype=dtype)
+            kept = logits.clone()
+            impl(logits, ids, 2)
+            expect_kept(f"logits of {dtype}", logits, kept)
+            expect_equal("ids after the call", ids, [0, 1, 2, 3, 4, 0])
         expect_close("not contiguous", impl(spread(logits), ids, 2), math.fsum(score_by_hand(logits, ids, 2)))
+
+    def test_any_token(self, impl):
+        """no token is special, and one may come several times"""
+        logits, ids = random_tensor(8, 5, seed=11), [0, 2, 0, 0, 4, 4, 1, 2]
+        for begin in (1, 2, 4):
+            expect_close(f"begin {begin}", impl(logits, ids, begin), math.fsum(score_by_hand(logits, ids, begin)))
 
     def test_long(self, impl):
         """a label of hundreds of tokens, in a vocabulary of hundreds; ids may be a tuple"""
@@ -267,6 +324,9 @@ class TestFewShot:
         expect_equal("2", impl(list(POOL), "?", 2), prompt_of([POOL[1], POOL[0]], "?"))
         back = [POOL[i] for i in (5, 0, 7, 1, 2)]  # by name or by count another label would come first
         expect_equal("4 of another pool", impl(list(back), "?", 1), prompt_of([back[0]], "?"))
+        leak = [("x", "b"), ("y", "a"), ("z", "b"), ("w", "a")]  # without the text itself, a comes first
+        expect_equal("the first one is the text", impl(list(leak), "x", 1), prompt_of([("y", "a")], "x"))
+        expect_equal("3", impl(list(leak), "x", 3), prompt_of([leak[i] for i in (3, 2, 1)], "x"))
 
     def test_order(self, impl):
         """the most similar one last, whatever the labels"""
@@ -298,6 +358,9 @@ class TestFewShot:
         """an example that is there twice counts twice"""
         pool = [("x", "a"), ("x", "a"), ("y", "b"), ("z", "b")]
         expect_equal("prompt", impl(pool, "?", 4), prompt_of(pool[::-1], "?"))
+        expect_equal("one of the two", impl(pool, "?", 2), prompt_of([("y", "b"), ("x", "a")], "?"))
+        both = [("x", "a"), ("x", "b"), ("x", "a"), ("y", "b")]
+        expect_equal("one text, two labels", impl(list(both), "?", 4), prompt_of(both[::-1], "?"))
 
     def test_zero(self, impl):
         """count=0, of any pool, is the text alone"""
@@ -312,6 +375,8 @@ class TestFewShot:
             "Q: {text}\n\nA:\n{label}",
             "{text}{label}",
             "{text}\n{label}",
+            " \n{text}: (label):: {label}",
+            "{text} \n {label}",
         ):
             for separator in ("\n\n", "\n###\n", "", " "):
                 got = impl(list(POOL), "text", 3, template, separator)
@@ -326,12 +391,43 @@ class TestFewShot:
             "no template", impl(list(pool), " c  ", 2, "{text}{label}"), prompt_of(pool[::-1], " c  ", "{text}{label}")
         )
 
+    def test_labels(self, impl):
+        """labels that are alike are not the same; texts and labels may be empty"""
+        pool = [("1", "good"), ("2", "Good"), ("3", "good "), ("4", "good"), ("5", "")]
+        expect_equal("4", impl(list(pool), "?", 4), prompt_of([pool[i] for i in (4, 2, 1, 0)], "?"))
+        expect_equal("5", impl(list(pool), "?", 5), prompt_of(pool[::-1], "?"))
+        empty = [("", "a"), ("x", "b")]
+        expect_equal("an empty text", impl(list(empty), "?", 2), prompt_of(empty[::-1], "?"))
+        expect_equal("of an empty text", impl(list(empty), "", 1), prompt_of([("x", "b")], ""))
+        expect_equal("a label that is the text", impl(list(empty), "b", 2), prompt_of(empty[::-1], "b"))
+
     def test_braces(self, impl):
         """braces in texts, labels and the template are text"""
-        pool = [("{label} {text}", "{text}"), ("{0} {}", "{label}"), ("\\1 %s", "a")]
+        pool = [("{label} {text}", "{text}"), ("{0} {}", "{label}"), ("\\1 %s {{}}", "a}}")]
         for template in ("Input: {text}\nLabel: {label}", '{"review": "{text}", {x} {} "label": {label}'):
-            got = impl(list(pool), "{text} {label} {", 3, template)
-            expect_equal("prompt", got, prompt_of(pool[::-1], "{text} {label} {", template))
+            got = impl(list(pool), "{text} {label} {{{", 3, template)
+            expect_equal("prompt", got, prompt_of(pool[::-1], "{text} {label} {{{", template))
+
+    def test_drawn(self, impl):
+        """drawn pools with doubles, with the text itself, with too few of a label"""
+        draw = random.Random(3)
+        for _ in range(200):
+            pool = [
+                (draw.choice(["", "a", "A", "a ", "b", "c"]), draw.choice(["x", "X", " x", "xy"])) for _ in range(12)
+            ]
+            text, count = draw.choice(["a", "", "b ", "d"]), draw.randint(0, 8)
+            left = [shot for shot in pool if shot[0] != text]
+            labels, shots = list(dict.fromkeys(label for _, label in left)), []
+            wanted = {label: count // len(labels) + (i < count % len(labels)) for i, label in enumerate(labels)}
+            for shot in left:
+                if wanted[shot[1]]:
+                    wanted[shot[1]] -= 1
+                    shots.insert(0, shot)
+            what = f"{count} of {pool}"
+            if any(wanted.values()):
+                expect_raises(ValueError, lambda p=pool, t=text, n=count: impl(list(p), t, n), what)
+            else:
+                expect_equal(what, impl(list(pool), text, count), prompt_of(shots, text))
 
     def test_too_few(self, impl):
         """ValueError where a label has too few examples"""
@@ -342,14 +438,18 @@ class TestFewShot:
         expect_raises(
             ValueError, lambda: impl(list(POOL), POOL[5][0], 6), "2 of a label with 2, one of which is the text"
         )
+        uneven = [("a", "x"), ("b", "y"), ("c", "x")]
+        expect_equal("3 of 2 and 1", impl(list(uneven), "?", 3), prompt_of(uneven[::-1], "?"))
+        expect_raises(ValueError, lambda: impl(list(uneven), "?", 4), "4 of 2 and 1")
         expect_raises(ValueError, lambda: impl([], "?", 1), "1 of none")
         expect_raises(ValueError, lambda: impl([("?", "a")], "?", 1), "1 of the text itself")
 
     def test_input(self, impl):
-        """the pool stays as it is"""
+        """the pool stays as it is; it may be a tuple"""
         pool = list(POOL)
         impl(pool, POOL[0][0], 3)
         expect_equal("pool after the call", pool, POOL)
+        expect_equal("of a tuple", impl(tuple(POOL), "?", 3), prompt_of([POOL[i] for i in (5, 1, 0)], "?"))
 
 
 # ---- 13.4
@@ -504,9 +604,17 @@ class TestMask:
             b"\xff",
             None,
             b"\xc3\xa9\xc3",
+            b"x\x00,",
+            b"\xff\x00",
+            b"\x00" * 300 + b"x,",
         ]
         for state in range(3):
             expect_mask(impl, "é", *accent, state, tokens, 10)
+        single = [bytes([b]) for b in (0, 9, 31, 32, 126, 127, 128, 254, 255)] + [b"a", None]
+        for byte in (0, 9, 31, 127, 128, 255):  # the end is reached by this byte alone
+            far = automaton(3, [(0, b"a", 1), (1, bytes([byte]), 2)], (2,))
+            for state in range(2):
+                expect_mask(impl, f"the last byte is {byte}", *far, state, single, 10)
 
     def test_last_state(self, impl):
         """-1 is no state, not the last row"""
@@ -518,6 +626,9 @@ class TestMask:
         every = automaton(1, [(0, bytes(range(256)), 0)], (0,))
         expect_mask(impl, "any bytes", *every, 0, [None, b"", b"x", None, b"<|im_end|>", b"", b"x", None], 3)
         expect_mask(impl, "any bytes", *every, 0, [b"", b"x", None], 0)
+        later = automaton(2, [(0, bytes(range(1, 256)), 0), (0, b"\0", 1)], (1,))
+        for state in (0, 1):
+            expect_mask(impl, "until a NUL", *later, state, [None, b"x", b"<|im_end|>", b"x\0", b""], 2)
 
     def test_nothing(self, impl):
         """an automaton that accepts nothing allows nothing, though it moves"""
@@ -538,10 +649,11 @@ class TestMask:
         """table, accepting and tokens stay as they are; the table need not be contiguous"""
         table, ends = integer()
         tokens = list(INTEGERS)
-        impl(table, ends, 0, tokens, 18)
-        expect_kept("table", table, integer()[0])
-        expect_kept("accepting", ends, integer()[1])
-        expect_equal("tokens after the call", tokens, INTEGERS)
+        for state, end in ((0, 18), (2, 3)):
+            impl(table, ends, state, tokens, end)
+            expect_kept("table", table, integer()[0])
+            expect_kept("accepting", ends, integer()[1])
+            expect_equal("tokens after the call", tokens, INTEGERS)
         expect_mask(impl, "not contiguous", spread(table), spread(ends), 0, INTEGERS, 18)
 
 
@@ -612,20 +724,29 @@ class TestCalibrated:
         scores, empty, classes = random_tensor(4, 5, seed=9), random_tensor(3, 5, seed=10), [0, 1, 1, 0, 2]
         levels = torch.tensor([[0.0], [-2000.0], [-90.0], [-500.0]])
         got = impl(scores.double() + levels, empty, classes)
-        expect_close("scores of -2000", got, calibrated_by_hand(scores, empty, classes), atol=1e-5)
+        expect_close("scores of -2000", got, calibrated_by_hand(scores, empty, classes), atol=1e-4)
         got = impl(scores, empty.double() + levels[1:], classes)
-        expect_close("empty ones of -2000", got, calibrated_by_hand(scores, empty, classes), atol=1e-5)
+        expect_close("empty ones of -2000", got, calibrated_by_hand(scores, empty, classes), atol=1e-4)
 
     def test_impossible(self, impl):
         """-inf is p = 0, in scores and behind some of the empty prompts"""
         scores, empty, classes = random_tensor(4, 5, seed=11), random_tensor(3, 5, seed=12), [0, 1, 1, 0, 2]
         scores[0, 1], scores[1, [0, 3]], empty[0, 2], empty[1, [0, 4]] = (-math.inf,) * 4
         expect_calibrated(impl, "-inf", scores, empty, classes)
+        low = scores.double() - 2000, empty.double() - 2000  # in fp32 numbers of that size are off by 6e-5
+        expect_calibrated(impl, "-inf, the others -2000", *low, classes, atol=1e-4)
 
     def test_large(self, impl):
         """many prompts, words and classes"""
         classes = torch.randint(20, (60,), generator=torch.Generator().manual_seed(19)).tolist() + list(range(20))
         expect_calibrated(impl, "80 words", random_tensor(90, 80, seed=20), random_tensor(12, 80, seed=21), classes)
+
+    def test_shapes(self, impl):
+        """as many prompts as empty ones, words or classes, and other numbers of each"""
+        for i, (p, e, w) in enumerate(((3, 3, 3), (4, 4, 6), (5, 3, 5), (2, 6, 6), (1, 1, 1), (1, 4, 7), (6, 1, 2))):
+            classes = torch.randint(3, (w,), generator=torch.Generator().manual_seed(i)).unique(return_inverse=True)[1]
+            scores, empty = random_tensor(p, w, seed=30 + i), random_tensor(e, w, seed=40 + i) * 2
+            expect_calibrated(impl, f"P {p}, E {e}, W {w}", scores, empty, classes.tolist())
 
     def test_certain(self, impl):
         """differences of hundreds"""
@@ -644,12 +765,14 @@ class TestCalibrated:
 
     def test_input(self, impl):
         """scores and empty stay as they are, and need not be contiguous; classes may be a tuple"""
-        scores, empty = random_tensor(4, 3, seed=17), random_tensor(2, 3, seed=18)
-        kept = scores.clone(), empty.clone()
+        for dtype in (torch.float64, torch.float16, torch.bfloat16, torch.float32):
+            scores, empty = random_tensor(4, 3, seed=17, dtype=dtype), random_tensor(2, 3, seed=18, dtype=dtype)
+            kept, classes = (scores.clone(), empty.clone()), [0, 1, 0]
+            impl(scores, empty, classes)
+            expect_kept(f"scores of {dtype}", scores, kept[0])
+            expect_kept(f"empty of {dtype}", empty, kept[1])
+            expect_equal("classes after the call", classes, [0, 1, 0])
         expected = calibrated_by_hand(scores, empty, [0, 1, 0])
-        impl(scores, empty, [0, 1, 0])
-        expect_kept("scores", scores, kept[0])
-        expect_kept("empty", empty, kept[1])
         expect_close("not contiguous", impl(spread(scores), spread(empty), (0, 1, 0)), expected, atol=1e-5)
 
 
@@ -726,6 +849,11 @@ class TestPaired:
         expect_paired(impl, "names", a, b, texts)
         expect_paired(impl, "a tuple of answers", tuple(a), tuple(b), tuple(texts))
         expect_paired(impl, "numbers far apart", a[:4], b[:4], [10**9, -5, 10**9, 7])
+        alike = ["", None, " one", "one", ("two", 3), ("two", 2), "two", 1001, 1, 2**32 + 1, 0.5, False, "0", b"0"]
+        a, b, texts = drawn_answers(90, 11, alike)
+        expect_paired(impl, "names that are alike", a, b, texts)
+        expect_paired(impl, "-1 and -2", [1, 0, 1, 0], [0, 0, 1, 1], [-1, -2, -2, -3])
+        expect_paired(impl, "1 and 1.0", [1, 0, 1, 1], [0, 0, 0, 1], [1, 2, 1.0, 2])
 
     def test_tensors(self, impl):
         """answers as tensors of truth values or numbers"""
@@ -743,7 +871,7 @@ class TestPaired:
         expect_paired(impl, "three questions", [1, 0, 1], [0, 0, 1], ["x", "x", "x"])
 
     def test_exact(self, impl):
-        """small differences of large numbers"""
+        """small differences of large numbers (torch makes fp32 of a list of floats unless told otherwise)"""
         a, b, texts = ([1e6 + x for x in random_tensor(30, seed=i, dtype=torch.float64).tolist()] for i in (7, 8, 9))
         expect_paired(impl, "around a million", a, b, [int(x) % 7 for x in texts])
 
@@ -826,6 +954,14 @@ class TestInduction:
         expect_induction(impl, "all the same", attention, torch.full((1, 6), 9))
         expect_induction(impl, "two in a row", attention, torch.tensor([[1, 2, 2, 3, 4, 5]]))
 
+    def test_no_weight(self, impl):
+        """a position counts if there is a place to look at, whether or not any head looks there"""
+        ids = torch.randint(4, (2, 13), generator=torch.Generator().manual_seed(12))
+        looks = (random_tensor(2, 3, 13, seed=13).abs() * 5).long() % torch.arange(1, 14)
+        attention = torch.nn.functional.one_hot(looks, 13).float()
+        expect_induction(impl, "heads that look at one position each", attention, ids)
+        expect_induction(impl, "heads that look nowhere", torch.zeros(2, 3, 13, 13), ids)
+
     def test_first(self, impl):
         """position 0 came after nothing"""
         attention = torch.zeros(1, 1, 3, 3)
@@ -839,8 +975,8 @@ class TestInduction:
         expect_induction(impl, "texts with many, none and some", attention, ids)
 
     def test_heads(self, impl):
-        """each head by itself, one or many; T and H are unequal"""
-        for b, h, t in ((1, 1, 9), (2, 12, 5), (4, 3, 8), (1, 2, 1)):
+        """each head by itself, one or many, as many as texts or positions, or not"""
+        for b, h, t in ((1, 1, 9), (2, 12, 5), (4, 3, 8), (1, 2, 1), (2, 6, 6), (6, 2, 6), (5, 5, 5)):
             expect_induction(impl, f"[{b}, {h}, {t}, {t}]", *drawn_attention(b, h, t, b + h))
 
     def test_none(self, impl):
@@ -872,20 +1008,23 @@ class TestInduction:
         """long texts, tokens with large numbers"""
         attention, ids = drawn_attention(1, 2, 180, 11, 90)
         expect_induction(impl, "180 tokens", attention, ids * 256 + 49_000)
+        expect_induction(impl, "tokens 65,536 apart", attention, ids % 45 + 65_536 * (ids >= 45))
 
     def test_half(self, impl):
-        """fp16 and bf16 weights are added up in fp32"""
-        for dtype in (torch.float16, torch.bfloat16):
+        """fp16 and bf16 weights are added up in fp32; fp64 gives fp32"""
+        for dtype in (torch.float16, torch.bfloat16, torch.float64):
             attention, ids = drawn_attention(8, 2, 64, 9, 3, dtype)
             expect_induction(impl, str(dtype), attention, ids)
 
     def test_input(self, impl):
         """attention and ids stay as they are, and need not be contiguous; ids may be int32"""
-        attention, ids = drawn_attention(2, 3, 7, 10)
-        kept = attention.clone(), ids.clone()
-        impl(attention, ids, [7, 4])
-        expect_kept("attention", attention, kept[0])
-        expect_kept("ids", ids, kept[1])
+        for dtype in (torch.float64, torch.float16, torch.bfloat16, torch.float32):
+            attention, ids = drawn_attention(2, 3, 7, 10, dtype=dtype)
+            kept, lengths = (attention.clone(), ids.clone()), [7, 4]
+            impl(attention, ids, lengths)
+            expect_kept(f"attention of {dtype}", attention, kept[0])
+            expect_kept("ids", ids, kept[1])
+            expect_equal("lengths after the call", lengths, [7, 4])
         expect_induction(impl, "not contiguous", spread(attention), spread(ids))
         expect_induction(impl, "int32", attention, ids.int())
 
@@ -1012,6 +1151,9 @@ class TestStringMask:
         expect_string(impl, b'"', PIECES, 18, 0)
         expect_string(impl, b"", PIECES, 18, 0)
         expect_string(impl, b'"' + b"x" * 70, [b"x", b"xx", b'x"', b'"', None], 4, 71)
+        long = [b"x" * 29, b"x" * 30, b"x" * 31, b"x" * 30 + b'"', b"\\n" * 30, b"\\n" * 31, ACCENT * 30, b'"', None]
+        for count in (30, 1100):
+            expect_string(impl, b'"' + b"x" * (count - 30), long, 8, count)
 
     def test_characters(self, impl):
         """a character of several bytes is one, and may come in parts"""
@@ -1030,11 +1172,15 @@ class TestStringMask:
             EMOJI[3:] + b'"',
             ACCENT[1:] + ACCENT[:1],
             b'"',
+            "e\u0301".encode(),  # looks like é, and is two
+            "\u0301".encode(),
+            "\ue000\U000f0000".encode(),
             None,
         ]
         for text in (
             b'"',
             b'"a',
+            b'"e',
             b'"' + ACCENT,
             b'"' + ACCENT[:1],
             b'"' + EMOJI[:1],
@@ -1045,7 +1191,7 @@ class TestStringMask:
             b'"\\',
         ):
             for most in (1, 2, 3):
-                expect_string(impl, text, tokens, 14, most)
+                expect_string(impl, text, tokens, len(tokens) - 1, most)
 
     def test_not_utf8(self, impl):
         """bytes that can become no character do not come"""
@@ -1055,7 +1201,8 @@ class TestStringMask:
             for a in (0xC0, 0xC1, 0xC2, 0xE0, 0xED, 0xF0, 0xF4, 0xF5)
             for b in (0x22, 0x61, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC3)
         ]
-        tokens += [None]
+        tokens += [b"\xe0\x80\x80", b"\xed\xa0\x80", b"\xed\xbf\xbf", b"\xed\xa0\xbd\xed\xb8\x80", b"\xf4\x90\x80\x80"]
+        tokens += [b"\xf0\x80\x80\x80", b"\xf8\x88\x80\x80\x80", None]
         for text in (b'"', b'"a', b'"\xe0', b'"\xed', b'"\xf0', b'"\xf4', b'"\xe3\x81', b'"\xf0\x9f'):
             expect_string(impl, text, tokens, len(tokens) - 1, 5)
 
@@ -1066,6 +1213,9 @@ class TestStringMask:
         ] + [None]
         expect_string(impl, b'"', tokens, len(tokens) - 1, 3)
         expect_string(impl, b'"\xef\xbb', [b"\xbf", b'\xbf"', b'"', None], 3, 3)
+        marks = [b"\xef\xbb\xbf", b'\xef\xbb\xbf"', b"\xef", b'"\xef\xbb\xbf', b'"', None]
+        for text in (b"", b'"', b'"a"'):
+            expect_string(impl, text, marks, 5, 3)
 
     def test_special(self, impl):
         """special tokens and tokens of no bytes never come; an end token's bytes do not count"""

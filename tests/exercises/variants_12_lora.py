@@ -155,6 +155,34 @@ def budget(shapes, layers, rest, targets, r, base_bits):
     return counted(shapes, layers, rest, targets, r, base_bits)
 
 
+for hit, what in (
+    (lambda name, targets: any(name.endswith(t) for t in targets), "all names that end in a target"),
+    (lambda name, targets: any(name.startswith(t) for t in targets), "all names that begin with a target"),
+    (lambda name, targets: any(t in name for t in targets), "all names with a target in them"),
+):
+
+    @wrong("12.1", what)
+    def budget(shapes, layers, rest, targets, r, base_bits, hit=hit):
+        if targets - shapes.keys():
+            raise ValueError
+        return counted(shapes, layers, rest, {name for name in shapes if hit(name, targets)}, r, base_bits)
+
+
+@wrong("12.1", "int32")
+def budget(shapes, layers, rest, targets, r, base_bits):
+    trained, full, lora = counted(shapes, layers, rest, targets, r, base_bits)
+    return trained, 16 * torch.tensor(full // 16).int().item(), lora
+
+
+@alternative("12.1", "tensors")
+def budget(shapes, layers, rest, targets, r, base_bits):
+    if not targets <= set(shapes):
+        raise ValueError
+    whole = layers * int(torch.tensor(list(shapes.values())).prod(1).sum()) + rest
+    trained = layers * r * sum(sum(shapes[name]) for name in targets)
+    return trained, 16.0 * whole, base_bits / 8 * whole + 16 * trained
+
+
 # ---- 12.2
 
 
@@ -347,6 +375,68 @@ def scale_of(name, config):
         return next((p for p in patterns if any(re.fullmatch(p, end) for end in ends)), None)
 
     return scaled(name, config, key=key)
+
+
+def ended(match, name):
+    return match is not None and match.end() == len(name)
+
+
+for match, what in (
+    (
+        lambda p, name: ended(re.match(rf"(?:.*\.)?(?:{p})", name), name),
+        "of alternatives the first that matches, not all",
+    ),
+    (lambda p, name: re.fullmatch(rf".*\.({p})", "." + name), "a dot in front of the name: ^ never matches"),
+):
+
+    @wrong("12.2", what)
+    def scale_of(name, config, match=match):
+        return scaled(name, config, key=lambda patterns, name: next((p for p in patterns if match(p, name)), None))
+
+
+for at, what in (("use_dora", "refuses DoRA"), ("modules_to_save", "refuses modules_to_save")):
+
+    @wrong("12.2", what)
+    def scale_of(name, config, at=at):
+        if config.get(at):
+            raise ValueError
+        return scaled(name, config)
+
+
+@wrong("12.2", "refuses other types")
+def scale_of(name, config):
+    if config.get("peft_type", "LORA") != "LORA":
+        raise ValueError
+    return scaled(name, config)
+
+
+@wrong("12.2", "target_modules alone have a rank of their own")
+def scale_of(name, config):
+    wanted = name.split(".")[-1] in config.get("target_modules", [name.split(".")[-1]])
+    return scaled(name, config if wanted else {})
+
+
+@wrong("12.2", "four digits")
+def scale_of(name, config):
+    r, scale = scaled(name, config)
+    return r, round(scale, 4)
+
+
+@alternative("12.2", "from each dot on, by pos")
+def scale_of(name, config):
+    starts = [0, *(i + 1 for i, letter in enumerate(name) if letter == ".")]
+
+    def key(patterns, name):
+        return next((p for p in patterns if any(re.compile(p).fullmatch(name, i) for i in starts)), None)
+
+    return scaled(name, config, key=key)
+
+
+@wrong("12.2", "capital letters of a name do not count")
+def scale_of(name, config):
+    return scaled(
+        name, config, key=lambda patterns, name: first(patterns, name) or first((p for p in patterns), name.lower())
+    )
 
 
 # ---- 12.3
@@ -578,6 +668,99 @@ class LoraLinear(Right):
 class LoraLinear(Right):
     def __init__(self, weight, bias, r, alpha, rslora=False):
         super().__init__(weight, bias, min(r, 8), alpha, rslora)
+
+
+layer(
+    "a drawn in the weight's dtype",
+    draw=staticmethod(lambda r, n, k, dtype: torch.empty(r, k, dtype=dtype).uniform_(-(k**-0.5), k**-0.5).float()),
+)
+layer(
+    "rsLoRA from rank 16 on",
+    scale_of=staticmethod(lambda alpha, r, rslora: alpha / (r**0.5 if rslora or r > 16 else r)),
+)
+layer(
+    "alpha without its fraction", scale_of=staticmethod(lambda alpha, r, rslora: int(alpha) / (r**0.5 if rslora else r))
+)
+
+
+@wrong("12.3", "the weight in fp32: [N, K] in every call")
+class LoraLinear(Right):
+    def forward(self, x):
+        y = F.linear(x.float(), self.w.float(), None if self.c is None else self.c.float())
+        return (y + self.change(x)).to(x.dtype)
+
+
+@wrong("12.3", "the weight made contiguous in every call")
+class LoraLinear(Right):
+    def forward(self, x):
+        return (F.linear(x, self.w.contiguous(), self.c) + self.change(x)).to(x.dtype)
+
+
+@wrong("12.3", "B A row by row")
+class LoraLinear(Right):
+    def change(self, x):
+        return self.scale * torch.stack([x.float() @ (row @ self.a) for row in self.b], -1)
+
+
+@wrong("12.3", "B A row by row, without products of matrices")
+class LoraLinear(Right):
+    def change(self, x):
+        return self.scale * torch.stack([(x.float() * (row[:, None] * self.a).sum(0)).sum(-1) for row in self.b], -1)
+
+
+@wrong("12.3", "eval() leaves the adapter out")
+class LoraLinear(Right):
+    def forward(self, x):
+        return super().forward(x) if self.training else F.linear(x, self.w, self.c)
+
+
+@wrong("12.3", "no_grad leaves the adapter out")
+class LoraLinear(Right):
+    def forward(self, x):
+        return super().forward(x) if torch.is_grad_enabled() else F.linear(x, self.w, self.c)
+
+
+@wrong("12.3", "one row is squeezed out again, and N = 1 with it")
+class LoraLinear(Right):
+    def forward(self, x):
+        return super().forward(x[None]).squeeze() if x.dim() == 1 else super().forward(x)
+
+
+@alternative("12.3", "in place on the result")
+class LoraLinear(Right):
+    def forward(self, x):
+        return F.linear(x, self.w, self.c).add_(F.linear(F.linear(x.float(), self.a), self.b), alpha=self.scale)
+
+
+@alternative("12.3", "the adapter in fp64")
+class LoraLinear(Right):
+    def change(self, x):
+        return self.scale * (x.double() @ self.a.double().T @ self.b.double().T)
+
+
+@wrong("12.3", "an alpha of 0 is r")
+class LoraLinear(Right):
+    def __init__(self, weight, bias, r, alpha, rslora=False):
+        super().__init__(weight, bias, r, alpha or r, rslora)
+
+
+@wrong("12.3", "fp32 unless x has two dimensions")
+class LoraLinear(Right):
+    def forward(self, x):
+        return super().forward(x) if x.dim() == 2 else super().forward(x).float()
+
+
+@wrong("12.3", "half: x's gradient by the frozen part alone")
+class LoraLinear(Right):
+    def change(self, x):
+        return super().change(x if x.dtype == torch.float32 else x.detach())
+
+
+@wrong("12.3", "half: x's gradient by the adapter alone")
+class LoraLinear(Right):
+    def forward(self, x):
+        still = x if x.dtype == torch.float32 else x.detach()
+        return (F.linear(still, self.w, self.c) + self.change(x)).to(x.dtype)
 
 
 # ---- 12.4
@@ -982,6 +1165,100 @@ merger(
 )
 
 
+for what, look in (
+    ("looks at the sum of all numbers", lambda self, merged: refuse(not bool(merged.sum().isfinite()))),
+    (
+        "looks at the sum of all numbers, in fp32",
+        lambda self, merged: refuse(not bool(merged.float().sum().isfinite())),
+    ),
+    ("looks at the largest", lambda self, merged: refuse(not bool(merged.max().isfinite()))),
+    ("what fp16 has not", lambda self, merged: refuse(not bool((merged.float().abs() <= 65504).all()))),
+):
+    merger(what, look=look)
+
+
+@wrong("12.4", "looks at the change, and not at the sum")
+class Merger(RightMerger):
+    def merge(self, a, b, scale):
+        refuse(not bool((scale * b.float() @ a.float()).to(self.weight.dtype).isfinite().all()))
+        super().merge(a, b, scale)
+
+    def look(self, merged):
+        pass
+
+
+merger("a in b's dtype", merged=lambda self, a, b, s: (
+    double(self.weight) + s * double(b) @ double(a.to(b.dtype))).to(self.weight.dtype))  # fmt: skip
+merger("b in a's dtype", merged=lambda self, a, b, s: (
+    double(self.weight) + s * double(b.to(a.dtype)) @ double(a)).to(self.weight.dtype))  # fmt: skip
+merger("-0 becomes 0", keep=lambda self: self.weight + 0.0)
+
+
+@wrong("12.4", "the copy of the first merge serves all later ones")
+class Merger(RightMerger):
+    def keep(self):
+        if not hasattr(self, "first"):
+            self.first = self.weight.clone()
+        return self.first
+
+
+@wrong("12.4", "a scale of 0 is no adapter")
+class Merger(RightMerger):
+    def merge(self, a, b, scale):
+        if scale != 0:
+            super().merge(a, b, scale)
+
+
+@wrong("12.4", "b = 0 is no adapter")
+class Merger(RightMerger):
+    def merge(self, a, b, scale):
+        if b.any():
+            super().merge(a, b, scale)
+
+
+@wrong("12.4", "keeps all of the larger tensor")
+class Merger(RightMerger):
+    def keep(self):
+        self.whole = self.weight.untyped_storage().clone()
+        return self.weight.clone()
+
+    def unmerge(self):
+        super().unmerge()
+        self.weight.untyped_storage().copy_(self.whole)
+
+
+@wrong("12.4", "merged already when a and b do not fit")
+class Merger(RightMerger):
+    def merge(self, a, b, scale):
+        if self.before is not None:
+            raise RuntimeError
+        self.before = self.weight.clone()
+        merged = self.merged(a, b, scale)
+        if not merged.isfinite().all():
+            self.before = None
+            raise ValueError
+        self.weight.copy_(merged)
+
+
+@alternative("12.4", "rank by rank, the bits kept as integers")
+class Merger(RightMerger):
+    def merged(self, a, b, scale):
+        total = self.weight.double()
+        for i in range(len(a)):
+            total = total + scale * b.data[:, i : i + 1].double() * a.data[i].double()
+        return total.to(self.weight.dtype)
+
+    def keep(self):
+        kind = {4: torch.int32, 2: torch.int16}[self.weight.element_size()]
+        return self.weight.contiguous().view(kind).clone().view(self.weight.dtype)
+
+
+@wrong("12.4", "numbers that were not finite before do not count")
+class Merger(RightMerger):
+    def look(self, merged):
+        refuse(not bool((merged.isfinite() | ~self.weight.isfinite()).all()))
+
+
 # ---- 12.5
 
 
@@ -1228,6 +1505,73 @@ def gathered(y, x, a, b, adapters):
     low = (a[slots].float() @ x.float()[..., None]).view(len(x), -1, 1)
     change = (b[slots].float() @ low).squeeze()
     return torch.where(adapters[:, None] > 0, y.float() + change, y.float()).to(y.dtype)
+
+
+@wrong("12.5", "y itself if there is no token")
+def gathered(y, x, a, b, adapters):
+    return chosen(y, x, a, b, (adapters.long() - 1).clamp(min=0), adapters > 0).to(y.dtype) if len(y) else y
+
+
+@wrong("12.5", "NaN becomes 0 everywhere")
+def gathered(y, x, a, b, adapters):
+    change = chosen(0 * y.float(), x, a, b, (adapters.long() - 1).clamp(min=0), adapters > 0)
+    return (y.float() + torch.nan_to_num(change)).to(y.dtype)
+
+
+@wrong("12.5", "NaN in slots becomes 0")
+def gathered(y, x, a, b, adapters):
+    slots = (adapters.long() - 1).clamp(min=0)
+    return chosen(y, x, a.nan_to_num(), b.nan_to_num(), slots, adapters > 0).to(y.dtype)
+
+
+@wrong("12.5", "a slot of zeros: NaN in x comes through")
+def gathered(y, x, a, b, adapters):
+    a, b = (torch.cat((torch.zeros_like(t[:1]), t)) for t in (a, b))
+    return chosen(y, x, a, b, adapters.long(), adapters >= 0).to(y.dtype)
+
+
+@wrong("12.5", "all slots for all tokens, without products of matrices")
+def gathered(y, x, a, b, adapters):
+    slots = (adapters.long() - 1).clamp(min=0)
+    low = (x.float()[:, None, None] * a.float()).sum(-1)[torch.arange(len(x)), slots]
+    change = torch.einsum("nor,nr->no", b[slots].float(), low)
+    return torch.where(adapters[:, None] > 0, y.float() + change, y.float()).to(y.dtype)
+
+
+@wrong("12.5", "B A of each token, without products of matrices")
+def gathered(y, x, a, b, adapters):
+    slots = (adapters.long() - 1).clamp(min=0)
+    whole = (b[slots].float()[..., None] * a[slots].float()[:, None]).sum(2)
+    change = (whole * x.float()[:, None]).sum(-1)
+    return torch.where(adapters[:, None] > 0, y.float() + change, y.float()).to(y.dtype)
+
+
+@alternative("12.5", "a loop over the ranks")
+def gathered(y, x, a, b, adapters):
+    slots, change = torch.where(adapters > 0, adapters - 1, 0).long(), torch.zeros(y.shape)
+    for i in range(a.shape[1]):
+        change = change + (a[slots, i].float() * x.float()).sum(1, keepdim=True) * b[slots, :, i].float()
+    return torch.where((adapters > 0)[:, None], (y.float() + change).to(y.dtype), y)
+
+
+@alternative("12.5", "the rows with an adapter alone")
+def gathered(y, x, a, b, adapters):
+    rows = adapters.nonzero()[:, 0]
+    slots = adapters[rows].long() - 1
+    low = torch.einsum("tri,ti->tr", a[slots].float(), x[rows].float())
+    return y.float().index_add(0, rows, torch.einsum("tor,tr->to", b[slots].float(), low)).to(y.dtype)
+
+
+@wrong("12.5", "changes end where fp16 does")
+def gathered(y, x, a, b, adapters):
+    change = chosen(0 * y.float(), x, a, b, (adapters.long() - 1).clamp(min=0), adapters > 0)
+    return (y.float() + change.clamp(-65504, 65504)).to(y.dtype)
+
+
+@wrong("12.5", "fp32 if there is no token")
+def gathered(y, x, a, b, adapters):
+    got = chosen(y, x, a, b, (adapters.long() - 1).clamp(min=0), adapters > 0)
+    return got.to(y.dtype) if len(y) else got
 
 
 # ---- 12.6
@@ -1478,6 +1822,58 @@ def plan(adapters, slots, size):
     return adapters.argsort(stable=True).int(), found[kept].int()
 
 
+def counts_in(dtype):
+    """Blocks of each adapter by a division in `dtype`."""
+
+    def plan(adapters, slots, size):
+        order, blocks = planning(adapters, slots, size)
+        counts = (adapters[:, None] == torch.arange(1, slots + 1)).sum(0)
+        there = torch.ceil(counts.to(dtype) / size).long()
+        ends = (adapters == 0).sum() + counts.cumsum(0)
+        last, index = there.cumsum(0), torch.arange(len(blocks))
+        slot = torch.searchsorted(last, index, right=True)
+        there_is, slot = slot < slots, slot.clamp(max=slots - 1)
+        first = (ends - counts)[slot] + (index - torch.cat((last.new_zeros(1), last))[slot]) * size
+        rows = torch.stack((slot + 1, first, torch.minimum(first + size, ends[slot])), 1)
+        return order, torch.where(there_is[:, None], rows, 0).int()
+
+    return plan
+
+
+wrong("12.6", "counts in fp16")(counts_in(torch.float16))
+wrong("12.6", "counts in bf16")(counts_in(torch.bfloat16))
+alternative("12.6", "counts in fp32")(counts_in(torch.float32))
+
+
+@wrong("12.6", "sorted by a key in fp16")
+def plan(adapters, slots, size):
+    key = adapters.float() + torch.arange(len(adapters)) / max(len(adapters), 1)
+    return key.half().argsort(stable=True).int(), planning(adapters, slots, size)[1]
+
+
+@alternative("12.6", "repeat_interleave to a size that is known")
+def plan(adapters, slots, size):
+    rows = len(adapters) // size + slots
+    ordered, order = torch.sort(adapters.long(), stable=True)
+    edges = torch.searchsorted(ordered, torch.arange(1, slots + 2))
+    begin, end = edges[:-1], edges[1:]
+    there = (end - begin + size - 1) // size
+    times = torch.cat((there, (rows - there.sum())[None]))
+    slot = torch.repeat_interleave(torch.arange(slots + 1), times, output_size=rows)
+    left, slot = slot == slots, slot.clamp(max=slots - 1)
+    first = begin[slot] + (torch.arange(rows) - (there.cumsum(0) - there)[slot]) * size
+    blocks = torch.stack((slot + 1, first, torch.minimum(first + size, end[slot])), 1)
+    return order.int(), blocks.masked_fill(left[:, None], 0).int()
+
+
+@alternative("12.6", "each token counts those in front of it: T x T")
+def plan(adapters, slots, size):
+    place = torch.arange(len(adapters))
+    front = (adapters < adapters[:, None]) | ((adapters == adapters[:, None]) & (place < place[:, None]))
+    order = torch.zeros(len(adapters), dtype=torch.int64).scatter(0, front.sum(1), place)
+    return order.int(), planning(adapters, slots, size)[1]
+
+
 # ---- 12.7
 
 
@@ -1705,6 +2101,89 @@ def read_adapter(config, tensors):
             pairs[module], count = [a, b, scale], count + 2
     refuse(count != len(tensors))
     return pairs
+
+
+for plain, why in (
+    (lambda c: str(c.get("peft_type")).upper() == "LORA" and refuses("use_dora", "bias", "modules_to_save")(c),
+     "peft_type in any case"),
+    (lambda c: str(c.get("peft_type")).startswith("LORA") and refuses("use_dora", "bias", "modules_to_save")(c),
+     "peft_type begins with LORA"),
+    (lambda c: c.get("bias") not in ("all", "lora_only") and refuses("peft_type", "use_dora", "modules_to_save")(c),
+     "unknown biases pass"),
+    (lambda c: str(c.get("bias")).lower() == "none" and refuses("peft_type", "use_dora", "modules_to_save")(c),
+     "None as a text passes"),
+):  # fmt: skip
+    wrong("12.7", why)(reader(plain=plain))
+
+for switches, why in (
+    ({"key": lambda pattern, module: matched(pattern, "base_model.model." + module)}, "patterns see the file's prefix"),
+    ({"key": lambda pattern, module: matched(pattern, "model." + module)}, "patterns see half of the prefix"),
+    ({"key": lambda pattern, module: matched(pattern, module.removeprefix("model."))}, "patterns do not see model."),
+    ({"give": torch.Tensor.contiguous}, "contiguous"),
+    ({"give": torch.Tensor.clone}, "copies"),
+):
+    wrong("12.7", why)(reader(**switches))
+
+
+@wrong("12.7", "ranks are compared by their product")
+def read_adapter(config, tensors):
+    found = reading(config, tensors, ranks=False)
+    for module, (a, b, _) in found.items():
+        sizes = {f"base_model.model.{module}.lora_A.weight": torch.empty(math.isqrt(a.shape[0] * b.shape[1]), 1)}
+        sizes[f"base_model.model.{module}.lora_B.weight"] = torch.empty(1, math.isqrt(a.shape[0] * b.shape[1]))
+        reading(config, sizes)
+    return found
+
+
+for form, why in (
+    (r"base_model\.model\.(.*?)\.?lora_([AB])\.weight", "a module without a name"),
+    (r"(?i:base_model\.model)\.(.+)\.lora_([AB])\.weight", "the prefix in any case"),
+    (r"base_model\.model\.([\w.]+)\.lora_([AB])\.weight", "letters, digits and dots alone"),
+):
+
+    @wrong("12.7", why)
+    def read_adapter(config, tensors, form=form):
+        if not all(re.fullmatch(form, key) for key in tensors):
+            raise ValueError
+        plain = {re.sub(form, r"base_model.model.\1.lora_\2.weight", key): t for key, t in tensors.items()}
+        found = reading(config, {key.replace("..", ".nameless."): t for key, t in plain.items()})
+        return {module.replace("nameless", ""): pair for module, pair in found.items()}
+
+
+@wrong("12.7", "writes the defaults into the config")
+def read_adapter(config, tensors):
+    for key in ("r", "lora_alpha"):
+        config.setdefault(key, 8)
+    return reading(config, tensors)
+
+
+@wrong("12.7", "three digits of the scale")
+def read_adapter(config, tensors):
+    return {module: (a, b, round(s, 3)) for module, (a, b, s) in reading(config, tensors).items()}
+
+
+@alternative("12.7", "triples as lists")
+def read_adapter(config, tensors):
+    return {module: list(triple) for module, triple in reading(config, tensors).items()}
+
+
+@wrong("12.7", "refuses NaN")
+def read_adapter(config, tensors):
+    if not all(bool(t.isfinite().all()) for t in tensors.values()):
+        raise ValueError
+    return reading(config, tensors)
+
+
+@wrong("12.7", "refuses A and B of two dtypes")
+def read_adapter(config, tensors):
+    if len({t.dtype for t in tensors.values()}) > 1:
+        raise ValueError
+    return reading(config, tensors)
+
+
+@wrong("12.7", "space around a key")
+def read_adapter(config, tensors):
+    return reading(config, {key.strip(): t for key, t in tensors.items()})
 
 
 # ---- 12.8
@@ -1939,3 +2418,114 @@ for what, change in (
     @wrong("12.8", what)
     def block_names(token_ids, size, adapter=None, change=change):
         return named(token_ids, size, adapter and {module: change(*pair) for module, pair in adapter.items()})
+
+
+@wrong("12.8", "{} is taken for none")
+def block_names(token_ids, size, adapter=None):
+    return named(token_ids, size, adapter or None)
+
+
+@wrong("12.8", "an adapter whose scales are 0 is none")
+def block_names(token_ids, size, adapter=None):
+    return named(token_ids, size, adapter if adapter is None or any(s for _, _, s in adapter.values()) else None)
+
+
+def joined(what, text):
+    """Everything in one row, without marks in between."""
+
+    @wrong("12.8", what)
+    def block_names(token_ids, size, adapter=None):
+        if adapter is None:
+            return named(token_ids, size, None)
+        row = b""
+        for module, (a, b, s) in sorted(adapter.items(), key=lambda item: item[0]):
+            row += text(module, float(s), a, b).encode()
+            row += b"".join(t.detach().contiguous().view(torch.uint8).numpy().tobytes() for t in (a, b))
+        return named(token_ids, size, None, begin=hashlib.sha256(row).digest())
+
+
+joined("a name and a scale run together", lambda module, s, a, b: f"{module}{s}{a.dtype}{a.shape}{b.dtype}{b.shape}")
+joined("digits of shapes run together", lambda module, s, a, b: (
+    f"{module!r},{s},{a.dtype},{b.dtype},{''.join(map(str, a.shape))},{''.join(map(str, b.shape))}"))  # fmt: skip
+
+REMEMBERED = {}
+
+
+@wrong("12.8", "remembers the digest by address and version")
+def block_names(token_ids, size, adapter=None):
+    if adapter is None:
+        return named(token_ids, size, None)
+    key = tuple((m, a.data_ptr(), a._version, b.data_ptr(), b._version, s) for m, (a, b, s) in adapter.items())
+    if key not in REMEMBERED:
+        REMEMBERED[key] = named([0], 1, adapter)[0], [t for pair in adapter.values() for t in pair[:2]]
+    return named(token_ids, size, None, begin=REMEMBERED[key][0])
+
+
+for bytes_kept in (1, 2):
+
+    @wrong("12.8", f"{bytes_kept} bytes of the adapter")
+    def block_names(token_ids, size, adapter=None, bytes_kept=bytes_kept):
+        return named(token_ids, size, None, begin=adapter and named([0], 1, adapter)[0][:bytes_kept])
+
+
+def stepped(what, step):
+    @wrong("12.8", what)
+    def block_names(token_ids, size, adapter=None):
+        name, names = b"" if adapter is None else named([0], 1, adapter)[0], []
+        for end in range(size, len(token_ids) + 1, size):
+            name = step(name, token_ids[end - size : end])
+            names.append(name)
+        return names
+
+
+stepped("8 bytes, twice", lambda name, tokens: hashlib.sha256(name + repr(tokens).encode()).digest()[:8] * 2)
+stepped("2 bytes of the name before", lambda name, tokens: hashlib.sha256(name[:2] + repr(tokens).encode()).digest())
+stepped("tokens in fp32", lambda name, tokens: hashlib.sha256(
+    name + torch.tensor(tokens, dtype=torch.float32).numpy().tobytes()).digest())  # fmt: skip
+stepped("the tokens' sum, the first and the last", lambda name, tokens: hashlib.sha256(
+    name + repr((len(tokens), sum(tokens), tokens[0], tokens[-1])).encode()).digest())  # fmt: skip
+
+
+@wrong("12.8", "15 digits of the scale")
+def block_names(token_ids, size, adapter=None):
+    return named(token_ids, size, adapter and {m: (a, b, float(f"{s:.15g}")) for m, (a, b, s) in adapter.items()})
+
+
+@wrong("12.8", "cuts the list of tokens")
+def block_names(token_ids, size, adapter=None):
+    del token_ids[len(token_ids) // size * size :]
+    return named(token_ids, size, adapter)
+
+
+@alternative("12.8", "the sum of the modules' digests")
+def block_names(token_ids, size, adapter=None):
+    if adapter is None:
+        return named(token_ids, size, None)
+    digests = [int.from_bytes(named([0], 1, {module: pair})[0], "big") for module, pair in adapter.items()]
+    return named(token_ids, size, None, begin=b"some" + (sum(digests) % 2**256).to_bytes(32, "big"))
+
+
+@alternative("12.8", "0 and -0 are one number")
+def block_names(token_ids, size, adapter=None):
+    return named(token_ids, size, adapter and {m: (a.detach() + 0.0, b.detach() + 0.0, s + 0.0) for m, (a, b, s) in
+                                               adapter.items()} if adapter != {} else {})  # fmt: skip
+
+
+@wrong("12.8", "the sign of the scale does not count")
+def block_names(token_ids, size, adapter=None):
+    return named(token_ids, size, adapter and {m: (a, b, abs(s)) for m, (a, b, s) in adapter.items()})
+
+
+@wrong("12.8", "64 names at most")
+def block_names(token_ids, size, adapter=None):
+    return named(token_ids, size, adapter)[:64]
+
+
+@wrong("12.8", "remembers the digest by sums")
+def block_names(token_ids, size, adapter=None):
+    if adapter is None:
+        return named(token_ids, size, None)
+    key = id(adapter), tuple((m, float(a.sum()), float(b.sum()), s) for m, (a, b, s) in adapter.items())
+    if key not in REMEMBERED:
+        REMEMBERED[key] = named([0], 1, adapter)[0], adapter
+    return named(token_ids, size, None, begin=REMEMBERED[key][0])

@@ -2,6 +2,7 @@
 
 import math
 import re
+import unicodedata
 from collections import Counter, defaultdict
 
 import torch
@@ -62,9 +63,23 @@ for changes, why in (
     ({"cut": lambda text: text.rstrip("<|im_end>\n")}, "strips letters of the mark from the answer"),
     ({"cut": lambda text: text.replace("<|im_end|>\n", "")}, "takes every mark off"),
     ({"cut": lambda text: text[: text.index("<|im_end|>\n", text.rindex("<|im_start|>"))]}, "cuts at the first mark"),
+    ({"first": lambda m: bool(m) and m[0]["role"] in ("system", "developer")}, "takes a developer for the system"),
+    ({"first": lambda m: bool(m) and m[0]["role"].lower() == "system"}, "a system in capitals"),
+    ({"cut": lambda text: text[: -len("<|im_end|>\n")].rstrip()}, "white space behind the beginning of an answer goes"),
     ({"cut": lambda text: text[: -len("\n")]}, "leaves <|im_end|> behind the beginning of an answer"),
 ):
     wrong("13.1", why)(chatter(**changes))
+
+for change, why in (
+    (lambda text: unicodedata.normalize("NFC", text), "puts accents and letters together"),
+    (lambda text: text.replace("\r\n", "\n"), "line breaks of one kind"),
+    (lambda text: text.split("</think>")[-1].lstrip("\n") if "</think>" in text else text, "leaves out thoughts"),
+    (lambda text: text.replace("\0", ""), "leaves out NUL"),
+    (lambda text: text.replace("\t", "    "), "tabs become spaces"),
+    (lambda text: text.replace("\\n", "\n"), "a backslash and n become a line break"),
+    (lambda text: text if text.strip() else "", "white space alone is nothing"),
+):
+    wrong("13.1", why)(chatter(one=lambda m, change=change: one({**m, "content": change(m["content"])})))
 
 
 @wrong("13.1", "the beginning is followed by another opening")
@@ -111,6 +126,66 @@ def chat(messages, system=None, generate=True):
 def chat(messages, system=None, generate=True):
     seen = list({m["content"]: m for m in messages}.values())
     return chatter()(seen, system, generate)
+
+
+@wrong("13.1", "roles in small letters")
+def chat(messages, system=None, generate=True):
+    return chatter()([{**m, "role": m["role"].lower()} for m in messages], system, generate)
+
+
+@wrong("13.1", "the content stands behind the role in each message")
+def chat(messages, system=None, generate=True):
+    return chatter(one=lambda m: "<|im_start|>{}\n{}<|im_end|>\n".format(*m.values()))(messages, system, generate)
+
+
+@wrong("13.1", "makes one message of two of the assistant's")
+def chat(messages, system=None, generate=True):
+    joined = []
+    for m in messages:
+        if joined and m["role"] == joined[-1]["role"] == "assistant":
+            joined[-1] = {**m, "content": joined[-1]["content"] + m["content"]}
+        else:
+            joined.append(m)
+    return chatter()(joined, system, generate)
+
+
+@wrong("13.1", "one system message alone")
+def chat(messages, system=None, generate=True):
+    kept = [m for i, m in enumerate(messages) if m["role"] != "system" or i == 0 or messages[i - 1]["role"] != "system"]
+    return chatter()(kept, system, generate)
+
+
+@wrong("13.1", "a tool's result opens no answer")
+def chat(messages, system=None, generate=True):
+    return chatter()(messages, system, generate and not (messages and messages[-1]["role"] == "tool"))
+
+
+@wrong("13.1", "takes marks out of the system")
+def chat(messages, system=None, generate=True):
+    return chatter()(messages, system.replace("<|im_end|>", "") if system else system, generate)
+
+
+@wrong("13.1", "an empty answer is no message")
+def chat(messages, system=None, generate=True):
+    last = messages and not generate and messages[-1] == {"role": "assistant", "content": ""}
+    return chatter()(messages[:-1] if last else messages, system, generate)
+
+
+@wrong("13.1", "no system in front of the assistant's message")
+def chat(messages, system=None, generate=True):
+    return chatter(first=lambda m: bool(m) and m[0]["role"] in ("system", "assistant"))(messages, system, generate)
+
+
+@alternative("13.1", "from the end")
+def chat(messages, system=None, generate=True):
+    text = "" if messages and messages[-1]["role"] == "assistant" else "<|im_start|>assistant\n"
+    end = "" if generate and not text else "<|im_end|>\n"
+    text = text if generate else ""
+    for m in reversed(messages):
+        text, end = f"<|im_start|>{m['role']}\n{m['content']}{end}{text}", "<|im_end|>\n"
+    if system is not None and not text.startswith("<|im_start|>system\n"):
+        text = f"<|im_start|>system\n{system}<|im_end|>\n{text}"
+    return text
 
 
 # ---- 13.2
@@ -247,6 +322,49 @@ def label_score(logits, ids, begin, mean=False):
     return scorer()(logits, ids, begin % len(ids) if begin < 0 else begin, mean)
 
 
+@wrong("13.2", "softmax in place, of fp64 alone")
+def label_score(logits, ids, begin, mean=False):
+    found = scorer()(logits, ids, begin, mean)
+    x = logits.double()
+    x -= x.amax(-1, keepdim=True)
+    return found
+
+
+@wrong("13.2", "-inf of other tokens is -10,000")
+def label_score(logits, ids, begin, mean=False):
+    own = scorer()(logits, ids, begin, mean)
+    return (
+        own if own == -math.inf else scorer(cast=lambda x: x.double().nan_to_num(neginf=-1e4))(logits, ids, begin, mean)
+    )
+
+
+@wrong("13.2", "a label ends at token 0")
+def label_score(logits, ids, begin, mean=False):
+    end = next((i + 1 for i in range(max(begin, 0), len(ids)) if ids[i] == 0), len(ids))
+    return scorer()(logits[:end], ids[:end], begin, mean)
+
+
+@wrong("13.2", "each token once")
+def label_score(logits, ids, begin, mean=False):
+    scorer()(logits, ids, begin, mean)
+    each = {ids[i]: float(logits[i - 1].double().log_softmax(-1)[ids[i]]) for i in range(begin, len(ids))}
+    return sum(each.values()) / (len(ids) - begin if mean else 1)
+
+
+@wrong("13.2", "a mean of three or more")
+def label_score(logits, ids, begin, mean=False):
+    return scorer()(logits, ids, begin, mean and len(ids) - begin > 2)
+
+
+@alternative("13.2", "a cross-entropy")
+def label_score(logits, ids, begin, mean=False):
+    if not 0 < begin < len(ids):
+        raise ValueError("begin: expected a prompt and a label")
+    target = torch.tensor(ids)[begin:]
+    reduction = "mean" if mean else "sum"
+    return -torch.nn.functional.cross_entropy(logits[begin - 1 : -1].float(), target, reduction=reduction).item()
+
+
 # ---- 13.3
 
 
@@ -323,6 +441,8 @@ for changes, why in (
     ({"end": lambda text, tail: text + tail.strip()}, "strips both sides"),
     ({"end": lambda text, tail: text + (tail[:-1] if tail else tail)}, "cuts one character"),
     ({"end": lambda text, tail: text.strip() + tail.rstrip()}, "strips the text"),
+    ({"end": lambda text, tail: text.replace("{{", "{") + tail.rstrip()}, "two braces become one"),
+    ({"keep": lambda shot, text: text not in shot}, "leaves out a label that is the text"),
     ({"fill": lambda head, x, tail, label: head + x.strip() + tail + label}, "strips the examples' texts"),
     ({"fill": lambda head, x, tail, label: head + x + tail + label.strip()}, "strips labels"),
     ({"fill": lambda head, x, tail, label: head + x + tail.rstrip() + " " + label}, "always one space before a label"),
@@ -428,6 +548,80 @@ def few_shot(pool, text, count, template="Input: {text}\nLabel: {label}", separa
 @wrong("13.3", "the same text counts once")
 def few_shot(pool, text, count, template="Input: {text}\nLabel: {label}", separator="\n\n"):
     return builder()(list(dict(pool).items()), text, count, template, separator)
+
+
+@wrong("13.3", "each label needs as many as the first")
+def few_shot(pool, text, count, template="Input: {text}\nLabel: {label}", separator="\n\n"):
+    counts = Counter(label for x, label in pool if x != text)
+    if counts and min(counts.values()) < -(-count // len(counts)):
+        raise ValueError("pool: too few")
+    return builder()(pool, text, count, template, separator)
+
+
+@wrong("13.3", "labels in the order of the whole pool")
+def few_shot(pool, text, count, template="Input: {text}\nLabel: {label}", separator="\n\n"):
+    def labels(left):
+        there = {label for _, label in left}
+        return [label for label in dict.fromkeys(label for _, label in pool) if label in there]
+
+    return builder(labels=labels)(pool, text, count, template, separator)
+
+
+@wrong("13.3", "places by the example, so that its double comes along")
+def few_shot(pool, text, count, template="Input: {text}\nLabel: {label}", separator="\n\n"):
+    left = [shot for shot in pool if shot[0] != text]
+
+    def order(chosen):
+        taken = [left[at] for at in chosen]
+        return [at for at in range(len(left) - 1, -1, -1) if left[at] in taken]
+
+    return builder(order=order)(pool, text, count, template, separator)
+
+
+@wrong("13.3", "labels whatever the case")
+def few_shot(pool, text, count, template="Input: {text}\nLabel: {label}", separator="\n\n"):
+    said = {}
+    plain = [(x, said.setdefault(label.lower(), label)) for x, label in pool]
+    return builder()(plain, text, count, template, separator)
+
+
+@wrong("13.3", "leaves out empty texts")
+def few_shot(pool, text, count, template="Input: {text}\nLabel: {label}", separator="\n\n"):
+    return builder(keep=lambda shot, text: shot[0] not in (text, ""))(pool, text, count, template, separator)
+
+
+@wrong("13.3", "leaves out empty labels")
+def few_shot(pool, text, count, template="Input: {text}\nLabel: {label}", separator="\n\n"):
+    return builder(keep=lambda shot, text: shot[0] != text and shot[1])(pool, text, count, template, separator)
+
+
+@wrong("13.3", "pools that are lists alone")
+def few_shot(pool, text, count, template="Input: {text}\nLabel: {label}", separator="\n\n"):
+    return builder()(pool.copy(), text, count, template, separator)
+
+
+@wrong("13.3", "strips the template's beginning")
+def few_shot(pool, text, count, template="Input: {text}\nLabel: {label}", separator="\n\n"):
+    return builder()(pool, text, count, template.lstrip(), separator)
+
+
+@alternative("13.3", "by the end of the template")
+def few_shot(pool, text, count, template="Input: {text}\nLabel: {label}", separator="\n\n"):
+    left = [(at, *shot) for at, shot in enumerate(pool) if shot[0] != text]
+    room = Counter()
+    names = list(dict.fromkeys(label for _, _, label in left))
+    if count and not names:
+        raise ValueError("pool: expected examples")
+    for i in range(count):
+        room[names[i % len(names)]] += 1
+    prompt, blank = "", re.sub(r"\s*\{label\}$", "", template)
+    for _, x, label in left:
+        if room[label] > 0:
+            room[label] -= 1
+            prompt = re.sub(r"\{text\}", lambda _, x=x: x, template[: -len("{label}")]) + label + separator + prompt
+    if room.total():
+        raise ValueError("pool: expected more examples")
+    return prompt + re.sub(r"\{text\}", lambda _: text, blank)
 
 
 # ---- 13.4
@@ -696,6 +890,54 @@ def mask(table, accepting, state, tokens, end):
     return masker(alive=one_pass)(table, accepting, state, tokens, end)
 
 
+@wrong("13.4", "alive by printable bytes")
+def mask(table, accepting, state, tokens, end):
+    return masker(alive=lambda table, ends: living(table[:, 32:], ends))(table, accepting, state, tokens, end)
+
+
+@wrong("13.4", "alive by bytes of ASCII")
+def mask(table, accepting, state, tokens, end):
+    return masker(alive=lambda table, ends: living(table[:, :128], ends))(table, accepting, state, tokens, end)
+
+
+@wrong("13.4", "an end token written out comes as its bytes may")
+def mask(table, accepting, state, tokens, end):
+    found = masker()(table, accepting, state, tokens, end)
+    if tokens[end] and tokens[end].startswith(b"<|"):
+        found[end] |= masker()(table, accepting, state, [*tokens, None], len(tokens))[end]
+    return found
+
+
+@wrong("13.4", "takes the end token's bytes off the caller's list")
+def mask(table, accepting, state, tokens, end):
+    found = masker()(table, accepting, state, tokens, end)
+    tokens[end] = None
+    return found
+
+
+@alternative("13.4", "backwards from the end")
+def mask(table, accepting, state, tokens, end):
+    into = defaultdict(set)
+    for at, byte in (table >= 0).nonzero().tolist():
+        into[int(table[at, byte])].add(at)
+    alive, left = set(), accepting.nonzero().flatten().tolist()
+    while left:
+        at = left.pop()
+        if at not in alive:
+            alive.add(at)
+            left += into[at]
+
+    def comes(token):
+        at = state
+        for byte in token:
+            at = int(table[at, byte])
+            if at not in alive:  # -1 is not
+                return False
+        return len(token) > 0
+
+    return torch.tensor([bool(accepting[state]) if i == end else comes(t or b"") for i, t in enumerate(tokens)])
+
+
 # ---- 13.5
 
 
@@ -835,6 +1077,51 @@ def calibrated(scores, empty, classes):
 @wrong("13.5", "needs contiguous scores")
 def calibrated(scores, empty, classes):
     return calibrator()(scores.view(-1).view(scores.shape), empty, classes)
+
+
+@wrong("13.5", "scores and empty in place, of fp64 alone")
+def calibrated(scores, empty, classes):
+    found = calibrator()(scores, empty, classes)
+    for x in (scores.double(), empty.double()):
+        x -= x.amax(1, keepdim=True)
+    return found
+
+
+@wrong("13.5", "-inf is -50")
+def calibrated(scores, empty, classes):
+    return calibrator()(scores.double().nan_to_num(neginf=-50.0), empty, classes)
+
+
+@wrong("13.5", "-inf is -1,500")
+def calibrated(scores, empty, classes):
+    return calibrator()(scores.double().nan_to_num(neginf=-1500.0), empty, classes)
+
+
+@wrong("13.5", "sorts the caller's classes")
+def calibrated(scores, empty, classes):
+    found = calibrator()(scores, empty, classes)
+    if isinstance(classes, list):
+        classes.sort()
+    return found
+
+
+@wrong("13.5", "each prompt by its own empty one where there are as many")
+def calibrated(scores, empty, classes):
+    pairs = len(scores) == len(empty)
+    return calibrator(mean=lambda p: p if pairs else p.mean(0))(scores, empty, classes)
+
+
+@alternative("13.5", "with probabilities, in fp32")
+def calibrated(scores, empty, classes):
+    return calibrator(even=lambda x: x.float().softmax(1))(scores, empty, classes)
+
+
+@alternative("13.5", "each row's sum last")
+def calibrated(scores, empty, classes):
+    x = scores.float() - empty.float().softmax(1).mean(0).log()
+    p = (x - x.amax(1, keepdim=True)).exp()
+    found = torch.stack([p[:, [i for i, c in enumerate(classes) if c == k]].sum(1) for k in range(max(classes) + 1)], 1)
+    return found / found.sum(1, keepdim=True)
 
 
 # ---- 13.6
@@ -1011,6 +1298,56 @@ def paired(a, b, texts):
 def paired(a, b, texts):
     n = min(len(a), len(b), len(texts))
     return pairer()(a[:n], b[:n], texts[:n])
+
+
+@wrong("13.6", "texts by their hash")
+def paired(a, b, texts):
+    return pairer()(a, b, [hash(text) for text in texts])
+
+
+@wrong("13.6", "texts by how they are written")
+def paired(a, b, texts):
+    return pairer()(a, b, [repr(text) for text in texts])
+
+
+@wrong("13.6", "texts by kind and name")
+def paired(a, b, texts):
+    return pairer()(a, b, [(type(text), text) for text in texts])
+
+
+@wrong("13.6", "fp64 of tensors in fp32")
+def paired(a, b, texts):
+    return pairer()(torch.as_tensor(a).float().tolist(), torch.as_tensor(b).float().tolist(), texts)
+
+
+@wrong("13.6", "texts without white space around")
+def paired(a, b, texts):
+    return pairer()(a, b, [text.strip() if isinstance(text, str) else text for text in texts])
+
+
+@wrong("13.6", "None is the empty text")
+def paired(a, b, texts):
+    return pairer()(a, b, ["" if text is None else text for text in texts])
+
+
+@wrong("13.6", "texts by the first part of their name")
+def paired(a, b, texts):
+    return pairer()(a, b, [text[0] if isinstance(text, tuple) else text for text in texts])
+
+
+@alternative("13.6", "one text after the other")
+def paired(a, b, texts):
+    if len(a) != len(texts) or len(b) != len(texts) or len(texts) < 1:
+        raise ValueError("texts: expected as many as answers")
+    n, mean, squares = 0, 0.0, 0.0
+    for text in dict.fromkeys(texts):
+        at = [i for i, other in enumerate(texts) if other == text]
+        d = sum(float(a[i]) - float(b[i]) for i in at) / len(at)
+        n, off = n + 1, d - mean
+        mean += off / n
+        squares += off * (d - mean)
+    half = 1.96 * (squares / (n - 1) / n) ** 0.5 if n > 1 else math.inf
+    return mean, mean - half, mean + half
 
 
 # ---- 13.7
@@ -1215,6 +1552,60 @@ def induction(attention, ids, lengths=None):
     )
 
 
+def masked(attention, ids, lengths):
+    """-> values [B, H, T], which positions count [B, T]"""
+    t = ids.shape[1]
+    after = torch.zeros(len(ids), t, t, dtype=torch.bool)
+    after[:, :, 1:] = ids[:, :, None] == ids[:, None, :-1]
+    after &= torch.ones(t, t, dtype=torch.bool).tril()
+    if lengths is not None:
+        after &= (torch.arange(t) < torch.tensor(lengths)[:, None])[:, :, None]
+    return torch.where(after[:, None], attention.float(), 0.0).sum(-1), after.any(-1)
+
+
+@wrong("13.7", "positions where the head looks there")
+def induction(attention, ids, lengths=None):
+    values, _ = masked(attention, ids, lengths)
+    return values.sum((0, 2)) / (values > 0).sum((0, 2)).clamp(min=1)
+
+
+@wrong("13.7", "positions where some head looks there")
+def induction(attention, ids, lengths=None):
+    values, _ = masked(attention, ids, lengths)
+    return values.sum((0, 2)) / (values > 0).any(1).sum().clamp(min=1)
+
+
+@wrong("13.7", "fp64 stays fp64")
+def induction(attention, ids, lengths=None):
+    values, counts = masked(attention, ids, lengths)
+    return (values.sum((0, 2)) / counts.sum().clamp(min=1)).to(torch.promote_types(attention.dtype, torch.float32))
+
+
+@wrong("13.7", "token numbers of 16 bits")
+def induction(attention, ids, lengths=None):
+    return scored()(attention, ids.to(torch.int16), lengths)
+
+
+@wrong("13.7", "counts the caller's lengths down")
+def induction(attention, ids, lengths=None):
+    found = scored()(attention, ids, lengths)
+    if isinstance(lengths, list):
+        lengths[:] = [length - 1 for length in lengths]
+    return found
+
+
+@wrong("13.7", "positions for heads where there are as many")
+def induction(attention, ids, lengths=None):
+    values, counts = masked(attention, ids, lengths)
+    return values.sum((0, 1) if values.shape[1] == values.shape[2] else (0, 2)) / counts.sum().clamp(min=1)
+
+
+@alternative("13.7", "with a mask for all texts")
+def induction(attention, ids, lengths=None):
+    values, counts = masked(attention, ids, lengths)
+    return (values.double().sum((0, 2)) / max(1, int(counts.sum()))).float()
+
+
 # ---- 13.8
 
 
@@ -1377,6 +1768,16 @@ def beyond_end(data, most):
     return beginning(data, most)
 
 
+def composed(data):
+    """Letters and accents put together; what is left of a character stays."""
+    for cut in range(4):
+        try:
+            return unicodedata.normalize("NFC", data[: len(data) - cut].decode()).encode() + data[len(data) - cut :]
+        except UnicodeDecodeError:
+            pass
+    return data
+
+
 def blank_behind(data, most):
     return beginning(data, most) or (data.endswith(b" ") and beginning(data.rstrip(), most, whole=True))
 
@@ -1399,6 +1800,11 @@ for fits, why in (
     (lambda data, most: beginning(data, most - 1) if most else beginning(data, 0), "one character too few"),
     (lambda data, most: beginning(data, 10**6), "no limit"),
     (lambda data, most: beginning(data, min(most, 64)), "64 characters at most"),
+    (lambda data, most: beginning(data, min(most, 1024)), "1,024 characters at most"),
+    (lambda data, most: beginning(data.removeprefix(b"\xef\xbb\xbf"), most), "a byte order mark in front is nothing"),
+    (lambda data, most: beginning(composed(data), most), "a letter and its accent are one"),
+    (lambda data, most: beginning(re.sub(rb"\xed[\xa0-\xbf][\x80-\xbf]", b"a", data), most), "surrogates may come"),
+    (lambda data, most: beginning(data, most) and b"\xee\x80\x80" not in data, "no character for private use"),
     (lambda data, most: beginning(data, most) and not data.endswith(b"\\"), "a backslash must not come alone"),
     (lambda data, most: beginning(data, most, whole=True), "the output must be whole behind each token"),
     (lambda data, most: beginning(data, most) and data != b'""', "no empty string"),
@@ -1483,3 +1889,25 @@ def string_mask(text, tokens, end, most):
             found[i] = bool(string.fullmatch(after)) and len(inside) <= most
     found[end] = len(so_far) > 1 and so_far.endswith('"')
     return found
+
+
+@wrong("13.8", "tokens of eight bytes at most")
+def string_mask(text, tokens, end, most):
+    short = [token if token is None or len(token) <= 8 else None for token in tokens]
+    return string_masker()(text, short, end, most)
+
+
+@alternative("13.8", "a regular expression over bytes")
+def string_mask(text, tokens, end, most):
+    more = rb"[\x80-\xbf]"
+    shapes = [(rb"[\xc2-\xdf]",), (rb"\xe0", rb"[\xa0-\xbf]"), (rb"[\xe1-\xec\xee\xef]", more)]
+    shapes += [(rb"\xed", rb"[\x80-\x9f]"), (rb"\xf0", rb"[\x90-\xbf]", more), (rb"[\xf1-\xf3]", more, more)]
+    shapes += [(rb"\xf4", rb"[\x80-\x8f]", more)]
+    units = [rb'[ !#-\[\]-\x7f]|\\["\\/bfnrt]', *(b"".join(shape) + more for shape in shapes)]
+    parts = [rb"\\", *(b"".join(shape[:n]) for shape in shapes for n in range(1, len(shape) + 1))]
+    unit, part = b"(?:" + b"|".join(units) + b")", b"(?:" + b"|".join(parts) + b")"
+    known = re.compile(b'"' + unit + b"{0,%d}" % most + b'"?')
+    broken_off = re.compile(b'"' + unit + b"{0,%d}" % (most - 1) + part) if most else known
+    found = [bool(t) and any(r.fullmatch(text + t) for r in (known, broken_off)) for t in tokens]
+    found[end] = len(text) > 1 and bool(re.fullmatch(b'"' + unit + b"{0,%d}" % most + b'"', text))
+    return torch.tensor(found)
