@@ -34,8 +34,6 @@ __all__ = ["Keys", "Reply", "Routes", "make_app"]
 T = TypeVar("T")
 EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 EVENTS += [(b"x-accel-buffering", b"no")]  # nginx shall not collect them
-
-
 LARGE = 64 << 10  # bytes of a body that is read beside the event loop
 
 
@@ -69,11 +67,11 @@ class Reply(Response):
     async def _work(self, send: Send) -> None:
         if self.answer.asked.stream:
             return await self._stream(send)
-        pieces: dict[int, Piece] = {}
+        pieces = {index: Piece() for index in range(self.answer.choices)}
         try:
             async with asyncio.timeout_at(self.until):
                 async for index, piece in self.running.pieces():
-                    pieces[index].add(piece) if index in pieces else pieces.update({index: piece})
+                    pieces[index].add(piece)
         except TimeoutError:
             raise _timed_out() from None
         body = _encoded(self.answer.whole(pieces))

@@ -2,22 +2,24 @@
 
 The thread alone touches the engine once it runs, but for what takes long and needs no lock: adapters and constraints
 are prepared by others. Whatever is wanted of it (add, abort, stop) lies in an inbox, which it empties before each step:
-so nobody fights for the engine's lock, and an abort takes effect within a step. After each step it wakes the event loop
-once, with what all requests got.
+so nobody fights for the engine's lock, and an abort takes effect within a step. After each step it hands over once,
+what all requests got.
 
 A `Stream` keeps what its reader has not taken yet, merged into one piece for each choice: a client that reads slowly
-gets larger pieces later, nobody waits for it, and the most that is kept is the output itself.
+gets larger pieces later, nobody waits for it, and the most that is kept is the output itself. Streams and the engine
+know each other by numbers, so that the engine may as well live in another process.
 """
 
 import asyncio
+import itertools
 import logging
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from ..adapters.serving import LoRARequest
 from ..engine.engine import Engine, Prepared
@@ -25,7 +27,7 @@ from ..engine.request import Request
 from ..sampling import SamplingParams
 from .metrics import render
 
-__all__ = ["EngineThread", "Piece", "Prompt", "Stopped", "Stream"]
+__all__ = ["EngineThread", "Event", "Piece", "Prompt", "Stepper", "Stopped", "Stream", "Streams"]
 
 LOG = logging.getLogger("minillm.server")
 PREPARING = 2  # threads that do so
@@ -69,19 +71,24 @@ class Piece:
         self.finish_reason, self.error = later.finish_reason, later.error
 
 
+# Of a stream's number: what a choice got; or, without an index, whether the prompts were taken, or why all ends.
+Event = tuple[int, int, Piece] | tuple[int, None, BaseException | None]
+
+
+# ---- in the event loop -----------------------------------------------------------------------------------------------
+
+
 class Stream:
-    """What some prompts give: choice i * n + j is the j-th of prompt i. Lives in the event loop.
+    """What some prompts give: choice i * n + j is the j-th of prompt i.
 
         async for index, piece in stream: ...
 
-    Ends once every choice has. Whoever leaves early calls `EngineThread.abort`.
+    Ends once every choice has. Whoever leaves early calls `Streams.abort`.
     """
 
-    def __init__(self, choices: int) -> None:
+    def __init__(self, choices: int, number: int = 0) -> None:
+        self.number = number
         self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.requests: list[Request] = []  # the engine thread's
-        self.aborted = False  # likewise
-        self.loop: Any = asyncio.get_running_loop()
         self._open, self._kept = set(range(choices)), dict[int, Piece]()
         self._news = asyncio.Event()
 
@@ -97,90 +104,133 @@ class Stream:
         """Keep a piece for the reader."""
         if piece.finish_reason is not None:
             self._open.discard(index)
-        if index in self._kept:
-            self._kept[index].add(piece)
-        else:
-            self._kept[index] = piece
+        self._kept.setdefault(index, Piece()).add(piece)
         self._news.set()
 
-    def fail(self, error: BaseException) -> None:
-        """Nothing more will come."""
-        self.settle(error)
-        for index in list(self._open):
-            self.put(index, Piece(finish_reason="error", error=error))
-
     def settle(self, error: BaseException | None) -> None:
-        """The engine has taken the prompts, or refused them."""
-        if self.accepted.done():  # nobody waits any more
-            return
-        if error is None:
-            self.accepted.set_result(None)
-        else:
-            self.accepted.set_exception(error)
+        """The engine has taken the prompts; or refused them, or later failed: then nothing more comes."""
+        if error is not None:
+            for index in list(self._open):
+                self.put(index, Piece(finish_reason="error", error=error))
+        if not self.accepted.done():
+            self.accepted.set_exception(error) if error else self.accepted.set_result(None)
 
 
-class EngineThread:
-    """The thread that owns an engine.
+class Streams:
+    """The event loop's side of an engine.
 
-        thread = EngineThread(engine)
-        stream = await thread.submit([Prompt(...), ...])
+        stream = await engine.submit([Prompt(...), ...])
         try:
             async for index, piece in stream: ...
         finally:
-            thread.abort(stream)
-        thread.stop()
+            engine.abort(stream)
 
-    `alive` says whether it takes requests.
+    add, drop: how a stream's prompts, by its number, get to the engine and away from it.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine, self.alive = engine, True
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._owners: dict[Request, tuple[Stream, int]] = {}
-        self._pool = ThreadPoolExecutor(PREPARING, "prepare")
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
+    _loop: asyncio.AbstractEventLoop | None = None  # the one that submits
+
+    def __init__(self, add: Callable[[int, Sequence[Prompt]], None], drop: Callable[[int], None]) -> None:
+        self._add, self._drop, self._streams, self._numbers = add, drop, dict[int, Stream](), itertools.count()
 
     async def submit(self, prompts: Sequence[Prompt]) -> Stream:
         """Queue all prompts, or none. Raises as `Engine.add`, and Stopped."""
-        stream = Stream(sum([prompt.params.n for prompt in prompts]))
+        self._loop = asyncio.get_running_loop()
+        stream = Stream(sum([prompt.params.n for prompt in prompts]), next(self._numbers))
+        self._streams[stream.number] = stream
         try:
-            if any([p.adapter or p.params.structured_outputs for p in prompts]):
-                await asyncio.get_running_loop().run_in_executor(self._pool, self.queue, stream, prompts)
-            else:
-                self.queue(stream, prompts)
+            self._add(stream.number, prompts)
             await stream.accepted
         except BaseException:  # the client may have left: what is queued nonetheless is dropped
             self.abort(stream)
             raise
         return stream
 
-    def queue(self, stream: Stream, prompts: Sequence[Prompt]) -> None:
-        """The part of `submit` that may take long. Raises as `Engine.prepare`."""
-        self._inbox.put(partial(self._add, stream, prompts, self._prepared(prompts)))
-        if not self.alive:  # looked at after putting: else it could end in between, and nobody would answer
-            self._call(stream, stream.settle, Stopped("the engine has stopped"))
+    def abort(self, stream: Stream) -> None:
+        """Whatever of the stream still runs is not wanted any more. May be called at any time, more than once."""
+        if self._streams.pop(stream.number, None) is not None:
+            self._drop(stream.number)
+
+    def _hand_over(self, events: Sequence[Event]) -> None:
+        """From another thread."""
+        with suppress(RuntimeError):  # the loop is closed: nobody reads any more
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._deliver, events)
+
+    def _deliver(self, events: Sequence[Event]) -> None:
+        for event in events:
+            if (stream := self._streams.get(event[0])) is None:
+                continue
+            if event[1] is None:
+                stream.settle(event[2])
+            else:
+                stream.put(event[1], event[2])
+
+
+class EngineThread(Streams):
+    """An engine in a thread of this process."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.stepper = Stepper(engine, self._hand_over)
+        super().__init__(self.stepper.add, self.stepper.abort)
+        self.stop = self.stepper.stop
+
+    @property
+    def alive(self) -> bool:
+        """Whether it takes requests."""
+        return self.stepper.alive
 
     async def metrics(self, model: str) -> str:
         """For Prometheus. model: what it is called."""
-        return render(self.engine.metrics, model)
+        return render(self.stepper.engine.metrics, model)
 
-    def abort(self, stream: Stream) -> None:
-        """Whatever of the stream still runs is not wanted any more. May be called at any time, more than once."""
-        self._inbox.put(partial(self._abort, stream))
+
+# ---- beside the engine -----------------------------------------------------------------------------------------------
+
+
+class Stepper:
+    """The thread that owns an engine. `tell` gets, from any thread, what happened to the streams of these numbers."""
+
+    def __init__(self, engine: Engine, tell: Callable[[list[Event]], None]) -> None:
+        self.engine, self.tell, self.alive = engine, tell, True
+        self.requests: dict[int, list[Request]] = {}  # of each stream that is wanted; empty until the engine has them
+        self.owners: dict[Request, tuple[int, int]] = {}
+        self.inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.pool = ThreadPoolExecutor(PREPARING, "prepare")
+        self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.thread.start()
+
+    def add(self, number: int, prompts: Sequence[Prompt]) -> None:
+        """Queue a stream's prompts."""
+        self.requests[number] = []
+        if any([p.adapter or p.params.structured_outputs for p in prompts]):
+            self.pool.submit(self._queue, number, prompts)
+        else:
+            self._queue(number, prompts)
+
+    def abort(self, number: int) -> None:
+        """Drop a stream's requests, if it still has any."""
+        self.inbox.put(partial(self._abort, number))
 
     def stop(self, timeout: float = 10.0) -> None:
         """Take nothing more, drop what runs, and wait for the thread's end."""
-        self._inbox.put(self._stop)
-        self._thread.join(timeout)
+        self.inbox.put(self._stop)
+        self.thread.join(timeout)
 
-    def _prepared(self, prompts: Sequence[Prompt]) -> list[Prepared]:
-        found: dict[tuple[int, int], Prepared] = {}  # the prompts of one request have one object of each
-        keys = [(id(p.params), id(p.adapter)) for p in prompts]
-        for key, p in zip(keys, prompts, strict=True):
-            if key not in found:
-                found[key] = self.engine.prepare(p.params, p.adapter)
-        return [found[key] for key in keys]
+    def _queue(self, number: int, prompts: Sequence[Prompt]) -> None:
+        """What may take long."""
+        try:
+            found: dict[tuple[int, int], Prepared] = {}  # the prompts of one request have one object of each
+            keys = [(id(p.params), id(p.adapter)) for p in prompts]
+            for key, p in zip(keys, prompts, strict=True):
+                if key not in found:
+                    found[key] = self.engine.prepare(p.params, p.adapter)
+        except Exception as error:
+            return self.tell([(number, None, error)])
+        self.inbox.put(partial(self._add, number, prompts, [found[key] for key in keys]))
+        if not self.alive:  # looked at after putting: else it could end in between, and nobody would answer
+            self.tell([(number, None, Stopped("the engine has stopped"))])
+        return None
 
     # ---- in the thread -----------------------------------------------------------------------------------------------
 
@@ -199,74 +249,52 @@ class EngineThread:
                 self._fail_all(error)
                 self.alive = failures < FAILURES
         self._fail_all(Stopped("the engine has stopped"))
-        while not self._inbox.empty():  # what came meanwhile is refused
-            self._inbox.get()()
+        while not self.inbox.empty():  # what came meanwhile is refused
+            self.inbox.get()()
 
     def _empty_inbox(self) -> None:
         if not self.engine.has_unfinished():
-            self._inbox.get()()  # waits
-        while not self._inbox.empty():
-            self._inbox.get()()
+            self.inbox.get()()  # waits
+        while not self.inbox.empty():
+            self.inbox.get()()
 
     def _stop(self) -> None:
         self.alive = False
 
-    def _add(self, stream: Stream, prompts: Sequence[Prompt], prepared: Sequence[Prepared]) -> None:
-        if stream.aborted:  # while its constraint was prepared
+    def _add(self, number: int, prompts: Sequence[Prompt], prepared: Sequence[Prepared]) -> None:
+        if (requests := self.requests.get(number)) is None:  # aborted while its constraint was prepared
             return
         error: BaseException | None = None if self.alive else Stopped("the engine has stopped")
         try:
             for p, ready in zip(prompts, prepared, strict=True) if self.alive else ():
-                stream.requests += self.engine.add(
-                    p.token_ids, p.params, None, p.priority, p.cache_salt, prepared=ready
-                )
+                requests += self.engine.add(p.token_ids, p.params, None, p.priority, p.cache_salt, prepared=ready)
         except Exception as e:  # of one prompt: the others are not wanted without it
             error = e
-            self._abort(stream)
-        self._owners.update({request: (stream, index) for index, request in enumerate(stream.requests)})
-        self._call(stream, stream.settle, error)
+            self._abort(number)
+        else:
+            self.owners.update({request: (number, index) for index, request in enumerate(requests)})
+        self.tell([(number, None, error)])
 
-    def _abort(self, stream: Stream) -> None:
-        stream.aborted = True
-        for request in stream.requests:
+    def _abort(self, number: int) -> None:
+        for request in self.requests.pop(number, ()):
             if not request.finished:
                 self.engine.abort(request)
-            self._owners.pop(request, None)
-        stream.requests.clear()
+            self.owners.pop(request, None)
 
     def _hand_over(self, got: Sequence[Request]) -> None:
-        batches: dict[Any, list[tuple[Stream, int, Piece]]] = {}
+        events: list[Event] = []
         for request in got:
-            owner = self._owners.get(request)
-            if owner is None:
-                continue
-            if request.finished:
-                del self._owners[request]
-            stream, index = owner
-            batches.setdefault(stream.loop, []).append((stream, index, _piece(request)))
-        for loop, batch in batches.items():
-            _call_soon(loop, partial(_deliver, batch))
+            if request in self.owners:
+                number, index = self.owners.pop(request) if request.finished else self.owners[request]
+                events.append((number, index, _piece(request)))
+        if events:
+            self.tell(events)
 
     def _fail_all(self, error: BaseException) -> None:
-        for stream, index in self._owners.values():
-            self._call(stream, stream.put, index, Piece(finish_reason="error", error=error))
-        self._owners.clear()
+        numbers = {number for number, _ in self.owners.values()}
+        self.owners.clear()
         self.engine.reset()
-
-    def _call(self, stream: Stream, function: Callable[..., None], *arguments: object) -> None:
-        _call_soon(stream.loop, partial(function, *arguments))
-
-
-def _call_soon(loop: Any, function: Callable[[], None]) -> None:
-    try:
-        loop.call_soon_threadsafe(function)
-    except RuntimeError:  # the loop is closed: nobody reads any more
-        LOG.debug("an event loop has gone")
-
-
-def _deliver(batch: list[tuple[Stream, int, Piece]]) -> None:
-    for stream, index, piece in batch:
-        stream.put(index, piece)
+        self.tell([(number, None, error) for number in numbers])
 
 
 def _piece(request: Request) -> Piece:

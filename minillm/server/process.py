@@ -3,9 +3,6 @@
 Threads of one Python process share its interpreter lock: each time the event loop writes to a socket it gives the lock
 away, and gets it back when the engine lets go. With a process for each, neither waits for the other. Once a step, what
 all requests got goes through a pipe as JSON; nothing is unpickled.
-
-The parent's `Stream`s have numbers in the child, where a `_FarStream` stands for each: the child runs an
-`EngineThread`, which does not know that its streams are far away.
 """
 
 import asyncio
@@ -15,11 +12,9 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -29,7 +24,7 @@ from ..llm import LLM
 from ..model.tokenizer_hf import load_tokenizer
 from ..model.weights import model_path
 from ..sampling import SamplingParams
-from .bridge import PREPARING, EngineThread, Piece, Prompt, Stopped, Stream
+from .bridge import Event, Piece, Prompt, Stepper, Stopped, Streams
 from .metrics import render
 
 __all__ = ["EngineProcess"]
@@ -37,13 +32,14 @@ __all__ = ["EngineProcess"]
 ERRORS = {kind.__name__: kind for kind in (ConstraintError, ValueError, TypeError, Stopped)}
 
 
-class EngineProcess:
+class EngineProcess(Streams):
     """A model in a process of its own: `options` are those of `LLM`, `adapters` folders that must be readable.
 
     Raises what `LLM` raises there, as a RuntimeError where it is none of ValueError and TypeError.
     """
 
     def __init__(self, model: str | os.PathLike, adapters: Mapping[str, str] | None = None, **options: Any) -> None:
+        super().__init__(self._told_to_add, self._told_to_drop)
         context = multiprocessing.get_context("spawn")
         self._pipe, far = context.Pipe()
         self._sending = threading.Lock()
@@ -53,59 +49,44 @@ class EngineProcess:
         atexit.register(self.stop)  # it ignores signals, and nobody else may end it
         far.close()
         try:
-            ready = json.loads(self._pipe.recv_bytes())
+            kind, ready = json.loads(self._pipe.recv_bytes())
         except EOFError:
             raise RuntimeError("the engine's process ended before its model was loaded") from None
-        if "error" in ready:
-            raise _error(ready["error"])
-        self.max_model_len, self.vocab_size, self.sampling_defaults = ready["facts"]
+        if kind == "error":
+            raise _error(ready)
+        self.max_model_len, self.vocab_size, self.sampling_defaults = ready
         path = model_path(model)
         self.tokenizer = load_tokenizer(path) if (path / "tokenizer.json").is_file() else None
-        self.alive, self._streams, self._next = True, dict[int, Stream](), 0
-        self._numbers: dict[Stream, int] = {}
+        self.alive = True
         self._asked: list[asyncio.Future[str]] = []  # for metrics
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
-    async def submit(self, prompts: Sequence[Prompt]) -> Stream:
-        """As `EngineThread.submit`."""
-        stream = Stream(sum([prompt.params.n for prompt in prompts]))
-        self._next += 1
-        self._streams[self._next], self._numbers[stream] = stream, self._next
-        try:
-            self._send(["add", self._next, [_written(prompt) for prompt in prompts]])
-            await stream.accepted
-        except BaseException:
-            self.abort(stream)
-            raise
-        return stream
-
-    def abort(self, stream: Stream) -> None:
-        """As `EngineThread.abort`."""
-        number = self._numbers.pop(stream, None)
-        if number is not None:
-            self._streams.pop(number, None)
-            with suppress(Stopped):
-                self._send(["abort", number])
-
     async def metrics(self, model: str) -> str:
         """As `EngineThread.metrics`."""
-        self._asked.append(asyncio.get_running_loop().create_future())
-        future = self._asked[-1]
-        self._send(["metrics", model])
+        future = asyncio.get_running_loop().create_future()
+        self._asked.append(future)
+        self._send("metrics", model)
         return await future
 
     def stop(self, timeout: float = 10.0) -> None:
-        """As `EngineThread.stop`; the process ends, too."""
+        """Take nothing more, drop what runs, and wait for the process's end."""
         self.alive = False
         atexit.unregister(self.stop)
         with suppress(Stopped):  # it is gone already
-            self._send(["stop"])
+            self._send("stop")
         self._process.join(timeout)
         if self._process.is_alive():
             self._process.kill()
 
-    def _send(self, message: list[Any]) -> None:
+    def _told_to_add(self, number: int, prompts: Sequence[Prompt]) -> None:
+        self._send("add", number, [_written(prompt) for prompt in prompts])
+
+    def _told_to_drop(self, number: int) -> None:
+        with suppress(Stopped):
+            self._send("abort", number)
+
+    def _send(self, *message: Any) -> None:
         try:
             with self._sending:
                 self._pipe.send_bytes(json.dumps(message).encode())
@@ -114,115 +95,50 @@ class EngineProcess:
 
     def _read(self) -> None:
         """In a thread: what the child says, handed to the event loop."""
-        try:
+        with suppress(EOFError, OSError):
             while True:
-                kind, *rest = json.loads(self._pipe.recv_bytes())
-                waiting = [*self._streams.values()]
-                if kind == "metrics":
-                    future = self._asked.pop(0)
-                    future.get_loop().call_soon_threadsafe(_set, future, rest[0])
-                elif waiting:
-                    waiting[0].loop.call_soon_threadsafe(self._deliver, rest[0])
-        except (EOFError, OSError):
-            self.alive = False
+                kind, what = json.loads(self._pipe.recv_bytes())
+                if kind == "events":
+                    self._hand_over([_read_event(event) for event in what])
+                else:
+                    _set(self._asked.pop(0), what)
+        self.alive = False
         for future in self._asked:
-            future.get_loop().call_soon_threadsafe(_set, future, "")
-        for stream in [*self._streams.values()]:
-            stream.loop.call_soon_threadsafe(stream.fail, Stopped("the engine has stopped"))
-
-    def _deliver(self, events: list[list[Any]]) -> None:
-        """In the event loop."""
-        for number, *event in events:
-            stream = self._streams.get(number)
-            if stream is not None and len(event) == 1:
-                stream.settle(None if event[0] is None else _error(event[0]))
-            elif stream is not None:
-                stream.put(event[0], _read_piece(event[1]))
+            _set(future, "")
+        self._hand_over([(number, None, Stopped("the engine has stopped")) for number in [*self._streams]])
 
 
 # ---- the child -----------------------------------------------------------------------------------------------------
 
 
-class _FarLoop:
-    """The parent's event loop, as the child's engine thread sees it: what is called is sent, once for a whole step."""
-
-    def __init__(self, send: Callable[[list[Any]], None]) -> None:
-        self.send, self.events, self._lock = send, list[list[Any]](), threading.Lock()
-
-    def call_soon_threadsafe(self, function: Callable[[], None]) -> None:
-        with self._lock:
-            function()
-            events, self.events = self.events, []
-        if events:
-            self.send(["events", events])
-
-
-class _FarStream(Stream):
-    """A parent's stream."""
-
-    def __init__(self, number: int, loop: _FarLoop) -> None:
-        self.number, self.loop, self.requests, self.aborted = number, loop, [], False
-
-    def settle(self, error: BaseException | None) -> None:
-        self.loop.events.append([self.number, error and _told(error)])
-
-    def put(self, index: int, piece: Piece) -> None:
-        self.loop.events.append([self.number, index, _written_piece(piece)])
-
-
 def _main(pipe: Connection, model: str, adapters: dict[str, str], options: dict[str, Any]) -> None:
-    """What the child runs. Signals are the parent's matter."""
+    """What the child runs: what the parent says, until that is stop, or the parent is gone. Signals are its matter."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sending = threading.Lock()
+
+    def tell(kind: str, what: Any) -> None:
+        with sending:
+            pipe.send_bytes(json.dumps([kind, what]).encode())
+
     try:
         llm = LLM(model, **options)
         for number, (name, path) in enumerate(adapters.items(), 1):
             llm.engine.prepare(llm.default_params(), LoRARequest(name, number, path))
     except Exception as error:
-        return pipe.send_bytes(json.dumps({"error": _told(error)}).encode())
-    facts = [llm.max_model_len, llm.vocab_size, llm.sampling_defaults]
-    pipe.send_bytes(json.dumps({"facts": facts}).encode())
-    _Child(pipe, EngineThread(llm.engine)).run()
-    return None
-
-
-class _Child:
-    def __init__(self, pipe: Connection, engine: EngineThread) -> None:
-        self.pipe, self.engine, self.sending = pipe, engine, threading.Lock()
-        self.streams, self.pool = dict[int, _FarStream](), ThreadPoolExecutor(PREPARING)
-
-    def send(self, message: list[Any]) -> None:
-        with self.sending:
-            self.pipe.send_bytes(json.dumps(message).encode())
-
-    def run(self) -> None:
-        """Do as the parent says, until it says stop, or is gone."""
-        loop, message = _FarLoop(self.send), list[Any](["start"])
-        while message[0] != "stop":
-            if message[0] == "add":
-                self.add(_FarStream(message[1], loop), [_read_prompt(one) for one in message[2]])
-            elif message[0] == "abort" and (stream := self.streams.pop(message[1], None)):
-                self.engine.abort(stream)
-            elif message[0] == "metrics":
-                self.send(["metrics", render(self.engine.engine.metrics, message[1])])
-            try:
-                message = json.loads(self.pipe.recv_bytes())
-            except (EOFError, OSError):
-                break
-        self.engine.stop()
-
-    def add(self, stream: _FarStream, prompts: list[Prompt]) -> None:
-        self.streams[stream.number] = stream
-        if any([p.adapter or p.params.structured_outputs for p in prompts]):
-            self.pool.submit(self.queue, stream, prompts)
-        else:
-            self.queue(stream, prompts)
-
-    def queue(self, stream: _FarStream, prompts: list[Prompt]) -> None:
-        try:
-            self.engine.queue(stream, prompts)
-        except Exception as error:
-            stream.loop.call_soon_threadsafe(partial(stream.settle, error))
+        return tell("error", _told(error))
+    tell("facts", [llm.max_model_len, llm.vocab_size, llm.sampling_defaults])
+    stepper = Stepper(llm.engine, lambda events: tell("events", [_written_event(*event) for event in events]))
+    with suppress(EOFError, OSError):
+        while (message := json.loads(pipe.recv_bytes()))[0] != "stop":
+            match message:
+                case ["add", number, prompts]:
+                    stepper.add(number, [_read_prompt(prompt) for prompt in prompts])
+                case ["abort", number]:
+                    stepper.abort(number)
+                case ["metrics", name]:
+                    tell("metrics", render(llm.engine.metrics, name))
+    return stepper.stop()
 
 
 # ---- what goes through the pipe ------------------------------------------------------------------------------------
@@ -255,21 +171,26 @@ def _pairs(logprobs: Sequence[Mapping[int, float] | None]) -> list[Any]:
     return [None if one is None else [*one.items()] for one in logprobs]  # JSON's objects have no numbers as keys
 
 
-def _written_piece(piece: Piece) -> list[Any]:
-    of_prompt = piece.prompt_logprobs and _pairs(piece.prompt_logprobs)
-    told = piece.error and _told(piece.error)
-    known = [piece.token_ids, piece.text, _pairs(piece.logprobs), of_prompt]
-    return [*known, piece.num_cached, piece.finish_reason, told]
+def _written_event(number: int, index: int | None, what: Piece | BaseException | None) -> list[Any]:
+    if not isinstance(what, Piece):
+        return [number, None, what and _told(what)]
+    of_prompt = what.prompt_logprobs and _pairs(what.prompt_logprobs)
+    piece = [what.token_ids, what.text, _pairs(what.logprobs), of_prompt, what.num_cached, what.finish_reason]
+    return [number, index, [*piece, what.error and _told(what.error)]]
 
 
-def _read_piece(written: list[Any]) -> Piece:
-    token_ids, text, logprobs, of_prompt, num_cached, reason, told = written
-    return Piece(
+def _read_event(written: list[Any]) -> Event:
+    number, index, what = written
+    if index is None:
+        return number, None, what and _error(what)
+    token_ids, text, logprobs, of_prompt, num_cached, reason, told = what
+    return number, index, Piece(
         token_ids, text, [dict(one) for one in logprobs],
         of_prompt and [one and dict(one) for one in of_prompt], num_cached, reason, told and _error(told),
     )  # fmt: skip
 
 
 def _set(future: "asyncio.Future[str]", value: str) -> None:
-    if not future.done():
-        future.set_result(value)
+    """From another thread."""
+    with suppress(RuntimeError):  # the loop is closed
+        future.get_loop().call_soon_threadsafe(lambda: None if future.done() else future.set_result(value))

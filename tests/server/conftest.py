@@ -45,7 +45,7 @@ class Running:
     def idle(self) -> bool:
         """Nothing runs, waits, or is held."""
         engine, admission = self.llm.engine, self.service.admission
-        counts = (engine.pool.num_used, admission.requests, admission.tokens, len(self.service.engine._owners))
+        counts = (engine.pool.num_used, admission.requests, admission.tokens, len(self.service.engine.stepper.owners))
         return not engine.has_unfinished() and counts == (0, 0, 0, 0)
 
     def socket(self, head: str, body: bytes = b"") -> socket.socket:

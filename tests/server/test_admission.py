@@ -168,7 +168,7 @@ def test_who_runs_is_finished_and_who_comes_is_refused(start):
     assert found[0].json()["usage"]["completion_tokens"] == 8
     server.thread.join(20)
     assert not server.thread.is_alive()
-    assert not server.service.engine._thread.is_alive()
+    assert not server.service.engine.stepper.thread.is_alive()
 
 
 def test_a_connection_that_stays_open_is_told(start):

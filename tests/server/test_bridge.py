@@ -23,10 +23,10 @@ def thread(llm):
     thread = EngineThread(llm.engine)
     yield thread
     thread.stop()
-    assert not thread._thread.is_alive()
+    assert not thread.stepper.thread.is_alive()
     assert not llm.engine.has_unfinished()
     assert llm.engine.pool.num_used == 0
-    assert not thread._owners
+    assert not thread.stepper.owners
 
 
 def prompt(ids=(5, 6, 7), params=PARAMS, **more) -> Prompt:
@@ -36,10 +36,7 @@ def prompt(ids=(5, 6, 7), params=PARAMS, **more) -> Prompt:
 async def collect(thread: EngineThread, *prompts: Prompt) -> dict[int, Piece]:
     stream, found = await thread.submit(prompts), {}
     async for index, piece in stream:
-        if index in found:
-            found[index].add(piece)
-        else:
-            found[index] = piece
+        found.setdefault(index, Piece()).add(piece)
     return found
 
 
@@ -82,7 +79,7 @@ def test_who_leaves_before_the_engine_knows(thread, llm):
             await task
 
     asyncio.run(leave())
-    until(lambda: not llm.engine.has_unfinished() and not thread._owners)
+    until(lambda: not llm.engine.has_unfinished() and not thread.stepper.owners)
 
 
 def test_who_leaves_while_a_constraint_is_prepared(thread, llm, monkeypatch):
@@ -97,12 +94,12 @@ def test_who_leaves_while_a_constraint_is_prepared(thread, llm, monkeypatch):
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        until(thread._inbox.empty)
+        until(thread.stepper.inbox.empty)
         go.set()
-        await asyncio.to_thread(thread._pool.shutdown)
+        await asyncio.to_thread(thread.stepper.pool.shutdown)
 
     asyncio.run(leave())
-    until(thread._inbox.empty)
+    until(thread.stepper.inbox.empty)
     assert llm.engine.metrics.num_requests == 0
 
 
@@ -138,7 +135,7 @@ def test_an_engine_that_only_fails_is_given_up(thread, llm, monkeypatch):
     monkeypatch.setattr(llm.engine, "_step", broken)
     for _ in range(FAILURES):
         assert asyncio.run(collect(thread, prompt()))[0].finish_reason == "error"
-    until(lambda: not thread._thread.is_alive())
+    until(lambda: not thread.stepper.thread.is_alive())
     with pytest.raises(Stopped):
         asyncio.run(collect(thread, prompt()))
 

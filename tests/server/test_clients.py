@@ -230,7 +230,7 @@ def test_who_leaves_is_aborted(server, stream):
         connection = server.socket(head, data)
         until(waits.is_set)
         connection.close()
-        until(lambda: not server.service.engine._inbox.empty())  # the abort waits for the step that is held
+        until(lambda: not server.service.engine.stepper.inbox.empty())  # the abort waits for the step that is held
     until(server.idle)
     assert server.llm.engine.metrics.num_aborted == aborted + 1
 
