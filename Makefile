@@ -19,7 +19,7 @@ help:
 	@echo "make test          set up once, then run every test"
 	@echo "make quick         the tests that take a minute"
 	@echo "make deep          drawn tests with seven times as many examples (an hour); was the GPU's record made with these kernels?"
-	@echo "make test-browser  open the start page in Chromium and follow its links"
+	@echo "make test-browser  in Chromium: open the start page and follow its links, talk to a model on the server's page"
 	@echo "make cog labs      regenerate what chapters quote; execute all labs in place"
 	@echo "make clean         remove the environment and what tests left (fetched models stay: they live in your cache)"
 
@@ -66,7 +66,7 @@ deep: $(READY)
 
 test-browser: $(READY)
 	$(BIN)/python -c 'import playwright' 2>/dev/null || $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[browser]'
-	$(BIN)/pytest tests/browser -m browser -rs
+	$(BIN)/pytest tests/browser tests/server/test_page.py -m browser -rs
 
 cog: $(READY)
 	$(BIN)/cog -P -r README.md benchmarks/NOTES.md chapters/*.md

@@ -25,6 +25,7 @@ from ..llm import LLM
 from .bridge import Piece
 from .errors import ApiError, of_generation
 from .metrics import CONTENT_TYPE
+from .page import HEADERS, PAGE
 from .process import EngineProcess
 from .protocol import Asked, parse, read_chat, read_completion, read_fields
 from .service import Running, ServerConfig, Service
@@ -134,6 +135,7 @@ class Routes:
         """Addresses and their methods."""
         post, get = ["POST"], ["GET"]
         return [
+            Route("/", self.page, methods=get),
             Route("/v1/chat/completions", self.chat, methods=post),
             Route("/v1/completions", self.completions, methods=post),
             Route("/tokenize", self.tokenize, methods=post),
@@ -144,6 +146,10 @@ class Routes:
             Route("/version", self.version, methods=get),
             Route("/metrics", self.metrics, methods=get),
         ]
+
+    async def page(self, request: Request) -> Response:
+        """GET /: a page to talk to the model and to watch the engine."""
+        return Response(PAGE, headers=HEADERS, media_type="text/html")
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions"""
@@ -256,13 +262,13 @@ class Routes:
 
 
 class Keys:
-    """Lets pass who has a key: `Authorization: Bearer ...`. Everything but /health needs one."""
+    """Lets pass who has a key: `Authorization: Bearer ...`. Everything but /health and the page needs one."""
 
     def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
         self.app, self.keys = app, [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self.keys and scope["path"] != "/health":
+        if scope["type"] == "http" and self.keys and scope["path"] not in ("/", "/health"):
             sent = dict(scope["headers"]).get(b"authorization", b"")
             scheme, _, key = sent.partition(b" ")
             # All are compared, each in a time that does not tell how much of it is right.

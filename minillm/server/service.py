@@ -32,7 +32,7 @@ class ServerConfig:
     """What a server allows.
 
     - name: what the model is called. adapters: {name: folder in PEFT's format}, chosen by these names as `model`.
-    - api_keys: one of them is needed for everything but /health; none: everybody may.
+    - api_keys: one of them is needed for everything but /health and the page; none: everybody may.
     - max_queued_requests, max_queued_tokens: what may wait for its first token, in requests (each of n counts) and in
       tokens of prompts. tokens_per_minute: of each key, prompts and outputs together; None: no limit.
     - timeout: seconds that any request may take. body_seconds, send_seconds: that a client may take to send a body,
