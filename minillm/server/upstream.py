@@ -79,7 +79,7 @@ class Backend(Replica):
     async def _connected(self) -> "_Connection":
         while self._idle:
             connection = self._idle.pop()
-            if time.monotonic() - connection.used < KEPT and not connection.reader.at_eof():
+            if connection.lives:
                 return connection
             self._drop(connection)
         connection = _Connection(*await asyncio.open_connection(self.host, self.port))
@@ -106,6 +106,12 @@ class _Connection:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader, self.writer = reader, writer
         self.state, self.used = h11.Connection(h11.CLIENT), time.monotonic()
+
+    @property
+    def lives(self) -> bool:
+        """The replica has not closed it, as far as is known, nor reset it, and will not in a moment."""
+        ended = self.reader.at_eof() or self.writer.transport.is_closing()
+        return not ended and time.monotonic() - self.used < KEPT
 
     async def send(self, request: h11.Request, body: bytes) -> None:
         events = (request, h11.Data(data=body), h11.EndOfMessage())

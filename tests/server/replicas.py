@@ -4,7 +4,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 
 import httpx
 import openai
@@ -70,11 +70,13 @@ class Replica:
         self.server.close()
         for writer in self.writers:
             writer.transport.abort()
+        for task in asyncio.all_tasks():
+            task.cancel()
         self.loop.call_later(0.01, self.loop.stop)
 
     async def _serve(self, reader, writer) -> None:
         self.writers.add(writer)
-        with suppress(OSError, asyncio.IncompleteReadError):
+        with suppress(OSError, asyncio.IncompleteReadError), closing(writer):
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
                 headers = {name.lower(): value for name, _, value in [line.partition(": ") for line in head[1:]]}
@@ -88,7 +90,6 @@ class Replica:
                 else:
                     self.requests.append((path, headers, body))
                     await self._play(reader, writer)
-        writer.close()
 
     async def _healthy(self, writer) -> None:
         while self.health is None:
@@ -113,7 +114,7 @@ class Replica:
             if isinstance(part, threading.Event):
                 while not part.is_set():
                     await asyncio.sleep(0.002)
-                    if reader.at_eof():
+                    if reader.at_eof() or writer.transport.is_closing():
                         self.left += 1
                         raise ConnectionResetError
             elif part is BREAK:

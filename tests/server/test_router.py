@@ -135,6 +135,20 @@ def test_an_answer_that_is_no_stream_is_sent_again_up_to_its_end():
         assert router.http.post(POST, json=CHAT).json()["error"]["code"] == "fine"
 
 
+@pytest.mark.parametrize("reset", [True, False])
+def test_a_connection_that_the_replica_closed_meanwhile_is_nobodys_fault(reset):
+    replica = Replica()
+    with routed(replica, check_seconds=60.0) as router:
+        for _ in range(3):
+            assert "".join(router.stream()) == "ab"
+            writers = [w for w in replica.writers if not w.transport.is_closing()]
+            for writer in writers:
+                replica.loop.call_soon_threadsafe(writer.transport.abort if reset else writer.close)
+            (backend,) = router.router.backends
+            until(lambda backend=backend: not any([c.lives for c in backend._idle]))
+        assert backend.broken == 0
+
+
 def test_attempts_are_bounded():
     replicas = [Replica([BREAK]) for _ in range(4)]
     with routed(*replicas, attempts=2) as router:
