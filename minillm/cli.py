@@ -181,6 +181,31 @@ def serve(
     listen(engine, config, host, port)
 
 
+@app.command()
+def route(
+    replica: Annotated[list[str], typer.Option(help="http://host:port of a server; once for each.")],
+    policy: Annotated[str, typer.Option(help="round_robin, least_loaded, two_choices, prefix or session.")] = "prefix",
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 lets the network in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any that is free.")] = 8080,
+    api_key: Annotated[
+        list[str] | None, typer.Option(envvar="MINILLM_API_KEY", help="As the replicas': clients need one of these.")
+    ] = None,
+    attempts: Annotated[int, typer.Option(help="Replicas to try a request on, until its first token.")] = 3,
+) -> None:
+    """Answer in front of several servers of one model, on this machine alone unless --host says otherwise."""
+    from .server.app import Keys
+    from .server.policies import POLICIES
+    from .server.router import Router, RouterConfig
+    from .server.run import Listener
+
+    if policy not in POLICIES:
+        raise ValueError(f"--policy: expected one of {', '.join(POLICIES)}, got {policy!r}")
+    keys = tuple(api_key or ())
+    config = RouterConfig(attempts, api_key=keys[0] if keys else None)
+    app = Keys(Router(replica, POLICIES[policy](), config), keys)
+    Listener(app, host, port, log_level="warning").listen("router", keys)
+
+
 def _pair(given: str) -> tuple[str, str]:
     name, _, folder = given.partition("=")
     if not name or not folder:
