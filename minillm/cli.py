@@ -45,6 +45,8 @@ app = typer.Typer(
 )
 exercises = typer.Typer(no_args_is_help=True, help="The exercise notebooks, generated from solutions/.")
 app.add_typer(exercises, name="exercises")
+bench = typer.Typer(no_args_is_help=True, help="Measure kernels, the engine, or a server.")
+app.add_typer(bench, name="bench")
 
 
 def _print_version(wanted: bool) -> None:
@@ -263,31 +265,107 @@ def check(
         raise typer.Exit(1)
 
 
-@app.command()
-def bench(
-    suite: Annotated[str, typer.Argument(help="kernels, engine, or tune: find the kernels' sizes for this GPU.")],
-    quick: Annotated[bool, typer.Option("--quick", help="A minute's worth, nothing recorded.")] = False,
-    only: Annotated[str, typer.Option(help="engine: these parts, for example workload,stream.")] = "",
-    shapes: Annotated[str, typer.Option(help="engine: these models, for example smollm2,qwen3.")] = "",
-) -> None:
-    """Measure against peers, floors and ceilings; on a GPU the result is recorded under benchmarks/results/."""
+QUICK = Annotated[bool, typer.Option("--quick", help="A minute's worth, nothing recorded.")]
+
+
+def _run_script(suite: str, *options: str) -> None:
     import subprocess
 
     from .learn.paths import root
 
-    suites = ("kernels", "engine", "tune")
-    if suite not in suites:
-        raise ValueError(f"suite: expected one of {', '.join(suites)}, got {suite!r}")
-    if suite == "tune":
-        import torch
+    raise typer.Exit(subprocess.run([sys.executable, str(root() / "benchmarks" / f"{suite}.py"), *options]).returncode)
 
-        if not torch.cuda.is_available():
-            raise ValueError("suite: tune needs a GPU; on a CPU the torch paths run, which have nothing to tune")
-    if suite != "engine" and (only or shapes):
-        raise ValueError(f"--only and --shapes: the suite {suite!r} has none; expected with engine")
-    command = [sys.executable, str(root() / "benchmarks" / f"{suite}.py"), *(["--quick"] if quick else [])]
-    command += [part for name, value in (("--only", only), ("--shapes", shapes)) if value for part in (name, value)]
-    raise typer.Exit(subprocess.run(command).returncode)
+
+@bench.command("kernels")
+def bench_kernels(quick: QUICK = False) -> None:
+    """Kernels against peers, floors and ceilings; recorded under benchmarks/results/ on a GPU."""
+    _run_script("kernels", *["--quick"] * quick)
+
+
+@bench.command("engine")
+def bench_engine(
+    quick: QUICK = False,
+    only: Annotated[str, typer.Option(help="These parts, for example workload,stream.")] = "",
+    shapes: Annotated[str, typer.Option(help="These models, for example smollm2,qwen3.")] = "",
+) -> None:
+    """The engine against its floor and other engines; recorded under benchmarks/results/ on a GPU."""
+    chosen = [part for name, value in (("--only", only), ("--shapes", shapes)) if value for part in (name, value)]
+    _run_script("engine", *["--quick"] * quick, *chosen)
+
+
+@bench.command("tune")
+def bench_tune(quick: QUICK = False) -> None:
+    """Find the kernels' sizes for this GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError("tune needs a GPU; on a CPU the torch paths run, which have nothing to tune")
+    _run_script("tune", *["--quick"] * quick)
+
+
+@bench.command("serve")
+def bench_serve(
+    url: Annotated[str, typer.Argument(help="Any server that speaks OpenAI's API.")] = "http://127.0.0.1:8000",
+    rates: Annotated[str, typer.Option(help="Open loop: requests a second on average, for example 1,2,4.")] = "",
+    clients: Annotated[str, typer.Option(help="Closed loop: so many at once, for example 1,8.")] = "",
+    seconds: Annotated[float, typer.Option(help="Of each run, in which requests come.")] = 20.0,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A prompt a line: text, or JSON with prompt or messages. Else words are drawn.")
+    ] = None,
+    words: Annotated[int, typer.Option(help="Of a drawn prompt.")] = 128,
+    shared_words: Annotated[int, typer.Option(help="Of them, which all prompts begin with.")] = 0,
+    distinct: Annotated[int, typer.Option(help="Different prompts, in turn: few are a warm cache. 0: all.")] = 0,
+    cold: Annotated[bool, typer.Option("--cold", help="No prompt finds another's blocks (cache_salt).")] = False,
+    max_tokens: Annotated[int, typer.Option(help="Of an answer, all of which come unless --natural.")] = 64,
+    natural: Annotated[bool, typer.Option("--natural", help="Answers may end by themselves.")] = False,
+    completions: Annotated[bool, typer.Option("--completions", help="/v1/completions, no chat template.")] = False,
+    model: Annotated[str | None, typer.Option(help="By default the first that the server names.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="MINILLM_API_KEY")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds, after which a client gives up.")] = 600.0,
+    ttft_limit: Annotated[float, typer.Option(help="Goodput: seconds until the first token.")] = 1.0,
+    token_limit: Annotated[float, typer.Option(help="Goodput: seconds for each later one, on average.")] = 0.1,
+    seed: Annotated[int | None, typer.Option(help="By default drawn: a second run shall find no cache warm.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the figures to this file, as JSON.")] = None,
+) -> None:
+    """Put load on a server: how long its users wait at which rate, and how many of them are served well."""
+    import itertools
+    import random
+    from dataclasses import replace
+
+    from .server import load
+
+    chosen_rates, chosen_clients = _numbers("--rates", rates, float), _numbers("--clients", clients, int)
+    target = load.Target(url, model, api_key, not completions, natural, cold, timeout)
+    target = replace(target, model=model or target.first_model())
+    limits, seed = load.Limits(ttft_limit, token_limit), random.getrandbits(32) if seed is None else seed
+    given = load.read_prompts(prompts, max_tokens) if prompts else None
+
+    def jobs(draw: random.Random) -> Any:
+        if given:
+            return itertools.cycle(draw.sample(given, len(given)))
+        return (load.Job(text, max_tokens) for text in load.words(words, shared_words, distinct, draw))
+
+    found = []
+    typer.echo(load.TITLE)
+    chosen_rates = chosen_rates or ([] if chosen_clients else [1.0])
+    for row in load.sweep(target, jobs, chosen_rates, chosen_clients, seconds, seed, limits):
+        found.append(row)
+        typer.echo(load.line(row))
+    if out:
+        asked = {"url": url, "model": target.model, "seconds": seconds, "seed": seed, "max_tokens": max_tokens,
+                 "prompts": str(prompts) if prompts else {"words": words, "shared": shared_words, "distinct": distinct},
+                 "cold": cold, "limits, s": vars(limits)}  # fmt: skip
+        out.write_text(json.dumps({"asked": asked, "runs": found}, indent=1) + "\n", encoding="utf-8")
+
+
+def _numbers(option: str, given: str, kind: type) -> list:
+    try:
+        found = [kind(one) for one in given.split(",") if one]
+    except ValueError:
+        found = [0]
+    if not all([one > 0 for one in found]):
+        raise ValueError(f"{option}: expected numbers above 0, as 1,2,4, got {given!r}")
+    return found
 
 
 @app.command()

@@ -54,8 +54,9 @@ def test_generate_streams_an_answer_and_its_speed():
         (["fetch", "unknown"], "expected one of smollm2-135m-instruct"),
         (["check", "99"], "chapter: expected one of"),
         (["check", "1", "--file", "missing.ipynb"], "no such file"),
-        (["bench", "kernel"], "suite: expected one of kernels, engine, tune, got 'kernel'"),
-        (["bench", "kernels", "--only", "stream"], "expected with engine"),
+        (["bench", "serve", "--rates", "1,x"], "--rates: expected numbers above 0, as 1,2,4, got '1,x'"),
+        (["bench", "serve", "--clients", "0"], "--clients: expected numbers above 0"),
+        (["bench", "serve", "localhost:8000"], "url: expected http://host:port, got 'localhost:8000'"),
     ],
 )
 def test_errors_are_one_line(arguments, says):
@@ -63,6 +64,11 @@ def test_errors_are_one_line(arguments, says):
     assert result.exit_code == 1
     assert says in result.output
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("arguments", [["kernel"], ["kernels", "--only", "stream"]])
+def test_a_bench_that_is_none(arguments):
+    assert run(app, ["bench", *arguments]).exit_code == 2
 
 
 @pytest.mark.parametrize(

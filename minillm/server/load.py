@@ -19,23 +19,27 @@ import json
 import random
 import ssl
 import time
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 
-__all__ = ["Job", "Limits", "Seen", "Target", "closed_loop", "open_loop", "poisson", "read_prompts", "summary",
-           "words"]  # fmt: skip
+__all__ = [
+    "TITLE", "Job", "Limits", "Seen", "Target", "closed_loop", "line", "open_loop", "poisson", "read_prompts",
+    "summary", "sweep", "words",
+]  # fmt: skip
 
-WORDS = """time year people way day man thing woman life child world school state family student group country problem
-hand part place case week company system program question work government number night point home water room mother area
-money story fact month lot right study book eye job word business issue side kind head house service friend father power
-hour game line end member law car city community name president team minute idea body information back parent face
-others level office door health person art war history party result change morning reason research girl guy moment air
-teacher force education""".split()
+WORDS = [
+    "time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state",
+    "family", "student", "group", "country", "problem", "hand", "part", "place", "case", "week", "company",
+    "system", "program", "question", "work", "government", "number", "night", "point", "home", "water", "room",
+    "mother", "area", "money", "story", "fact", "month", "lot", "right", "study", "book", "eye", "job", "word",
+    "business", "issue", "side", "kind", "head", "house", "service", "friend", "father", "power", "hour", "game",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,11 +63,18 @@ class Target:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"url: expected http://host:port, got {self.url!r}")
 
+    def first_model(self) -> str:
+        """The name of the server's own model. Raises OSError for a server that does not answer."""
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        asked = urllib.request.Request(f"{self.url.rstrip('/')}/v1/models", headers=headers)
+        with urllib.request.urlopen(asked, timeout=10) as answer:
+            return json.load(answer)["data"][0]["id"]
+
     def request(self, job: "Job") -> bytes:
         """What goes over the wire. HTTP/1.0: the answer comes as it is, and ends with the connection."""
         parts, path = urlsplit(self.url), "chat/completions" if self.chat else "completions"
         said = [{"role": "user", "content": job.prompt}] if isinstance(job.prompt, str) else job.prompt
-        body = {"messages": said} if self.chat else {"prompt": job.prompt}
+        body: dict[str, Any] = {"messages": said} if self.chat else {"prompt": job.prompt}
         body |= {"max_tokens": job.max_tokens, "stream": True, "stream_options": {"include_usage": True}}
         body |= ({"model": self.model} if self.model else {}) | ({} if self.natural else {"ignore_eos": True})
         data = json.dumps(body | ({"cache_salt": f"{random.getrandbits(64):x}"} if self.cold else {})).encode()
@@ -75,7 +86,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Job:
-    """A request: text, a conversation (a list of messages), or for completions token ids. at: seconds until it comes."""
+    """A request: text, messages, or token ids for completions. at: seconds from the start until it comes."""
 
     prompt: str | list
     max_tokens: int
@@ -169,7 +180,7 @@ async def closed_loop(target: Target, jobs: Iterator[Job], clients: int, seconds
 
     async def client() -> None:
         while (now := time.perf_counter() - start) < seconds and (job := next(jobs, None)) is not None:
-            seen.append(await _ask(target, Job(job.prompt, job.max_tokens, now), start))
+            seen.append(await _ask(target, replace(job, at=now), start))
             if seen[-1].error:  # refused at once: not again at once
                 await asyncio.sleep(0.05)
 
@@ -223,6 +234,25 @@ async def _read(reader: asyncio.StreamReader, seen: Seen, start: float) -> None:
                 seen.cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
 
 
+def sweep(
+    target: Target, prompts: Callable[[random.Random], Iterator[Job]], rates: Sequence[float], clients: Sequence[int],
+    seconds: float, seed: int, limits: Limits,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """A run for each rate (open loop) and each number of clients (closed loop), after one request that does not count
+    -> the summary of each. prompts: jobs without end, other ones for each run.
+    """
+    asyncio.run(open_loop(target, itertools.islice(prompts(random.Random(f"{seed} warm-up")), 1)))
+    for rate in rates:
+        draw = random.Random(f"{seed} {rate} a second")
+        times = poisson(rate, seconds, draw)
+        jobs = [replace(job, at=at) for job, at in zip(prompts(draw), times, strict=False)]
+        yield {"loop": "open", "rate": rate} | summary(asyncio.run(open_loop(target, jobs)), seconds, limits)
+    for count in clients:
+        jobs_of = prompts(random.Random(f"{seed} {count} clients"))
+        seen = asyncio.run(closed_loop(target, jobs_of, count, seconds))
+        yield {"loop": "closed", "clients": count} | summary(seen, seconds, limits)
+
+
 # ---- what was seen ---------------------------------------------------------------------------------------------------
 
 
@@ -254,3 +284,26 @@ def summary(seen: Sequence[Seen], seconds: float, limits: Limits) -> dict[str, A
 def _percentiles(values: Sequence[float]) -> dict[str, float] | None:
     names = ("p50", "p90", "p99")
     return dict(zip(names, np.percentile(values, [50, 90, 99]).tolist(), strict=True)) if values else None
+
+
+TITLE = (
+    "                finished   errors   tokens/s   cached | TTFT, ms p50/p90/p99 | per token, ms p50/p90/p99 |"
+    " latency, s p50/p90/p99 | goodput/s  within"
+)
+
+
+def line(row: dict[str, Any]) -> str:
+    """A run of `sweep` below `TITLE`."""
+
+    def spread(name: str, unit: float, digits: int) -> str:
+        return "/".join([f"{x * unit:.{digits}f}" for x in row[name].values()]) if row[name] else "-"
+
+    name = f"{row['rate']:g} a second" if row["loop"] == "open" else f"{row['clients']} clients"
+    late = row["sent late, s"]["p99"] if row["sent late, s"] else 0.0
+    return (
+        f"{name:>14}  {row['finished']:8}  {sum(row['errors'].values()):7}  {row['output tokens/s']:9.1f}"
+        f"  {row['cached']:7.1%} | {spread('TTFT, s', 1e3, 0):>20} | {spread('per token, s', 1e3, 1):>25} |"
+        f" {spread('latency, s', 1, 2):>22} | {row['goodput, requests/s']:9.2f} {row['within both limits']:7.0%}"
+        + "".join([f"; {error}: {count}" for error, count in row["errors"].items()])
+        + (f"; this client was {1e3 * late:.0f} ms late itself" if late > 0.05 else "")
+    )
