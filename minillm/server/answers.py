@@ -94,7 +94,8 @@ class Answer:
 
     def _chunk(self, choice: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
         found = self._object(True) | {"choices": [choice | {"finish_reason": finish_reason}]}
-        return found | {"usage": None} if self.asked.include_usage else found
+        usage = self.usage() if self.asked.continuous_usage else None
+        return found | {"usage": usage} if self.asked.include_usage else found
 
     def _take(self, index: int, piece: Piece) -> tuple[str, dict[str, Any] | None]:
         """A piece's text and log probabilities; where `echo` asks, with the prompt's before a choice's first one."""

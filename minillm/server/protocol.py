@@ -56,7 +56,8 @@ class Asked:
     messages: list[dict[str, Any]] | None = None
     variables: dict[str, bool] = field(default_factory=dict)
     stream: bool = False
-    include_usage: bool = False
+    include_usage: bool = False  # in one more chunk at the end
+    continuous_usage: bool = False  # and in each
     echo: bool = False
     only_prompt: bool = False
     logprobs: int | None = None
@@ -175,14 +176,16 @@ def _common(given: dict[str, Any]) -> dict[str, Any]:
     options, stream = given.get("stream_options"), given.get("stream", False)
     if options is not None and not stream:
         raise ApiError(400, "stream_options: expected none without stream: true", "stream_options")
-    known = {"include_usage": bool, "include_obfuscation": bool}
-    usage = read_fields(options or {}, known).get("include_usage", False)
+    known = dict.fromkeys(("include_usage", "include_obfuscation", "continuous_usage_stats"), bool)
+    wanted = read_fields(options or {}, known)
+    usage = wanted.get("include_usage", False)
     timeout = given.get("timeout")
     if timeout is not None and not 0 < timeout < 1e6:
         raise ApiError(400, f"timeout: expected seconds, more than 0, got {timeout}", "timeout")
     if not -(2**31) <= given.get("priority", 0) < 2**31:
         raise ApiError(400, "priority: expected an integer of 32 bits", "priority")
     passed: dict[str, Any] = {name: given[name] for name in ("model", "priority", "cache_salt") if name in given}
+    passed["continuous_usage"] = usage and wanted.get("continuous_usage_stats", False)
     return {"stream": stream, "include_usage": usage, "timeout": timeout, **passed}
 
 

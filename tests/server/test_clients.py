@@ -57,6 +57,17 @@ def test_usage_comes_last_and_alone(client):
     assert all(chunk.usage is None and chunk.choices for chunk in chunks)
 
 
+def test_usage_in_each_chunk(client):
+    """vLLM's, which load generators ask for."""
+    options = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    chunks = list(client.chat.completions.create(messages=HELLO, **options, **GREEDY))
+    counts = [chunk.usage.completion_tokens for chunk in chunks]
+    assert counts == sorted(counts)
+    assert (counts[0], counts[-1], chunks[-1].choices) == (0, 12, [])
+    del options["stream_options"]["include_usage"]
+    assert all(c.usage is None for c in client.chat.completions.create(messages=HELLO, **options, **GREEDY))
+
+
 def test_what_goes_over_the_wire(server):
     body = {"prompt": "hello", "max_tokens": 3, "stream": True, **MORE}
     answer = server.http.post("/v1/completions", json=body)
