@@ -35,7 +35,7 @@ __all__ = ["Keys", "Reply", "Routes", "make_app"]
 T = TypeVar("T")
 EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 EVENTS += [(b"x-accel-buffering", b"no")]  # nginx shall not collect them
-LARGE = 64 << 10  # bytes of a body that is read beside the event loop
+LARGE = 64 << 10  # bytes of a body that others read first
 
 
 class ClientGone(Exception):
@@ -250,6 +250,7 @@ class Routes:
                     if self.reading > 32 * self.config.max_body_bytes:
                         raise ApiError(429, "too many bodies at once", headers={"Retry-After": "1"})
             if len(data) > LARGE:
+                await self.service.check(data)
                 yield await self.service.in_pool(lambda: read(parse(data)))
             else:
                 yield read(parse(data))

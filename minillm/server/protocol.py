@@ -8,20 +8,18 @@ Source: OpenAI's API reference, "Chat" and "Completions"; further fields by vLLM
 """
 
 import difflib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..sampling import SamplingParams
+from . import bodies
 from .errors import ApiError, of_value
 
 __all__ = ["Asked", "parse", "read_chat", "read_completion", "read_fields"]
 
-DEPTH = 64  # of nested JSON
-MAX_N, MAX_LOGPROBS, MAX_BIASES, MAX_STOP_TOKENS = 128, 20, 1024, 256
-MAX_STOPS, MAX_STOP_LENGTH = 16, 512  # strings, and characters of all: each token's text is compared with all of them
-MAX_MESSAGES = 4096
+MAX_N, MAX_LOGPROBS = 128, 20
+MAX_STOP_LENGTH = 512  # characters of all strings: each token's text is compared with all of them
 
 SAMPLING = {
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
@@ -67,22 +65,11 @@ class Asked:
 
 
 def parse(body: bytes | bytearray) -> dict[str, Any]:
-    """JSON -> its object. Raises ApiError for what is no JSON or no object, and beyond `DEPTH`."""
+    """JSON -> its object. Raises ApiError as `bodies.parse` raises Refused."""
     try:
-        found = json.loads(body, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"body: expected JSON in UTF-8 ({type(error).__name__}: {error})") from None
-    if not isinstance(found, dict):
-        raise ApiError(400, f"body: expected a JSON object, got {_kind(found)}")
-    level: list[Any] = [found]
-    for _ in range(DEPTH):
-        level = [
-            v for one in level if isinstance(one, dict | list)
-            for v in (one.values() if isinstance(one, dict) else one)
-        ]  # fmt: skip
-        if not level:
-            return found
-    raise ApiError(400, f"body: expected JSON nested at most {DEPTH} deep")
+        return bodies.parse(body)
+    except bodies.Refused as error:
+        raise ApiError(400, error.message, error.param) from None
 
 
 def read_fields(body: dict[str, Any], kinds: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,8 +91,6 @@ def read_chat(body: dict[str, Any], defaults: Mapping[str, Any]) -> Asked:
     given = read_fields(body, dict.fromkeys(CHAT) | KINDS | {"logprobs": bool, "messages": list})
     if not given.get("messages"):
         raise ApiError(400, 'messages: expected a list of {"role": ..., "content": ...}, at least one', "messages")
-    if len(given["messages"]) > MAX_MESSAGES:
-        raise ApiError(400, f"messages: expected at most {MAX_MESSAGES}, got {len(given['messages'])}", "messages")
     logprobs = given.get("top_logprobs", 0) if given.get("logprobs") else None
     if logprobs is None and given.get("top_logprobs"):
         raise ApiError(400, "top_logprobs: expected none without logprobs: true", "top_logprobs")
@@ -148,10 +133,6 @@ def _said(kind: Any) -> str:
 
 def _kind(value: Any) -> str:
     return "null" if value is None else f"{type(value).__name__} {value!r:.40}"
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
 
 
 def _refusal(name: str, known: Mapping[str, Any]) -> ApiError:
@@ -211,17 +192,12 @@ def _params(
 
 
 def _bounded(given: dict[str, Any]) -> None:
+    if given.get("n", 1) > MAX_N:
+        raise ApiError(400, f"n: expected at most {MAX_N}, got {given['n']}", "n")
     stop = given.get("stop", "")
-    stops = [stop] if isinstance(stop, str) else stop
-    characters = sum([len(s) for s in stops if isinstance(s, str)])
-    for name, value, most in (
-        ("n", given.get("n", 1), MAX_N), ("logit_bias", len(given.get("logit_bias", ())), MAX_BIASES),
-        ("stop_token_ids", len(given.get("stop_token_ids", ())), MAX_STOP_TOKENS),
-        ("stop", len(stops), MAX_STOPS), ("stop", characters, MAX_STOP_LENGTH),
-    ):  # fmt: skip
-        if value > most:
-            what = "characters" if most == MAX_STOP_LENGTH else "" if name == "n" else "entries"
-            raise ApiError(400, f"{name}: expected at most {most} {what}".strip() + f", got {value}", name)
+    characters = sum([len(s) for s in ([stop] if isinstance(stop, str) else stop) if isinstance(s, str)])
+    if characters > MAX_STOP_LENGTH:
+        raise ApiError(400, f"stop: expected at most {MAX_STOP_LENGTH} characters, got {characters}", "stop")
 
 
 def _biases(given: dict[str, Any]) -> dict[int, Any]:

@@ -111,6 +111,7 @@ class Server(Listener):
 def listen(model: LLM | EngineProcess, config: ServerConfig, host: str = "127.0.0.1", port: int = 8000) -> None:
     """Serve a model until SIGINT or SIGTERM. Raises as `Listener.listen`."""
     server = Server(model, config, host, port, log_level="warning")
+    sys.setswitchinterval(5e-4)  # seconds that the event loop waits for a thread that makes tokens of a text; 5e-3 else
     try:
         server.listen(config.name, config.api_keys)
     finally:

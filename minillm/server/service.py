@@ -16,6 +16,7 @@ from ..model.tokenizer import Tokenizer
 from ..model.tokenizer_hf import HuggingFaceTokenizer
 from .admission import Admission, Bucket, Ticket
 from .answers import Answer
+from .bodies import BodyReader, Refused
 from .bridge import EngineThread, Piece, Prompt, Stream
 from .errors import ApiError, of_generation, of_value
 from .process import EngineProcess
@@ -69,6 +70,7 @@ class Service:
         self.admission = Admission(config.max_queued_requests, config.max_queued_tokens)
         self.buckets: dict[str, Bucket] = {}
         self.pool = ThreadPoolExecutor(WORKERS, "tokens")
+        self.bodies = BodyReader(config.max_queued_requests)
 
     def _has_token(self, token: int) -> bool:
         try:
@@ -81,6 +83,14 @@ class Service:
         self.admission.closed = True
         self.engine.stop()
         self.pool.shutdown(wait=False, cancel_futures=True)
+        self.bodies.close()
+
+    async def check(self, body: bytes | bytearray) -> None:
+        """Have another process read a large body first. Raises ApiError for one that wants too much."""
+        try:
+            await asyncio.get_running_loop().run_in_executor(self.bodies.thread, self.bodies.check, body)
+        except Refused as error:
+            raise ApiError(400, error.message, error.param) from None
 
     async def in_pool(self, function: Callable[..., T], *arguments: Any) -> T:
         """Call a function beside the event loop. What it refuses is the client's fault."""

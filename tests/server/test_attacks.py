@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minillm.constrained import ConstraintTooLarge
-from minillm.server import protocol, run
+from minillm.server import bodies, protocol, run
 from minillm.server.errors import of_generation
 from minillm.server.service import ServerConfig
 
@@ -132,9 +132,40 @@ def test_bodies_that_are_none(server, body):
     refused(server.http.post(COMPLETION, content=body, headers={"content-type": "application/json"}))
 
 
+@pytest.mark.parametrize(
+    ("param", "body"),
+    [
+        ("prompt", PROMPT | {"prompt": ["x"] * 50_000}), ("messages", {"messages": HELLO["messages"] * 5000}),
+        ("stop_token_ids", PROMPT | {"stop_token_ids": [*range(50_000)]}),
+        ("logit_bias", PROMPT | {"logit_bias": {str(i): 1 for i in range(20_000)}}), (None, [0] * 50_000),
+        (None, HELLO | {"structured_outputs": {"json": {"enum": [*range(70_000)]}}}), (None, None),
+    ],
+)  # fmt: skip
+def test_no_thread_looks_at_a_large_body_that_wants_too_much(server, monkeypatch, param, body):
+    def looked(body):
+        raise AssertionError("the server's own process has read it")
+
+    monkeypatch.setattr("minillm.server.app.parse", looked)
+    data = b"[" * 100_000 if body is None else json.dumps(body).encode()
+    answer = server.http.post(COMPLETION, content=data, headers={"content-type": "application/json"})
+    assert refused(answer)["param"] == param
+
+
+def test_large_bodies_that_are_right(server):
+    """Even if the process that reads them dies."""
+    padded = json.dumps(PROMPT).encode() + b" " * 100_000
+    for _ in range(2):
+        answer = server.http.post(COMPLETION, content=padded, headers={"content-type": "application/json"})
+        assert answer.status_code == 200
+        server.service.bodies.process.kill()
+        server.service.bodies.process.wait()
+    ids = {"prompt": [[5, 6, 7]] * 60 + [[5] * 200_000], "max_tokens": 1}  # no prompt has so many, which is said later
+    assert "at most 127 tokens" in refused(server.http.post(COMPLETION, json=ids))["message"]
+
+
 def test_how_deep_a_body_may_be(server):
     schema = {"type": "string"}
-    for _ in range(protocol.DEPTH // 2):
+    for _ in range(bodies.DEPTH // 2):
         schema = {"anyOf": [schema, {"type": "null"}]}
     deep = {"structured_outputs": {"json": schema}}
     assert "nested" in refused(server.http.post(CHAT, json=HELLO | deep))["message"]
