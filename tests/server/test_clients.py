@@ -2,6 +2,10 @@
 
 import asyncio
 import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
 
 import openai
 import pytest
@@ -273,3 +277,163 @@ def test_metrics_have_vllms_names(server, client):
     from prometheus_client.parser import text_string_to_metric_families
 
     assert len(list(text_string_to_metric_families(text))) > 20
+
+
+# ---- what llama.cpp's (tools/server/tests) and vLLM's (tests/entrypoints/openai) tests look at ----------------------
+
+
+def test_how_long_a_conversation_may_become(client, tiny_llm):
+    """By either name; without one, to the end of the context."""
+    plain = {"model": MODEL, "messages": HELLO, "temperature": 0, "extra_body": MORE}
+    for limits, wanted in (({"max_completion_tokens": 5}, 5), ({"max_tokens": 4, "max_completion_tokens": 5}, 5)):
+        assert client.chat.completions.create(**plain, **limits).usage.completion_tokens == wanted
+    found = client.chat.completions.create(**plain)
+    assert (found.usage.total_tokens, found.choices[0].finish_reason) == (128, "length")
+    with pytest.raises(openai.BadRequestError) as error:
+        client.completions.create(model=MODEL, prompt=[5] * 128)
+    assert error.value.code == "context_length_exceeded"
+
+
+def test_messages_of_all_kinds(client, expected, tiny_llm):
+    """Parts instead of text, a role of one's own, fields of one's own, turns."""
+    messages = [{"role": "system", "content": "a"}, *HELLO, {"role": "assistant", "content": "b"}]
+    wanted = expected(tiny_llm.chat_prompt([*messages, {"role": "critic", "content": "the fox"}])).text
+    parts = [{"type": "text", "text": "the "}, {"type": "text", "text": "fox"}]
+    critic = {"role": "critic", "content": parts, "weight": 1}
+    messages = [message | {"name": "me", "refusal": None} for message in messages]
+    found = client.chat.completions.create(messages=[*messages, critic], **GREEDY)
+    assert found.choices[0].message.content == wanted
+
+
+def test_choices_of_a_conversation_as_a_stream(client):
+    asked = {"model": MODEL, "messages": HELLO, "n": 3, "seed": 5, "max_tokens": 6, "extra_body": MORE}
+    whole = client.chat.completions.create(**asked)
+    texts, roles, reasons = ["", "", ""], [], []
+    for chunk in client.chat.completions.create(stream=True, **asked):
+        [choice] = chunk.choices
+        texts[choice.index] += choice.delta.content or ""
+        roles += [choice.index] * (choice.delta.role is not None)
+        reasons += [choice.index] * (choice.finish_reason == "length")
+    assert texts == [c.message.content for c in whole.choices]
+    assert sorted(roles) == sorted(reasons) == [0, 1, 2]
+
+
+def test_seeds(client):
+    def draw(**seed) -> str:
+        asked = {"model": MODEL, "prompt": "hello", "max_tokens": 16, "temperature": 1, "extra_body": MORE}
+        return client.completions.create(**asked, **seed).choices[0].text
+
+    assert draw(seed=1) == draw(seed=1) != draw(seed=2)
+    assert draw(seed=-(2**63)) == draw(seed=-(2**63))
+    assert draw() != draw()
+
+
+def test_characters_of_several_bytes(client, expected):
+    text = "é漢🙂 ṅ"
+    found = client.completions.create(prompt=text, echo=True, **GREEDY).choices[0].text
+    assert found == text + expected(text).text
+    chunks = client.completions.create(prompt=text, echo=True, stream=True, **GREEDY)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == found
+
+
+def test_log_probabilities_as_a_stream(client):
+    """Of a completion: lists that continue, offsets that count from the text's begin."""
+    asked = {"prompt": "the quick fox", "logprobs": 2, **GREEDY}
+    for echo in (False, True):
+        whole = client.completions.create(echo=echo, **asked).choices[0].logprobs
+        chunks = [c.choices[0].logprobs for c in client.completions.create(echo=echo, stream=True, **asked)]
+        for name in ("text_offset", "tokens", "token_logprobs", "top_logprobs"):
+            parts = [value for chunk in chunks if chunk for value in getattr(chunk, name)]
+            wanted = getattr(whole, name)
+            if name == "token_logprobs":
+                wanted = [value if value is None else pytest.approx(value, abs=1e-4) for value in wanted]
+            elif name == "top_logprobs":
+                parts, wanted = ([best and sorted(best) for best in all_] for all_ in (parts, wanted))
+            assert parts == wanted
+
+
+def test_tokens_that_may_not_come(client, expected):
+    banned = expected("hello").token_ids[0]
+    free, found = (
+        client.completions.create(prompt="hello", logit_bias=bias, logprobs=0, **GREEDY).choices[0].logprobs.tokens[0]
+        for bias in ({}, {str(banned): -100})
+    )
+    assert free != found
+    chat = client.chat.completions.create(messages=HELLO, logit_bias={"104": 100}, logprobs=True, **GREEDY)
+    assert len({entry.token for entry in chat.choices[0].logprobs.content}) == 1
+
+
+def test_a_stop_token_and_the_fewest_tokens(client, expected):
+    tokens = expected("hello").token_ids
+    last = next(i for i in range(3, 12) if tokens[i] not in tokens[:i])
+    more = {"stop_token_ids": [tokens[last]], "ignore_eos": True}
+    asked = {"model": MODEL, "prompt": "hello", "temperature": 0, "max_tokens": 12}
+    found = client.completions.create(**asked, extra_body=more)
+    assert (found.usage.completion_tokens, found.choices[0].finish_reason) == (last + 1, "stop")
+    found = client.completions.create(**asked, extra_body=more | {"min_tokens": last + 2})
+    assert found.usage.completion_tokens > last + 1
+
+
+def test_forms_by_a_class(client):
+    from enum import Enum
+
+    import pydantic
+
+    class Answer(Enum):
+        yes = "yes"
+        no = "no"
+
+    class Reply(pydantic.BaseModel):
+        answer: Answer
+
+    asked = {"model": MODEL, "messages": HELLO, "max_tokens": 60, "seed": 1, "response_format": Reply}
+    assert client.chat.completions.parse(**asked).choices[0].message.parsed.answer in Answer
+    with client.chat.completions.stream(**asked) as stream:
+        kinds = {event.type for event in stream}
+    assert {"chunk", "content.delta", "content.done"} <= kinds
+
+
+def test_what_is_not_here_is_refused_clearly(client):
+    function = {"name": "f", "parameters": {"type": "object", "properties": {}}}
+    with pytest.raises(openai.BadRequestError, match="tools: not supported") as error:
+        client.chat.completions.create(model=MODEL, messages=HELLO, tools=[{"type": "function", "function": function}])
+    assert (error.value.param, error.value.code) == ("tools", "unsupported_parameter")
+    for call in (
+        lambda: client.embeddings.create(model=MODEL, input="x"), lambda: client.files.list(),
+        lambda: client.responses.create(model=MODEL, input="x"), lambda: client.models.delete(MODEL),
+    ):  # fmt: skip
+        with pytest.raises(openai.APIStatusError) as error:
+            call()
+        assert error.value.status_code in (404, 405)
+        assert error.value.body["type"] in ("not_found_error", "invalid_request_error")
+
+
+def test_tokens_without_special_ones(server, tiny_llm):
+    text = "<|end|>hello"
+    for special in (True, False):
+        found = server.http.post("/tokenize", json={"prompt": text, "add_special_tokens": special}).json()["tokens"]
+        assert found == tiny_llm.tokenizer.encode(text, add_special_tokens=special)
+        assert server.http.post("/detokenize", json={"tokens": found}).json() == {"prompt": text}
+    assert server.http.post("/detokenize", json={"tokens": []}).json() == {"prompt": ""}
+
+
+def test_small_answers(server):
+    from minillm import __version__
+
+    assert server.http.get("/version").json() == {"version": __version__}
+    assert server.http.head("/").status_code == server.http.get("/health").status_code == 200
+    assert "max_model_len" in server.http.get("/v1/models").json()["data"][0]
+
+
+# ---- OpenAI's client for JavaScript ----------------------------------------------------------------------------------
+
+
+def test_the_client_for_javascript(server):
+    """Run by `make test-clients`, which installs it and says where."""
+    if not (folder := os.environ.get("OPENAI_NPM")) or not (node := shutil.which("node")):
+        pytest.skip("run by `make test-clients`, where Node is")
+    command = [node, str(Path(__file__).with_name("client.cjs")), f"{server.url}/v1", MODEL]
+    environment = {**os.environ, "NODE_PATH": str(Path(folder).resolve() / "node_modules")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "all is well"
