@@ -7,8 +7,9 @@ http      tokens/s of requests that come all at once, and the time to the first 
           four. Weights are random (`load_format="dummy"`), prompts are token ids.
 attacks   clients stream while others send what has felled servers: how soon each of these gets its 4xx, and what the
           clients' time between tokens becomes.
-guidellm  the same requests sent by `minillm bench serve`'s client and by guidellm, in turn, to one server with
-          SmolLM2's own weights. GUIDELLM names its program; without it the part is left out.
+guidellm  the same requests sent by `minillm bench serve`'s client and by guidellm, in turn, to guidellm's own mock
+          server, whose times are known, and to ours with SmolLM2. GUIDELLM names its program; without it the part is
+          left out.
 
 Recorded in results/<device>/serve.json, after every shape. --small: a tiny shape, nothing recorded.
 """
@@ -19,6 +20,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -26,18 +28,20 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import workloads as w
-from common import parts_asked, run_parts
+from common import parts_asked, recorded, run_parts
 
 from minillm.server import load
 from minillm.server.load import Job, Limits, Target
 
 OURS = "minillm bench serve"
 MODEL = "smollm2-135m-instruct"
+MOCK = {"TTFT": 0.2, "ITL": 0.03}  # seconds
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Sizes:
     streams: int = 16
     attackers: int = 8
     seconds: float = 6.0
-    guidellm: tuple[int, int, int, int] = (12, 64, 32, 3)
+    guidellm: tuple[int, int, int, int] = (8, 64, 32, 3)
 
 
 FULL = Sizes()
@@ -183,7 +187,7 @@ def through_http(url: str, sizes: Sizes) -> dict:
 def http(bench: tuple[str, list[str]], save: Callable[[dict], None]) -> None:
     """Every shape through the server and without it."""
     name, shapes = bench
-    results = {}
+    results = dict(recorded("serve").get("http", {}))  # of other shapes
     for shape in shapes:
         command = [sys.executable, __file__, "--alone", shape, name]
         engine = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
@@ -302,31 +306,53 @@ def guidellm(bench: tuple[str, list[str]], save: Callable[[dict], None]) -> None
         return
 
     count, words, tokens, rounds = sizes_of(bench[0]).guidellm
-    prompts = [*itertools.islice(load.words(words, 0, 0, random.Random(0)), 2 * count * rounds * 2)]
-    rows: dict[str, dict[str, list]] = {f"{n} clients": {"guidellm": [], OURS: []} for n in (1, 2)}
-    with serving(MODEL) as url, tempfile.TemporaryDirectory() as folder:
-        _guidellm(program, url, prompts[-4:], 1, tokens, Path(folder))  # both are warm then
-        for _, (clients, (name, tools)) in itertools.product(range(rounds), enumerate(rows.items(), 1)):
-            tools["guidellm"].append(_guidellm(program, url, prompts[:count], clients, tokens, Path(folder)))
-            tools[OURS].append(_ours(url, prompts[count : 2 * count], clients, tokens))
-            prompts = prompts[2 * count :]
-            print(name, *[f"{tool}: {json.dumps(found[-1])}" for tool, found in tools.items()], sep="\n  ", flush=True)
-    found = {}
-    for name, tools in rows.items():
-        middle = {
-            tool: {key: statistics.median([one[key] for one in runs]) for key in runs[0]}
-            for tool, runs in tools.items()
-        }
-        ratios = {key: middle[OURS][key] / value for key, value in middle["guidellm"].items()}
-        found[name] = {**middle, "ours of guidellm's": ratios}
-        print(name, json.dumps(found[name], indent=1))
-    save({"requests": count, "words": words, "tokens": tokens, "rounds": rounds, "loads": found})
+    found: dict = {"requests": count, "words": words, "tokens": tokens, "rounds": rounds, "mock server, s": MOCK}
+    for name, server in {"mock": partial(mock, program), "minillm": partial(serving, MODEL)}.items():
+        drawn = load.words(words, 0, 0, random.Random(name))
+        with server() as url, tempfile.TemporaryDirectory() as folder:
+            tools = {"guidellm": partial(_guidellm, program, folder=Path(folder)), OURS: _ours}
+            for tool in tools.values():  # both are warm then
+                tool(url, [*itertools.islice(drawn, 4)], 1, tokens)
+            found[name] = {f"{n} clients": _in_turn(tools, url, drawn, n, (count, tokens, rounds)) for n in (1, 2)}
+        save(found)
+
+
+@contextmanager
+def mock(program: str) -> Iterator[str]:
+    """guidellm's server of known times -> its address."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    times = ["--ttft-ms", f"{1e3 * MOCK['TTFT']:.0f}", "--itl-ms", f"{1e3 * MOCK['ITL']:.0f}"]
+    command = [program, "mock-server", "--port", str(port), "--model", "mock", *times]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            while process.poll() is None:
+                with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                    break
+                time.sleep(0.1)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+
+
+def _in_turn(tools: dict[str, Callable], url: str, drawn: Iterator[str], clients: int, sizes: Sequence[int]) -> dict:
+    """The median of each tool's runs, which begin with another one each round; no prompt is sent twice."""
+    count, tokens, rounds = sizes
+    runs: dict[str, list[dict]] = {tool: [] for tool in tools}
+    for number in range(rounds):
+        for tool in [*tools] if number % 2 else [*tools][::-1]:
+            runs[tool].append(tools[tool](url, [*itertools.islice(drawn, count)], clients, tokens))
+            print(f"  {clients} clients, {tool}: {json.dumps(runs[tool][-1])}", flush=True)
+    middle = {
+        tool: {key: statistics.median([one[key] for one in told]) for key in told[0]} for tool, told in runs.items()
+    }
+    return {**middle, "ours of guidellm's": {key: middle[OURS][key] / v for key, v in middle["guidellm"].items()}}
 
 
 def _ours(url: str, prompts: list[str], clients: int, tokens: int) -> dict[str, float]:
-    asked = iter([Job(prompt, tokens) for prompt in prompts])
+    target, asked = Target(url, Target(url).first_model()), iter([Job(prompt, tokens) for prompt in prompts])
     start = time.perf_counter()
-    seen = asyncio.run(load.closed_loop(Target(url), asked, clients, 1e9))
+    seen = asyncio.run(load.closed_loop(target, asked, clients, 1e9))
     found = load.summary(seen, time.perf_counter() - start, Limits())
     if found["finished"] < len(prompts):
         raise AssertionError(str(found["errors"]))

@@ -188,6 +188,16 @@ def test_quick_bench_of_the_engine(nothing_recorded):
         assert re.search(line, done.stdout), line
 
 
+@pytest.mark.slow
+def test_quick_bench_of_the_server(nothing_recorded):
+    command = [sys.executable, str(root() / "benchmarks" / "serve.py"), "--small", "http", "attacks"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"tiny: \d+ tokens/s of \d+ .* first token after", done.stdout)
+    assert re.search(r"tiny: p99 between tokens .* in peace", done.stdout)
+    assert set(re.findall(r"^  \S.*? (\d{3}) ", done.stdout, re.MULTILINE)) <= {"400", "404", "413"}
+
+
 def test_check_on_stubs_and_on_solutions():
     untouched = run(app, ["check", "1"])
     assert untouched.exit_code == 1

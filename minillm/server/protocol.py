@@ -82,7 +82,7 @@ def read_fields(body: dict[str, Any], kinds: Mapping[str, Any]) -> dict[str, Any
             raise _refusal(name, kinds)
         kind = kinds.get(name)
         if kind is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
-            raise ApiError(400, f"{name}: expected {_said(kind)}, got {_kind(value)}", name)
+            raise ApiError(400, f"{name}: expected {SAID[kind]}, got {_kind(value)}", name)
     return {name: value for name, value in given.items() if name in kinds}
 
 
@@ -125,10 +125,6 @@ KINDS: dict[str, Any] = {
 }  # fmt: skip
 SAID: dict[Any, str] = {str: "text", bool: "true or false", int: "an integer", dict: "an object", list: "a list"}
 SAID |= {int | float: "a number", str | list: "text or a list"}
-
-
-def _said(kind: Any) -> str:
-    return SAID[kind]
 
 
 def _kind(value: Any) -> str:
