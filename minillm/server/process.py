@@ -32,7 +32,7 @@ from ..sampling import SamplingParams
 from .bridge import PREPARING, EngineThread, Piece, Prompt, Stopped, Stream
 from .metrics import render
 
-__all__ = ["EngineProcess"]
+__all__ = ["EngineProcess", "read_piece", "written_piece"]
 
 ERRORS = {kind.__name__: kind for kind in (ConstraintError, ValueError, TypeError, Stopped)}
 
@@ -137,7 +137,7 @@ class EngineProcess:
             if stream is not None and len(event) == 1:
                 stream.settle(None if event[0] is None else _error(event[0]))
             elif stream is not None:
-                stream.put(event[0], _read_piece(event[1]))
+                stream.put(event[0], read_piece(event[1]))
 
 
 # ---- the child -----------------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ class _FarStream(Stream):
         self.loop.events.append([self.number, error and _told(error)])
 
     def put(self, index: int, piece: Piece) -> None:
-        self.loop.events.append([self.number, index, _written_piece(piece)])
+        self.loop.events.append([self.number, index, written_piece(piece)])
 
 
 def _main(pipe: Connection, model: str, adapters: dict[str, str], options: dict[str, Any]) -> None:
@@ -255,14 +255,16 @@ def _pairs(logprobs: Sequence[Mapping[int, float] | None]) -> list[Any]:
     return [None if one is None else [*one.items()] for one in logprobs]  # JSON's objects have no numbers as keys
 
 
-def _written_piece(piece: Piece) -> list[Any]:
+def written_piece(piece: Piece) -> list[Any]:
+    """A piece as JSON's values."""
     of_prompt = piece.prompt_logprobs and _pairs(piece.prompt_logprobs)
     told = piece.error and _told(piece.error)
     known = [piece.token_ids, piece.text, _pairs(piece.logprobs), of_prompt]
     return [*known, piece.num_cached, piece.finish_reason, told]
 
 
-def _read_piece(written: list[Any]) -> Piece:
+def read_piece(written: list[Any]) -> Piece:
+    """The piece that was written so."""
     token_ids, text, logprobs, of_prompt, num_cached, reason, told = written
     return Piece(
         token_ids, text, [dict(one) for one in logprobs],

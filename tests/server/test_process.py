@@ -10,7 +10,7 @@ import pytest
 
 from minillm import SamplingParams
 from minillm.server.bridge import Piece, Prompt
-from minillm.server.process import EngineProcess, _read_piece, _read_prompt, _written, _written_piece
+from minillm.server.process import EngineProcess, _read_prompt, _written, read_piece, written_piece
 from minillm.server.service import ServerConfig
 
 from .conftest import MODEL, Running, until
@@ -95,7 +95,7 @@ def test_what_goes_through_the_pipe_is_the_same_behind_it():
         prompt = Prompt([1, 2], one, None, -3, "salt")
         assert _read_prompt(json.loads(json.dumps(_written(prompt)))) == prompt
     piece = Piece([1], "é", [{1: -0.5, 7: float("-inf")}], [None, {2: -1.0}], 3, "error", ValueError("x: no"))
-    read = _read_piece(json.loads(json.dumps(_written_piece(piece))))
+    read = read_piece(json.loads(json.dumps(written_piece(piece))))
     assert (str(read.error), type(read.error)) == ("x: no", ValueError)
     read.error = piece.error
     assert read == piece
