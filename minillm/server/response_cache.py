@@ -45,7 +45,7 @@ class CacheConfig:
     url: str
     model: str
     ttl: float = 3600.0
-    seconds: float = 0.05
+    seconds: float = 0.1
     pause: float = 5.0
 
 
