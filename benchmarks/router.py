@@ -1,10 +1,10 @@
-"""Which replica gets a request: policies on three traces, by simulation; what a proxy costs; and a chat on real servers.
+"""Which replica gets a request: policies on three traces, by simulation; what a proxy costs; a chat on real servers.
 
     python benchmarks/router.py [traces] [costs] [chat] [--small]
 
-`traces` simulates replicas in steps, with a queue, prefill, decoding and a prefix cache each, so that a policy's effect
-is not mixed with a machine's noise: seconds below are the simulation's. `costs` and `chat` are measured: a request's way
-through `minillm route` and HAProxy, and conversations on 2 and 4 replicas behind a router.
+`traces` simulates replicas in steps, with a queue, prefill, decoding and a prefix cache each, so that a policy's
+effect is not mixed with a machine's noise: its seconds are the simulation's. `costs` and `chat` are measured: a
+request's way through `minillm route` and HAProxy, and conversations on 2 and 4 replicas behind a router.
 """
 
 import heapq
@@ -17,12 +17,21 @@ from dataclasses import dataclass, field
 
 from common import parts_asked, run_parts
 
-from minillm.server.policies import CHUNK, LeastLoaded, Policy, PrefixAware, Replica, RoundRobin, SessionHash, Task
-from minillm.server.policies import TwoChoices
+from minillm.server.policies import (
+    CHUNK,
+    LeastLoaded,
+    Policy,
+    PrefixAware,
+    Replica,
+    RoundRobin,
+    SessionHash,
+    Task,
+    TwoChoices,
+)
 
 TOKEN = 4  # characters
-# A replica: steps of so many seconds + so much for each sequence; tokens of prompts a second, and in one step; sequences
-# that run at once; tokens that the cache holds.
+# A replica: steps of so many seconds + so much for each sequence; tokens of prompts a second, and in one step;
+# sequences that run at once; tokens that the cache holds.
 STEP, EACH, PREFILL, BUDGET, ROWS, CACHE = 0.006, 0.0001, 20_000, 2048, 32, 80_000
 
 
@@ -186,7 +195,9 @@ def bursts(count: int = 12, size: int = 64, pause: float = 1.0) -> Iterator[Aske
     draw = random.Random(3)
     for burst in range(count):
         for _ in range(size):
-            yield Asked(Task(words(draw, 60)), draw.randint(20, 60), arrived=(burst + 1) * pause + (draw.random() - 0.5) * 0.05)
+            yield Asked(
+                Task(words(draw, 60)), draw.randint(20, 60), arrived=(burst + 1) * pause + (draw.random() - 0.5) * 0.05
+            )
 
 
 CHAT = {"round_robin": RoundRobin, "least_loaded": LeastLoaded, "two_choices": TwoChoices,

@@ -144,9 +144,7 @@ def serve(
     model: Annotated[str, typer.Argument(help="A known name, a Hugging Face directory or id.")] = MODEL,
     host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 lets the network in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: any that is free.")] = 8000,
-    api_key: Annotated[
-        list[str] | None, typer.Option(envvar="MINILLM_API_KEY", help="Clients need one of these.")
-    ] = None,
+    api_key: Annotated[list[str] | None, typer.Option(envvar="MINILLM_API_KEY", help="One is needed.")] = None,
     served_model_name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
     lora_modules: Annotated[list[str] | None, typer.Option(help="NAME=FOLDER: an adapter in PEFT's format.")] = None,
     max_lora_rank: Annotated[int, typer.Option(help="Of an adapter.")] = 16,
@@ -154,6 +152,8 @@ def serve(
     max_queued_tokens: Annotated[int, typer.Option(help="Of their prompts.")] = 1 << 20,
     tokens_per_minute: Annotated[float | None, typer.Option(help="Of each key.")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 600.0,
+    cache_url: Annotated[str | None, typer.Option(help="redis://host:port/0: give determined answers again.")] = None,
+    cache_ttl: Annotated[float, typer.Option(help="Seconds that an answer is kept.")] = 3600.0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
     quantization: Annotated[str | None, typer.Option(help="int8, int4, w8a8 or fp8: round as it is loaded.")] = None,
@@ -170,10 +170,9 @@ def serve(
     from .server.run import listen
     from .server.service import ServerConfig
 
-    config = ServerConfig(
-        served_model_name or model, adapters, tuple(api_key or ()), max_queued_requests, max_queued_tokens,
-        tokens_per_minute, timeout,
-    )  # fmt: skip
+    cache = _cache(cache_url, model, cache_ttl, device, dtype, quantization, kv_cache_dtype)
+    limits = (max_queued_requests, max_queued_tokens, tokens_per_minute, timeout)
+    config = ServerConfig(served_model_name or model, adapters, tuple(api_key or ()), *limits, cache=cache)
     engine = EngineProcess(
         model, adapters, device=device, dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens, enforce_eager=enforce_eager, quantization=quantization,
@@ -206,6 +205,16 @@ def route(
     config = RouterConfig(attempts, api_key=keys[0] if keys else None)
     app = Keys(Router(replica, POLICIES[policy](), config), keys)
     Listener(app, host, port, log_level="warning").listen("router", keys)
+
+
+def _cache(url: str | None, model: str, ttl: float, *facts: object) -> Any:
+    """facts: what else decides the answers."""
+    if url is None:
+        return None
+    from .model.weights import model_path
+    from .server.response_cache import CacheConfig, digest
+
+    return CacheConfig(url, digest(model_path(model), __version__, *facts), ttl)
 
 
 def _pair(given: str) -> tuple[str, str]:

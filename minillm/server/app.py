@@ -28,7 +28,7 @@ from .metrics import CONTENT_TYPE
 from .page import HEADERS, PAGE
 from .process import EngineProcess
 from .protocol import Asked, parse, read_chat, read_completion, read_fields
-from .service import Running, ServerConfig, Service
+from .service import Replayed, Running, ServerConfig, Service
 
 __all__ = ["Keys", "Reply", "Routes", "make_app"]
 
@@ -47,9 +47,10 @@ class Reply(Response):
     client does not want it any more.
     """
 
-    def __init__(self, running: Running, until: float) -> None:
+    def __init__(self, running: Running | Replayed, until: float) -> None:
         self.running, self.until, self.background = running, until, None
         self.answer, self.config = running.answer, running.service.config
+        self.extra = [(b"x-cache", running.source.encode())] if running.source else []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         work, gone = asyncio.create_task(self._work(send)), asyncio.create_task(_gone(receive))
@@ -77,13 +78,13 @@ class Reply(Response):
             raise _timed_out() from None
         body = _encoded(self.answer.whole(pieces))
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        await self._send(send, {"type": "http.response.start", "status": 200, "headers": headers})
+        await self._send(send, {"type": "http.response.start", "status": 200, "headers": headers + self.extra})
         await self._send(send, {"type": "http.response.body", "body": body})
         return None
 
     async def _stream(self, send: Send) -> None:
         error = None
-        await self._send(send, {"type": "http.response.start", "status": 200, "headers": EVENTS})
+        await self._send(send, {"type": "http.response.start", "status": 200, "headers": EVENTS + self.extra})
         try:
             async with asyncio.timeout_at(self.until):
                 await self._events(send, self.answer.first())
@@ -170,7 +171,8 @@ class Routes:
             until = start + min(asked.timeout or self.config.timeout, self.config.timeout)
             try:
                 async with asyncio.timeout_at(until):
-                    return Reply(await self.service.begin(asked, request.scope.get("key", "")), until)
+                    fresh = "no-cache" in request.headers.get("cache-control", "")
+                    return Reply(await self.service.begin(asked, request.scope.get("key", ""), fresh), until)
             except TimeoutError:
                 raise _timed_out() from None
 
@@ -229,6 +231,7 @@ class Routes:
     async def metrics(self, request: Request) -> Response:
         """GET /metrics"""
         text = await self.service.engine.metrics(self.config.name) + self.service.admission.prometheus()
+        text += self.service.cache.prometheus() if self.service.cache else ""
         return Response(text, media_type=CONTENT_TYPE)
 
     @asynccontextmanager
@@ -289,6 +292,8 @@ def make_app(model: LLM | EngineProcess, config: ServerConfig) -> Starlette:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
+        if service.cache is not None:
+            await service.cache.close()
         service.close()
 
     async def said(request: Request, error: Exception) -> Response:

@@ -27,7 +27,7 @@ from ..sampling import SamplingParams
 from .bridge import Event, Piece, Prompt, Stepper, Stopped, Streams
 from .metrics import render
 
-__all__ = ["EngineProcess"]
+__all__ = ["EngineProcess", "read_piece", "written_piece"]
 
 ERRORS = {kind.__name__: kind for kind in (ConstraintError, ValueError, TypeError, Stopped)}
 
@@ -171,23 +171,30 @@ def _pairs(logprobs: Sequence[Mapping[int, float] | None]) -> list[Any]:
     return [None if one is None else [*one.items()] for one in logprobs]  # JSON's objects have no numbers as keys
 
 
+def written_piece(piece: Piece) -> list[Any]:
+    """A piece as JSON's values."""
+    of_prompt = piece.prompt_logprobs and _pairs(piece.prompt_logprobs)
+    told = piece.error and _told(piece.error)
+    known = [piece.token_ids, piece.text, _pairs(piece.logprobs), of_prompt]
+    return [*known, piece.num_cached, piece.finish_reason, told]
+
+
+def read_piece(written: list[Any]) -> Piece:
+    """The piece that was written so."""
+    token_ids, text, logprobs, of_prompt, num_cached, reason, told = written
+    return Piece(
+        token_ids, text, [dict(one) for one in logprobs],
+        of_prompt and [one and dict(one) for one in of_prompt], num_cached, reason, told and _error(told),
+    )  # fmt: skip
+
+
 def _written_event(number: int, index: int | None, what: Piece | BaseException | None) -> list[Any]:
-    if not isinstance(what, Piece):
-        return [number, None, what and _told(what)]
-    of_prompt = what.prompt_logprobs and _pairs(what.prompt_logprobs)
-    piece = [what.token_ids, what.text, _pairs(what.logprobs), of_prompt, what.num_cached, what.finish_reason]
-    return [number, index, [*piece, what.error and _told(what.error)]]
+    return [number, index, written_piece(what) if isinstance(what, Piece) else what and _told(what)]
 
 
 def _read_event(written: list[Any]) -> Event:
     number, index, what = written
-    if index is None:
-        return number, None, what and _error(what)
-    token_ids, text, logprobs, of_prompt, num_cached, reason, told = what
-    return number, index, Piece(
-        token_ids, text, [dict(one) for one in logprobs],
-        of_prompt and [one and dict(one) for one in of_prompt], num_cached, reason, told and _error(told),
-    )  # fmt: skip
+    return (number, None, what and _error(what)) if index is None else (number, index, read_piece(what))
 
 
 def _set(future: "asyncio.Future[str]", value: str) -> None:

@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ..adapters.serving import LoRARequest
@@ -21,8 +22,9 @@ from .bridge import EngineThread, Piece, Prompt, Stream
 from .errors import ApiError, of_generation, of_value
 from .process import EngineProcess
 from .protocol import Asked
+from .response_cache import CacheConfig, Flight, ResponseCache, digest, is_determined
 
-__all__ = ["Running", "ServerConfig", "Service"]
+__all__ = ["Replayed", "Running", "ServerConfig", "Service"]
 
 T = TypeVar("T")
 WORKERS = 2  # threads for templates and tokens
@@ -36,6 +38,7 @@ class ServerConfig:
     - api_keys: one of them is needed for everything but /health and the page; none: everybody may.
     - max_queued_requests, max_queued_tokens: what may wait for its first token, in requests (each of n counts) and in
       tokens of prompts. tokens_per_minute: of each key, prompts and outputs together; None: no limit.
+    - cache: where answers are kept that are determined, and given again; None: nowhere.
     - timeout: seconds that any request may take. body_seconds, send_seconds: that a client may take to send a body,
       and to take what it is sent. max_body_bytes: of one body; of all that are being read and tokenized, 32 times that.
     """
@@ -50,6 +53,7 @@ class ServerConfig:
     body_seconds: float = 30.0
     send_seconds: float = 30.0
     max_body_bytes: int = 2 << 20
+    cache: CacheConfig | None = None
 
 
 class Service:
@@ -71,6 +75,9 @@ class Service:
         self.buckets: dict[str, Bucket] = {}
         self.pool = ThreadPoolExecutor(WORKERS, "tokens")
         self.bodies = BodyReader(config.max_queued_requests)
+        self.cache: ResponseCache | None = None
+        if config.cache is not None:
+            self.cache = ResponseCache(config.cache, {n: digest(Path(p)) for n, p in config.adapters.items()})
 
     def _has_token(self, token: int) -> bool:
         try:
@@ -99,8 +106,18 @@ class Service:
         except (ValueError, TypeError) as error:
             raise of_value(error) from error
 
-    async def begin(self, asked: Asked, key: str = "") -> "Running":
-        """Queue a request. Raises ApiError for what cannot be served, or not now."""
+    async def begin(self, asked: Asked, key: str = "", fresh: bool = False) -> "Running | Replayed":
+        """Queue a request, or find its answer unless it shall be fresh. Raises ApiError for what cannot be served, or
+        not now.
+        """
+        self._adapter(asked.model)
+        if self.cache is None or fresh or self.admission.closed or not is_determined(asked):
+            return await self._queue(asked, key)
+        name = await self.in_pool(self.cache.name, asked, key)
+        flight, source = await self.cache.join(name, lambda: self._queue(asked, key))
+        return Replayed(self, self._answer(asked, await flight.begun()), flight, source)
+
+    async def _queue(self, asked: Asked, key: str) -> "Running":
         adapter = self._adapter(asked.model)
         ticket = self.admission.enter(max(1, len(asked.prompts)) * asked.params.n)
         charge = None
@@ -120,9 +137,10 @@ class Service:
             if charge is not None:
                 charge[0].refund(charge[1])
             raise
-        ids = [prompt.token_ids for prompt in prompts]
-        answer = Answer(asked, ids, self.tokenizer, asked.model or self.config.name)
-        return Running(self, answer, stream, ticket, charge)
+        return Running(self, self._answer(asked, [prompt.token_ids for prompt in prompts]), stream, ticket, charge)
+
+    def _answer(self, asked: Asked, prompts: list[list[int]]) -> Answer:
+        return Answer(asked, prompts, self.tokenizer, asked.model or self.config.name)
 
     def encode(self, where: str, text: str, add_special_tokens: bool = True) -> list[int]:
         """The tokens of a text. Raises ApiError for one that is too long, before it is looked at."""
@@ -184,6 +202,24 @@ class Service:
 
 
 @dataclass
+class Replayed:
+    """A request whose answer others read, too, or have read. `close` it, however it ends."""
+
+    service: Service
+    answer: Answer
+    flight: Flight
+    source: str  # hit, shared or miss
+
+    def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+        """As `Running.pieces`."""
+        return self.flight.pieces()
+
+    def close(self) -> None:
+        """Nobody wants more of it, for all this client cares."""
+        self.flight.leave()
+
+
+@dataclass
 class Running:
     """A request that the engine has. `close` it, however it ends."""
 
@@ -192,6 +228,7 @@ class Running:
     stream: Stream
     ticket: Ticket
     charge: tuple[Bucket, float] | None
+    source = ""
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         """What its choices get. Raises ApiError where one fails."""
