@@ -12,14 +12,15 @@ endif
 ROOT_FLAG := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup moved lab test quick deep test-notebooks test-browser cog labs clean
+.PHONY: help setup moved lab test quick deep test-notebooks test-browser test-clients cog labs clean
 
 help:
 	@echo "make lab           set up once, then open the curriculum in JupyterLab"
 	@echo "make test          set up once, then run every test"
 	@echo "make quick         the tests that take a minute"
 	@echo "make deep          drawn tests with seven times as many examples (an hour); was the GPU's record made with these kernels?"
-	@echo "make test-browser  open the start page in Chromium and follow its links"
+	@echo "make test-browser  in Chromium: open the start page and follow its links, talk to a model on the server's page"
+	@echo "make test-clients  what OpenAI's clients do with the server, older ones and JavaScript's among them"
 	@echo "make cog labs      regenerate what chapters quote; execute all labs in place"
 	@echo "make clean         remove the environment and what tests left (fetched models stay: they live in your cache)"
 
@@ -66,7 +67,17 @@ deep: $(READY)
 
 test-browser: $(READY)
 	$(BIN)/python -c 'import playwright' 2>/dev/null || $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[browser]'
-	$(BIN)/pytest tests/browser -m browser -rs
+	$(BIN)/pytest tests/browser tests/server/test_page.py -m browser -rs
+
+# The client of today is in .venv. Of the older major releases many programs hold on to 1; JavaScript's needs Node.
+CLIENTS := build/clients
+
+test-clients: $(READY)
+	test -d $(CLIENTS)/openai-1 || $(BIN)/pip install --disable-pip-version-check -q --target $(CLIENTS)/openai-1 'openai<2'
+	PYTHONPATH=$(CLIENTS)/openai-1 $(BIN)/pytest tests/server/test_clients.py
+	command -v npm >/dev/null || { echo "no npm on this machine: the client for JavaScript is left out"; exit 0; }; \
+	test -d $(CLIENTS)/npm/node_modules/openai || npm install --silent --no-save --prefix $(CLIENTS)/npm openai
+	OPENAI_NPM=$(CLIENTS)/npm $(BIN)/pytest tests/server/test_clients.py -rs
 
 cog: $(READY)
 	$(BIN)/cog -P -r README.md benchmarks/NOTES.md chapters/*.md

@@ -45,6 +45,8 @@ app = typer.Typer(
 )
 exercises = typer.Typer(no_args_is_help=True, help="The exercise notebooks, generated from solutions/.")
 app.add_typer(exercises, name="exercises")
+bench = typer.Typer(no_args_is_help=True, help="Measure kernels, the engine, or a server.")
+app.add_typer(bench, name="bench")
 
 
 def _print_version(wanted: bool) -> None:
@@ -138,6 +140,91 @@ def generate(
 
 
 @app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="A known name, a Hugging Face directory or id.")] = MODEL,
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 lets the network in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any that is free.")] = 8000,
+    api_key: Annotated[list[str] | None, typer.Option(envvar="MINILLM_API_KEY", help="One is needed.")] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
+    lora_modules: Annotated[list[str] | None, typer.Option(help="NAME=FOLDER: an adapter in PEFT's format.")] = None,
+    max_lora_rank: Annotated[int, typer.Option(help="Of an adapter.")] = 16,
+    max_queued_requests: Annotated[int, typer.Option(help="That wait for their first token.")] = 1024,
+    max_queued_tokens: Annotated[int, typer.Option(help="Of their prompts.")] = 1 << 20,
+    tokens_per_minute: Annotated[float | None, typer.Option(help="Of each key.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 600.0,
+    cache_url: Annotated[str | None, typer.Option(help="redis://host:port/0: give determined answers again.")] = None,
+    cache_ttl: Annotated[float, typer.Option(help="Seconds that an answer is kept.")] = 3600.0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    quantization: Annotated[str | None, typer.Option(help="int8, int4, w8a8 or fp8: round as it is loaded.")] = None,
+    kv_cache_dtype: Annotated[str, typer.Option(help="auto, or int8, fp8 and the like for keys and values.")] = "auto",
+    max_model_len: Annotated[int | None, typer.Option(help="Longest sequence, prompt included.")] = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Requests that run at once.")] = 256,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(help="New tokens a step.")] = None,
+    gpu_memory_utilization: Annotated[float, typer.Option(help="Share of the GPU's memory to use.")] = 0.9,
+    enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="No CUDA graphs.")] = False,
+) -> None:
+    """Serve a model to OpenAI's clients, on this machine alone unless --host says otherwise."""
+    adapters = dict([_pair(one) for one in lora_modules or []])
+    from .server.process import EngineProcess
+    from .server.run import listen
+    from .server.service import ServerConfig
+
+    cache = _cache(cache_url, model, cache_ttl, device, dtype, quantization, kv_cache_dtype)
+    limits = (max_queued_requests, max_queued_tokens, tokens_per_minute, timeout)
+    config = ServerConfig(served_model_name or model, adapters, tuple(api_key or ()), *limits, cache=cache)
+    engine = EngineProcess(
+        model, adapters, device=device, dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens, enforce_eager=enforce_eager, quantization=quantization,
+        gpu_memory_utilization=gpu_memory_utilization, kv_cache_dtype=kv_cache_dtype, max_loras=len(adapters),
+        max_lora_rank=max_lora_rank,
+    )  # fmt: skip
+    listen(engine, config, host, port)
+
+
+@app.command()
+def route(
+    replica: Annotated[list[str], typer.Option(help="http://host:port of a server; once for each.")],
+    policy: Annotated[str, typer.Option(help="round_robin, least_loaded, two_choices, prefix or session.")] = "prefix",
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 lets the network in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any that is free.")] = 8080,
+    api_key: Annotated[
+        list[str] | None, typer.Option(envvar="MINILLM_API_KEY", help="As the replicas': clients need one of these.")
+    ] = None,
+    attempts: Annotated[int, typer.Option(help="Replicas to try a request on, until its first token.")] = 3,
+) -> None:
+    """Answer in front of several servers of one model, on this machine alone unless --host says otherwise."""
+    from .server.app import Keys
+    from .server.policies import POLICIES
+    from .server.router import Router, RouterConfig
+    from .server.run import Listener
+
+    if policy not in POLICIES:
+        raise ValueError(f"--policy: expected one of {', '.join(POLICIES)}, got {policy!r}")
+    keys = tuple(api_key or ())
+    config = RouterConfig(attempts, api_key=keys[0] if keys else None)
+    app = Keys(Router(replica, POLICIES[policy](), config), keys)
+    Listener(app, host, port, log_level="warning").listen("router", keys)
+
+
+def _cache(url: str | None, model: str, ttl: float, *facts: object) -> Any:
+    """facts: what else decides the answers."""
+    if url is None:
+        return None
+    from .model.weights import model_path
+    from .server.response_cache import CacheConfig, digest
+
+    return CacheConfig(url, digest(model_path(model), __version__, *facts), ttl)
+
+
+def _pair(given: str) -> tuple[str, str]:
+    name, _, folder = given.partition("=")
+    if not name or not folder:
+        raise ValueError(f"--lora-modules: expected NAME=FOLDER, got {given!r}")
+    return name, folder
+
+
+@app.command()
 def quantize(
     model: Annotated[str, typer.Argument(help="A known name, a Hugging Face directory or id.")],
     out: Annotated[Path, typer.Option(help="The directory to write; it must not exist.")],
@@ -187,31 +274,107 @@ def check(
         raise typer.Exit(1)
 
 
-@app.command()
-def bench(
-    suite: Annotated[str, typer.Argument(help="kernels, engine, or tune: find the kernels' sizes for this GPU.")],
-    quick: Annotated[bool, typer.Option("--quick", help="A minute's worth, nothing recorded.")] = False,
-    only: Annotated[str, typer.Option(help="engine: these parts, for example workload,stream.")] = "",
-    shapes: Annotated[str, typer.Option(help="engine: these models, for example smollm2,qwen3.")] = "",
-) -> None:
-    """Measure against peers, floors and ceilings; on a GPU the result is recorded under benchmarks/results/."""
+QUICK = Annotated[bool, typer.Option("--quick", help="A minute's worth, nothing recorded.")]
+
+
+def _run_script(suite: str, *options: str) -> None:
     import subprocess
 
     from .learn.paths import root
 
-    suites = ("kernels", "engine", "tune")
-    if suite not in suites:
-        raise ValueError(f"suite: expected one of {', '.join(suites)}, got {suite!r}")
-    if suite == "tune":
-        import torch
+    raise typer.Exit(subprocess.run([sys.executable, str(root() / "benchmarks" / f"{suite}.py"), *options]).returncode)
 
-        if not torch.cuda.is_available():
-            raise ValueError("suite: tune needs a GPU; on a CPU the torch paths run, which have nothing to tune")
-    if suite != "engine" and (only or shapes):
-        raise ValueError(f"--only and --shapes: the suite {suite!r} has none; expected with engine")
-    command = [sys.executable, str(root() / "benchmarks" / f"{suite}.py"), *(["--quick"] if quick else [])]
-    command += [part for name, value in (("--only", only), ("--shapes", shapes)) if value for part in (name, value)]
-    raise typer.Exit(subprocess.run(command).returncode)
+
+@bench.command("kernels")
+def bench_kernels(quick: QUICK = False) -> None:
+    """Kernels against peers, floors and ceilings; recorded under benchmarks/results/ on a GPU."""
+    _run_script("kernels", *["--quick"] * quick)
+
+
+@bench.command("engine")
+def bench_engine(
+    quick: QUICK = False,
+    only: Annotated[str, typer.Option(help="These parts, for example workload,stream.")] = "",
+    shapes: Annotated[str, typer.Option(help="These models, for example smollm2,qwen3.")] = "",
+) -> None:
+    """The engine against its floor and other engines; recorded under benchmarks/results/ on a GPU."""
+    chosen = [part for name, value in (("--only", only), ("--shapes", shapes)) if value for part in (name, value)]
+    _run_script("engine", *["--quick"] * quick, *chosen)
+
+
+@bench.command("tune")
+def bench_tune(quick: QUICK = False) -> None:
+    """Find the kernels' sizes for this GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError("tune needs a GPU; on a CPU the torch paths run, which have nothing to tune")
+    _run_script("tune", *["--quick"] * quick)
+
+
+@bench.command("serve")
+def bench_serve(
+    url: Annotated[str, typer.Argument(help="Any server that speaks OpenAI's API.")] = "http://127.0.0.1:8000",
+    rates: Annotated[str, typer.Option(help="Open loop: requests a second on average, for example 1,2,4.")] = "",
+    clients: Annotated[str, typer.Option(help="Closed loop: so many at once, for example 1,8.")] = "",
+    seconds: Annotated[float, typer.Option(help="Of each run, in which requests come.")] = 20.0,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A prompt a line: text, or JSON with prompt or messages. Else words are drawn.")
+    ] = None,
+    words: Annotated[int, typer.Option(help="Of a drawn prompt.")] = 128,
+    shared_words: Annotated[int, typer.Option(help="Of them, which all prompts begin with.")] = 0,
+    distinct: Annotated[int, typer.Option(help="Different prompts, in turn: few are a warm cache. 0: all.")] = 0,
+    cold: Annotated[bool, typer.Option("--cold", help="No prompt finds another's blocks (cache_salt).")] = False,
+    max_tokens: Annotated[int, typer.Option(help="Of an answer, all of which come unless --natural.")] = 64,
+    natural: Annotated[bool, typer.Option("--natural", help="Answers may end by themselves.")] = False,
+    completions: Annotated[bool, typer.Option("--completions", help="/v1/completions, no chat template.")] = False,
+    model: Annotated[str | None, typer.Option(help="By default the first that the server names.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="MINILLM_API_KEY")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds, after which a client gives up.")] = 600.0,
+    ttft_limit: Annotated[float, typer.Option(help="Goodput: seconds until the first token.")] = 1.0,
+    token_limit: Annotated[float, typer.Option(help="Goodput: seconds for each later one, on average.")] = 0.1,
+    seed: Annotated[int | None, typer.Option(help="By default drawn: a second run shall find no cache warm.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the figures to this file, as JSON.")] = None,
+) -> None:
+    """Put load on a server: how long its users wait at which rate, and how many of them are served well."""
+    import itertools
+    import random
+    from dataclasses import replace
+
+    from .server import load
+
+    chosen_rates, chosen_clients = _numbers("--rates", rates, float), _numbers("--clients", clients, int)
+    target = load.Target(url, model, api_key, not completions, natural, cold, timeout)
+    target = replace(target, model=model or target.first_model())
+    limits, seed = load.Limits(ttft_limit, token_limit), random.getrandbits(32) if seed is None else seed
+    given = load.read_prompts(prompts, max_tokens) if prompts else None
+
+    def jobs(draw: random.Random) -> Any:
+        if given:
+            return itertools.cycle(draw.sample(given, len(given)))
+        return (load.Job(text, max_tokens) for text in load.words(words, shared_words, distinct, draw))
+
+    found = []
+    typer.echo(load.TITLE)
+    chosen_rates = chosen_rates or ([] if chosen_clients else [1.0])
+    for row in load.sweep(target, jobs, chosen_rates, chosen_clients, seconds, seed, limits):
+        found.append(row)
+        typer.echo(load.line(row))
+    if out:
+        asked = {"url": url, "model": target.model, "seconds": seconds, "seed": seed, "max_tokens": max_tokens,
+                 "prompts": str(prompts) if prompts else {"words": words, "shared": shared_words, "distinct": distinct},
+                 "cold": cold, "limits, s": vars(limits)}  # fmt: skip
+        out.write_text(json.dumps({"asked": asked, "runs": found}, indent=1) + "\n", encoding="utf-8")
+
+
+def _numbers(option: str, given: str, kind: type) -> list:
+    try:
+        found = [kind(one) for one in given.split(",") if one]
+    except ValueError:
+        found = [0]
+    if not all([one > 0 for one in found]):
+        raise ValueError(f"{option}: expected numbers above 0, as 1,2,4, got {given!r}")
+    return found
 
 
 @app.command()

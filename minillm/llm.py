@@ -197,6 +197,11 @@ class LLM:
         """Tokens of the longest sequence, prompt included."""
         return self.engine.max_model_len
 
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the model's embedding: token ids are below it."""
+        return self.model.config.vocab_size
+
     def default_params(self) -> SamplingParams:
         """What is used where no SamplingParams are given."""
         return SamplingParams(**self.sampling_defaults)

@@ -379,7 +379,7 @@ def _fp32(value: float) -> float:
     return (
         struct.unpack("f", struct.pack("f", value))[0]
         if abs(value) < 3.4028235677973366e38
-        else math.copysign(math.inf, value)
+        else (-math.inf if value < 0 else math.inf)
     )
 
 

@@ -1,6 +1,7 @@
 """What all tests share: hypothesis profiles, the real model, and whose implementation the exercise checks look at."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,12 @@ settings.register_profile("deep", parent=settings.get_profile("full"), max_examp
 settings.load_profile(PROFILE)
 
 ROOT = Path(__file__).resolve().parents[1]
+BROWSERS = [
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -161,3 +168,17 @@ def tiny_llm(tiny_path: Path):
     from minillm import LLM
 
     return LLM(tiny_path, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, driven by playwright."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if program is None:
+        pytest.skip("no Chromium on this machine")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--disable-sync"]
+    with sync_api.sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=program, args=flags)
+        yield running
+        running.close()

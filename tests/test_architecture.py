@@ -32,7 +32,7 @@ def defines(path: str, name: str) -> bool:
 def _attributes(node: ast.AST) -> set[str]:
     fields = {n.target.id for n in getattr(node, "body", []) if isinstance(n, ast.AnnAssign)}
     plain = {t.id for n in getattr(node, "body", []) if isinstance(n, ast.Assign) for t in n.targets}
-    methods = {n.name for n in getattr(node, "body", []) if isinstance(n, ast.FunctionDef)}
+    methods = {n.name for n in getattr(node, "body", []) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)}
     own = {
         n.attr for n in ast.walk(node)
         if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store) and ast.unparse(n.value) == "self"

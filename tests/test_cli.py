@@ -54,8 +54,9 @@ def test_generate_streams_an_answer_and_its_speed():
         (["fetch", "unknown"], "expected one of smollm2-135m-instruct"),
         (["check", "99"], "chapter: expected one of"),
         (["check", "1", "--file", "missing.ipynb"], "no such file"),
-        (["bench", "kernel"], "suite: expected one of kernels, engine, tune, got 'kernel'"),
-        (["bench", "kernels", "--only", "stream"], "expected with engine"),
+        (["bench", "serve", "--rates", "1,x"], "--rates: expected numbers above 0, as 1,2,4, got '1,x'"),
+        (["bench", "serve", "--clients", "0"], "--clients: expected numbers above 0"),
+        (["bench", "serve", "localhost:8000"], "url: expected http://host:port, got 'localhost:8000'"),
     ],
 )
 def test_errors_are_one_line(arguments, says):
@@ -63,6 +64,11 @@ def test_errors_are_one_line(arguments, says):
     assert result.exit_code == 1
     assert says in result.output
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("arguments", [["kernel"], ["kernels", "--only", "stream"]])
+def test_a_bench_that_is_none(arguments):
+    assert run(app, ["bench", *arguments]).exit_code == 2
 
 
 @pytest.mark.parametrize(
@@ -180,6 +186,16 @@ def test_quick_bench_of_the_engine(nothing_recorded):
         "prefix caching on .* hits [1-9]",
     ):
         assert re.search(line, done.stdout), line
+
+
+@pytest.mark.slow
+def test_quick_bench_of_the_server(nothing_recorded):
+    command = [sys.executable, str(root() / "benchmarks" / "serve.py"), "--small", "http", "attacks"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"tiny: \d+ tokens/s of \d+ .* first token after", done.stdout)
+    assert re.search(r"tiny: p99 between tokens .* in peace", done.stdout)
+    assert set(re.findall(r"^  \S.*? (\d{3}) ", done.stdout, re.MULTILINE)) <= {"400", "404", "413"}
 
 
 def test_check_on_stubs_and_on_solutions():

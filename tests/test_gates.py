@@ -106,7 +106,7 @@ def test_every_module_with_public_names_says_which(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_functions_are_short(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.FunctionDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             kernel = any("jit" in ast.unparse(d) for d in node.decorator_list)
             docstring = node.body[0].end_lineno - node.body[0].lineno + 1 if ast.get_docstring(node) else 0
             length = node.end_lineno - node.lineno + 1 - docstring

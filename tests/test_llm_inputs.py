@@ -249,6 +249,8 @@ def test_numbers_beyond_fp32_are_refused():
         SamplingParams(temperature=1e39, min_tokens=4, max_tokens=5)
     with pytest.raises(ValueError, match="logit_bias: expected numbers"):
         SamplingParams(logit_bias={3: 1e39})
+    with pytest.raises(ValueError, match="temperature"):
+        SamplingParams(temperature=10**400)
 
 
 def test_speculation_is_asked_for_by_vllms_names(tiny_path):

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..adapters.serving import AdapterSlots, Loaded, LoRARequest, Registry
 from ..cache.blocks import BlockPool, BlockTable
 from ..config import EngineConfig
+from ..constrained import Constraint
 from ..model import Transformer
 from ..model.tokenizer import Tokenizer
 from ..model.tokenizer_hf import HuggingFaceTokenizer
@@ -38,12 +39,13 @@ from .speculative import SpeculativeRunner
 from .table import Plan, RequestTable, prompt_part
 from .text import StopText
 
-__all__ = ["Engine", "InFlight"]
+__all__ = ["Engine", "InFlight", "Prepared"]
 
 CPU_CACHE_BYTES = 2 << 30
 KEPT = 4  # adapters on the host, for each slot on the device
 LOG = logging.getLogger("minillm.engine")
 
+Prepared = tuple[Loaded | None, Constraint | None]
 Got = dict[Request, None]  # who got a token or ended in this step, in order
 
 
@@ -212,11 +214,11 @@ class Engine:
     def add(
         self, prompt_token_ids: Sequence[int], params: SamplingParams | None = None, request_id: str | None = None,
         priority: int = 0, cache_salt: str = "", allowed: Callable[[Sequence[int]], Tensor | None] | None = None,
-        lora_request: LoRARequest | None = None,
+        lora_request: LoRARequest | None = None, prepared: Prepared | None = None,
     ) -> list[Request]:  # fmt: skip
-        """`add_request` -> the requests themselves, `params.n` of them."""
+        """`add_request` -> the requests themselves, `params.n` of them. prepared: of the same params and adapter."""
         params = params or SamplingParams()
-        adapter, constraint = self._adapter(lora_request), self.constraints.of(params)  # before others are kept waiting
+        adapter, constraint = prepared or self.prepare(params, lora_request)  # before others are kept waiting
         if constraint is not None and allowed is not None:
             raise ValueError("allowed: expected none beside structured_outputs")
         with self._lock:
@@ -240,6 +242,12 @@ class Engine:
                 self.scheduler.add(request)
             self.metrics.num_requests += params.n
             return made
+
+    def prepare(self, params: SamplingParams, lora_request: LoRARequest | None = None) -> Prepared:
+        """What of `add` may take long, an adapter read and a constraint compiled, without the lock: for whoever must
+        not be kept waiting. Raises as `add`.
+        """
+        return self._adapter(lora_request), self.constraints.of(params)
 
     def _checked(self, prompt_token_ids: Sequence[int], params: SamplingParams, priority: int) -> list[int]:
         """The prompt as a list of ints. What depends on the model is looked at here, before anything runs."""

@@ -58,13 +58,13 @@ class Histogram:
             below += n
         return 0.0
 
-    def lines(self, name: str) -> list[str]:
-        """In Prometheus' text format: buckets count all values up to their bound."""
-        total, out = 0, []
+    def lines(self, name: str, label: str = "") -> list[str]:
+        """In Prometheus' text format: buckets count all values up to their bound. label: of all, as `key="value"`."""
+        total, out, braced = 0, [], f"{{{label}}}" if label else ""
         for bound, n in zip((*self.bounds, "+Inf"), self.counts, strict=True):
             total += n
-            out.append(f'{name}_bucket{{le="{bound}"}} {total}')
-        return [*out, f"{name}_sum {self.sum:.9g}", f"{name}_count {self.count}"]
+            out.append(f'{name}_bucket{{{label}{"," if label else ""}le="{bound}"}} {total}')
+        return [*out, f"{name}_sum{braced} {self.sum:.9g}", f"{name}_count{braced} {self.count}"]
 
 
 # name of the counter -> what Prometheus' readers are told

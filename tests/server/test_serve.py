@@ -1,0 +1,85 @@
+"""`minillm serve`, as a process."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import httpx
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+from minillm.cli import app
+
+from .conftest import MODEL
+
+SERVE = [sys.executable, "-m", "minillm.cli", "serve"]
+
+
+@pytest.fixture
+def process(tiny_path, adapter_path):
+    """A server process, and its address."""
+    options = [
+        "--port",
+        "0",
+        "--served-model-name",
+        MODEL,
+        "--lora-modules",
+        f"pirate={adapter_path}",
+        "--device",
+        "cpu",
+    ]
+    with subprocess.Popen([*SERVE, str(tiny_path), *options], stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if found := re.search(r"http://[\d.]+:\d+", line):
+                break
+        else:
+            raise AssertionError("it ended")
+        yield process, found[0]
+        process.kill()
+
+
+def test_it_serves_on_this_machine_alone_until_it_is_told_to_end(process):
+    server, address = process
+    listening = [c for c in psutil.Process(server.pid).net_connections() if c.status == psutil.CONN_LISTEN]
+    assert [c.laddr.ip for c in listening] == ["127.0.0.1"]
+    assert address == f"http://127.0.0.1:{listening[0].laddr.port}"
+    assert [m["id"] for m in httpx.get(f"{address}/v1/models").json()["data"]] == [MODEL, "pirate"]
+    body = {"prompt": "hello", "max_tokens": 100, "ignore_eos": True, "stream": True, "model": "pirate"}
+    with httpx.stream("POST", f"{address}/v1/completions", json=body) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        server.send_signal(signal.SIGTERM)
+        *_, last, done = [line for line in lines if line]
+    assert done == "data: [DONE]"
+    assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+    assert server.wait(30) == -signal.SIGTERM
+
+
+def test_a_port_that_is_taken(tiny_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = subprocess.run(
+            [*SERVE, str(tiny_path), "--port", str(port)], capture_output=True, text=True, timeout=120
+        )
+    assert done.returncode == 1
+    assert f"port: cannot listen on 127.0.0.1:{port}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--lora-modules", "nothing"], "expected NAME=FOLDER"),
+        (["--lora-modules", "a=/no/where"], "/no/where"),
+        (["--max-model-len", "100000"], "max_model_len"),
+    ],
+)
+def test_errors_are_one_line(tiny_path, options, says):
+    result = CliRunner().invoke(app, ["serve", str(tiny_path), *options])
+    assert result.exit_code == 1
+    assert says in result.output
+    assert "Traceback" not in result.output
