@@ -1,7 +1,9 @@
 """`minillm`: the command line. Imports happen inside the commands, so that `minillm --help` answers at once."""
 
 import json
+import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -337,33 +339,22 @@ def bench_serve(
     out: Annotated[Path | None, typer.Option(help="Write the figures to this file, as JSON.")] = None,
 ) -> None:
     """Put load on a server: how long its users wait at which rate, and how many of them are served well."""
-    import itertools
-    import random
-    from dataclasses import replace
-
     from .server import load
 
-    chosen_rates, chosen_clients = _numbers("--rates", rates, float), _numbers("--clients", clients, int)
+    asked_rates, asked_clients = _numbers("--rates", rates, float), _numbers("--clients", clients, int)
+    jobs = load.prompts_of(prompts, max_tokens, words, shared_words, distinct)
     target = load.Target(url, model, api_key, not completions, natural, cold, timeout)
     target = replace(target, model=model or target.first_model())
     limits, seed = load.Limits(ttft_limit, token_limit), random.getrandbits(32) if seed is None else seed
-    given = load.read_prompts(prompts, max_tokens) if prompts else None
-
-    def jobs(draw: random.Random) -> Any:
-        if given:
-            return itertools.cycle(draw.sample(given, len(given)))
-        return (load.Job(text, max_tokens) for text in load.words(words, shared_words, distinct, draw))
-
     found = []
     typer.echo(load.TITLE)
-    chosen_rates = chosen_rates or ([] if chosen_clients else [1.0])
-    for row in load.sweep(target, jobs, chosen_rates, chosen_clients, seconds, seed, limits):
+    for row in load.sweep(target, jobs, asked_rates or [1.0] * (not clients), asked_clients, seconds, seed, limits):
         found.append(row)
         typer.echo(load.line(row))
     if out:
+        source = str(prompts) if prompts else {"words": words, "shared": shared_words, "distinct": distinct}
         asked = {"url": url, "model": target.model, "seconds": seconds, "seed": seed, "max_tokens": max_tokens,
-                 "prompts": str(prompts) if prompts else {"words": words, "shared": shared_words, "distinct": distinct},
-                 "cold": cold, "limits, s": vars(limits)}  # fmt: skip
+                 "prompts": source, "cold": cold, "limits, s": vars(limits)}  # fmt: skip
         out.write_text(json.dumps({"asked": asked, "runs": found}, indent=1) + "\n", encoding="utf-8")
 
 
