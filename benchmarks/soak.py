@@ -54,13 +54,13 @@ KINDS = {"whole": 20, "stream": 28, "cached": 14, "free": 6, "leave": 12, "hang_
          "late": 2}  # fmt: skip
 
 
-def tiny(folder: Path) -> Path:
-    """A model of a few kilobytes with random weights."""
+def tiny(folder: Path, longest: int = 256) -> Path:
+    """A model of a few kilobytes with random weights, for sequences of up to so many tokens."""
     tokenizer = Tokenizer.train("hello world, the quick brown fox. " * 20, 30, ["<|end|>"], eos_token="<|end|>")
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     torch.manual_seed(0)
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-             "hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 256}  # fmt: skip
+             "hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": longest}  # fmt: skip
     save(Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, eos_token_ids=(0,), **sizes)), folder)
     tokenizer.save(folder)
     return folder
