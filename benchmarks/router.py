@@ -390,7 +390,9 @@ async def _counted(urls: list[str]) -> tuple[float, float]:
     for url in urls:
         async with Backend(url).ask("GET", b"/metrics", [], b"", 10) as (_, chunks):
             text = (await whole(chunks)).decode()
-        found.append([float(re.search(rf"vllm:prefix_cache_{n}_total\{{\S* (\S+)", text)[1]) for n in ("hits", "queries")])
+        found.append(
+            [float(re.search(rf"vllm:prefix_cache_{n}_total\{{\S* (\S+)", text)[1]) for n in ("hits", "queries")]
+        )
     return sum([hits for hits, _ in found]), sum([queries for _, queries in found])
 
 
