@@ -284,15 +284,19 @@ def test_nobody_joins_what_is_ending(url):
         never = asyncio.Event()
 
         async def start():
-            await never.wait()
+            try:
+                await never.wait()
+            finally:
+                await asyncio.sleep(0.05)  # its end takes a while
 
         joining = asyncio.create_task(cache.join("x", start))
         await asyncio.sleep(0.1)
         first = cache.flights["x"]
         joining.cancel()
         await asyncio.gather(joining, return_exceptions=True)
+        assert not first.ended
         second = asyncio.create_task(cache.join("x", start))
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.2)
         assert first.ended
         assert cache.flights["x"] is not first
         assert not second.done()
@@ -396,3 +400,12 @@ def test_nothing_is_unpickled():
 def test_an_address_that_is_none():
     with pytest.raises(ValueError, match="cache: expected redis://"):
         ResponseCache(CacheConfig("http://x", "m"), {})
+
+
+def test_redis_that_never_answers_is_not_waited_for(url):
+    async def main() -> None:
+        cache = ResponseCache(CacheConfig(url, "m", seconds=0.01), {})
+        assert await asyncio.wait_for(cache._redis(asyncio.Event().wait), 20) is None
+        assert cache.counts["failure"] == 1
+
+    asyncio.run(main())

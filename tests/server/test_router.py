@@ -8,6 +8,7 @@ did not count (ferro-labs/ai-gateway#136), a replica that came back was thought 
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,8 +21,10 @@ import pytest
 from typer.testing import CliRunner
 
 from minillm.cli import app
+from minillm.server import upstream
 from minillm.server.policies import LeastLoaded, PrefixAware, RoundRobin, SessionHash
 from minillm.server.router import Router
+from minillm.server.run import HeaderTimeout, Listener
 from minillm.server.upstream import _Connection
 
 from .conftest import until
@@ -137,7 +140,8 @@ def test_an_answer_that_is_no_stream_is_sent_again_up_to_its_end():
 
 
 @pytest.mark.parametrize("reset", [True, False])
-def test_a_connection_that_the_replica_closed_meanwhile_is_nobodys_fault(reset):
+def test_a_connection_that_the_replica_closed_meanwhile_is_nobodys_fault(reset, monkeypatch):
+    monkeypatch.setattr(upstream, "KEPT", 1e9)
     replica = Replica()
     with routed(replica, check_seconds=60.0) as router:
         for _ in range(3):
@@ -307,6 +311,31 @@ def test_loads_are_given_back():
         list(pool.map(ask, range(40)))
         until(router.idle)
         assert sum(served(*replicas)) >= 40
+
+
+def test_events_do_not_wait_for_acknowledgements(monkeypatch):
+    """On a socket as the commands make it, and to the replica."""
+    replica, transports = Replica(), []
+    begin = HeaderTimeout.connection_made
+
+    def seen(self, transport) -> None:
+        begin(self, transport)
+        transports.append(transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    monkeypatch.setattr(HeaderTimeout, "connection_made", seen)
+    router = Router([replica.url], RoundRobin())
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = Listener(router, port=0, log_level="critical")
+        thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+        thread.start()
+        until(lambda: server.started)
+        assert httpx.post(f"http://127.0.0.1:{listening.getsockname()[1]}{POST}", json=CHAT).status_code == 200
+        (kept, *_) = router.backends[0]._all
+        to = kept.writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        server.should_exit = server.force_exit = True
+        thread.join()
+    assert all([*transports, to])
+    replica.kill()
 
 
 def test_what_others_send_there_counts():
