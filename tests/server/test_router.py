@@ -22,9 +22,9 @@ from typer.testing import CliRunner
 
 from minillm.cli import app
 from minillm.server import upstream
+from minillm.server.listener import HeaderTimeout, Listener
 from minillm.server.policies import LeastLoaded, PrefixAware, RoundRobin, SessionHash
 from minillm.server.router import Router
-from minillm.server.run import HeaderTimeout, Listener
 from minillm.server.upstream import _Connection
 
 from .conftest import until
@@ -431,3 +431,9 @@ def test_errors_are_one_line(options, says):
     assert result.exit_code == 1
     assert says in result.output
     assert "Traceback" not in result.output
+
+
+def test_a_router_needs_no_torch():
+    """A proxy shall start at once, and be small."""
+    code = "import sys, minillm.cli, minillm.server.router, minillm.server.listener; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
