@@ -337,34 +337,14 @@ def bench_serve(
     out: Annotated[Path | None, typer.Option(help="Write the figures to this file, as JSON.")] = None,
 ) -> None:
     """Put load on a server: how long its users wait at which rate, and how many of them are served well."""
-    import itertools
-    import random
-    from dataclasses import replace
-
     from .server import load
 
-    chosen_rates, chosen_clients = _numbers("--rates", rates, float), _numbers("--clients", clients, int)
     target = load.Target(url, model, api_key, not completions, natural, cold, timeout)
-    target = replace(target, model=model or target.first_model())
-    limits, seed = load.Limits(ttft_limit, token_limit), random.getrandbits(32) if seed is None else seed
-    given = load.read_prompts(prompts, max_tokens) if prompts else None
-
-    def jobs(draw: random.Random) -> Any:
-        if given:
-            return itertools.cycle(draw.sample(given, len(given)))
-        return (load.Job(text, max_tokens) for text in load.words(words, shared_words, distinct, draw))
-
-    found = []
-    typer.echo(load.TITLE)
-    chosen_rates = chosen_rates or ([] if chosen_clients else [1.0])
-    for row in load.sweep(target, jobs, chosen_rates, chosen_clients, seconds, seed, limits):
-        found.append(row)
-        typer.echo(load.line(row))
+    source = load.Source(prompts, words, shared_words, distinct, max_tokens)
+    runs = _numbers("--rates", rates, float), _numbers("--clients", clients, int)
+    found = load.measure(target, source, *runs, seconds, seed, load.Limits(ttft_limit, token_limit), typer.echo)
     if out:
-        asked = {"url": url, "model": target.model, "seconds": seconds, "seed": seed, "max_tokens": max_tokens,
-                 "prompts": str(prompts) if prompts else {"words": words, "shared": shared_words, "distinct": distinct},
-                 "cold": cold, "limits, s": vars(limits)}  # fmt: skip
-        out.write_text(json.dumps({"asked": asked, "runs": found}, indent=1) + "\n", encoding="utf-8")
+        out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def _numbers(option: str, given: str, kind: type) -> list:

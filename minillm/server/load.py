@@ -29,8 +29,8 @@ from urllib.parse import urlsplit
 import numpy as np
 
 __all__ = [
-    "TITLE", "Job", "Limits", "Seen", "Target", "closed_loop", "line", "open_loop", "poisson", "read_prompts",
-    "summary", "sweep", "words",
+    "TITLE", "Job", "Limits", "Seen", "Source", "Target", "closed_loop", "line", "measure", "open_loop", "poisson",
+    "read_prompts", "summary", "sweep", "words",
 ]  # fmt: skip
 
 WORDS = [
@@ -150,6 +150,25 @@ def read_prompts(path: Path, max_tokens: int) -> list[Job]:
     if not jobs:
         raise ValueError(f"{path}: expected prompts, one a line")
     return jobs
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where prompts come from: a file, or `words`. Called with a generator it gives jobs without end; raises
+    as `read_prompts`.
+    """
+
+    file: Path | None = None
+    count: int = 128
+    shared: int = 0
+    distinct: int = 0
+    max_tokens: int = 64
+
+    def __call__(self, draw: random.Random) -> Iterator[Job]:
+        if self.file is not None:
+            given = read_prompts(self.file, self.max_tokens)
+            return itertools.cycle(draw.sample(given, len(given)))
+        return (Job(text, self.max_tokens) for text in words(self.count, self.shared, self.distinct, draw))
 
 
 def poisson(rate: float, seconds: float, draw: random.Random) -> list[float]:
@@ -307,3 +326,25 @@ def line(row: dict[str, Any]) -> str:
         + "".join([f"; {error}: {count}" for error, count in row["errors"].items()])
         + (f"; this client was {1e3 * late:.0f} ms late itself" if late > 0.05 else "")
     )
+
+
+def measure(
+    target: Target, source: Source, rates: Sequence[float], clients: Sequence[int], seconds: float, seed: int | None,
+    limits: Limits, show: Callable[[str], None],
+) -> dict[str, Any]:  # fmt: skip
+    """A `sweep`, shown line by line -> what was asked, and the runs. Without rates and clients: one request a second.
+    seed: None draws one. Raises OSError for a server that does not answer.
+    """
+    seed = random.getrandbits(32) if seed is None else seed
+    target = replace(target, model=target.model or target.first_model())
+    rates = rates or ([] if clients else [1.0])
+    asked = {
+        "url": target.url, "model": target.model, "cold": target.cold, "seconds": seconds, "seed": seed,
+        "prompts": {**vars(source), "file": source.file and str(source.file)}, "limits, s": vars(limits),
+    }  # fmt: skip
+    show(TITLE)
+    runs = []
+    for row in sweep(target, source, rates, clients, seconds, seed, limits):
+        runs.append(row)
+        show(line(row))
+    return {"asked": asked, "runs": runs}
