@@ -156,6 +156,11 @@ def test_errors_have_names(error, pieces):
     assert sent_to(*pieces).error == error
 
 
+def test_tokens_without_text_are_an_answer():
+    found = sent_to(HEAD, EVENTS[0], EVENTS[-1], DONE)
+    assert (found.error, found.tokens, len(found.texts)) == (None, 5, 1)
+
+
 def test_nobody_listens():
     [found] = asyncio.run(load.open_loop(Target("http://127.0.0.1:1"), [Job("x", 5)]))
     assert found.error == "ConnectionRefusedError"
