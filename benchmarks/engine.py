@@ -13,6 +13,7 @@ stream     one request alone. Median of five.
 special    256 requests and one, with top-p, top-k, min-p, penalties, log probabilities, against plain ones in turn.
 quantized  the workload and one stream with weights of 4 and 8 bits, on the fly, against the same engine's in full.
 adapters   64 requests without adapters, with one for all, with 8 and 64 different ones.
+speculative  SmolLM2's own weights, copying, summing up, telling, 1 to 256 at once: guesses against plain decoding.
 constrained  64 requests whose output must fit a JSON schema, against free ones of the same lengths.
 idle       the GPU's idle time while a steady batch decodes, out of torch.profiler.
 poisson    requests that arrive at fractions of the saturated rate: TTFT, ITL, goodput.
@@ -56,10 +57,11 @@ from engine_parts import (
     stream,
     workload,
 )
+from engine_speculative import DEFINITION, speculative
 
 PARTS: dict[str, Callable[[Bench], dict | None]] = {
     "chat": chat, "workload": workload, "stream": stream, "special": special, "quantized": quantized,
-    "adapters": adapters, "constrained": constrained, "idle": idle, "poisson": poisson,
+    "adapters": adapters, "constrained": constrained, "speculative": speculative, "idle": idle, "poisson": poisson,
     "peers": peers.against_transformers,
 }  # fmt: skip
 CPU: dict[str, tuple[Callable[[w.Sizes], dict], str]] = {  # and the suite under which each is recorded
@@ -85,8 +87,9 @@ DEFINITIONS = {
         "runs": "rank 16, all layers but the head, 64 requests; the better of two each, in turn",
     },
     "constrained": {
-        "runs": "the better of two each, in turn, after a first one, whose masks are made on the way",
+        "runs": "the better of two each, in turn, after a first: texts with known masks, with new ones, free texts",
     },
+    "speculative": DEFINITION,
     "idle": {
         "idle": "1 - (union of kernels, copies and fills) / (last end - first start), in a torch.profiler trace of the"
         " steps of a steady batch, CUDA activities only; of three traces the one in the middle",

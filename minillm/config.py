@@ -9,10 +9,19 @@ Neural Language Models", count the same way).
 
 import json
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DTYPE_BYTES", "LLAMA_3_8B", "EngineConfig", "ModelConfig", "sampling_defaults"]
+__all__ = [
+    "DTYPE_BYTES",
+    "LLAMA_3_8B",
+    "EngineConfig",
+    "ModelConfig",
+    "SpeculativeConfig",
+    "StepCosts",
+    "sampling_defaults",
+]
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8": 1, "int8": 1, "int4": 0.5}
 # What transformers calls a model type -> its class, and what its configuration says where config.json is silent.
@@ -415,6 +424,84 @@ KV_CACHE_DTYPES = ("auto", "float32", "float16", "bfloat16", "int8", "fp8")
 
 
 @dataclass(frozen=True)
+class StepCosts:
+    """How many seconds a step takes by its number of tokens, as (tokens, seconds) pairs in ascending order: `plain`
+    steps, and those with guesses, `checked`.
+
+    padded: of an engine whose steps are CUDA graphs, what those with guesses take, whatever they hold: by width (tokens
+    of each sequence, one and its guesses), then as (sequences, seconds) pairs, one for each graph.
+    Raises ValueError for none, or another order.
+    """
+
+    plain: tuple[tuple[int, float], ...]
+    checked: tuple[tuple[int, float], ...]
+    padded: tuple[tuple[int, tuple[tuple[int, float], ...]], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, pairs in (("plain", self.plain), ("checked", self.checked), *(("padded", p) for _, p in self.padded)):
+            if not pairs or any(a[0] >= b[0] for a, b in pairwise(pairs)) or any(s <= 0 for _, s in pairs):
+                raise ValueError(f"{name}: expected (tokens, seconds) pairs, tokens ascending, got {pairs!r}")
+
+
+@dataclass(frozen=True)
+class SpeculativeConfig:
+    """How an engine guesses tokens, with vLLM's names. What it gives does not depend on it, only how fast.
+
+    - method: "ngram", prompt lookup: what followed the last time that the text ended as it does now; or "draft_head",
+      what a small network says that was trained on this model (`engine/draft_head.py`). path: the latter's folder.
+    - num_speculative_tokens: guesses that a step checks of one request, at most.
+    - prompt_lookup_max, prompt_lookup_min: how many tokens must agree; the longest agreement wins. min None: 2, or max
+      if that is less.
+    - adaptive: check as many guesses of each request as promise the most tokens a second; else always all of them.
+      step_costs: what steps take, for that; None: the engine measures it when it is made.
+
+    Raises ValueError that names the argument for one out of range or of a wrong type.
+    """
+
+    method: str = "ngram"
+    num_speculative_tokens: int = 8
+    prompt_lookup_max: int = 3
+    prompt_lookup_min: int | None = None
+    adaptive: bool = True
+    step_costs: StepCosts | None = None
+    path: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in ("ngram", "draft_head"):
+            raise ValueError(f"method: expected 'ngram' or 'draft_head', got {self.method!r}")
+        if (self.method == "draft_head") != isinstance(self.path, str | Path):
+            expected = "the folder of a draft head" if self.method == "draft_head" else "None with 'ngram'"
+            raise ValueError(f"path: expected {expected}, got {self.path!r}")
+        if self.prompt_lookup_min is None and isinstance(self.prompt_lookup_max, int):
+            object.__setattr__(self, "prompt_lookup_min", min(2, self.prompt_lookup_max))
+        for name in ("num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}: expected an integer, 1 or more, got {value!r}")
+        if not isinstance(self.adaptive, bool):
+            raise ValueError(f"adaptive: expected True or False, got {self.adaptive!r}")
+        if not isinstance(self.step_costs, StepCosts | None):
+            raise ValueError(f"step_costs: expected StepCosts or None, got {self.step_costs!r}")
+        if self.least > self.prompt_lookup_max:
+            raise ValueError(
+                f"prompt_lookup_min: expected at most prompt_lookup_max ({self.prompt_lookup_max}), got {self.least}"
+            )
+
+    @property
+    def least(self) -> int:
+        """`prompt_lookup_min`, once it is known."""
+        return self.prompt_lookup_min or 1
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """For how many places of each sequence a step may draw: one; or one and all guesses, half of them, a quarter.
+        A step has the least that its longest guess fits into, so that a short one does not pay for a long one.
+        """
+        most = self.num_speculative_tokens
+        return tuple(sorted({1, *(1 + n for n in (most, most // 2, most // 4))}))
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """How an engine runs a model, with vLLM's names. None: chosen by `resolved`.
 
@@ -426,6 +513,7 @@ class EngineConfig:
     - enforce_eager: no CUDA graphs. async_scheduling: launch a step before the tokens of the last one are known
       (None: on a GPU).
     - max_loras: adapters that requests which run at once may have, of a rank up to max_lora_rank. 0: none is served.
+    - speculative: how tokens are guessed, so that one step gives several. None: they are not.
 
     Raises ValueError that names the argument for one out of range or of a wrong type.
     """
@@ -442,6 +530,17 @@ class EngineConfig:
     kv_cache_dtype: str = "auto"
     max_loras: int = 0
     max_lora_rank: int = 16
+    speculative: SpeculativeConfig | None = None
+
+    @property
+    def most_per_step(self) -> int:
+        """Tokens that a step may give a request."""
+        return self.widths[-1]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """For how many places of each sequence a step may draw, ascending."""
+        return (1,) if self.speculative is None else self.speculative.widths
 
     def __post_init__(self) -> None:
         least_of = {"block_size": 1, "max_num_seqs": 1, "max_num_batched_tokens": 1, "max_model_len": 2,
@@ -466,6 +565,8 @@ class EngineConfig:
             raise ValueError(
                 f"kv_cache_dtype: expected one of {', '.join(KV_CACHE_DTYPES)}, got {self.kv_cache_dtype!r}"
             )
+        if not isinstance(self.speculative, SpeculativeConfig | None):
+            raise ValueError(f"speculative: expected a SpeculativeConfig or None, got {self.speculative!r}")
 
     def resolved(self, config: ModelConfig, on_gpu: bool) -> "EngineConfig":
         """The same with what depends on the model and the device filled in; only num_blocks may still be None.

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .adapters.serving import LoRARequest
-from .config import EngineConfig, ModelConfig, sampling_defaults
+from .config import EngineConfig, ModelConfig, SpeculativeConfig, sampling_defaults
 from .engine.engine import Engine
 from .engine.request import Request
 from .model import Transformer
@@ -145,8 +145,11 @@ class LLM:
     quantization: "int8" or "int4", weights alone; "w8a8" or "fp8", activations too: rounded to the nearest as they are
     loaded. (A checkpoint that is quantized says so itself.)
     The other arguments are those of `EngineConfig`: max_model_len, max_num_seqs, max_num_batched_tokens, block_size,
-    enable_prefix_caching, gpu_memory_utilization, enforce_eager, async_scheduling, ... Raises ValueError for an
-    argument that does not fit, and MemoryError when the device has no room, with what was expected.
+    enable_prefix_caching, gpu_memory_utilization, enforce_eager, async_scheduling, ... speculative_config, a dictionary
+    with the fields of `SpeculativeConfig`, lets a step give several tokens: {"method": "ngram",
+    "num_speculative_tokens": 8}, or {"method": "draft_head", "path": "a/trained/head", "num_speculative_tokens": 4}.
+    Raises ValueError for an argument that does not fit, and MemoryError when the device has no room, with what was
+    expected.
 
     Threads may share an LLM: what several generate at once runs in one batch.
     """
@@ -377,10 +380,25 @@ class LLM:
 
 
 def _engine_config(options: dict[str, Any]) -> EngineConfig:
+    if "speculative_config" in options:
+        options = {**options, "speculative": _speculative(options["speculative_config"])}
+        del options["speculative_config"]
     known = [f.name for f in dataclasses.fields(EngineConfig)]
     if unknown := sorted(options.keys() - set(known)):
         raise TypeError(f"{unknown[0]}: no such argument; expected some of {', '.join(known)}")
     return EngineConfig(**options)
+
+
+def _speculative(given: Mapping[str, Any] | SpeculativeConfig | None) -> SpeculativeConfig | None:
+    """vLLM's `speculative_config`: a dictionary of the fields of `SpeculativeConfig`."""
+    if given is None or isinstance(given, SpeculativeConfig):
+        return given
+    if not isinstance(given, Mapping):
+        raise TypeError(f"speculative_config: expected a dictionary or None, got {given!r}")
+    known = [f.name for f in dataclasses.fields(SpeculativeConfig)]
+    if unknown := sorted(given.keys() - set(known)):
+        raise TypeError(f"speculative_config: expected some of {', '.join(known)}, got {unknown[0]}")
+    return SpeculativeConfig(**given)
 
 
 def _loaded(

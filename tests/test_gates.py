@@ -31,7 +31,6 @@ ORDER = [
     "progress",
     "llm",
     "prompting",
-    "speculative",
     "server",
     "distributed",
     "learn",

@@ -251,3 +251,19 @@ def test_numbers_beyond_fp32_are_refused():
         SamplingParams(logit_bias={3: 1e39})
     with pytest.raises(ValueError, match="temperature"):
         SamplingParams(temperature=10**400)
+
+
+def test_speculation_is_asked_for_by_vllms_names(tiny_path):
+    asked = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+    llm = LLM(tiny_path, device="cpu", speculative_config={**asked, "adaptive": False})
+    config = llm.engine.config.speculative
+    assert {name: getattr(config, name) for name in asked} == asked
+    prompt, params = {"prompt_token_ids": [5, 6, 7] * 4}, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    [out] = llm.generate([prompt], params, use_tqdm=False)
+    [plain] = LLM(tiny_path, device="cpu", speculative_config=None).generate([prompt], params, use_tqdm=False)
+    assert out.token_ids == plain.token_ids
+    assert llm.engine.metrics.num_drafts
+    with pytest.raises(TypeError, match="speculative_config: expected some of method, .* got num_tokens"):
+        LLM(tiny_path, device="cpu", speculative_config={"num_tokens": 3})
+    with pytest.raises(TypeError, match="speculative_config: expected a dictionary or None, got 5"):
+        LLM(tiny_path, device="cpu", speculative_config=5)

@@ -125,7 +125,7 @@ def order() -> None:
 
 def roofline() -> None:
     """Measured FLOP/s over intensity, under the two measured ceilings."""
-    r = results("chapter_04", device="h100")
+    r = results("chapter_04", "h100")
     copy, peak = r["ceilings"]["copy bytes/s"], r["ceilings"]["matmul FLOP/s"]
     figure, ax = plt.subplots(figsize=(9.2, 4.9))
     intensity = np.logspace(-1.3, 4, 200)

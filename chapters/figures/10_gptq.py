@@ -15,7 +15,7 @@ look(9)
 
 def recorded() -> dict:
     """The ladder and what belongs to it: by a GPU where it is recorded, else by a CPU."""
-    return results("chapter_10", measured_on("chapter_10", "h100", "h200", "cpu-2-cores"))
+    return results("chapter_10", "h100", "h200", "cpu-2-cores")
 
 
 def arrow(ax: plt.Axes, begin: tuple, end: tuple, color: str, **options: object) -> None:

@@ -55,7 +55,7 @@ class Constraint:
         return self.vocabulary.mask(self._automaton, self._known(state))
 
     def packed(self, state: int) -> NDArray[np.int32]:
-        """The same, token 32 w + i as bit i of word w: int32 [ceil(size / 32)]. Of one state it is one array."""
+        """The same, token 32 w + i as bit i of word w: int32 [ceil(size / 32)]. Equal ones are one array."""
         if state == FINISHED:
             return packed(self.allowed(state))
         return self.vocabulary.packed(self._automaton, self._known(state))

@@ -18,7 +18,9 @@ Masks are kept by the digest of a state, so that requests with the same schema s
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
+from hashlib import blake2b
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,6 +109,7 @@ class Vocabulary:
         self.tokens = [None if i in self.ends else token or None for i, token in enumerate(tokens)]
         self._build(self.tokens)
         self._masks, self._walks = _Kept(cache_bytes * 2 // 3), _Kept(cache_bytes // 3)
+        self._equal: WeakValueDictionary[bytes, NDArray] = WeakValueDictionary()
 
     @classmethod
     def of(cls, tokenizer: ByteTokens, end_ids: Collection[int] | None = None, size: int | None = None) -> "Vocabulary":
@@ -173,9 +176,13 @@ class Vocabulary:
         return bits.view(np.bool_)
 
     def packed(self, automaton: Automaton, state: int) -> NDArray[np.int32]:
-        """The same as bits, see `packed`; of one state it is one array, as long as it is kept."""
+        """The same as bits, see `packed`; equal ones are one array, as long as they are kept."""
         node = automaton.nodes[state]
-        return self._masks.get(node.digest, lambda: (packed(self._make_mask(automaton, node)),))[0]
+        return self._masks.get(node.digest, lambda: (self._one_of(packed(self._make_mask(automaton, node))),))[0]
+
+    def _one_of(self, mask: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Of equal masks the same array: at most places of a long string the same tokens may come."""
+        return self._equal.setdefault(blake2b(mask.tobytes(), digest_size=16).digest(), mask)
 
     def _make_mask(self, automaton: Automaton, node: Node) -> Mask:
         reached, _ = self._reach(automaton, node)

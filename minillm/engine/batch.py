@@ -143,20 +143,21 @@ class DeviceTable:
     # ---- on the device -----------------------------------------------------------------------------------------------
 
     def batch(
-        self, tokens: int, sequences: int, decode: bool, max_seqlen_k: int | None = None, num_adapters: int = 0
+        self, tokens: int, sequences: int, decode: bool, max_seqlen_k: int | None = None, num_adapters: int = 0,
+        max_seqlen_q: int | None = None,
     ) -> Batch:  # fmt: skip
         """The batch that `set_steps` described, padded to so many tokens and sequences; decode: one token each.
-        num_adapters: slots of adapters, where the step has some.
+        num_adapters: slots of adapters, where the step has some. max_seqlen_q: tokens that one may have (None: any).
         """
         token_ids, positions, slots, context_lens, block_tables, logit_rows = step_inputs(
             self.steps, self.matrix, self._options, self.lengths, self.layout.first_token, self.layout.first_block,
             self.layout.wide, self.block_size, tokens, sequences,
         )  # fmt: skip
-        bounds, plan = self.steps[3, : sequences + 1], None
+        bounds, plan, max_seqlen_q = self.steps[3, : sequences + 1], None, 1 if decode else max_seqlen_q or tokens
         if KERNELS["paged_attention"].path(self.matrix) == "torch":
             plan = AttentionPlan(block_tables, context_lens, bounds, self.block_size)
         return Batch(
-            token_ids, positions, slots, bounds, context_lens, block_tables, 1 if decode else tokens, logit_rows,
+            token_ids, positions, slots, bounds, context_lens, block_tables, max_seqlen_q, logit_rows,
             self.lengths[:sequences], self.options_of(sequences), plan, max_seqlen_k,
             self._lora(tokens, sequences, decode, num_adapters) if num_adapters else None,
         )  # fmt: skip
@@ -175,8 +176,15 @@ class DeviceTable:
         """The options of the first sequences of the last batch, [S] each."""
         return {name: values[:sequences] for name, values in self.options.items()}
 
+    def logit_rows(self, last: Tensor, width: int) -> Tensor:
+        """The rows of the batch whose hidden states give each sequence's next tokens: of its last token but its
+        guesses, then of each guess. Where there are fewer, the last one's again.  last [S] -> [S W]
+        """
+        ahead = torch.arange(width, device=self.device)
+        guesses = (self.steps[2, : len(last)] - 1).clamp(min=0)
+        return (last[:, None] + (ahead - guesses[:, None]).clamp(max=0)).view(-1)
+
     def append(self, sampled: Tensor, given: Tensor | None = None) -> None:
-        """Write each sequence's new tokens behind its others.  [S] int64, or [S, K] and how many are meant [S] int32"""
-        sampled = sampled[:, None] if sampled.dim() == 1 else sampled
+        """Write each sequence's new tokens behind its others.  [S, K] int64, and how many are meant [S] int32"""
         given = self.given[: len(sampled)] if given is None else given
         append_tokens(self.steps, self.matrix, sampled, given, self.layout.first_token)

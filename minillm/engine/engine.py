@@ -28,11 +28,14 @@ from ..model.tokenizer import Tokenizer
 from ..model.tokenizer_hf import HuggingFaceTokenizer
 from ..sampling import SamplingParams, new_seed
 from .batch import OPTIONS, RowLayout
-from .constraints import Constraints, Follower, Masks, mask_of
+from .constraints import Constraints, Follower, Masks, masks_of
+from .draft_head import HeadRunner
+from .draft_length import Speculation
 from .metrics import EngineMetrics, LogLine
 from .request import Request, known
 from .runner import Results, Runner
 from .scheduler import Copies, Scheduled, Scheduler
+from .speculative import SpeculativeRunner
 from .table import Plan, RequestTable, prompt_part
 from .text import StopText
 
@@ -50,8 +53,8 @@ Got = dict[Request, None]  # who got a token or ended in this step, in order
 class InFlight:
     """A step on its way. What it computes for whom: of each request its first token in this step, the number of its
     tokens, the blocks that these are written into, and its epoch and preemptions at the launch, which tell whether it
-    was declared void or preempted since. Then which of them get tokens; the results; and whose row is where in the log
-    probabilities (of prompts: the first row).
+    was declared void or preempted since. Then which of them get tokens, and how many at most; the results; and whose
+    rows are where in the log probabilities (the first of them).
     """
 
     requests: list[Request]
@@ -61,6 +64,7 @@ class InFlight:
     epochs: list[int]
     preemptions: list[int]
     ready: list[int]
+    most: list[int]
     results: Results
     logprob_rows: dict[int, int]
     prompt_rows: dict[int, int]
@@ -92,13 +96,10 @@ class Engine:
     request that another thread's step has finished is `finished`. An exception that leaves `step` (Ctrl-C) has ended
     all requests. When the model's weights change, earlier entries of the prefix cache are not found any more.
 
-    A subclass may give up to `tokens_per_step` tokens a step, by a runner of its own (`runner_class`).
+    With `speculative` a step may give a request several tokens: the ones that it would get without (`speculative.py`).
 
     Raises ValueError for arguments out of range and MemoryError when the device has no room, saying what to lower.
     """
-
-    tokens_per_step = 1
-    runner_class = Runner
 
     def __init__(
         self,
@@ -120,8 +121,8 @@ class Engine:
             self.slots = AdapterSlots(model, self.config.max_loras, self.config.max_lora_rank)
             self.registry = Registry(self.slots.packed, model, most=KEPT * self.config.max_loras)
             options["adapter"] = torch.int32
-        self.layout = RowLayout(self.max_model_len + self.tokens_per_step - 1, blocks, options)
-        self.runner = self.runner_class(model, self.config, self.layout)
+        self.layout = RowLayout(self.max_model_len + self.config.most_per_step - 1, blocks, options)
+        self.runner: Runner = self.runner_class(model, self.config, self.layout)
         num_blocks = self._num_blocks(asked)
         self.max_model_len = min(self.max_model_len, num_blocks * self.config.block_size)
         self.runner.allocate(num_blocks)
@@ -130,6 +131,7 @@ class Engine:
             gc.collect()
             gc.freeze()  # model and graphs stay: a collection that walks through them stops a step for 30 ms
         self.metrics = EngineMetrics()
+        self.speculation = self._speculation()
         self.constraints = Constraints(tokenizer, self.end_token_ids, model.config.vocab_size)
         self.requests: dict[str, Request] = {}
         self._lock, self._order, self._log = threading.RLock(), itertools.count(), LogLine(self.metrics)
@@ -152,6 +154,24 @@ class Engine:
             )
         return num_blocks
 
+    @property
+    def runner_class(self) -> type[Runner]:
+        """What runs the steps. A subclass may guess in another way."""
+        if self.config.speculative is None:
+            return Runner
+        return HeadRunner if self.config.speculative.method == "draft_head" else SpeculativeRunner
+
+    def _speculation(self) -> Speculation | None:
+        asked = self.config.speculative
+        if asked is None:
+            return None
+        runner, costs, rates = self.runner, asked.step_costs, None
+        if isinstance(runner, SpeculativeRunner):
+            rates = runner.rates
+            costs = runner.measure() if costs is None and asked.adaptive else costs
+        budget = known(self.config.max_num_batched_tokens)
+        return Speculation(asked, costs if asked.adaptive else None, budget, rates)
+
     def reset(self) -> None:
         """Drop everything: requests (as aborted), steps on their way, and what the prefix cache holds."""
         with self._lock:
@@ -167,7 +187,9 @@ class Engine:
         if self.slots is not None:
             self.slots.held = [0] * self.slots.count
         self.scheduler = Scheduler(self.pool, self.config.max_num_seqs, budget, self.metrics, self.slots)
-        self.table = RequestTable(self.layout, self.config.max_num_seqs, self.model_config.vocab_size)
+        self.table = RequestTable(
+            self.layout, self.config.max_num_seqs, self.model_config.vocab_size, self.config.widths
+        )
         self.requests.clear()
         self._in_flight: list[InFlight] = []
 
@@ -296,7 +318,7 @@ class Engine:
             text_stream=StopText(params.stop, decoder) if decoder else None,
             logprobs=None if params.logprobs is None else [],
             prompt_logprobs=None if params.prompt_logprobs is None else [None] * len(prompt),
-            tokens_per_step=self.tokens_per_step, arrival_time=time.perf_counter(),
+            arrival_time=time.perf_counter(),
         )  # fmt: skip
 
     def has_unfinished(self) -> bool:
@@ -335,6 +357,8 @@ class Engine:
             return got
 
     def _step(self) -> list[Request]:
+        if self.speculation is not None:
+            self.speculation.choose(self.scheduler)
         scheduled, copies = self.scheduler.schedule()
         got: Got = {}
         while self.scheduler.failed:
@@ -368,7 +392,7 @@ class Engine:
 
     def _spoiled(self, request: Request, count: int, error: Exception, got: Got) -> None:
         """A request fails before its part of a step is done; others may have been promised its blocks."""
-        self._distrust(set(self._written(request, request.num_computed, count)), spared=[request])
+        self._distrust(set(self._written(request, count)), spared=[request])
         self._fail(request, error, got)
 
     def _copy(self, scheduled: Scheduled, copies: Copies, got: Got) -> Scheduled:
@@ -391,20 +415,17 @@ class Engine:
         plan = self.table.plan(scheduled)
         self.runner.forward(plan)
         ready = plan.ready.tolist()
-        results = self.runner.draw(plan, self._masks([(i, scheduled[i][0]) for i in ready], got))
+        results = self.runner.draw(plan, self._masks([(i, scheduled[i][0]) for i in ready], plan, got))
         flight = self._flight(scheduled, plan, results)
         self.scheduler.advance(scheduled)
         return flight
 
     def _flight(self, scheduled: Scheduled, plan: Plan, results: Results) -> InFlight:
-        size, more = self.config.block_size, self.tokens_per_step - 2
         requests, counts = [request for request, _ in scheduled], [count for _, count in scheduled]
         starts = [request.num_computed for request in requests]
-        blocks = [
-            request.table.blocks[start // size : (start + count + more) // size + 1]
-            for request, start, count in zip(requests, starts, counts, strict=True)
-        ]
-        logprob_rows = {} if plan.logprobs is None else {i: row for row, i in enumerate(plan.logprobs[0].tolist())}
+        blocks = [self._written(request, count) for request, count in scheduled]
+        reported = [] if plan.logprobs is None else plan.logprobs[0].tolist()
+        logprob_rows = {i: index * plan.width for index, i in enumerate(reported)}
         prompt_rows, row = {}, 0
         if plan.prompt_logprobs is not None:
             for i, request in enumerate(requests):
@@ -413,27 +434,28 @@ class Engine:
                     prompt_rows[i], row = row, row + last - first
         return InFlight(
             requests, starts, counts, blocks, [r.epoch for r in requests], [r.num_preemptions for r in requests],
-            plan.ready.tolist(), results, logprob_rows, prompt_rows,
+            plan.ready.tolist(), plan.steps[2].tolist(), results, logprob_rows, prompt_rows,
         )  # fmt: skip
 
-    def _masks(self, drawing: list[tuple[int, Request]], got: Got) -> Masks | None:
+    def _masks(self, drawing: list[tuple[int, Request]], plan: Plan, got: Got) -> Masks | None:
         """Which tokens constrained requests may get, by all their tokens: so what is on its way is read first."""
         constrained = [(i, request) for i, request in drawing if request.allowed is not None]
         if not constrained:
             return None
         self._take(self._in_flight, got)
         self._in_flight = []
-        sequences, masks = [], []
+        places: list[int] = []
+        masks = []
+        guesses = self.runner.guesses(plan)
         for i, request in constrained:
             try:
-                mask = None if request.finished else mask_of(request, self.model_config.vocab_size)
+                found = [] if request.finished else masks_of(request, self.model_config.vocab_size, guesses[i])
             except Exception as error:
                 self._fail(request, error, got)
                 continue
-            if mask is not None:
-                sequences.append(i)
-                masks.append(mask)
-        return Masks.of(sequences, masks) if masks else None
+            places += range(i * plan.width, i * plan.width + len(found))
+            masks += found
+        return Masks(places, masks) if masks else None
 
     # ---- taking in ---------------------------------------------------------------------------------------------------
 
@@ -463,10 +485,14 @@ class Engine:
 
     def _take_tokens(self, flight: InFlight, i: int, request: Request, tokens: list[int], now: float) -> None:
         """What was a bound becomes a count; the tokens are read one by one, and one may end the request."""
-        most = request.tokens_per_step
+        most = flight.most[i]
         request.num_pending -= most
-        if most > 1 and request.num_preemptions == flight.preemptions[i]:
-            request.num_computed -= most - len(tokens)
+        if most > 1:
+            if request.num_preemptions == flight.preemptions[i]:
+                request.num_computed -= most - len(tokens)
+            self.metrics.checked(most - 1, len(tokens) - 1)
+        if self.speculation is not None:
+            self.speculation.learn(request, most - 1, tokens)
         count = 0
         for token in tokens:
             count += 1
@@ -474,7 +500,7 @@ class Engine:
             request.new_token_ids.append(token)
             if request.logprobs is not None and flight.results.logprobs is not None:
                 wanted = request.params.logprobs or 0
-                request.logprobs.append(flight.results.logprobs.of(flight.logprob_rows[i], wanted, token))
+                request.logprobs.append(flight.results.logprobs.of(flight.logprob_rows[i] + count - 1, wanted, token))
             if (reason := self._reads(request, token)) is not None:
                 self.metrics.got_tokens(request, count, now)
                 self._finish(request, reason)
@@ -534,10 +560,10 @@ class Engine:
                 request.num_pending, request.epoch = 0, request.epoch + 1
                 self.scheduler.preempt(request)
 
-    def _written(self, request: Request, start: int, count: int) -> list[int]:
-        """The blocks that a step of these tokens writes."""
-        size, last = self.config.block_size, start + count + request.tokens_per_step - 2
-        return request.table.blocks[start // size : last // size + 1]
+    def _written(self, request: Request, count: int) -> list[int]:
+        """The blocks that a step of the request's next `count` tokens writes."""
+        size, last = self.config.block_size, request.num_computed + count - 1
+        return request.table.blocks[request.first_unsure // size : last // size + 1]
 
     def _fail(self, request: Request, error: Exception, got: Got) -> None:
         if not request.finished:

@@ -79,6 +79,9 @@ COUNTERS = {
     "num_cached_tokens": "Those of them that the prefix cache held.",
     "num_generated_tokens": "Tokens generated.",
     "num_preemptions": "Running requests that gave their blocks back.",
+    "num_drafts": "Times that guesses of a request were checked.",
+    "num_draft_tokens": "Guesses that were checked.",
+    "num_accepted_tokens": "Those of them that were right, and all before them.",
 }
 
 
@@ -105,6 +108,10 @@ class EngineMetrics:
     num_cached_tokens: int = 0
     num_generated_tokens: int = 0
     num_preemptions: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
     time_to_first_token: Histogram = field(default_factory=Histogram)
     queue_time: Histogram = field(default_factory=Histogram)
     prefill_time: Histogram = field(default_factory=Histogram)
@@ -182,6 +189,16 @@ class EngineMetrics:
         request.last_token_time = now
         self.num_generated_tokens += count
 
+    def checked(self, num_guesses: int, num_accepted: int) -> None:
+        """Of so many guesses for one request so many were right, the first ones."""
+        self.num_drafts += 1
+        self.num_draft_tokens += num_guesses
+        self.num_accepted_tokens += num_accepted
+        by_place = self.num_accepted_tokens_per_pos
+        by_place += [0] * (num_guesses - len(by_place))
+        for place in range(num_accepted):
+            by_place[place] += 1
+
     def finished(self, request: Request, now: float) -> None:
         """A request ended, one way or another."""
         if request.finish_reason == "abort":
@@ -200,6 +217,9 @@ class EngineMetrics:
         for name, told in COUNTERS.items():
             full = f"minillm_{name.removeprefix('num_')}_total"
             lines += [f"# HELP {full} {told}", f"# TYPE {full} counter", f"{full} {getattr(self, name)}"]
+        full = "minillm_accepted_tokens_per_pos_total"
+        lines += [f"# HELP {full} Guesses that were right, by their place.", f"# TYPE {full} counter"]
+        lines += [f'{full}{{position="{i}"}} {n}' for i, n in enumerate(self.num_accepted_tokens_per_pos)]
         for name, value in (
             ("requests_running", self.running), ("requests_waiting", self.waiting), ("cache_usage", self.cache_usage),
             ("prefix_cache_hit_rate", self.hit_rate),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -10,6 +11,9 @@ from ..cache.blocks import BlockTable
 from ..sampling import SamplingParams
 from .constraints import Follower
 from .text import StopText
+
+if TYPE_CHECKING:
+    from .draft_length import Acceptance
 
 __all__ = ["Request", "known"]
 
@@ -21,9 +25,11 @@ class Request:
     `num_computed` tokens have their keys and values in the cache (or will have, once the steps that were launched are
     done); it chases `num_tokens`, the tokens there are. Where it catches up, the next token is sampled: first it is
     pending (`num_pending`: it exists on the device, and the host has not read it yet), then it is in
-    `output_token_ids`. A step may give up to `tokens_per_step` tokens: then both counts are bounds until it is read.
-    Preemption sets `num_computed` back to 0. A running request has a `row`, where the device keeps its tokens and its
-    block table; `on_device` says whether it is filled. `epoch` counts how often what was on its way was declared void.
+    `output_token_ids`. A step that computes more tokens than there are checks guesses, up to `drafts` (see
+    `speculative.py`; `acceptance`: how often they were right), and may give as many more: then both counts are bounds
+    until it is read. Preemption sets `num_computed` back to 0. A running request has a `row`, where the device keeps
+    its tokens and its block table; `on_device` says whether it is filled. `epoch` counts how often what was on its way
+    was declared void.
 
     At most `max_tokens` are generated; one of `ends` is the last. `order` is the time of arrival, as a count; a smaller
     `priority` goes first. `parent`: the request whose prompt is the same, and whose blocks this one shares once they
@@ -42,7 +48,8 @@ class Request:
     options: dict[str, float] = field(default_factory=dict)
     order: int = 0
     priority: int = 0
-    tokens_per_step: int = 1
+    drafts: int = 0
+    acceptance: "Acceptance | None" = None
     parent: "Request | None" = None
     allowed: Callable[[Sequence[int]], Tensor | None] | Follower | None = None
     adapter: Loaded | None = None
@@ -76,7 +83,7 @@ class Request:
         self.is_filtered = self.has_penalties or filters  # more than a temperature decides the token
         self.is_edited = bool(p.logit_bias) or p.min_tokens > 0  # logits may change before that
         reported = p.logprobs is not None or p.prompt_logprobs is not None
-        self.is_plain = not (self.is_filtered or self.is_edited or reported or self.tokens_per_step > 1)
+        self.is_plain = not (self.is_filtered or self.is_edited or reported)
 
     @property
     def finished(self) -> bool:
@@ -107,9 +114,16 @@ class Request:
         """Prompt and output, as far as the host knows them."""
         return self.prompt_token_ids + self.output_token_ids
 
-    def is_ready(self, count: int) -> bool:
-        """Whether computing `count` more tokens catches up, so that a token is sampled."""
-        return self.num_computed + count == self.num_tokens
+    @property
+    def first_unsure(self) -> int:
+        """Where the next step begins, at the earliest: guesses on their way may all be wrong."""
+        if self.num_pending <= 1:
+            return self.num_computed
+        return min(self.num_computed, self.num_prompt_tokens + len(self.output_token_ids) - 1)
+
+    def most(self, count: int) -> int:
+        """How many tokens computing `count` more gives at most: one where it catches up, and one for each guess."""
+        return max(0, self.num_computed + count - self.num_tokens + 1)
 
 
 def known(value: int | None) -> int:

@@ -35,8 +35,8 @@ from ..kernels import (
     trusted,
 )
 from ..model import Transformer
-from .batch import DeviceTable, RowLayout, to_device
-from .constraints import Masks
+from .batch import Batch, DeviceTable, RowLayout, to_device
+from .constraints import Masks, MaskTable
 from .request import known
 from .table import Edits, Plan
 
@@ -87,14 +87,33 @@ class Results:
 
 @dataclass(frozen=True)
 class Kind:
-    """What a draw does beyond a temperature: filters and penalties; log probabilities; masks."""
+    """What a draw does beyond a temperature: filters and penalties; log probabilities; masks. And for how many places
+    of each sequence it draws (`Plan.width`).
+    """
 
     filtered: bool = False
     reported: bool = False
     masked: bool = False
+    width: int = 1
 
 
-Drawn = tuple[Tensor, ...]  # tokens [S]; and if reported: ids and log probabilities [S, K], those of the tokens [S]
+@dataclass(frozen=True)
+class Drawn:
+    """Tokens [S, W] of W places of each sequence, of which given [S] are meant (None: all). Log probabilities, if
+    reported, of its S W places: ids and values [S W, K] of the best, those of the tokens [S W].
+    """
+
+    tokens: Tensor
+    given: Tensor | None = None
+    logprobs: tuple[Tensor, ...] = ()
+
+
+Shape = tuple[int, int, bool, int | None, int, int, int | None]  # of a graph of `forward`: `_forward`'s arguments
+
+
+def powers_of_2(sizes: list[int]) -> list[int]:
+    """Those that are powers of 2, and the largest: for what is recorded in fewer sizes."""
+    return [n for n in sizes if n & (n - 1) == 0 or n == sizes[-1]]
 
 
 def _cache_dtype(name: str, of_model: torch.dtype, device: torch.device) -> torch.dtype:
@@ -120,18 +139,17 @@ class Runner:
         self.model, self.config = model, config
         self.device, self.dtype = model.device, model.dtype
         self.max_num_seqs, self.max_num_batched_tokens = config.max_num_seqs, known(config.max_num_batched_tokens)
+        places = config.max_num_seqs * config.most_per_step  # that a step draws tokens for
         self.cache_dtype = _cache_dtype(config.kv_cache_dtype, self.dtype, self.device)
         self.table = DeviceTable(layout, config.max_num_seqs, config.block_size, self.device)
         vocab = model.config.vocab_size  # how often which token stands in which row; written where penalties ask for it
         self.counts = torch.zeros(config.max_num_seqs + 1, vocab, dtype=torch.int16, device=self.device)
         self.reported = min(REPORTED, vocab)
-        # The step's masks, one bit a token, behind one that allows everything; and which of them each sequence has.
-        self.masks = torch.full((config.max_num_seqs + 1, -(-vocab // 32)), -1, dtype=torch.int32, device=self.device)
-        self.which_mask = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=self.device)
-        self._last = torch.zeros(config.max_num_seqs, model.config.hidden_size, dtype=self.dtype, device=self.device)
+        self.masks = MaskTable(places, vocab, self.device)
+        self._last = torch.zeros(places, model.config.hidden_size, dtype=self.dtype, device=self.device)
         self._hidden_states = self._last  # of all tokens of the step; graphs leave them in `_all`
         self._all: Tensor | None = None
-        self.forward_graphs: dict[tuple[int, int, bool, int | None, int], torch.cuda.CUDAGraph] = {}
+        self.forward_graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
         self.draw_graphs: dict[tuple[int, Kind], tuple[torch.cuda.CUDAGraph, Drawn]] = {}
         self.num_replays = 0
         # Memory that graphs share; not draws with layers, for results travel beside the next step, not before it.
@@ -158,7 +176,7 @@ class Runner:
         before = torch.cuda.memory_allocated()
         self._forward(self.max_num_batched_tokens, min(self.max_num_seqs, self.max_num_batched_tokens), False,
                       slots=self.config.max_loras)  # fmt: skip
-        self._draw(self.max_num_seqs, Kind(filtered=True, reported=True, masked=True))
+        self._draw(self.max_num_seqs, Kind(filtered=True, reported=True, masked=True, width=self.config.most_per_step))
         torch.cuda.synchronize()
         step = torch.cuda.max_memory_allocated() - before
         torch.cuda.empty_cache()
@@ -181,21 +199,36 @@ class Runner:
     @torch.inference_mode()
     def forward(self, plan: Plan) -> None:
         """Start computing the hidden states of the plan's tokens. If it raises, nothing of the plan counts as sent."""
+        self._receive(plan)
+        slots = self.config.max_loras if plan.adapted else 0
+        shape = self._shape(plan, slots)
+        if shape is None:
+            self._forward(plan.num_tokens, plan.num_sequences, plan.is_decode, slots=slots, width=plan.width)
+            return
+        self.forward_graphs[shape].replay()
+        self.num_replays += 1
+        self._hidden_states = self._last if plan.is_decode or self._all is None else self._all
+
+    def _shape(self, plan: Plan, slots: int) -> Shape | None:
+        """The graph that has room for the plan; None: there is none."""
+        sizes = self.decode_sizes if plan.is_decode else self.mixed_sizes
+        at = bisect.bisect_left(sizes, plan.num_tokens)
+        if at == len(sizes):
+            return None
+        short = SHORT if plan.num_tokens == 1 and plan.longest is not None and plan.longest <= SHORT else None
+        sequences = sizes[at] if plan.is_decode else self.max_num_seqs
+        return sizes[at], sequences, plan.is_decode, short, slots, plan.width, None
+
+    def _receive(self, plan: Plan) -> None:
+        """What the plan says, into the device's tables."""
         self.table.update(plan.places, plan.values)
         self.table.set_steps(plan.steps)
         for row, prompt, output in plan.penalized:
             set_counts(self.counts, row, to_device(prompt, self.device), to_device(output, self.device))
-        slots = self.config.max_loras if plan.adapted else 0
-        sizes = self.decode_sizes if plan.is_decode else self.mixed_sizes
-        at = bisect.bisect_left(sizes, plan.num_tokens)
-        if at == len(sizes):
-            self._forward(plan.num_tokens, plan.num_sequences, plan.is_decode, slots=slots)
-            return
-        short = SHORT if plan.num_tokens == 1 and plan.longest is not None and plan.longest <= SHORT else None
-        shape = (sizes[at], sizes[at] if plan.is_decode else self.max_num_seqs, plan.is_decode, short, slots)
-        self.forward_graphs[shape].replay()
-        self.num_replays += 1
-        self._hidden_states = self._last if plan.is_decode or self._all is None else self._all
+
+    def guesses(self, plan: Plan) -> list[list[int]]:
+        """Once `forward` has started: the guesses of each sequence of the plan."""
+        return [[]] * plan.num_sequences
 
     @torch.inference_mode()
     def draw(self, plan: Plan, masks: Masks | None = None) -> Results:
@@ -205,20 +238,24 @@ class Runner:
         prompt_logprobs = self._prompt_logprobs(plan)
         most = 0 if plan.logprobs is None else plan.logprobs[1]
         if masks is not None:
-            self._set_masks(masks)
-        kind = Kind(plan.filtered, plan.logprobs is not None, masks is not None)
+            self.masks.set(masks)
+        kind = Kind(plan.filtered, plan.logprobs is not None, masks is not None, plan.width)
         if plan.edits is not None or most > self.reported or not self.decode_sizes:
             drawn = self._draw_edited(plan, kind)
         else:
             drawn = self._draw_graph(plan.num_sequences, kind)
         logprobs = None
         if plan.logprobs is not None:
-            rows = to_device(plan.logprobs[0], self.device)
-            logprobs = Logprobs(*(self._to_host(x[rows]) for x in drawn[1:]))
-        tokens = drawn[0][: plan.num_sequences]
+            places = plan.logprobs[0][:, None] * plan.width + np.arange(plan.width)
+            rows = to_device(places.reshape(-1), self.device)
+            logprobs = Logprobs(*(self._to_host(x[rows]) for x in drawn.logprobs))
+        tokens, given = drawn.tokens[: plan.num_sequences], drawn.given
+        given = None if given is None else given[: plan.num_sequences]
         if len(plan.ready) < plan.num_sequences:
-            tokens = tokens[to_device(plan.ready, self.device)]
-        results = Results(self._to_host(tokens)[:, None], None, logprobs, prompt_logprobs)
+            ready = to_device(plan.ready, self.device)
+            tokens, given = tokens[ready], None if given is None else given[ready]
+        given = None if given is None else self._to_host(given)
+        results = Results(self._to_host(tokens), given, logprobs, prompt_logprobs)
         if self._copying is not None:
             results.done = self._copied = torch.cuda.Event()
             results.done.record(self._copying)
@@ -235,30 +272,35 @@ class Runner:
         return host
 
     def _forward(
-        self, tokens: int, sequences: int, decode: bool, max_seqlen_k: int | None = None, slots: int = 0
+        self, tokens: int, sequences: int, decode: bool, max_seqlen_k: int | None = None, slots: int = 0,
+        width: int = 1, max_seqlen_q: int | None = None,
     ) -> None:  # fmt: skip
         """Everything that a graph of `forward` holds: from rows to hidden states, those that give tokens in `_last`."""
         with dependent_launch(), trusted():
-            batch = self.table.batch(tokens, sequences, decode, max_seqlen_k, slots)
-            hidden_states = self.model(batch.token_ids, batch, self.cache)  # [N, hidden]
-            self._last[:sequences] = hidden_states if decode else hidden_states[batch.logit_rows]  # [S, hidden]
+            batch = self.table.batch(tokens, sequences, decode, max_seqlen_k, slots, max_seqlen_q)
+            hidden_states = self._layers(batch)  # [N, hidden]
+            rows = batch.logit_rows if width == 1 else self.table.logit_rows(batch.logit_rows, width)
+            self._last[: sequences * width] = hidden_states if decode else hidden_states[rows]  # [S W, hidden]
         if self._all is not None and not decode:
             self._all[:tokens] = hidden_states
         self._hidden_states = hidden_states
 
-    def _draw(self, sequences: int, kind: Kind) -> Drawn:
-        """Everything that a graph of `draw` holds: from hidden states to tokens [S], in the rows too."""
-        with dependent_launch(), trusted():
-            logits = self.model.lm_head(self._last[:sequences])  # [S, vocab]
-            sampled = self._choose(self._masked(logits, kind), kind.filtered)
-            self.table.append(sampled)
-            return (sampled, *top_logprobs(logits, sampled, self.reported)) if kind.reported else (sampled,)
+    def _layers(self, batch: Batch) -> Tensor:
+        """Hidden states of the batch's tokens, [N, hidden]; keys and values go into the cache."""
+        return self.model(batch.token_ids, batch, self.cache)
 
-    def _set_masks(self, masks: Masks) -> None:
-        which = np.zeros(self.max_num_seqs, np.int64)
-        which[masks.sequences] = masks.which + 1
-        self.which_mask.copy_(to_device(which, self.device), non_blocking=True)
-        self.masks[1 : 1 + len(masks.masks)].copy_(to_device(masks.masks, self.device), non_blocking=True)
+    def _draw(self, sequences: int, kind: Kind) -> Drawn:
+        """Everything that a graph of `draw` holds: from hidden states to tokens [S, W], in the rows too."""
+        with dependent_launch(), trusted():
+            logits = self.model.lm_head(self._last[: sequences * kind.width])  # [S W, vocab]
+            tokens, given = self._tokens(self._masked(logits, kind), kind)
+            self.table.append(tokens, given)
+            found = top_logprobs(logits, tokens.view(-1), self.reported) if kind.reported else ()
+            return Drawn(tokens, given, found)
+
+    def _tokens(self, logits: Tensor, kind: Kind) -> tuple[Tensor, Tensor | None]:
+        """Logits [S W, vocab] -> tokens [S, W], and how many of each sequence's are meant [S] int32 (None: all)."""
+        return self._choose(logits, kind.filtered)[:, None], None
 
     def _masked(self, logits: Tensor, kind: Kind) -> Tensor:
         """-inf where the step's masks forbid. In place, but for reported ones: these are the model's own."""
@@ -266,13 +308,17 @@ class Runner:
             return logits
         logits = logits.clone() if kind.reported else logits
         rows = torch.arange(len(logits), device=self.device)
-        mask_logits(logits, rows, self.which_mask[: len(logits)], self.masks)
+        mask_logits(logits, rows, self.masks.which[: len(logits)], self.masks.bits)
         return logits
 
-    def _choose(self, logits: Tensor, filtered: bool) -> Tensor:
-        """A token of each row.  [S, vocab] -> [S]"""
+    def _choose(self, logits: Tensor, filtered: bool, ahead: int = 0, active: Tensor | None = None) -> Tensor:
+        """A token of each sequence, for the place that lies so far ahead of its tokens.  [S, vocab] -> [S]
+
+        active [S] bool: whose token is given, so that it counts for penalties; None: who gets any.
+        """
         sequences = len(logits)
         o, lengths = self.table.options_of(sequences), self.table.lengths[:sequences]
+        lengths = lengths + ahead if ahead else lengths  # a plain draw is not to pay for a sum
         if not filtered:
             return gumbel_argmax(logits, o["temperature"], o["seed"], lengths)
         rows = self.table.steps[0, :sequences]
@@ -281,23 +327,25 @@ class Runner:
             logits, o["temperature"], o["seed"], lengths, o["top_k"], o["top_p"], o["min_p"], *penalties, rows,
             self.counts,
         )  # fmt: skip
-        count_tokens(self.counts, rows, sampled, self.table.steps[2, :sequences] > 0)
+        count_tokens(self.counts, rows, sampled, self.table.steps[2, :sequences] > 0 if active is None else active)
         return sampled
 
     def _draw_edited(self, plan: Plan, kind: Kind) -> Drawn:
         """`_draw` with what is rare: biases first, or many log probabilities (of the model's own logits)."""
         with trusted():
-            logits = self.model.lm_head(self._last[: plan.num_sequences])  # [S, vocab]
-            sampled = self._choose(self._masked(self._edited(logits, plan.edits), kind), kind.filtered)
-            self.table.append(sampled)
-            return (sampled,) if plan.logprobs is None else (sampled, *top_logprobs(logits, sampled, plan.logprobs[1]))
+            logits = self.model.lm_head(self._last[: plan.num_sequences * kind.width])  # [S W, vocab]
+            tokens, given = self._tokens(self._masked(self._edited(logits, plan.edits, kind.width), kind), kind)
+            self.table.append(tokens, given)
+            found = () if plan.logprobs is None else top_logprobs(logits, tokens.view(-1), plan.logprobs[1])
+            return Drawn(tokens, given, found)
 
-    def _edited(self, logits: Tensor, edits: Edits | None) -> Tensor:
+    def _edited(self, logits: Tensor, edits: Edits | None, width: int) -> Tensor:
         if edits is None:
             return logits
         logits = logits.float().clone() if self.dtype == torch.float32 else logits.float()  # a copy: see `_masked`
-        index = to_device(edits.sequences * logits.shape[1] + edits.token_ids, self.device)
-        logits.view(-1)[index] += to_device(edits.values, self.device)
+        places = edits.sequences[:, None] * width + np.arange(width)  # all of a sequence's places are edited alike
+        index = to_device((places * logits.shape[1] + edits.token_ids[:, None]).reshape(-1), self.device)
+        logits.view(-1)[index] += to_device(edits.values.repeat(width), self.device)
         return logits
 
     def _prompt_logprobs(self, plan: Plan) -> Logprobs | None:
@@ -322,14 +370,20 @@ class Runner:
         self.mixed_sizes = sorted({*range(most, 0, -max(256, most // 8)), *(n for n in (256, 512) if n < most)})
         self.table.set_steps(self.table.nobody())
         self._all = torch.empty(most, self._last.shape[1], dtype=self.dtype, device=self.device)
-        forwards: list[tuple[int, int, bool, int | None, int]] = []
+        forwards: list[Shape] = []
         for slots in sorted({0, self.config.max_loras}):  # steps without adapters are not to pay for them
-            forwards += [(1, 1, True, SHORT, slots)]
-            forwards += [(n, self.max_num_seqs, False, None, slots) for n in self.mixed_sizes]
-            forwards += [(n, n, True, None, slots) for n in self.decode_sizes]
+            forwards += self._shapes(slots)
         for shape in sorted(forwards, key=lambda shape: shape[:3], reverse=True):
             self.forward_graphs[shape], _ = self._record("layers", partial(self._forward, *shape))
         self._record_draws(self.decode_sizes, Kind())
+
+    def _shapes(self, slots: int) -> list[Shape]:
+        """What `_forward` is recorded for."""
+        return [
+            (1, 1, True, SHORT, slots, 1, None),
+            *((n, self.max_num_seqs, False, None, slots, 1, None) for n in self.mixed_sizes),
+            *((n, n, True, None, slots, 1, None) for n in self.decode_sizes),
+        ]
 
     def _record_draws(self, sizes: list[int], like: Kind) -> None:
         """With and without filters, else as `like`."""
@@ -337,14 +391,15 @@ class Runner:
         self.table.steps[2] = 0  # a draw that is tried out gives nobody a token
         for sequences in reversed(sizes):
             for kind in (replace(like, filtered=True), replace(like, filtered=False)):
-                self.draw_graphs[sequences, kind] = self._record("draws", partial(self._draw, sequences, kind))
+                if (sequences, kind) not in self.draw_graphs:
+                    self.draw_graphs[sequences, kind] = self._record("draws", partial(self._draw, sequences, kind))
         self.table.steps.copy_(steps)
 
     def _draw_graph(self, sequences: int, kind: Kind) -> Drawn:
         """Replay a draw. Log probabilities and masks are rarer: for a few sizes, recorded when first asked for."""
         sizes = self.decode_sizes
-        if kind.reported or kind.masked:
-            sizes = [n for n in sizes if n & (n - 1) == 0 or n == sizes[-1]]
+        if kind.reported or kind.masked or kind.width > 1:
+            sizes = powers_of_2(sizes)
         key = sizes[bisect.bisect_left(sizes, sequences)], kind
         if key not in self.draw_graphs:
             self._record_draws(sizes, kind)

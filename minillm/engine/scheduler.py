@@ -65,10 +65,11 @@ class Scheduler:
             request = self.running[index]
             known, start = len(request.output_token_ids) + request.num_pending, request.num_computed
             if known < request.max_tokens:  # else only its last token is still on the way
-                count = min(request.num_prompt_tokens + known - start, budget)
+                count = min(request.num_prompt_tokens + known - start + request.drafts, budget)
                 try:  # mostly there is nothing to do: one more token in a block of its own
-                    easy = count == request.tokens_per_step == 1 and request.table.has_room(start)
-                    if not easy and not self._make_room(request, count, copies):
+                    if not (count == 1 and request.table.has_room(start)):
+                        count = self._make_room(request, count, copies)
+                    if not count:
                         break
                 except Exception as error:
                     self._fail(request, error)
@@ -148,24 +149,28 @@ class Scheduler:
         else:
             request.num_computed = request.table.match_prefix(request.tokens())
 
-    def _make_room(self, request: Request, count: int, copies: dict[int, int]) -> bool:
-        """Blocks for `count` more tokens, if need be those of requests that go behind; False: it went itself."""
+    def _make_room(self, request: Request, count: int, copies: dict[int, int]) -> int:
+        """Blocks for `count` more tokens, if need be those of requests that go behind -> for how many; 0: it went
+        itself. Guesses are not worth anybody's blocks: they are left out first.
+        """
         while True:
             try:
                 self._extend(request, count, copies)
-                return True
+                return count
             except OutOfBlocks:
+                if request.most(count) > 1:
+                    count = request.num_tokens - request.num_computed
+                    continue
                 victim = self.running[-1]
                 self.preempt(victim)
                 if victim is request:
-                    return False
+                    return 0
 
     def _extend(self, request: Request, count: int, copies: dict[int, int]) -> None:
-        """Blocks for the tokens, and for what the step gives beyond the first; full ones of known tokens get a name."""
+        """Blocks for the tokens; full ones get a name, if their tokens are known: never one with a guess in it."""
         table, start = request.table, request.num_computed
         stop = start + count
-        more = request.tokens_per_step - 1
-        for old, new in table.extend(start, stop + more if more and request.is_ready(count) else stop):
+        for old, new in table.extend(start, stop):
             copies[new] = old
         if stop // self.pool.block_size > len(table.hashes) and self.pool.enable_prefix_caching:
             table.publish(request.tokens(), stop)
@@ -199,10 +204,9 @@ class Scheduler:
         for request, count in scheduled:
             if request.row < 0:
                 continue  # ended while it was launched
+            most = request.most(count)
             request.num_computed += count
-            if request.num_computed == request.num_tokens:
-                request.num_pending += request.tokens_per_step
-                request.num_computed += request.tokens_per_step - 1
+            request.num_pending += most
 
     def remove(self, request: Request) -> None:
         """A request is finished, or not wanted any more; its blocks come home."""

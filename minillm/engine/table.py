@@ -33,12 +33,14 @@ class Plan:
     """One step, as arrays.
 
     First go into the table: values [n] int32 to the places [n] int64 (`DeviceTable.update`). steps [4, rows + 1] int32,
-    a column a sequence: row, first token (-1: the last known), whether it gets a token, where its tokens begin.
-    ready [R]: the sequences that get a token. longest: tokens of the longest sequence after this step, at most. most:
-    how many tokens one gets at most. filtered: whether somebody asks for more than a
-    temperature. penalized: (row, its prompt, its output so far) of rows that are new here and want penalties.
-    logprobs: the sequences that want log probabilities, and of how many candidates. prompt_logprobs: rows of the batch,
-    the token that follows each, and of how many candidates. adapted: whether somebody has an adapter.
+    a column a sequence: row, first token (-1: the last known), how many tokens it gets at most (0: none; above 1: so
+    many less one of its tokens are guesses), where its tokens begin. ready [R]: the sequences that get a token.
+    longest: tokens of the longest sequence after this step, at most. width: for how many places of each sequence a
+    token is drawn (1 where nobody has guesses). filtered: whether somebody asks for more than a temperature. penalized:
+    (row, its prompt, its output so far) of rows that are new here and want penalties. logprobs: the sequences that want
+    log probabilities, and of how many candidates. prompt_logprobs: rows of the batch, the token that follows each, and
+    of how many candidates. adapted: whether somebody has an adapter. constrained: whether somebody's masks depend on
+    the guesses.
     """
 
     places: np.ndarray
@@ -48,13 +50,14 @@ class Plan:
     num_sequences: int
     ready: np.ndarray
     longest: int | None = None
-    most: int = 1
+    width: int = 1
     filtered: bool = False
     penalized: tuple[tuple[int, np.ndarray, np.ndarray], ...] = ()
     edits: Edits | None = None
     logprobs: tuple[np.ndarray, int] | None = None
     prompt_logprobs: tuple[np.ndarray, np.ndarray, int] | None = None
     adapted: bool = False
+    constrained: bool = False
 
     @property
     def is_decode(self) -> bool:
@@ -63,10 +66,14 @@ class Plan:
 
 
 class RequestTable:
-    """Which row holds what of which request. `max_num_seqs` rows; the one behind them stands for padding."""
+    """Which row holds what of which request. `max_num_seqs` rows; the one behind them stands for padding. widths: of
+    how many tokens a step may give a request, ascending; a step's is the least that suffices.
+    """
 
-    def __init__(self, layout: RowLayout, max_num_seqs: int, vocab_size: int) -> None:
-        self.layout, self.padding, self.vocab_size = layout, max_num_seqs, vocab_size
+    def __init__(
+        self, layout: RowLayout, max_num_seqs: int, vocab_size: int, widths: Sequence[int] = (1,)
+    ) -> None:  # fmt: skip
+        self.layout, self.padding, self.vocab_size, self.widths = layout, max_num_seqs, vocab_size, widths
 
     def plan(self, scheduled: Scheduled) -> Plan:
         """The step that computes (request, number of its next tokens) pairs; what it says counts as on the device.
@@ -79,11 +86,11 @@ class RequestTable:
         special: list[tuple[int, Request]] = []  # who wants more of a draw than a temperature
         changed: list[Request] = []
         for column, (request, count) in enumerate(scheduled):
-            first, gets = request.num_computed, request.num_computed + count == request.num_tokens
-            numbers += request.row, -1 if gets and count == 1 else first, gets, begin
+            first, most = request.num_computed, request.most(count)
+            numbers += request.row, -1 if most == count else first, most, begin
             begin += count
             longest = max(longest, request.num_computed + count)
-            if gets:
+            if most:
                 ready.append(column)
             if not request.is_plain:
                 special.append((column, request))
@@ -94,15 +101,17 @@ class RequestTable:
         fresh = [request for request in changed if request.has_penalties and not request.on_device]
         places, values = self._changes(changed)
         drawing = [(i, request) for i, request in special if steps[2, i]]
+        most_of_all = int(steps[2].max())
         return Plan(
             places, values, steps, begin, n, np.array(ready, np.int64), longest,
-            most=max([request.tokens_per_step for _, request in drawing], default=1),
+            width=next(width for width in self.widths if width >= most_of_all),
             filtered=any([request.is_filtered for _, request in drawing]),
             penalized=tuple(self._penalized(request) for request in fresh),
             edits=_edits([(i, request) for i, request in drawing if request.is_edited]),
             logprobs=_logprobs([(i, request) for i, request in drawing if request.logprobs is not None]),
             prompt_logprobs=_prompt_logprobs(scheduled) if any([r.prompt_logprobs for _, r in special]) else None,
             adapted=any([request.adapter is not None for request, _ in scheduled]),
+            constrained=any([request.allowed is not None for request, _ in scheduled]),
         )  # fmt: skip
 
     @staticmethod

@@ -10,9 +10,10 @@ One query a sequence is decoding, many are a prompt or a chunk of one, and a bat
 Bytes: a decoding step reads every key and value of its sequences once, 2 · context · H_kv · D · element size each, for
 4 · context · H · D FLOPs: in bf16 as many FLOPs a byte as query heads share a key (1 to 8), where an H100 could do 240.
 Memory is the limit, and the reads are all that counts. So the query heads of one key/value head are rows of one
-product, which reads each key once for all of them; and when there are fewer sequences than the chip has room for,
-the context is split among programs, and a second kernel joins their results by their log-sum-exp. The number of splits
-follows from the shapes alone, never from lengths: a CUDA graph replays whatever was captured.
+product, which reads each key once for all of them; and when there are fewer sequences than the chip has room for, of
+one query each or a few (guesses that are checked), the context is split among programs, and a second kernel joins their
+results by their log-sum-exp. The number of splits follows from the shapes alone, never from lengths: a CUDA graph
+replays whatever was captured.
 
 A cache of 8 bits halves the bytes. It has a scale a token and head (`quantize_heads` in rope.py makes them), and
 nothing need be multiplied out: q · (k s) = (q · k) s, one number a key, and Σ p (v s) = Σ (p s) v. What then limits is
@@ -53,6 +54,7 @@ MAX_HEAD_SIZE = 256
 
 
 SHORT = 1024  # tokens up to which a context that is split is read in small tiles, so that more programs share it
+FEW = 16  # queries a sequence up to which contexts are split: of one token and guesses that are checked behind it
 ALONE = 256  # tokens from which on a sequence that lies in a row is attended to by itself: less copied, one call more
 FORMATS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 GAIN = tl.constexpr(64.0)  # of p · scale_v on its way through the product: in fp16 small ones would lose bits
@@ -520,11 +522,15 @@ _SIZES = {
 
 
 def _cut(
-    sequences: int, kv_heads: int, decode: bool, limits: tuple[int | None, ...], device: torch.device
+    sequences: int, kv_heads: int, queries: int, limits: tuple[int | None, ...], device: torch.device
 ) -> tuple[str, int]:  # fmt: skip
-    """The kind of a launch, and among how many parts each context is split. limits: of the keys that a query sees."""
-    if not decode or (parts := splits(sequences, kv_heads, device)) == 1:
-        return "decode" if decode else "prefill", 1
+    """The kind of a launch, and among how many parts each context is split. queries: of a sequence, at most. limits: of
+    the keys that a query sees.
+    """
+    if queries > FEW or (parts := splits(sequences, kv_heads, device)) == 1:
+        return "decode" if queries == 1 else "prefill", 1
+    if queries > 1:
+        return "prefill", parts
     most = min([n for n in limits if n], default=None)
     if most is None:
         return "split", parts
@@ -578,7 +584,7 @@ def paged_attention(
         return torch.zeros((tokens, heads, size), dtype=q.dtype, device=q.device)
     out = torch.empty((tokens, heads, size), dtype=q.dtype, device=q.device)
     block_d, block_g = max(16, next_power_of_2(size)), next_power_of_2(heads // kv_heads)
-    kind, parts = _cut(sequences, kv_heads, decode, (window, max_seqlen_k), q.device)
+    kind, parts = _cut(sequences, kv_heads, max_seqlen_q, (window, max_seqlen_k), q.device)
     sizes = _sizes(q, k_cache, kind, block_d)
     block_q = max(1, max(16, sizes.pop("BLOCK_M")) // block_g)
     target = out if parts == 1 else torch.empty((tokens, heads, parts, size), dtype=torch.float32, device=q.device)

@@ -43,7 +43,11 @@ PARTS: dict[str, list[tuple[str, str, str]]] = {
         ("13_prompting", "templates, few-shot, constrained decoding", "`prompting.py`"),
     ],
     "VI. Production": [
-        ("14_speculative_decoding", "draft and verify, the acceptance rule and its proof", "`speculative.py`"),
+        (
+            "14_speculative_decoding",
+            "draft and verify, the acceptance rule and its proof, a trained draft head",
+            "`engine/speculative.py` `engine/draft_head.py`",
+        ),
         ("15_serving", "a streaming server, routing, back-pressure, metrics", "`server/`"),
         ("16_engines_and_scale", "production engines side by side; tensor parallelism", "`distributed/`"),
         ("17_outlook", "what comes next, one small lab each", ""),

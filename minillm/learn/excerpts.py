@@ -63,11 +63,21 @@ def _lines(node: ast.stmt, lines: list[str], docstring: bool) -> list[str]:
     return [line[indent:] for line in kept]
 
 
-def results(suite: str, device: str = "cpu-2-cores") -> dict:
-    """What the benchmark `suite` recorded on `device`: benchmarks/results/<device>/<suite>.json, without its
-    provenance.
+CPU = "cpu-2-cores"
+
+
+def results(suite: str, *devices: str) -> dict:
+    """What the benchmark `suite` recorded: benchmarks/results/<device>/<suite>.json, without provenance; "cpu-2-cores"
+    if no device is named. Of several devices each part is the first one's that has it.
+
+    Raises FileNotFoundError if none has the suite.
     """
-    return _load(suite, device)["results"]
+    devices = devices or (CPU,)
+    there = [device for device in devices if _path(suite, device).is_file()]
+    found: dict = {}
+    for device in reversed(there or devices[:1]):
+        found |= _load(suite, device)["results"]
+    return found
 
 
 def measured_on(suite: str, *devices: str) -> str | None:
@@ -75,12 +85,22 @@ def measured_on(suite: str, *devices: str) -> str | None:
     return next((device for device in devices if _path(suite, device).is_file()), None)
 
 
-def provenance(suite: str, device: str = "cpu-2-cores") -> str:
-    """One line: on what, with which versions and when `suite` was measured, with a link to the file."""
-    p = _load(suite, device)["provenance"]
-    versions = ", ".join(f"{name} {version}" for name, version in p["versions"].items())
-    link = f"[recorded results](../benchmarks/results/{device}/{suite}.json)"
-    return f"*Measured {p['date']} on {p['device']}; {versions}; {link}.*"
+def provenance(suite: str, *devices: str) -> str:
+    """On what, with which versions and when `suite` was measured, with a link to the file: a line for each device that
+    `results` of the same devices takes a part from, and which, if there are several.
+    """
+    devices = devices or (CPU,)
+    loaded = {device: _load(suite, device) for device in devices if _path(suite, device).is_file() or len(devices) == 1}
+    taken = {part: device for device in reversed(loaded) for part in loaded[device]["results"]}
+    lines = []
+    for device in [d for d in loaded if d in taken.values()]:
+        p = loaded[device]["provenance"]
+        versions = ", ".join(f"{name} {version}" for name, version in p["versions"].items())
+        link = f"[recorded results](../benchmarks/results/{device}/{suite}.json)"
+        parts = [part for part in loaded[device]["results"] if taken[part] == device]
+        which = f" of {', '.join(parts)}" if len(set(taken.values())) > 1 else ""
+        lines.append(f"*Measured {p['date']} on {p['device']}; {versions}; {link}{which}.*")
+    return "\n\n".join(lines)
 
 
 def _load(suite: str, device: str) -> dict:

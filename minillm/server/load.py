@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 __all__ = [
-    "TITLE", "Job", "Limits", "Seen", "Source", "Target", "closed_loop", "line", "measure", "open_loop", "poisson",
+    "TITLE", "Job", "Limits", "Seen", "Target", "closed_loop", "line", "open_loop", "poisson", "prompts_of",
     "read_prompts", "summary", "sweep", "words",
 ]  # fmt: skip
 
@@ -152,25 +152,6 @@ def read_prompts(path: Path, max_tokens: int) -> list[Job]:
     return jobs
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where prompts come from: a file, or `words`. Called with a generator it gives jobs without end; raises
-    as `read_prompts`.
-    """
-
-    file: Path | None = None
-    count: int = 128
-    shared: int = 0
-    distinct: int = 0
-    max_tokens: int = 64
-
-    def __call__(self, draw: random.Random) -> Iterator[Job]:
-        if self.file is not None:
-            given = read_prompts(self.file, self.max_tokens)
-            return itertools.cycle(draw.sample(given, len(given)))
-        return (Job(text, self.max_tokens) for text in words(self.count, self.shared, self.distinct, draw))
-
-
 def poisson(rate: float, seconds: float, draw: random.Random) -> list[float]:
     """Times within `seconds` at which independent users come, `rate` a second on average."""
     times, at = [], 0.0
@@ -255,6 +236,20 @@ async def _read(reader: asyncio.StreamReader, seen: Seen, start: float) -> None:
                 seen.cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
 
 
+def prompts_of(
+    path: Path | None, max_tokens: int, count: int, shared: int, distinct: int
+) -> Callable[[random.Random], Iterator[Job]]:
+    """What a run asks, without end, by the run's random numbers: the file's prompts in any order, or else `words`."""
+    given = read_prompts(path, max_tokens) if path else None
+
+    def jobs(draw: random.Random) -> Iterator[Job]:
+        if given:
+            return itertools.cycle(draw.sample(given, len(given)))
+        return (Job(text, max_tokens) for text in words(count, shared, distinct, draw))
+
+    return jobs
+
+
 def sweep(
     target: Target, prompts: Callable[[random.Random], Iterator[Job]], rates: Sequence[float], clients: Sequence[int],
     seconds: float, seed: int, limits: Limits,
@@ -328,25 +323,3 @@ def line(row: dict[str, Any]) -> str:
         + "".join([f"; {error}: {count}" for error, count in row["errors"].items()])
         + (f"; this client was {1e3 * late:.0f} ms late itself" if late > 0.05 else "")
     )
-
-
-def measure(
-    target: Target, source: Source, rates: Sequence[float], clients: Sequence[int], seconds: float, seed: int | None,
-    limits: Limits, show: Callable[[str], None],
-) -> dict[str, Any]:  # fmt: skip
-    """A `sweep`, shown line by line -> what was asked, and the runs. Without rates and clients: one request a second.
-    seed: None draws one. Raises OSError for a server that does not answer.
-    """
-    seed = random.getrandbits(32) if seed is None else seed
-    target = replace(target, model=target.model or target.first_model())
-    rates = rates or ([] if clients else [1.0])
-    asked = {
-        "url": target.url, "model": target.model, "cold": target.cold, "seconds": seconds, "seed": seed,
-        "prompts": {**vars(source), "file": source.file and str(source.file)}, "limits, s": vars(limits),
-    }  # fmt: skip
-    show(TITLE)
-    runs = []
-    for row in sweep(target, source, rates, clients, seconds, seed, limits):
-        runs.append(row)
-        show(line(row))
-    return {"asked": asked, "runs": runs}

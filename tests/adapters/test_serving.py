@@ -12,8 +12,11 @@ from minillm import LLM
 from minillm.adapters import LoraConfig, adapted, adapter_of, attach, detach, peft_format
 from minillm.adapters.lora import Adapter, Pair
 from minillm.adapters.serving import AdapterSlots, LoRARequest, Registry
-from minillm.config import ModelConfig
+from minillm.config import ModelConfig, SpeculativeConfig
+from minillm.engine.draft_head import save_head
+from minillm.engine.draft_training import new_head, own_outputs, train_head
 from minillm.engine.engine import Engine
+from minillm.engine.speculative import SpeculativeRunner
 from minillm.generate import naive
 from minillm.model import Transformer
 from minillm.quant.methods import on_the_fly
@@ -122,6 +125,46 @@ def test_tokens_are_those_of_the_adapter_alone(device, options):
     assert (engine.metrics.num_preemptions > 0) == (options.get("num_blocks") == 14)
     again = run(engine, todo)  # with a prefix cache by now
     assert again == [oracle(*job) for job in todo]
+
+
+@pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
+def test_tokens_are_the_same_with_guesses(async_scheduling, monkeypatch):
+    """Guesses of what the adapter, or another one, gives."""
+    todo = jobs(16)
+    expected = [ORACLE(*job) for job in todo]
+    futures = [[*prompt, *tokens] for (prompt, _, _), tokens in zip(todo, expected, strict=True)]
+
+    def guess(self, tokens, lengths):
+        known = []
+        for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True):
+            future = next((f[length:] for f in futures if f[:length] == row[:length]), [])
+            known.append((future + [1] * self.num_guesses)[: self.num_guesses])
+        return torch.tensor(known, dtype=torch.int32)
+
+    monkeypatch.setattr(SpeculativeRunner, "guess", guess)
+    engine = Engine(
+        fresh(), num_blocks=60, block_size=4, max_num_seqs=4, max_loras=2, async_scheduling=async_scheduling,
+        speculative=SpeculativeConfig(num_speculative_tokens=3, adaptive=False),
+    )  # fmt: skip
+    assert run(engine, todo) == expected
+    assert engine.metrics.num_accepted_tokens > 20
+
+
+@pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
+def test_tokens_are_the_same_with_a_draft_head(async_scheduling, tmp_path):
+    """One head, trained on the model alone, beside adapters."""
+    todo = jobs(8)
+    plain = Engine(fresh(), num_blocks=200, block_size=4, max_num_seqs=8)
+    examples = own_outputs(plain, [prompt for prompt, _, _ in todo], SamplingParams(temperature=0, max_tokens=16))
+    head = new_head(plain.model, examples)
+    train_head(head, examples, 15, lr=6e-3, batch_size=8, progress=False)
+    engine = Engine(
+        fresh(), num_blocks=60, block_size=4, max_num_seqs=4, max_loras=2, async_scheduling=async_scheduling,
+        speculative=SpeculativeConfig("draft_head", 3, adaptive=False, path=save_head(head, tmp_path / "head")),
+    )  # fmt: skip
+    for _ in range(2):  # then with a prefix cache, apart for each adapter
+        assert run(engine, todo) == [ORACLE(*job) for job in todo]
+    assert engine.metrics.num_draft_tokens > 50
 
 
 @settings(max_examples=6)

@@ -134,6 +134,16 @@ def test_masks_are_shared_by_equal_constraints():
     assert first.packed(first.start) is second.packed(second.start)
 
 
+def test_equal_masks_are_one_array():
+    """However many characters a string may still have, if the longest token fits."""
+    constraint = compile_constraint("regex", '"a{0,300}"', small())
+    states = [constraint.walk(constraint.start, b'"' + b"a" * n) for n in (5, 6, 90)]
+    assert len(set(states)) == 3
+    assert len({id(constraint.packed(state)) for state in states}) == 1
+    close = constraint.walk(constraint.start, b'"' + b"a" * 300)
+    assert constraint.packed(close) is not constraint.packed(states[0])
+
+
 def test_a_vocabulary_that_lacks_a_byte_says_so():
     lacking = Vocabulary([b"a", b"b", None], [2])
     with pytest.raises(NoTokenFits, match="lacks a byte"):

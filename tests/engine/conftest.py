@@ -10,6 +10,7 @@ import torch
 from minillm.config import ModelConfig
 from minillm.engine.engine import Engine
 from minillm.engine.runner import Runner
+from minillm.engine.speculative import SpeculativeRunner
 from minillm.generate import Token, naive
 from minillm.generate import prompt_logprobs as prompt_logprobs_of
 from minillm.model import Transformer
@@ -96,6 +97,29 @@ def text_oracle(tokens: Sequence[Token], stop: Sequence[str], min_tokens: int) -
     seen = len(text)
     text += decoder.decode(b"", final=True)
     return len(tokens), text[: cut()], False
+
+
+class FortuneTeller(SpeculativeRunner):
+    """Guesses by what it is told (`futures`: sequences), and errs at places that depend on the length alone: as a draft
+    model would be right more often than prompt lookup is.
+    """
+
+    futures: Sequence[Sequence[int]] = ()
+
+    def guess(self, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        rows = []
+        for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True):
+            known = next((list(t) for t in self.futures if list(t[:length]) == row[:length]), [])
+            future = (known[length:] + [0] * self.num_guesses)[: self.num_guesses]
+            wrong = length % (self.num_guesses + 2)  # 0: it does not err
+            rows.append([(t + 1) % VOCAB if i + 1 == wrong else t for i, t in enumerate(future)])
+        return torch.tensor(rows, dtype=torch.int32)
+
+
+class Guessing(Engine):
+    """An engine whose guesses are `runner.futures`."""
+
+    runner_class = FortuneTeller
 
 
 @pytest.fixture

@@ -1,15 +1,20 @@
 """Guaranteed output in the engine: valid, the same whatever runs beside it; who asks for too much fails alone."""
 
+import contextlib
 import copy
 import functools
 import json
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from minillm.config import ModelConfig
+from minillm.engine import constraints
 from minillm.engine.engine import Engine
 from minillm.generate import naive
 from minillm.model import Transformer
@@ -130,8 +135,43 @@ def test_on_a_gpu_masks_are_drawn_in_graphs(options):
     )  # fmt: skip
     for _ in range(2):
         assert [request.output_token_ids for request in run(other, todo)] == expected
+    alone = [job for job in todo if job[1].structured_outputs]  # a step with a bias is drawn without a graph
+    expected = [request.output_token_ids for request in run(engine(), alone)]
+    assert [request.output_token_ids for request in run(other, alone)] == expected
     if not options.get("enforce_eager"):
         assert any(kind.masked for _, kind in other.runner.draw_graphs)
+
+
+@given(st.lists(st.lists(st.integers(-1, 11), min_size=1, max_size=4), max_size=12), st.integers(0, 11))
+def test_the_device_has_the_masks_that_a_step_asks_for(steps, broken):
+    """Four rows for twelve masks; -1: a sequence without one. A step that fails leaves nothing wrong behind."""
+    some = [np.full(3, 7 + i, np.int32) for i in range(12)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constraints, "ROWS", 2)
+        table = constraints.MaskTable(4, 70, torch.device("cpu"))
+    for at, step in enumerate(steps):
+        wanted = [(i, some[k]) for i, k in enumerate(step) if k >= 0]
+        if at == broken:
+            with pytest.MonkeyPatch.context() as patch, contextlib.suppress(MemoryError):
+                patch.setattr(constraints, "to_device", lambda *_: (_ for _ in ()).throw(MemoryError))
+                table.set(constraints.Masks([i for i, _ in wanted], [mask for _, mask in wanted]))
+        table.set(constraints.Masks([i for i, _ in wanted], [mask for _, mask in wanted]))
+        got = table.bits[table.which]
+        for i in range(4):
+            expected = some[step[i]] if i < len(step) and step[i] >= 0 else np.full(3, -1)
+            assert got[i].tolist() == expected.tolist()
+
+
+def test_masks_travel_once():
+    """Eight requests that may write the same: one array of bits, sent with the first step that needs it."""
+    one, sent = engine(max_num_seqs=8), []
+    real = one.runner.masks._send
+    one.runner.masks._send = lambda new: (sent.append(len(new)), real(new))
+    params = SamplingParams(temperature=0, max_tokens=12, structured_outputs={"regex": "[0-9]{12}"})
+    run(one, [([5, 6, i], params) for i in range(8)])
+    run(one, [([6, 6, i], params) for i in range(8)])
+    assert len(sent) <= 12
+    assert max(sent) <= 2
 
 
 def test_several_completions_go_their_own_way():

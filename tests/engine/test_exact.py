@@ -11,11 +11,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from minillm.config import SpeculativeConfig
 from minillm.engine.engine import Engine
 from minillm.engine.request import Request
 from minillm.sampling import SamplingParams
 
-from .conftest import VOCAB, Letters, assert_home, oracle_tokens, prompt_oracle, text_oracle, tiny_model
+from .conftest import VOCAB, Guessing, Letters, assert_home, oracle_tokens, prompt_oracle, text_oracle, tiny_model
+from .heads import head_path
 
 # ---- what is drawn -------------------------------------------------------------------------------------------------
 
@@ -56,6 +58,7 @@ class Settings:
     prefix_caching: bool
     async_scheduling: bool
     kind: str = "plain"
+    speculative: SpeculativeConfig | None = None
 
 
 SAMPLING = {
@@ -93,6 +96,8 @@ ARRIVALS = st.lists(
 ENGINES = st.builds(
     Settings, st.integers(6, 20), st.sampled_from([1, 2, 4, 8]), st.integers(1, 5), st.integers(1, 30), st.booleans(),
     st.booleans(), st.sampled_from(["plain", "windows"]),
+    st.one_of(st.none(), st.builds(SpeculativeConfig, st.just("ngram"), st.integers(1, 5), st.integers(2, 3),
+                                   st.integers(1, 2), st.just(False))),
 )  # fmt: skip
 
 # ---- playing -------------------------------------------------------------------------------------------------------
@@ -237,18 +242,24 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def schedule_is_exact(device: str, arrivals: list, e) -> None:
-    engine = Engine(
+def schedule_is_exact(device: str, arrivals: list, e, told: bool = False) -> Engine:
+    engine = (Guessing if told else Engine)(
         tiny_model(device, e.kind), num_blocks=e.num_blocks, block_size=e.block_size, max_num_seqs=e.max_num_seqs,
         max_num_batched_tokens=e.budget, enable_prefix_caching=e.prefix_caching, async_scheduling=e.async_scheduling,
-        enforce_eager=True, tokenizer=Letters(),
+        enforce_eager=True, tokenizer=Letters(), speculative=e.speculative,
     )  # fmt: skip
     player = Player(engine, arrivals, device, e.kind)
+    if told:
+        engine.runner.futures = [
+            (*a.prompt, *player.free(a.prompt, SamplingParams(max_tokens=a.max_tokens, **SAMPLING[a.kind])))
+            for a in arrivals if len(a.prompt) < engine.max_model_len
+        ]  # fmt: skip
     started = player.play()
     for one in started:
         player.check(one)
     assert_home(engine)
     assert_counted(engine, started)
+    return engine
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -256,6 +267,22 @@ def schedule_is_exact(device: str, arrivals: list, e) -> None:
 @given(ARRIVALS, ENGINES)
 def test_schedules(arrivals, e):
     schedule_is_exact("cpu", arrivals, e)
+
+
+@pytest.mark.usefixtures("one_thread")
+@settings(max_examples=200, suppress_health_check=list(HealthCheck))
+@given(ARRIVALS, ENGINES, st.integers(1, 5))
+def test_schedules_with_guesses_that_are_often_right(arrivals, e, count):
+    guesses = SpeculativeConfig(num_speculative_tokens=count, adaptive=False)
+    schedule_is_exact("cpu", arrivals, dataclasses.replace(e, speculative=guesses), told=True)
+
+
+@pytest.mark.usefixtures("one_thread")
+@settings(max_examples=100, suppress_health_check=list(HealthCheck))
+@given(ARRIVALS, ENGINES, st.integers(1, 5))
+def test_schedules_with_a_draft_head(arrivals, e, count):
+    guesses = SpeculativeConfig("draft_head", count, adaptive=False, path=head_path(e.kind))
+    schedule_is_exact("cpu", arrivals, dataclasses.replace(e, speculative=guesses))
 
 
 @pytest.mark.gpu

@@ -9,20 +9,36 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillm.cache.blocks import BlockTable
+from minillm.config import SpeculativeConfig
 from minillm.engine.engine import Engine
 from minillm.engine.metrics import EngineMetrics
 from minillm.engine.runner import Results, Runner
 from minillm.engine.text import StopText
 from minillm.sampling import SamplingParams
 
-from .conftest import assert_home, oracle, run, tiny_model
+from .conftest import Guessing, assert_home, oracle, run, tiny_model
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 BOTH = pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
 
 
+GUESSES = SpeculativeConfig(num_speculative_tokens=3, adaptive=False)
+speculative: list[SpeculativeConfig | None] = [None]
+
+
+@pytest.fixture(autouse=True, scope="module", params=[None, GUESSES], ids=["plain", "guesses"])
+def with_guesses(request):
+    """Everything here also with several tokens a step."""
+    speculative[0] = request.param
+
+
 def engine_of(**options) -> Engine:
-    return Engine(tiny_model(), **{"num_blocks": 40, "block_size": 4, "max_num_seqs": 4, **options})
+    options = {"num_blocks": 40, "block_size": 4, "max_num_seqs": 4, "speculative": speculative[0], **options}
+    if speculative[0] is None:
+        return Engine(tiny_model(), **options)
+    engine = Guessing(tiny_model(), **options)
+    engine.runner.futures = [[*p, *oracle(tuple(p), GREEDY, 64)] for p in ([1, 2, 3], [4, 5], [6] * 9, [49, 1, 2])]
+    return engine
 
 
 class Fault(Exception):

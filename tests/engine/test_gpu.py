@@ -309,7 +309,7 @@ def test_a_stream_that_grows_long(device):
     run(engine)
     assert_oracles(model, requests)
     if device == "cuda":
-        assert {(1, 1, True, SHORT, 0), (1, 1, True, None, 0)} <= engine.runner.forward_graphs.keys()
+        assert {(1, 1, True, SHORT, 0, 1, None), (1, 1, True, None, 0, 1, None)} <= engine.runner.forward_graphs.keys()
 
 
 @gpu

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from minillm.config import SpeculativeConfig
 from minillm.engine import batch as batch_module
 from minillm.engine.engine import Engine
-from minillm.engine.runner import Results, Runner
-from minillm.engine.table import Plan
+from minillm.engine.runner import Runner
 from minillm.generate import naive
 from minillm.sampling import SamplingParams
 
-from .conftest import assert_home, oracle, run, tiny_model
+from .conftest import Guessing, assert_home, oracle, run, tiny_model
 
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
 SAMPLED = SamplingParams(temperature=1.0, seed=4, max_tokens=9, ignore_eos=True)
@@ -26,58 +26,29 @@ def engine_of(kind: type[Engine] = Engine, **options) -> Engine:
     return kind(tiny_model(), **{"num_blocks": 40, "block_size": 4, "max_num_seqs": 3, **options})
 
 
-# ---- a step that gives two tokens ----------------------------------------------------------------------------------
+# ---- guesses of another kind ---------------------------------------------------------------------------------------
 
 
-class TwoTokensRunner(Runner):
-    """Decodes a second token right behind the first, from what is on the device alone. As one that guesses would, it
-    sometimes gives the first alone: then the second is taken back on the device, before the next step.
-    """
-
-    draws = 0
-
-    def draw(self, plan: Plan, masks=None) -> Results:
-        first = super().draw(plan, masks)
-        n = len(plan.ready)
-        if n == 0:
-            return first
-        steps = np.zeros_like(plan.steps)
-        steps[0], steps[3, n:] = self.table.padding, n
-        steps[:, :n] = [plan.steps[0, plan.ready], np.full(n, -1), np.ones(n), np.arange(n)]
-        nothing = np.zeros(0, np.int64)
-        again = Plan(nothing, nothing.astype(np.int32), steps, n, n, np.arange(n), filtered=plan.filtered)
-        self.forward(again)
-        second = super().draw(again)
-        TwoTokensRunner.draws += 1
-        given = torch.tensor([1 + (TwoTokensRunner.draws + i) % 2 for i in range(n)])
-        rows = torch.tensor(plan.steps[0, plan.ready], dtype=torch.long)
-        self.table.matrix[rows, 0] -= (2 - given).int()
-        self.counts.zero_()  # of what was taken back: nobody here asks for penalties
-        return Results(torch.cat((first.tokens, second.tokens), 1), given)
-
-
-class TwoTokens(Engine):
-    tokens_per_step = 2
-    runner_class = TwoTokensRunner
+TWO = SpeculativeConfig(num_speculative_tokens=2, adaptive=False)
 
 
 @BOTH
 @pytest.mark.parametrize("num_blocks", [40, 7])  # 7: with preemption
 def test_a_step_may_give_several_tokens(async_scheduling, num_blocks):
-    engine = engine_of(TwoTokens, async_scheduling=async_scheduling, num_blocks=num_blocks)
-    jobs = [(prompt, params) for prompt, params in JOBS if params is not FILTERED] * 2
-    requests = [engine.add(list(prompt), params)[0] for prompt, params in jobs]
+    engine = engine_of(Guessing, async_scheduling=async_scheduling, num_blocks=num_blocks, speculative=TWO)
+    engine.runner.futures = [[*prompt, *oracle(prompt, params, 28)] for prompt, params in JOBS]
+    requests = [engine.add(list(prompt), params)[0] for prompt, params in JOBS * 2]
     most = 0
     while engine.has_unfinished():
         most = max([most, *(len(request.new_token_ids) for request in engine.step())])
-    assert most == 2
+    assert most == 3
     assert_home(engine)
     assert (engine.metrics.num_preemptions > 0) == (num_blocks == 7)
-    for request, (prompt, params) in zip(requests, jobs, strict=True):
+    for request, (prompt, params) in zip(requests, JOBS * 2, strict=True):
         assert request.error is None
         assert request.output_token_ids == oracle(prompt, params, engine.max_model_len)
     assert engine.metrics.num_generated_tokens == sum(len(r.output_token_ids) for r in requests)
-    assert engine.metrics.num_steps < sum(len(r.output_token_ids) for r in requests)
+    assert engine.metrics.num_accepted_tokens > engine.metrics.num_drafts / 2
 
 
 @BOTH
@@ -85,7 +56,8 @@ def test_an_end_within_a_step_drops_what_follows(async_scheduling):
     free = oracle((3,), GREEDY, 64)
     for stop in free[2:5]:
         params = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True, stop_token_ids=[stop])
-        engine = engine_of(TwoTokens, async_scheduling=async_scheduling)
+        engine = engine_of(Guessing, async_scheduling=async_scheduling, speculative=TWO)
+        engine.runner.futures = [[3, *free]]
         [request] = engine.add([3], params)
         run(engine)
         assert_home(engine)

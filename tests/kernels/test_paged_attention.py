@@ -1,5 +1,7 @@
 """Attention through block tables, against the reference and against attention to keys that lie in a row."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -145,6 +147,19 @@ def test_split_context(device, dtype, contexts, most):
         got = paged_attention(*args, max_seqlen_k=most)
     assert error(got, KERNELS["paged_attention"].reference(*args)) < TOLERANCE[dtype]
     assert not got[[c == 0 for c in contexts]].any()
+
+
+@pytest.mark.parametrize("window", [0, 90])
+@pytest.mark.parametrize("counts", [[9], [2, 1, 5], [16, 0, 1, 3]])
+def test_split_context_of_a_few_queries(device, dtype, counts, window, monkeypatch):
+    """One token and guesses behind it: their context, too, is shared by programs. Padding behind them gives 0."""
+    monkeypatch.setattr(sys.modules["minillm.kernels.paged_attention"], "splits", lambda *_: 4)
+    contexts = [700 if count == max(counts) else count + 130 * bool(count) for count in counts]
+    args = batch(device, dtype, counts, contexts, 8, 2, 64, 16, padding=3, window=window)
+    with use("triton"):
+        got = paged_attention(*args)
+    assert error(got, KERNELS["paged_attention"].reference(*args)) < TOLERANCE[dtype]
+    assert not got[sum(counts) :].any()
 
 
 @pytest.mark.parametrize("padding", [0, 2])

@@ -88,7 +88,7 @@ def test_prompts_of_a_file(tmp_path):
     said = [{"role": "user", "content": "b"}]
     file.write_text(f'a é\n\n{{"prompt": "c", "max_tokens": 3}}\n{json.dumps({"messages": said})}\n', encoding="utf-8")
     assert load.read_prompts(file, 7) == [Job("a é", 7), Job("c", 3), Job(said, 7)]
-    drawn = [*itertools.islice(load.Source(file, max_tokens=7)(random.Random(0)), 6)]
+    drawn = [*itertools.islice(load.prompts_of(file, 7, 0, 0, 0)(random.Random(0)), 6)]
     assert {job.max_tokens for job in drawn[:3]} == {3, 7}
     assert drawn[:3] == drawn[3:]  # all of them, and again
     for text, says in (("", "expected prompts"), ('a\n{"x": 1}', ":2: expected JSON"), ("{", ":1: expected JSON")):
