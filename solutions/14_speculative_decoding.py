@@ -341,7 +341,8 @@ check("14.5", Lookup)
 # - k_i is at most len(chances[i]): guesses of a request are checked from the first on, none is skipped.
 # - Of equally good lists the one with the fewest guesses in all. Of equal chances the earlier request's go first.
 # - `seconds` was measured: it may have steps, and more tokens a second may come back after fewer. It is called **at
-#   most once for each n**, as it is slow. S is 1 or more; there may be 100 requests of 8 guesses.
+#   most once for each n**, as it is slow, and for no n beyond the budget. S is 1 or more; there may be 100 requests of
+#   8 guesses.
 
 
 # %%
