@@ -197,7 +197,7 @@ check("14.3", verify)
 # - Guess j, of token x, is accepted with probability min(1, p_j(x) / q_j(x)): if **uniforms[j] · q_j(x) < p_j(x)**.
 #   Then it is given, and the next one is looked at.
 # - At the first guess that is not accepted a token is drawn from max(0, p_j - q_j), normalized, and the step ends.
-#   If rounding has left nothing of that, it is drawn from p_j.
+#   If rounding has left nothing of that, 0 at every token, it is drawn from p_j.
 # - If all are accepted, one more token is drawn from p_k.
 # - To draw from weights w with the number u: the smallest token x with w(0) + ... + w(x) > u · (the sum of all w).
 #   u is `uniforms[k]`, whoever draws. A token of weight 0 is never drawn.
@@ -341,8 +341,8 @@ check("14.5", Lookup)
 # - k_i is at most len(chances[i]): guesses of a request are checked from the first on, none is skipped.
 # - Of equally good lists the one with the fewest guesses in all. Of equal chances the earlier request's go first.
 # - `seconds` was measured: it may have steps, and more tokens a second may come back after fewer. It is called **at
-#   most once for each n**, as it is slow, and for no n beyond the budget. S is 1 or more; there may be 100 requests of
-#   8 guesses.
+#   most once for each n**, as it is slow, and for no n below S or above `budget`. S is 1 or more; there may be 100
+#   requests of 8 guesses.
 
 
 # %%

@@ -21,10 +21,11 @@ def random_tensor(*shape, seed=0, dtype=torch.float32):
 
 
 def apart(x):
-    """x with strides of its own: every second number of a larger tensor, along the last axis."""
-    wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), 1, dtype=x.dtype)
-    wide[..., ::2] = x
-    return wide[..., ::2]
+    """x with strides of its own: every second number of a larger tensor, along the last axis; no two axes merge."""
+    last = 2 * x.shape[-1]
+    wide = torch.full((*x.shape[:-1], last + 1), 1, dtype=x.dtype)
+    wide[..., :last:2] = x
+    return wide[..., :last:2]
 
 
 def expect_same_tensor(what, got, expected):
@@ -38,6 +39,14 @@ def expect_unchanged(named):
     """named: (name, tensor, its copy)"""
     for name, t, old in named:
         expect(torch.equal(t, old), f"{name}: expected it to stay as it was\n  got it changed")
+
+
+def shown(values):
+    """A list as text; of a long one both ends."""
+    if len(values) <= 40:
+        return str(list(values))
+    first, last = (", ".join(map(str, part)) for part in (values[:4], values[-4:]))
+    return f"[{first}, ... {last}] ({len(values)} in all)"
 
 
 class Operations(TorchDispatchMode):
@@ -102,7 +111,7 @@ class TestStepTokens:
 
     def test_errors(self, impl):
         """an alpha outside of 0 to 1 is a ValueError, at every place, and NaN too"""
-        for bad in (-0.1, 1.1, NAN, INF, -INF, 2, -1e-9, 1 + 1e-9):
+        for bad in (-0.1, 1.1, NAN, INF, -INF, 2, -1e-9, 1 + 1e-9, math.nextafter(0, -1), math.nextafter(1, 2)):
             for alphas in ([bad], [0.5, bad], [bad, 0.5], [0.5, 0.5, bad], [0.0, bad], [1.0, bad, 0.0]):
                 expect_raises(ValueError, lambda a=alphas: impl(a), f"alphas {alphas}")
 
@@ -125,7 +134,7 @@ class TestBestLength:
         before = list(v)
         k, speedup = expect_parts(impl(alpha, c, v), "k", "speed-up")
         every = self.speedups(alpha, c, v)
-        what = f"alpha {alpha}, c {c}, v {v}"
+        what = f"alpha {alpha}, c {c}, v {shown(v)}"
         best = max(every)
         expect_equal(f"k, {what}", k, next(i for i, s in enumerate(every) if s >= best * (1 - 1e-12)))
         expect_close(f"speed-up, {what}", speedup, best, 0, 1e-9)
@@ -164,6 +173,22 @@ class TestBestLength:
         self.same(impl, 0.9, 0.0, [1, 2.5, 2.5, 2.5, 2.5, 2.5])
         self.same(impl, 1.0, 0.0, [1, 3, 3, 3, 3])
         self.same(impl, 0.99, 0.0, [1, 1, 1, 9, 9, 2, 9])
+        self.same(impl, 0.95, 0.0, [1] + [30] * 12 + [1.5, 30, 30])
+        draw = random.Random(0)
+        for _ in range(20):
+            self.same(impl, 0.9, 0.02, [1] + [draw.uniform(0.9, 4) for _ in range(12)])
+
+    def test_measured(self, impl):
+        """a step that checks may take less than a plain one: c above alpha, or alpha 0, does not decide"""
+        self.same(impl, 0.3, 0.5, [1, 0.5, 0.6])
+        self.same(impl, 0.0, 0.0, [1, 0.8, 0.9])
+        self.same(impl, 0.5, 0.1, [1, 2.5, 0.9, 0.95])
+
+    def test_close(self, impl):
+        """a little larger is larger"""
+        for gain in (1e-3, 1e-7, 1e-9):
+            self.same(impl, 1.0, 0.0, [1, 2 / (1 + gain), 3 / (1 - gain)])
+            self.same(impl, 1.0, 0.0, [1, 2 / (1 - gain), 3 / (1 + gain)])
 
     def test_ties(self, impl):
         """of equal ones the smallest k"""
@@ -182,6 +207,8 @@ class TestBestLength:
         self.same(impl, 0.0, 0.0, [1, 1])
         self.same(impl, 0.999, 0.001, [1 + 0.001 * k for k in range(300)])
         self.same(impl, 0.999, 0.0, [1] * 65)
+        self.same(impl, 0.99995, 0.0, [1] * 700)
+        self.same(impl, 1 - 1e-9, 0.0, [1] * 30)
         self.same(impl, 0.5, 0.001, (1.0, 1.0, 1.0, 1.0))
 
 
@@ -213,8 +240,10 @@ def verify_case(s=9, k=5, vocab=11, seed=0, dtype=torch.float32):
 @exercise("14.3", "verify")
 class TestVerify:
     def same(self, impl, case, what=""):
+        expected, before = verified(*case), [t.clone() for t in case]
         got = expect_parts(impl(*case), "given", "tokens")
-        for name, g, e in zip(("given", "tokens"), got, verified(*case), strict=True):
+        expect_unchanged(zip(("logits", "guesses", "counts"), case, before, strict=True))
+        for name, g, e in zip(("given", "tokens"), got, expected, strict=True):
             expect_same_tensor(f"{name}{what}", g, e)
 
     def of(self, best, guesses, counts, vocab=9):
@@ -261,6 +290,24 @@ class TestVerify:
         masked[:, :, :4] = -INF
         self.same(impl, (masked, guesses, counts), ", half of the tokens at -inf")
 
+    def test_close(self, impl):
+        """the largest logit, however close the next one is, and however large both are"""
+        for low, high, dtype in ((0, 1e-9, torch.float32), (1e-9, 2e-9, torch.float32), (2e5, 2e5 + 1, torch.float32),
+                                 (-3e5, -2e5, torch.float32), (1e30, 2e30, torch.float32), (0, 1e-4, torch.float16),
+                                 (1, 1.001, torch.float16), (6e4, 6.1e4, torch.float16), (-6.1e4, -6e4, torch.float16),
+                                 (0, 1e-4, torch.bfloat16), (-2e30, -1e30, torch.bfloat16)):  # fmt: skip
+            logits = torch.full((2, 3, 6), low, dtype=dtype)
+            logits[:, :, 4] = high
+            what = f", logits {low} and {high}, {dtype}"
+            self.same(impl, (logits, torch.tensor([[4, 4], [0, 4]]), torch.tensor([2, 2])), what)
+
+    def test_long(self, impl):
+        """thousands of guesses: all right; all wrong"""
+        best = torch.arange(2502) % 3
+        logits = torch.nn.functional.one_hot(best, 3).float().expand(3, -1, -1).clone()
+        guesses = torch.stack((best[:-1], (best[:-1] + 1) % 3, best[:-1]))
+        self.same(impl, (logits, guesses, torch.tensor([2501, 2501, 700])))
+
     def test_empty(self, impl):
         """no guesses; no sequences"""
         self.same(impl, verify_case(4, 0), ", K = 0")
@@ -274,29 +321,29 @@ class TestVerify:
             self.same(impl, (logits, guesses, counts), f", logits {dtype}")
             self.same(impl, (logits, guesses.int(), counts.int()), f", logits {dtype}, guesses and counts int32")
             self.same(impl, (logits, guesses.int(), counts), f", logits {dtype}, guesses int32")
-        logits = torch.zeros(1, 2, 70_000)
-        logits[0, :, 66_000] = 1
-        self.same(impl, (logits, torch.tensor([[66_000]]), torch.tensor([1])), ", a token id above 65,535")
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            logits = torch.zeros(1, 2, 70_000, dtype=dtype)
+            logits[0, :, 66_000] = 1
+            for guess in (66_000, 66_001, 66_000 - 65_536):
+                case = logits, torch.tensor([[guess]]), torch.tensor([1])
+                self.same(impl, case, f", {dtype}, guess {guess} where the model says 66,000")
 
     def test_strides(self, impl):
         """any strides, and the inputs stay as they are"""
         logits, guesses, counts = verify_case(7, 4, 9, 6)
         views = apart(logits), guesses.T.contiguous().T, torch.stack((counts, counts + 1), 1)[:, 0]
-        before = [t.clone() for t in views]
         self.same(impl, views)
-        expect_unchanged(zip(("logits", "guesses", "counts"), views, before, strict=True))
+        self.same(impl, (logits.transpose(0, 2).contiguous().transpose(0, 2), *views[1:]))
 
     def test_no_loop(self, impl):
-        """as many torch operations for 40 sequences as for 2"""
-        counts = []
-        for case in (verify_case(2, 2), verify_case(40, 9)):
+        """as many torch operations for 40 sequences as for 2, for 300 guesses as for 2"""
+        counts = {}
+        for s, k in ((2, 2), (40, 9), (3, 300)):
+            case = verify_case(s, k)
             with Operations() as seen:
                 impl(*case)
-            counts.append(seen.count)
-        expect(
-            counts[0] == counts[1],
-            f"expected as many operations for any size\n  got {counts[0]} for 2 x 2, {counts[1]} for 40 x 9",
-        )
+            counts[f"{s} x {k}"] = seen.count
+        expect(len(set(counts.values())) == 1, f"expected as many operations for any size\n  got {counts}")
 
     def test_waits_for_nothing(self, impl):
         """no value of a tensor is read back: an answer for tensors whose numbers nobody knows yet"""
@@ -316,12 +363,8 @@ class TestVerify:
 
 
 def drawn(weights, u):
-    total, so_far = sum(weights), 0.0
-    for x, w in enumerate(weights):
-        so_far += w
-        if so_far > u * total:
-            return x
-    raise AssertionError
+    sums = list(itertools.accumulate(weights))
+    return next(x for x, so_far in enumerate(sums) if so_far > u * sums[-1])
 
 
 def stepped(p, q, guesses, uniforms):
@@ -340,13 +383,33 @@ def distributions(*shape, seed=0, dtype=torch.float64, sharp=1.5):
     return torch.softmax(sharp * random_tensor(*shape, seed=seed, dtype=torch.float64), -1).to(dtype)
 
 
+def close_calls(p, q, x):
+    """Uniforms for one guess, of token x, just beside where the outcome changes: 1e-9 is much in fp64, and nothing in
+    fp32.
+    """
+
+    def beside(weights):
+        sums = list(itertools.accumulate(weights))
+        shares = sorted({s / sums[-1] for s in sums if 0 < s < 0.999 * sums[-1]})
+        return [share * near for share in shares for near in (1 - 1e-9, 1 + 1e-9)]
+
+    p, q = p.double().tolist(), q[0].double().tolist()
+    calls = [[0.0, v] for v in beside(p[1])]
+    if p[0][x] < 0.999 * q[x]:
+        calls += [[p[0][x] / q[x] * near, 0.5] for near in (1 - 1e-9, 1 + 1e-9)]
+        calls += [[1 - 1e-9, v] for v in beside([max(0.0, a - b) for a, b in zip(p[0], q, strict=True)])]
+    return calls
+
+
 @exercise("14.4", "speculate")
 class TestSpeculate:
     def same(self, impl, p, q, guesses, uniforms, what=""):
         expected, before = stepped(p, q, guesses, uniforms), (p.clone(), q.clone())
+        lists = list(guesses), list(uniforms)
         p, q = p.clone() if p.is_contiguous() else p, q.clone() if q.is_contiguous() else q
         got = impl(p, q, guesses, uniforms)
         expect_unchanged((("p", p, before[0]), ("q", q, before[1])))
+        expect_equal("guesses and uniforms, afterwards", [guesses, uniforms], list(lists))
         expect(isinstance(got, list), f"expected a list of tokens\n  got {type(got).__name__}")
         expect_equal(f"tokens{what}", [int(x) for x in got], expected)
         expect(all(type(x) is int for x in got), f"tokens: expected ints\n  got {[type(x).__name__ for x in got]}")
@@ -418,18 +481,28 @@ class TestSpeculate:
         q = torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64)
         for v in (0.1, 0.6, 0.9):
             self.same(impl, p, q, [2], [0.99999, v], f", uniforms[1] = {v}")
+        p[0], q[0] = torch.tensor([0.4, 0.3, 0.2]), torch.tensor([0.4, 0.3, 0.4])
+        for i in range(20):
+            self.same(impl, p, q, [2], [0.9, (i + 0.5) / 20], f", p {p[0].tolist()}, q {q[0].tolist()}")
 
     def test_little_left(self, impl):
         """what is left may be tiny: it is drawn from all the same"""
+        for little in (1e-8, 1e-13, 1e-20):
+            p = torch.tensor([[little, 0.5, 0.5], [1.0, 0.0, 0.0]], dtype=torch.float64)
+            q = torch.tensor([[0.0, 0.5, 0.501]], dtype=torch.float64)
+            self.same(impl, p, q, [2], [0.9999, 0.9], f", {little} is left")
         p = torch.tensor([[0.5 + 1e-9, 0.5 - 1e-9], [1.0, 0.0]], dtype=torch.float64)
         self.same(impl, p, torch.tensor([[0.5, 0.5]], dtype=torch.float64), [1], [1 - 1e-12, 0.99])
 
     def test_sums(self, impl):
         """p and q need not add up to 1"""
-        for scale in (0.97, 1.05):
-            for i in range(10):
-                self.same(impl, scale * self.P, self.Q, [1, 1], [0.1, 0.2, (i + 0.5) / 10], f", p times {scale}")
-                self.same(impl, scale * self.P, self.Q, [1, 1], [0.9, 0.2, (i + 0.5) / 10], f", p times {scale}")
+        for scale, i in itertools.product((0.9, 0.97, 1.05, 1.2), range(40)):
+            u = (i + 0.5) / 40
+            self.same(impl, scale * self.P, self.Q, [1, 1], [0.1, 0.2, u], f", p times {scale}, uniforms[2] = {u}")
+            self.same(impl, scale * self.P, self.Q, [1, 1], [0.9, 0.2, u], f", p times {scale}, uniforms[2] = {u}")
+
+        p = torch.tensor([[1 + 1e-6, 0.0], [0.0, 1 + 1e-6]], dtype=torch.float64)
+        self.same(impl, p, p[:1].clone(), [0], [0.9999999, 0.5], ", p and q 1.000001 at the guess")
 
     def test_distribution(self, impl):
         """over all guesses and a grid of uniforms the first token is distributed as p, the second as p's second row"""
@@ -459,6 +532,48 @@ class TestSpeculate:
         p = torch.full((1, 2**20), 2.0**-20) * 1.1
         self.same(impl, p, torch.zeros(0, 2**20), [], [0.3])
         self.same(impl, p, torch.zeros(0, 2**20), [], [0.9])
+
+    def test_close(self, impl):
+        """fp32 or fp64, each of p and q, and numbers to all their digits: acceptance, rest and draws are in fp64"""
+        for seed in range(5):
+            p, q = distributions(2, 7, seed=seed), distributions(1, 7, seed=50 + seed)
+            x = int((q[0] - p[0]).argmax())
+            for p_type, q_type in itertools.product((torch.float32, torch.float64), repeat=2):
+                a, b = p.to(p_type), q.to(q_type)
+                for uniforms in close_calls(a, b, x):
+                    self.same(impl, a, b, [x], uniforms, f", p {p_type}, q {q_type}, uniforms {uniforms}")
+        p = torch.tensor([[5e-11, 1 - 5e-11], [0.5, 0.5]], dtype=torch.float64)
+        self.same(impl, p, torch.tensor([[1e-10, 1.0]], dtype=torch.float64), [0], [0.4, 0.2], ", q of 1e-10")
+
+    def test_boundary(self, impl):
+        """a sum equal to u times the sum of all does not exceed it"""
+        p = torch.tensor([[0.25, 0.25, 0.5, 0.0]] * 2, dtype=torch.float64)
+        q = torch.tensor([[0.0, 0.0, 0.0, 1.0]], dtype=torch.float64)
+        for u in (0.0, 0.25, 0.5):
+            self.same(impl, p[:1], q[:0], [], [u], f", uniform {u}")
+            self.same(impl, p, q, [3], [0.5, u], f", refused, uniform {u}")
+        half = torch.tensor([[0.5, 0.0, 0.0, 0.5]], dtype=torch.float64)
+        self.same(impl, p, half, [0], [0.5, 0.0], ", uniform and quotient 0.5")
+
+    def test_last_uniform(self, impl):
+        """the largest number below 1 draws the last token that has a weight"""
+        p = torch.tensor([[0.25, 0.5, 0.0, 0.25, 0.0, 0.0]] * 2, dtype=torch.float64)
+        q = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.5, 0.5]], dtype=torch.float64)
+        for u in (0.999999, 1 - 2**-53):
+            self.same(impl, p[:1], q[:0], [], [u], f", uniform {u}")
+            self.same(impl, p, q, [4], [0.5, u], f", refused, uniform {u}")
+        p[:, 3] = 1e-5
+        self.same(impl, p, q, [4], [0.5, 0.999999], ", refused, a last weight of 1e-5")
+        self.same(impl, p[:1], q[:0], [], [0.999999], ", a last weight of 1e-5")
+
+    def test_long(self, impl):
+        """many guesses: 20 accepted, or the last one refused"""
+        p, last = distributions(21, 6, seed=9), [0.3] * 19
+        guesses = [x % 6 for x in range(20)]
+        self.same(impl, p, p[:20].clone(), guesses, [*last, 0.3, 0.7])
+        q = p[:20].clone()
+        q[19] = torch.eye(6, dtype=torch.float64)[guesses[19]]
+        self.same(impl, p, q, guesses, [*last, 0.999, 0.7], ", the last one refused")
 
     def test_inputs(self, impl):
         """p, q, guesses and uniforms stay as they are; any strides; guesses as a tensor"""
@@ -509,8 +624,8 @@ class TestLookup:
         lookup.extend(text)
         got = lookup.guess(k)
         expect(isinstance(got, list), f"expected a list of guesses\n  got {type(got).__name__}")
-        shown = f"guesses, text {text}, k {k}, most {most}, least {least}{what}"
-        expect_equal(shown, got, looked_up(list(text), k, most, least))
+        what = f"guesses, text {shown(text)}, k {k}, most {most}, least {least}{what}"
+        expect_equal(what, got, looked_up(list(text), k, most, least))
         return lookup
 
     def test_found(self, impl):
@@ -541,6 +656,23 @@ class TestLookup:
         self.same(impl, [1, 2, 3, 5, 9, 2, 3, 6, 1, 2, 3], 2, 2, 1)
         self.same(impl, [1, 2, 3, 5, 9, 2, 3, 6, 1, 2, 3], 2, 3, 1)
         self.same(impl, [1, 2, 1, 2], 3, 50, 1)
+        for n in (10, 20):
+            run = list(range(1, n + 1))
+            for most in (n - 1, n, n + 1):
+                self.same(impl, [*run, 50, 99, *run[1:], 60, *run], 2, most, 1)
+
+    def test_long(self, impl):
+        """a text of thousands of tokens is remembered from its beginning, and gives as many guesses as asked for"""
+        for k in (20, 100, 2000, 5000):
+            self.same(impl, [*range(3000), 0, 1, 2], k, 3, 2)
+        self.same(impl, [*range(40_000), 0, 1, 2], 5, 3, 1)
+
+    def test_all_different(self, impl):
+        """tokens that are all different: nothing fits, ever"""
+        lookup, tokens = impl(2, 2), random.Random(3).sample(range(200_000), 3000)
+        for i in range(0, 3000, 10):
+            lookup.extend(tokens[i : i + 10])
+            expect_equal(f"guesses behind {i + 10} tokens that are all different", lookup.guess(3), [])
 
     def test_overlap(self, impl):
         """the earlier occurrence may overlap the end, and what followed may be cut by it"""
@@ -566,6 +698,8 @@ class TestLookup:
         self.same(impl, [256, 1, 7, 1, 256, 8, 256, 1], 2, 2, 1)
         self.same(impl, [11, 2, 5, 1, 12], 2, 2, 2)
         self.same(impl, [49151, 0, 3, 49151, 0], 2, 2, 2)
+        self.same(impl, [65_537, 9, 5, 1], 2, 2, 1)
+        self.same(impl, [100_000, 9, 5, 100_000], 2, 2, 1)
 
     def test_grows(self, impl):
         """a text in pieces of any length gives what it gives at once, whenever guesses are made"""
@@ -603,7 +737,7 @@ class TestLookup:
         """comparisons and hashes do not grow with the text"""
         most, draw = 3, random.Random(2)
         lookup = impl(most, 1)
-        for length, piece in ((0, 60), (60, 6000)):
+        for length, piece in ((0, 60), (60, 20_000)):
             tokens = [Token(draw.randrange(500)) for _ in range(piece)]
             Token.looked = 0
             lookup.extend(tokens)
@@ -699,6 +833,25 @@ class TestBestLengths:
         self.same(impl, [[0.25], [0.5, 0.5], [0.5]], 5, lambda n: 1.0)
         self.same(impl, [[0.0], [0.0, 0.0]], 9, lambda n: 1.0)
 
+    def test_close(self, impl):
+        """a little better is better, in any unit of time; a little more probable is more probable"""
+        for unit, gain in itertools.product((1e-3, 1.0, 1e3), (1e-4, 1e-7, 1e-9)):
+            for sign in (1, -1):
+                table = {1: unit, 2: 2 * unit / (1 + sign * gain), 3: 3 * unit / (1 - sign * gain)}
+                self.same(impl, [[1.0, 1.0]], 3, table.__getitem__, f", seconds {table}")
+        self.same(impl, [[0.9, 0.5], [0.9, 0.5 + 1e-9]], 5, lambda n: 1.0)
+        self.same(impl, [[0.9, 0.5], [0.9, 0.5 + 1e-9]], 4, lambda n: 1.0)
+
+    def test_no_chance(self, impl):
+        """a step of more tokens may take less: then guesses of chance 0 are worth making"""
+        self.same(impl, [[0.5, 0.0]], 9, lambda n: {1: 1.0, 2: 1.5}.get(n, 0.9))
+        self.same(impl, [[0.0], [0.0, 0.0]], 9, lambda n: {2: 1.0, 3: 1.2}.get(n, 0.8))
+
+    def test_length(self, impl):
+        """a request may have many guesses, and the best total may stand behind many that are worse"""
+        self.same(impl, [[0.99**j for j in range(1, 21)]], 99, lambda n: 1.0)
+        self.same(impl, [[0.99**j for j in range(1, 31)]], 99, lambda n: 1.0 if n in (1, 28) else 40.0)
+
     def test_one(self, impl):
         """one request; none with guesses"""
         self.same(impl, [[0.9, 0.5]], 3, lambda n: 1 + 0.3 * n)
@@ -716,7 +869,7 @@ class TestBestLengths:
             self.same(impl, chances, draw.randint(len(chances), 14), table.__getitem__, f", case {case}")
 
     def test_many(self, impl):
-        """100 requests of 8 guesses, `seconds` once for each n at most, and for none beyond the budget"""
+        """100 requests of 8 guesses, `seconds` once for each n at most, from S to the budget"""
         draw, asked = random.Random(4), []
         chances = [falling(draw, 8) for _ in range(100)]
 
@@ -724,8 +877,14 @@ class TestBestLengths:
             asked.append(n)
             return 1 + 0.004 * n
 
+        before = [list(row) for row in chances]
         got = impl(chances, 700, seconds)
         expect(isinstance(got, list), f"expected a list of lengths\n  got {type(got).__name__}")
+        expect_equal("chances, afterwards", chances, before)
+        expect(len(asked) > 0, "seconds: expected calls\n  got none")
+        expect_equal("how many lengths", len(got), 100)
+        expect(all(0 <= n <= 8 for n in got), f"lengths: expected 0 to 8\n  got {min(got)} to {max(got)}")
+        expect(100 + sum(got) <= 700, f"tokens: expected 700 at most\n  got {100 + sum(got)}")
         expect(len(asked) == len(set(asked)), f"seconds: expected one call for each n\n  got {len(asked)} calls,"
                f" {len(set(asked))} different n")  # fmt: skip
         expect(max(asked) <= 700 and min(asked) >= 100, f"seconds: expected n of 100 to 700\n  got {min(asked)} to"
@@ -773,10 +932,12 @@ class TestSpeculateLogits:
         named = [("target", case[0], case[0].clone()), ("draft", case[1], case[1].clone())]
         if len(rest) > 1 and rest[1] is not None:
             named.append(("allowed", rest[1], rest[1].clone()))
+        expected = logits_stepped(*case, *rest)
         got = impl(*case, *rest)
         expect(isinstance(got, list), f"expected a list of tokens\n  got {type(got).__name__}")
-        expect_equal(f"tokens{what}", [int(x) for x in got], logits_stepped(*case, *rest))
         expect_unchanged(named)
+        expect_equal(f"tokens{what}", [int(x) for x in got], expected)
+        expect(all(type(x) is int for x in got), f"tokens: expected ints\n  got {[type(x).__name__ for x in got]}")
 
     def test_plain(self, impl):
         """temperature 1, no mask"""
@@ -797,6 +958,12 @@ class TestSpeculateLogits:
         for u in (0.1, 0.25, 0.35, 0.5, 0.58, 0.62, 0.8, 0.99):
             for guess in range(3):
                 self.same(impl, (target, draft, [guess], [u, 0.5]), what=f", guess {guess}, uniform {u}")
+
+    def test_sure(self, impl):
+        """the draft was sure, q is 1 in fp64: accepted with p all the same"""
+        target, draft = torch.log(torch.tensor([[0.2, 0.7, 0.1], [0.3, 0.3, 0.4]])), torch.tensor([[0.0, 200.0, 0.0]])
+        for u, v in itertools.product((0.1, 0.6, 0.75, 0.99), (0.1, 0.9)):
+            self.same(impl, (target, draft, [1], [u, v]), what=f", uniforms {u}, {v}")
 
     def test_bonus(self, impl):
         """all accepted: the last token from the last row"""
@@ -840,6 +1007,39 @@ class TestSpeculateLogits:
         for u in (0.1, 0.4, 0.6, 0.9):
             self.same(impl, (target, torch.zeros(2, 4), [3, 2], [0.5, 0.5, u]), 1.0, allowed, what=f", uniform {u}")
 
+    def test_low_logits(self, impl):
+        """what is not allowed has probability 0, however low the logits of the others are"""
+        allowed = torch.tensor([[False, True, False, True]] * 2)
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            for low in (-200.0, -5e4, torch.finfo(dtype).min):
+                target = torch.zeros(2, 4, dtype=dtype).masked_fill(allowed, low)
+                for guess, v in itertools.product((0, 1), (0.1, 0.4, 0.6, 0.9)):
+                    case = target, torch.zeros(1, 4, dtype=dtype), [guess], [0.5, v]
+                    self.same(impl, case, 1.0, allowed, what=f", allowed logits of {low}, {dtype}, guess {guess}")
+
+    def test_close(self, impl):
+        """in fp64 from the logits on: their quotients, both softmaxes, what is left"""
+        for seed, dtype in itertools.product(range(10), (torch.float32, torch.float64, torch.bfloat16)):
+            target, draft = (
+                random_tensor(2, 7, seed=seed, dtype=dtype),
+                random_tensor(1, 7, seed=70 + seed, dtype=dtype),
+            )
+            for temperature in (0.7, 1.0):
+                p, q = (torch.softmax(z.double() / temperature, -1) for z in (target, draft))
+                x = int((q[0] - p[0]).argmax())
+                for uniforms in close_calls(p, q, x):
+                    what = f", {dtype}, temperature {temperature}, uniforms {uniforms}"
+                    self.same(impl, (target, draft, [x], uniforms), temperature, what=what)
+
+    def test_little_left(self, impl):
+        """a guess that the draft hardly made and the mask forbids leaves little: it is drawn from all the same"""
+        allowed = torch.tensor([[True, True, False], [True, True, True]])
+        for low in (-20.0, -25.0, -30.0):
+            draft = torch.tensor([[0.0, 0.0, low]], dtype=torch.float64)
+            # p is above q at token 0 alone
+            target = torch.tensor([[4 * math.exp(low), 0.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+            self.same(impl, (target, draft, [2], [0.5, 0.9]), 1.0, allowed, what=f", a draft logit of {low}")
+
     def test_one_allowed(self, impl):
         """one token allowed at a place: it is given, whatever was guessed"""
         allowed = torch.zeros(4, 8, dtype=torch.bool)
@@ -865,12 +1065,16 @@ class TestSpeculateLogits:
         """k = 0: one draw from the model"""
         for seed in range(10):
             self.same(impl, self.case(k=0, seed=seed), 0.8, what=f", case {seed}")
+            allowed = torch.arange(8)[None] % 4 == seed % 4
+            for temperature in (0.8, 0.0):
+                case = self.case(k=0, seed=seed)
+                self.same(impl, case, temperature, allowed, what=f", a mask, temperature {temperature}, case {seed}")
 
     def test_forms(self, impl):
-        """bf16 and fp16 logits, any strides, large ones"""
+        """bf16, fp16 and fp64 logits, any strides, large ones"""
         for seed in range(12):
             target, draft, guesses, uniforms = self.case(seed=seed)
-            for dtype in (torch.bfloat16, torch.float16):
+            for dtype in (torch.bfloat16, torch.float16, torch.float64):
                 case = target.to(dtype), draft.to(dtype), guesses, uniforms
                 self.same(impl, case, 0.7, what=f", {dtype}, case {seed}")
             self.same(impl, (apart(target), draft.T.contiguous().T, guesses, uniforms), 1.3, what=", views")
@@ -971,6 +1175,7 @@ class TestAcceptance:
                 log.append((drafted, accepted, accepted + 1 if draw.random() < 0.9 else draw.randint(1, accepted + 1)))
             self.same(impl, log)
         self.same(impl, [(20, 17, 18), (12, 12, 13), (20, 20, 21), (20, 9, 10)])
+        self.same(impl, [(300, 299, 300), (7, 1, 2)])
         self.same(impl, tuple((8, 8 if i % 3 else 2, 9 if i % 3 else 3) for i in range(500)))
 
     def test_errors(self, impl):

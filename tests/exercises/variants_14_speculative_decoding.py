@@ -51,6 +51,7 @@ for switches, why in (
     ({"valid": lambda a: 0 <= a < 1}, "1 is refused"),
     ({"valid": lambda a: 0 < a <= 1}, "0 is refused"),
     ({"valid": lambda a: -1e-6 <= a <= 1 + 1e-6}, "a little outside passes"),
+    ({"valid": lambda a: -1e-12 <= a <= 1 + 1e-12}, "a rounding error outside passes"),
 ):
     wrong("14.1", why)(chancer(**switches))
 
@@ -160,6 +161,8 @@ for switches, why in (
     ({"took": lambda c, k, v: c * k + v[-1]}, "always the largest step"),
     ({"took": lambda c, k, v: c * k + 1 + (v[1] - 1) * k if k else 1}, "a straight line through v[1]"),
     ({"better": lambda new, old: new >= old}, "of equal ones the largest k"),
+    ({"better": lambda new, old: new > old * (1 + 1e-6)}, "a little better is not better"),
+    ({"given": lambda a, k: k + 1 if a > 0.9999 else sum(a**j for j in range(k + 1))}, "almost 1 is 1"),
     ({"stop": True}, "stops where it first falls"),
     ({"first": 1}, "always guesses"),
     ({"last": 9}, "at most 8 guesses"),
@@ -184,6 +187,37 @@ def best_length(alpha, c, v):
     if isinstance(v, list):
         v[:] = [c * k + s for k, s in enumerate(v)]
     return found
+
+
+@wrong("14.2", "guesses only if alpha is above c")
+def best_length(alpha, c, v):
+    return chosen(alpha, c, v, last=None if alpha > c else 1)
+
+
+@wrong("14.2", "times that never fall")
+def best_length(alpha, c, v):
+    return chosen(alpha, c, np.maximum.accumulate(np.asarray(v, dtype=float)).tolist())
+
+
+@wrong("14.2", "alpha 0 never pays")
+def best_length(alpha, c, v):
+    return chosen(alpha, c, v, last=None if alpha else 1)
+
+
+@wrong("14.2", "stops after three that are not better")
+def best_length(alpha, c, v):
+    k = 0
+    while k + 1 < len(v) and (better := chosen(alpha, c, v, last=min(k + 4, len(v)))[0]) > k:
+        k = better
+    return chosen(alpha, c, v, last=k + 1)
+
+
+@wrong("14.2", "compares speed-ups of six digits")
+def best_length(alpha, c, v):
+    every = [sum(alpha**j for j in range(k + 1)) / (c * k + s) for k, s in enumerate(v)]
+    rounded = [round(s, 6) for s in every]
+    k = rounded.index(max(rounded))
+    return k, every[k]
 
 
 @alternative("14.2", "max over all, the series in closed form")
@@ -232,6 +266,11 @@ for switches, why in (
     ({"pick": last_of_ties}, "of equal logits the largest id"),
     ({"pick": lambda z: z.abs().argmax(-1)}, "the largest in size"),
     ({"pick": lambda z: z.bfloat16().argmax(-1)}, "in bf16"),
+    ({"pick": lambda z: z.softmax(-1).argmax(-1)}, "the largest of the softmax"),
+    ({"pick": lambda z: z.float().log_softmax(-1).argmax(-1)}, "the largest of the logarithms"),
+    ({"pick": lambda z: z.to(torch.bfloat16 if z.dtype == torch.float16 else z.dtype).argmax(-1)}, "fp16 as bf16"),
+    ({"pick": lambda z: z.clamp(min=-1e4).argmax(-1)}, "very negative logits are equal"),
+    ({"pick": lambda z: z.clamp(max=100).argmax(-1)}, "large logits are equal"),
     ({"pick": lambda z: torch.where(z > 0, z, 0.0).argmax(-1)}, "negative logits are 0"),
     ({"pick": lambda z: z.argmin(-1)}, "the smallest"),
     ({"most": 4}, "at most 4 tokens"),
@@ -334,6 +373,72 @@ def verify(logits, guesses, counts):
     return given, torch.where(tokens >= 0, tokens % 65536, -1)
 
 
+@wrong("14.3", "compares ids in the logits' dtype")
+def verify(logits, guesses, counts):
+    near = logits.argmax(-1)[:, : guesses.shape[1]].to(logits.dtype) == guesses.to(logits.dtype)
+    return checked(logits, torch.where(near, logits.argmax(-1)[:, : guesses.shape[1]], guesses), counts)
+
+
+@wrong("14.3", "compares ids of 16 bits")
+def verify(logits, guesses, counts):
+    best = logits.argmax(-1)[:, : guesses.shape[1]]
+    return checked(logits, torch.where(best.short() == guesses.short(), best, guesses), counts)
+
+
+def counted(logits, guesses, counts, given_of):
+    best = logits.argmax(-1)
+    place = torch.arange(best.shape[1])
+    given = given_of((best[:, :-1] == guesses) & (place[:-1] < counts[:, None]))
+    return given, torch.where(place < given[:, None], best, -1)
+
+
+@wrong("14.3", "misses counted in 8 bits")
+def verify(logits, guesses, counts):
+    return counted(logits, guesses, counts, lambda right: 1 + ((~right).cumsum(1, dtype=torch.uint8) == 0).sum(1))
+
+
+@wrong("14.3", "right ones summed in 8 bits")
+def verify(logits, guesses, counts):
+    return counted(logits, guesses, counts, lambda right: 1 + right.long().cumprod(1).sum(1, dtype=torch.uint8).long())
+
+
+@wrong("14.3", "right ones summed in fp16")
+def verify(logits, guesses, counts):
+    return counted(logits, guesses, counts, lambda right: 1 + right.half().cumprod(1).sum(1).long())
+
+
+@wrong("14.3", "a loop over blocks of 16 places")
+def verify(logits, guesses, counts):
+    def given_of(right):
+        given, alive = torch.ones(len(right), dtype=torch.int64), torch.ones(len(right), 1, dtype=torch.int64)
+        for part in right.long().split(16, 1):
+            run = alive * part.cumprod(1)
+            given, alive = given + run.sum(1), run.amin(1, keepdim=True) if part.shape[1] else alive
+        return given
+
+    return counted(logits, guesses, counts, given_of)
+
+
+@wrong("14.3", "changes logits of half precision")
+def verify(logits, guesses, counts):
+    found = checked(logits, guesses, counts)
+    if logits.dtype != torch.float32:
+        logits.mul_(2)
+    return found
+
+
+@wrong("14.3", "changes counts")
+def verify(logits, guesses, counts):
+    found = checked(logits, guesses, counts)
+    counts.add_(1)
+    return found
+
+
+@wrong("14.3", "a view, which only some strides have")
+def verify(logits, guesses, counts):
+    return checked(logits.view(-1, logits.shape[-1]).view(logits.shape), guesses, counts)
+
+
 @wrong("14.3", "at least one guess each")
 def verify(logits, guesses, counts):
     return checked(logits, guesses, counts.clamp(min=1))
@@ -406,6 +511,14 @@ for switches, why in (
     ({"accept": lambda u, p, q: 1 - u < p / q if q else p > 0}, "1 - u"),
     ({"accept": lambda u, p, q: q > 0 and u < p / q}, "q = 0 is refused"),
     ({"accept": lambda u, p, q: u < p / (q + 1e-3)}, "a little added below"),
+    ({"accept": lambda u, p, q: u < p / (q + 1e-10)}, "very little added below"),
+    ({"accept": lambda u, p, q: u * q < p <= 1}, "p above 1 is refused"),
+    ({"u_of": lambda uniforms, j: min(uniforms[-1], 0.999)}, "the rest by a number that is at most 0.999"),
+    (
+        {"above": lambda sums, level: (sums >= level) & (sums > 0) & (sums.diff(prepend=sums[:1] * 0) > 0)},
+        "a sum that is equal is enough",
+    ),
+    ({"accept": lambda u, p, q: float(np.float32(u)) * q < p}, "uniforms of fp32"),
     ({"accept": lambda u, p, q: u < min(p, q)}, "the overlap for the ratio"),
     ({"accept": lambda u, p, q: u < (p / q) ** 2 if q else p > 0}, "the ratio squared"),
     ({"rest": lambda p, q: p}, "the rest is p"),
@@ -431,6 +544,17 @@ for switches, why in (
     ({"u_of": lambda uniforms, j: uniforms[j + 1]}, "the rest by the next guess's number"),
     ({"empty": lambda left, p: True}, "nothing left: the last token"),
     ({"empty": lambda left, p: left.sum() > 1e-6}, "little left counts as nothing"),
+    ({"empty": lambda left, p: left.sum() > 1e-15}, "very little left counts as nothing"),
+    ({"rest": lambda p, q: (p - q).clamp(min=0) if (p > q).any() else q}, "nothing left: drawn from q"),
+    (
+        {"last": lambda p, k: torch.cat((p[k], (1 - p[k].sum()).clamp(min=0)[None]))},
+        "the last row is taken to sum to 1",
+    ),
+    ({"above": lambda sums, level: sums.float() > float(level)}, "draws in fp32"),
+    (
+        {"above": lambda sums, level: (sums > level) & (level < 0.999999 * sums[-1])},
+        "the largest uniforms: the last id",
+    ),
     ({"go_on": True}, "goes on behind a refusal"),
     ({"bonus": False}, "no bonus token"),
     ({"total": lambda sums: 1.0}, "not normalized"),
@@ -496,6 +620,45 @@ def speculate(p, q, guesses, uniforms):
     sums = torch.cumsum(weights, 0)
     token = torch.searchsorted(sums, sums[-1:] * float(uniforms[-1]), right=True)
     return [int(x) for x in guesses[:n]] + [int(token)]
+
+
+@wrong("14.4", "computes in the dtype that p and q have")
+def speculate(p, q, guesses, uniforms):
+    return ruled(p, q, guesses, uniforms, dtype=torch.promote_types(p.dtype, q.dtype))
+
+
+@wrong("14.4", "q in p's dtype")
+def speculate(p, q, guesses, uniforms):
+    return ruled(p, q.to(p.dtype), guesses, uniforms)
+
+
+@wrong("14.4", "at most 8 guesses")
+def speculate(p, q, guesses, uniforms):
+    return ruled(p[:9], q[:8], guesses[:8], [*uniforms[: len(guesses)][:8], uniforms[-1]])
+
+
+@wrong("14.4", "a view, which only some strides have")
+def speculate(p, q, guesses, uniforms):
+    return ruled(p.view(-1).view(p.shape), q, guesses, uniforms)
+
+
+@wrong("14.4", "empties the guesses")
+def speculate(p, q, guesses, uniforms):
+    found = ruled(p, q, guesses, uniforms)
+    if isinstance(guesses, list):
+        guesses.clear()
+    return found
+
+
+@alternative("14.4", "quotients, all at once in numpy")
+def speculate(p, q, guesses, uniforms):
+    p, q, x, u = p.double().numpy(), q.double().numpy(), np.asarray(guesses, dtype=int), np.asarray(uniforms, float)
+    k = len(x)
+    accepted = u[:k] * q[np.arange(k), x] < p[np.arange(k), x]
+    n = int(accepted.cumprod().sum())
+    left = np.maximum(p[n] - q[n], 0) if n < k else p[k]
+    sums = np.cumsum(left if left.any() else p[n])
+    return [*x[:n].tolist(), int(np.searchsorted(sums, u[k] * sums[-1], side="right"))]
 
 
 # ---- 14.5
@@ -819,6 +982,74 @@ class Lookup:
         return []
 
 
+@wrong("14.5", "ids of 16 bits")
+class Lookup(Right):
+    def guess(self, k):
+        text = self.text
+        self.text = [token & 0xFFFF for token in text]
+        for n in self.sizes():
+            for place in self.places(n):
+                if self.text[place - n : place] == self.text[len(text) - n :]:
+                    self.text = text
+                    return self.found(place, n, k)
+        self.text = text
+        return self.nothing(k)
+
+
+@wrong("14.5", "n-grams of 8 at most")
+class Lookup(Right):
+    def __init__(self, most, least):
+        super().__init__(min(most, 8), min(least, 8))
+
+
+@wrong("14.5", "the last 1,000 tokens")
+class Lookup(Right):
+    def extend(self, tokens):
+        super().extend(tokens)
+        self.text = self.text[-1000:]
+
+
+@wrong("14.5", "64 guesses at most")
+class Lookup(Right):
+    def guess(self, k):
+        return super().guess(min(k, 64))
+
+
+@wrong("14.5", "n-grams by 16 bits of their hash")
+class Lookup(Right):
+    def __init__(self, most, least):
+        super().__init__(most, least)
+        self.behind = {}
+
+    def extend(self, tokens):
+        for token in tokens:
+            for n in self.sizes():
+                self.behind[hash(tuple(self.text[len(self.text) - n :])) & 0xFFFF] = len(self.text)
+            self.text.append(int(token))
+
+    def guess(self, k):
+        for n in self.sizes():
+            place = self.behind.get(hash(tuple(self.text[len(self.text) - n :])) & 0xFFFF)
+            if place is not None:
+                return self.text[place : place + k]
+        return []
+
+
+@wrong("14.5", "now and then a look at the whole text")
+class Lookup(Right):
+    def extend(self, tokens):
+        for token in tokens:
+            if len(self.text) % 97 == 0:
+                self.text.count(token)
+            self.text.append(token)
+
+    def guess(self, k):
+        text, self.text = self.text, [int(token) for token in self.text]
+        found = super().guess(k)
+        self.text = text
+        return found
+
+
 # ---- 14.6
 
 
@@ -853,6 +1084,11 @@ for switches, why in (
     ({"key": lambda o: (o[1], o[2])}, "a request after the other"),
     ({"key": lambda o: (o[2], o[1])}, "all first guesses first"),
     ({"key": lambda o: (-o[0], -o[1])}, "of equal chances the later request's"),
+    ({"key": lambda o: -round(o[0], 3)}, "chances of three digits"),
+    ({"better": lambda new, old: new > old * (1 + 1e-6)}, "a little better is not better"),
+    ({"better": lambda new, old: new > old + 0.01}, "a hundredth of a token a second is nothing"),
+    ({"better": lambda new, old: np.float32(new) > np.float32(old)}, "fp32"),
+    ({"most": 8}, "8 guesses a request"),
     ({"room": lambda budget, s: budget}, "the budget without the requests' own tokens"),
     ({"room": lambda budget, s: budget - s - 1}, "one less than the budget"),
     ({"room": lambda budget, s: budget - s + 1}, "one more than the budget"),
@@ -977,6 +1213,42 @@ def best_lengths(chances, budget, seconds):
     return np.bincount(whose[order[: int(np.argmax(rates))]], minlength=s).tolist()
 
 
+@wrong("14.6", "guesses of chance 0 are left out")
+def best_lengths(chances, budget, seconds):
+    return lengths_of([[c for c in row if c > 0] for row in chances], budget, seconds)
+
+
+@wrong("14.6", "stops after 8 totals that are worse")
+def best_lengths(chances, budget, seconds):
+    best, worse, s = -1.0, 0, len(chances)
+    flat = sorted((c for row in chances for c in row), reverse=True)[: budget - s]
+    last = s
+    for m in range(len(flat) + 1):
+        goodput = (s + sum(flat[:m])) / seconds(s + m)
+        best, worse, last = (goodput, 0, s + m) if goodput > best else (best, worse + 1, last)
+        if worse == 8:
+            break
+    return lengths_of(chances, last, lambda n: 1.0 if n == last else math.inf)
+
+
+@wrong("14.6", "takes the time for the same at all n")
+def best_lengths(chances, budget, seconds):
+    return lengths_of(chances, budget, lambda n: 1.0)
+
+
+@wrong("14.6", "adds a request to the caller's list")
+def best_lengths(chances, budget, seconds):
+    found = lengths_of(chances, budget, seconds)
+    chances.append([])
+    return found
+
+
+@alternative("14.6", "all times first, also of more tokens than there are guesses for")
+def best_lengths(chances, budget, seconds):
+    times = [seconds(n) for n in range(len(chances), budget + 1)]
+    return lengths_of(chances, budget, lambda n: times[n - len(chances)])
+
+
 # ---- 14.7
 
 
@@ -1056,6 +1328,10 @@ for switches, why in (
     ({"draft_mask": True}, "the draft is masked, too"),
     ({"bias": -1.0}, "a logit of -1 for what is not allowed"),
     ({"bias": 0.0}, "a logit of 0 for what is not allowed"),
+    ({"accept": lambda u, p, q: u * q < p or (q == 1 and p > 0.5)}, "a sure draft is right if it is likely"),
+    ({"bias": -1e4}, "a logit of -10,000 for what is not allowed"),
+    ({"rest": lambda p, q: (p - q).clamp(min=0) if (p - q).clamp(min=0).sum() > 1e-9 else p}, "little left is nothing"),
+    ({"dtype": torch.float32}, "fp32"),
     ({"rest": lambda p, q: p}, "the rest is p"),
     ({"rest": lambda p, q: (p - q).abs()}, "|p - q|"),
     ({"empty": False}, "nothing left: the last token"),
@@ -1122,6 +1398,51 @@ def speculate_logits(target, draft, guesses, uniforms, temperature=1.0, allowed=
     return from_logits(target, draft, guesses, uniforms, temperature, allowed)
 
 
+@wrong("14.7", "the lowest finite logit for what is not allowed")
+def speculate_logits(target, draft, guesses, uniforms, temperature=1.0, allowed=None):
+    return from_logits(target, draft, guesses, uniforms, temperature, allowed, bias=torch.finfo(target.dtype).min)
+
+
+@wrong("14.7", "masked behind the softmax and normalized, which may be 0 / 0")
+def speculate_logits(target, draft, guesses, uniforms, temperature=1.0, allowed=None):
+    if allowed is None or temperature == 0:
+        return from_logits(target, draft, guesses, uniforms, temperature, allowed)
+    p = torch.softmax(target.double() / temperature, -1) * allowed
+    p = (p / p.sum(-1, keepdim=True)).nan_to_num()
+    return from_logits(p.log(), draft.double() / temperature, guesses, uniforms, 1.0)
+
+
+@wrong("14.7", "logits divided before they are fp64")
+def speculate_logits(target, draft, guesses, uniforms, temperature=1.0, allowed=None):
+    t = temperature or 1.0
+    return from_logits(target / t, draft / t, guesses, uniforms, 1.0 if temperature else 0.0, allowed)
+
+
+@wrong("14.7", "changes fp64 logits")
+def speculate_logits(target, draft, guesses, uniforms, temperature=1.0, allowed=None):
+    found = from_logits(target, draft, guesses, uniforms, temperature, allowed)
+    target.double().mul_(2)
+    return found
+
+
+@wrong("14.7", "turns the caller's mask over")
+def speculate_logits(target, draft, guesses, uniforms, temperature=1.0, allowed=None):
+    found = from_logits(target, draft, guesses, uniforms, temperature, allowed)
+    if allowed is not None:
+        allowed.logical_not_()
+    return found
+
+
+@wrong("14.7", "tokens as tensors")
+def speculate_logits(target, draft, guesses, uniforms, temperature=1.0, allowed=None):
+    return list(torch.tensor(from_logits(target, draft, guesses, uniforms, temperature, allowed)))
+
+
+@wrong("14.7", "no mask without guesses")
+def speculate_logits(target, draft, guesses, uniforms, temperature=1.0, allowed=None):
+    return from_logits(target, draft, guesses, uniforms, temperature, allowed if guesses else None)
+
+
 # Where p is 1 at one token it is given, whatever q is.
 alternative("14.7", "the draft is not greedy at temperature 0")(verifier(draft_t=lambda t: t or 1.0))
 
@@ -1167,7 +1488,7 @@ def shares(log, *, judged=lambda d, a: min(a + 1, d), drafted=None, tau=None, al
         if not valid(*entry):
             raise ValueError(str(entry))
     count = max((d for d, _, _ in log), default=0) if length is None else length(log)
-    seen, right = [0] * max(count, 64), [0] * max(count, 64)
+    seen, right = [0] * (count + 1), [0] * (count + 1)
     for d, a, _ in log:
         for j in range(judged(d, a)):
             seen[j] += 1
@@ -1196,6 +1517,7 @@ for switches, why in (
     ({"judged": lambda d, a: a}, "the wrong one is not judged"),
     ({"judged": lambda d, a: a + 1}, "one more is judged where all were right"),
     ({"judged": lambda d, a: min(a + 1, d, 8)}, "8 guesses at most"),
+    ({"judged": lambda d, a: min(a + 1, d, 64)}, "64 guesses at most"),
     ({"judged": lambda d, a: min(a + 1, d) if a < d else d - 1 if d else 0}, "the last one is not judged"),
     ({"place": lambda log, j: len(log)}, "by place: of all steps"),
     ({"place": lambda log, j: sum(d > j for d, _, _ in log)}, "by place: of all drafted there"),
