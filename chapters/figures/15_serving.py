@@ -18,7 +18,9 @@ def recorded(suite: str) -> dict:
     return results(suite, measured_on(suite, "h100", "h200") or "cpu-2-cores")
 
 
-def box(ax: plt.Axes, x: float, y: float, width: float, height: float, label: str, color: str = "white", **style) -> None:
+def box(
+    ax: plt.Axes, x: float, y: float, width: float, height: float, label: str, color: str = "white", **style
+) -> None:
     """A labeled box."""
     ax.add_patch(Rectangle((x, y), width, height, fc=color, ec=style.pop("edge", GRAY), lw=0.9, **style))
     ax.text(x + width / 2, y + height / 2, label, ha="center", va="center", fontsize=8)
@@ -58,10 +60,12 @@ def pressure() -> None:
     """Where tokens of a client wait that reads slowly."""
     figure, ax = canvas(9.2, 2.5)
     places = [
-        (0.1, "engine", "one step,\nall requests", "#fbe3c0"), (2.0, "piece", "what came since\nthe last send:\nmerged", "#cfe8cf"),
-        (3.9, "send", "waits until the\nlast event is out", "#cfe8cf"), (5.8, "sockets", "both sides' buffers\nfull", PALE),
+        (0.1, "engine", "one step,\nall requests", "#fbe3c0"),
+        (2.0, "piece", "what came since\nthe last send:\nmerged", "#cfe8cf"),
+        (3.9, "send", "waits until the\nlast event is out", "#cfe8cf"),
+        (5.8, "sockets", "both sides' buffers\nfull", PALE),
         (7.7, "client", "reads slowly", PALE),
-    ]  # fmt: skip
+    ]
     for i, (x, name, what, color) in enumerate(places):
         box(ax, x, 0.95, 1.4, 0.85, f"{name}\n{what}", color)
         if i:
@@ -160,5 +164,5 @@ if __name__ == "__main__":
     layers()
     pressure()
     routing()
-    #loops()
-    #curve()
+    # loops()
+    # curve()
