@@ -165,12 +165,11 @@ def serve(
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="New tokens a step.")] = None,
     gpu_memory_utilization: Annotated[float, typer.Option(help="Share of the GPU's memory to use.")] = 0.9,
     enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="No CUDA graphs.")] = False,
+    speculative_config: Annotated[str | None, typer.Option(help='JSON, as {"method": "ngram"}: guess ahead.')] = None,
 ) -> None:
     """Serve a model to OpenAI's clients, on this machine alone unless --host says otherwise."""
     adapters = dict([_pair(one) for one in lora_modules or []])
-    from .server.process import EngineProcess
-    from .server.run import listen
-    from .server.service import ServerConfig
+    from .server.run import EngineProcess, ServerConfig, listen
 
     cache = _cache(cache_url, model, cache_ttl, device, dtype, quantization, kv_cache_dtype)
     limits = (max_queued_requests, max_queued_tokens, tokens_per_minute, timeout)
@@ -179,7 +178,7 @@ def serve(
         model, adapters, device=device, dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens, enforce_eager=enforce_eager, quantization=quantization,
         gpu_memory_utilization=gpu_memory_utilization, kv_cache_dtype=kv_cache_dtype, max_loras=len(adapters),
-        max_lora_rank=max_lora_rank,
+        max_lora_rank=max_lora_rank, speculative_config=_json("--speculative-config", speculative_config),
     )  # fmt: skip
     listen(engine, config, host, port)
 
@@ -217,6 +216,13 @@ def _cache(url: str | None, model: str, ttl: float, *facts: object) -> Any:
     from .server.response_cache import CacheConfig, digest
 
     return CacheConfig(url, digest(model_path(model), __version__, *facts), ttl)
+
+
+def _json(option: str, given: str | None) -> Any:
+    try:
+        return None if given is None else json.loads(given)
+    except ValueError:
+        raise ValueError(f"{option}: expected JSON, got {given!r}") from None
 
 
 def _pair(given: str) -> tuple[str, str]:

@@ -18,7 +18,7 @@ from .app import make_app
 from .process import EngineProcess
 from .service import ServerConfig
 
-__all__ = ["HeaderTimeout", "Listener", "Server", "listen"]
+__all__ = ["EngineProcess", "HeaderTimeout", "Listener", "Server", "ServerConfig", "listen"]
 
 LOG = logging.getLogger("minillm.server")
 HEADER_SECONDS, HEADER_BYTES, CONNECTIONS = 10.0, 32 << 10, 4096
