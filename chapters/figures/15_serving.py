@@ -137,7 +137,7 @@ def curve() -> None:
     rate = [x["rate"] for x in rows]
     for name, color in (("p50", BLUE), ("p99", WINE)):
         axes[0].plot(rate, [x["TTFT, s"][name] for x in rows], "o-", color=color, ms=4, lw=1.3, label=f"TTFT {name}")
-    axes[0].axvline(r["curve"]["closed"]["requests/s"], color=GRAY, lw=0.9, ls=":")
+    axes[0].axvline(r["curve"]["most, requests/s"], color=GRAY, lw=0.9, ls=":")
     axes[0].set(xlabel="requests a second", ylabel="seconds", yscale="log")
     other = axes[0].twinx()
     other.plot(rate, [x["goodput, requests/s"] for x in rows], "s--", color=ORANGE, ms=4, lw=1.2, label="goodput")
@@ -164,5 +164,5 @@ if __name__ == "__main__":
     layers()
     pressure()
     routing()
-    # loops()
+    loops()
     # curve()
