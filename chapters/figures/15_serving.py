@@ -165,4 +165,4 @@ if __name__ == "__main__":
     pressure()
     routing()
     loops()
-    # curve()
+    curve()
