@@ -145,7 +145,7 @@ def curve() -> None:
     other.set_ylim(bottom=0)
     other.spines["right"].set_visible(True)
     lines = [*axes[0].get_lines()[:2], *other.get_lines()]
-    axes[0].legend(lines, [line.get_label() for line in lines], fontsize=8, loc="upper left")
+    axes[0].legend(lines, [line.get_label() for line in lines], fontsize=8, loc="lower right")
     for most, color, marker in (("1024", WINE, "o"), ("4", BLUE, "^")):
         seen = r["bound"][most]["seen"]
         done = np.array([(at, first) for at, first in seen if first is not None])
