@@ -472,7 +472,8 @@ check("15.6", TwoChoices)
 # | beyond: the key of a cache of answers, and when there is none | 3 of 5 | 25 | OpenAI's API reference |
 #
 # `cache_key(client, body, digests)` names a request: two requests get the same key **if and only if** one may get the
-# other's answer, by the rules below. `body` is what JSON gives, `digests` maps each model's name to a digest of its weights.
+# other's answer, by the rules below. `body` is what JSON gives, `digests` maps each model's name to a digest of its
+# weights.
 #
 # - **None** where no answer is *the* answer: temperature above 0 without a seed. A missing temperature is 1; seed 0 is
 #   a seed. None also for a model that is missing or not in `digests`.
@@ -548,10 +549,11 @@ check("15.7", cache_key)
 # |---|---|---|---|
 # | beyond: mend a retry that a client can see | 3 of 5 | 25 | RFC 9110, 9.2.2 |
 #
-# A replica is a function: `replica(request)` gives an iterator of events, or raises `Refused(status)`, when it is called or
-# in place of the first event. An event is a dictionary: `{"text": ...}` (the first one of a stream has the text "", it only says that somebody answers), and at
-# the end `{"finish": ...}`. A replica that breaks raises a `ConnectionError`, when it is called or between two events;
-# or its events just end without a finish. `forward(replicas, request)` gives the events for the client:
+# A replica is a function: `replica(request)` gives an iterator of events, or raises `Refused(status)`, at the call or
+# in place of the first event. An event is a dictionary: `{"text": ...}` (the first one of a stream has the text "",
+# it only says that somebody answers), and at the end `{"finish": ...}`. A replica that breaks raises a
+# `ConnectionError`, when it is called or between two events; or its events just end without a finish.
+# `forward(replicas, request)` gives the events for the client:
 #
 # - Replicas are tried in their order, each at most once, at most `attempts` of them.
 # - A replica that breaks **before the first text that is not empty**, or a finish, is followed by the next one, and

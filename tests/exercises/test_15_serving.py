@@ -11,8 +11,14 @@ import sys
 from unittest.mock import patch
 
 from minillm.learn.testing import (
-    ContractError, exercise, expect, expect_close, expect_equal, expect_parts, expect_raises,
-)  # fmt: skip
+    ContractError,
+    exercise,
+    expect,
+    expect_close,
+    expect_equal,
+    expect_parts,
+    expect_raises,
+)
 
 NAN, INF = math.nan, math.inf
 
@@ -32,16 +38,10 @@ class TestPercentiles:
         named = [("latencies", latencies, list(latencies)), ("percents", percents, list(percents))]
         got = impl(latencies, percents)
         expect(isinstance(got, dict), f"expected a dictionary\n  got {type(got).__name__}")
-        exact = {}
-        for percent in percents:
-            # Of all latencies as limits, the smallest that enough are within; percents in tenths.
-            limits = sorted(INF if x is None else x for x in latencies)
-            exact[percent] = next(
-                x
-                for x in limits
-                if 1000 * sum(y is not None and y <= x or x == INF for y in latencies)
-                >= round(10 * percent) * len(latencies)
-            )
+        limits, exact = sorted(INF if x is None else x for x in latencies), {}
+        for percent in percents:  # of all latencies the smallest that enough are within; percents in tenths
+            enough = (i for i in range(len(limits)) if 1000 * (i + 1) >= round(10 * percent) * len(limits))
+            exact[percent] = limits[next(enough)]
         expect_equal(f"percents{what}", sorted(got), sorted(exact))
         for percent, wanted in exact.items():
             expect_equal(f"percentile {percent}{what} of {len(latencies)}", got[percent], wanted)
@@ -72,8 +72,8 @@ class TestPercentiles:
     def test_exact(self, impl):
         """percents as they are written: each whole and tenth of 100 and of 1,000 latencies"""
         for n in (10, 100, 1000):
-            self.same(impl, [float(i) for i in range(n)], list(range(101)))
-        tenths = [i / 10 for i in range(0, 1001)]
+            self.same(impl, [float(i) for i in range(n)], [*range(0, 101, 1 if n < 1000 else 7)])
+        tenths = [i / 10 for i in range(1001)]
         got = impl([float(i) for i in range(1, 1001)], tenths)
         for i, percent in enumerate(tenths):
             expect_equal(f"percentile {percent} of 1 to 1000", got[percent], float(max(i, 1)))
@@ -201,7 +201,7 @@ def events_of(stream: bytes):
                 found.append((name or "message", "\n".join(data)))
             name, data = "", []
             continue
-        field, colon, value = line.partition(":")
+        field, _, value = line.partition(":")
         value = value[1:] if value[:1] == " " else value
         if field == "data":
             data.append(value)
@@ -223,17 +223,20 @@ class TestEvents:
             found.append([tuple(one) for one in got])
         return found
 
+    def all_fed(self, impl, parts):
+        return [event for found in self.fed(impl, parts) for event in found]
+
     def same(self, impl, stream, what=""):
         """Whole, byte by byte, and cut at two places."""
         wanted = events_of(stream)
-        expect_equal(f"events of {stream!r}{what}", sum(self.fed(impl, [stream]), []), wanted)
+        expect_equal(f"events of {stream!r}{what}", self.all_fed(impl, [stream]), wanted)
         singles = [stream[i : i + 1] for i in range(len(stream))]
-        expect_equal(f"events of {stream!r}, byte by byte{what}", sum(self.fed(impl, singles), []), wanted)
+        expect_equal(f"events of {stream!r}, byte by byte{what}", self.all_fed(impl, singles), wanted)
         draw = random.Random(len(stream))
         for _ in range(6):
             a, b = sorted(draw.randrange(len(stream) + 1) for _ in range(2))
             parts = [stream[:a], b"", stream[a:b], stream[b:]]
-            expect_equal(f"events of {parts}", sum(self.fed(impl, parts), []), wanted)
+            expect_equal(f"events of {parts}", self.all_fed(impl, parts), wanted)
 
     def test_stream(self, impl):
         """a stream as OpenAI's: events of one data line"""
@@ -309,8 +312,8 @@ class TestEvents:
 
     def test_random(self, impl):
         """many streams"""
-        draw, bits = random.Random(3), [b"data", b"event", b": ", b":", b" ", b"\n", b"\r", b"\r\n", b"\n\n", b"data: x\n",
-                                        "é".encode(), b"id: 1\n", b"\xef\xbb\xbf"]  # fmt: skip
+        draw, bits = random.Random(3), [b"data", b"event", b": ", b":", b" ", b"\n", b"\r", b"\r\n", b"\n\n"]
+        bits += [b"data: x\n", "é".encode(), b"id: 1\n", b"\xef\xbb\xbf"]
         for case in range(150):
             self.same(impl, b"".join(draw.choices(bits, k=draw.randint(1, 25))), f", case {case}")
 
@@ -388,7 +391,7 @@ class TestBucket:
     def test_long(self, impl):
         """what was full stays full, however long; nothing is saved up beyond burst"""
         self.played(impl, 5, 10, [("wait", 1e6), ("take", 10), ("take", 1), ("level",)])
-        self.played(impl, 5, 10, [("take", 10), ("settle", -4), ("level",), ("wait", 0.4), ("take", 6), ("level",)])
+        self.played(impl, 5, 10, [("take", 10), ("settle", -4), ("level",), ("wait", 0.5), ("take", 6.5), ("level",)])
 
     def test_debt(self, impl):
         """settle: below 0; what is owed is waited off"""
@@ -416,7 +419,7 @@ class TestBucket:
         for rate, burst in ((0, 1), (-1, 1), (1, 0), (1, -1), (NAN, 1), (1, NAN)):
             expect_raises(ValueError, lambda r=rate, b=burst: impl(r, b, Clock()), f"rate {rate}, burst {burst}")
         for tokens in (11, 10.0001, -1, -1e-9, NAN):
-            clock, mine, _ = self.both(impl, 2, 10)
+            _, mine, _ = self.both(impl, 2, 10)
             expect_raises(ValueError, lambda t=tokens, m=mine: m.take(t), f"take {tokens} of at most 10")
             expect_close("level after a take that was refused", mine.level(), 10)
             mine.settle(20)
@@ -446,8 +449,8 @@ class TestBucket:
             script = []
             for _ in range(20):
                 script.append(draw.choice((
-                    ("wait", draw.choice((0, 0.125, 0.5, 3, -0.5))), ("take", draw.randint(0, 4 * burst) / 4), ("level",),
-                    ("settle", draw.randint(-2 * burst, 2 * burst) / 2),
+                    ("wait", draw.choice((0, 0.125, 0.5, 3, -0.5))), ("level",),
+                    ("take", draw.randint(0, 4 * burst) / 4), ("settle", draw.randint(-2 * burst, 2 * burst) / 2),
                 )))  # fmt: skip
             self.played(impl, rate, burst, script, f", case {case}")
 
@@ -459,7 +462,7 @@ def no_hash(value):
     raise ContractError("hash(): expected a digest that is the same in each process\n  got Python's hash of this one")
 
 
-SESSIONS = [f"user-{i}" for i in range(6000)]
+SESSIONS = [f"user-{i}" for i in range(3000)]
 
 
 @exercise("15.5", "home")
@@ -516,7 +519,7 @@ class TestHome:
         for weights in ([1] * 6, [3, 1, 2, 5, 1, 8]):
             before = dict(zip("abcdef", weights, strict=True))
             for gone in "adf":
-                moved = self.moves(impl, before, {n: w for n, w in before.items() if n != gone}, SESSIONS[:2500])
+                moved = self.moves(impl, before, {n: w for n, w in before.items() if n != gone}, SESSIONS[:1200])
                 expect({a for a, _ in moved} == {gone}, f"{gone!r} of {before} goes: expected moves from there alone\n"
                        f"  got moves {sorted(moved)[:6]}")  # fmt: skip
                 expect(len(moved) == 5, f"{gone!r} of {before} goes: expected its sessions to spread over all others\n"
@@ -529,13 +532,13 @@ class TestHome:
         expect({b for _, b in moved} == {"new"}, f"'new' comes: expected moves to it alone\n  got {sorted(moved)[:6]}")
         pairs = zip(self.homes(impl, before), self.homes(impl, {**before, "new": 1}), strict=True)
         share = sum(a != b for a, b in pairs) / len(SESSIONS)
-        expect(abs(share - 0.2) < 0.025, f"'new' comes: expected 0.2 of all sessions to move\n  got {share:.3f}")
+        expect(abs(share - 0.2) < 0.035, f"'new' comes: expected 0.2 of all sessions to move\n  got {share:.3f}")
 
     def test_weight_changes(self, impl):
         """a weight rises: sessions move to it alone; it falls: from it alone"""
         before = {"a": 2, "b": 1, "c": 1, "d": 4}
         for name, weight in itertools.product("abd", (0.5, 1.5, 3, 50)):
-            moved = self.moves(impl, before, {**before, name: weight}, SESSIONS[:2500])
+            moved = self.moves(impl, before, {**before, name: weight}, SESSIONS[:1200])
             side = {b for _, b in moved} if weight > before[name] else {a for a, _ in moved}
             expect(side <= {name}, f"weight of {name!r} from {before[name]} to {weight}: expected moves of its sessions"
                    f" alone\n  got {sorted(moved)[:6]}")  # fmt: skip
@@ -553,25 +556,25 @@ class TestHome:
 
     def test_pairs(self, impl):
         """pairs that read the same in one piece are different pairs"""
-        for sep in ("", ":", "/", "|", " ", "-", "_", ",", "\0", "#", "\n", '"', '", "', "::", "@", "."):
+        for sep in ("", ":", "/", "|", " ", "-", ",", "\0", '", "'):
             later = {f"{('x' + sep) * i}c": 1 for i in range(3)}
             earlier = {f"c{(sep + 'x') * i}": 1 for i in range(3)}
             for replicas, other in ((later, "{}" + sep + "x"), (earlier, "x" + sep + "{}")):
-                names, sessions = list(replicas), [f"t{i}" for i in range(900)]
+                names, sessions = list(replicas), [f"t{i}" for i in range(450)]
                 homes = self.homes(impl, replicas, sessions)
                 kept = [s for s, h in zip(sessions, homes, strict=True) if h == names[2]]
                 moved = self.homes(impl, replicas, [other.format(s) for s in kept])
                 share = moved.count(names[0]) / max(1, len(kept))
-                expect(abs(share - 1 / 3) < 0.16, f"sessions {other.format('t')!r} and names {names}: expected homes that"
-                       f" tell nothing about each other's\n  got a share of {share:.2f} for 1/3")  # fmt: skip
+                expect(abs(share - 1 / 3) < 0.16, f"sessions {other.format('t')!r} and names {names}: expected homes"
+                       f" that tell nothing about each other's\n  got a share of {share:.2f} for 1/3")  # fmt: skip
 
     def test_like(self, impl):
         """names and sessions that are nearly alike, any texts"""
         self.shares(impl, {"r1": 1, "r2": 1, "r3": 1}, ["a" * i for i in range(2000)])
         self.shares(
-            impl, {"": 1, " ": 1, "\ud800": 1, "é": 1}, [f"{c}{i}" for i in range(700) for c in ("", "é", "\ud800")]
+            impl, {"": 1, " ": 1, "\ud800": 1, "é": 1}, [f"{c}{i}" for i in range(500) for c in ("", "é", "\ud800")]
         )
-        self.shares(impl, {"a": 1, "A": 1, "a ": 1}, [f" {i}" for i in range(3000)])
+        self.shares(impl, {"a": 1, "A": 1, "a ": 1}, [f" {i}" for i in range(1500)])
         expect(impl("", {"": 1}) == "", "expected the home '' of session ''\n  got another one")
 
     def test_errors(self, impl):
@@ -734,7 +737,7 @@ class TestTwoChoices:
             for _ in range(40):
                 kind = draw.choice(("choose", "choose", "choose", "finished", "report", "lost"))
                 busy = [i for i, (own, _) in right.state.items() if own]
-                if kind == "finished" and not busy or kind == "lost" and draw.random() < 0.6:
+                if (kind == "finished" and not busy) or (kind == "lost" and draw.random() < 0.6):
                     kind = "choose"
                 step = {"choose": ("choose",), "finished": ("finished", draw.choice(busy or [0])),
                         "report": ("report", draw.randrange(n), draw.randint(0, 6)),
@@ -853,7 +856,8 @@ class TestCacheKey:
 
     def test_all_fields(self, impl):
         """all other fields count, known or not"""
-        for name, value in {"max_tokens": 5, "stop": "x", "logit_bias": {"5": 1}, "top_k": 3, "tools": [], "echo": False,
+        for name, value in {"max_tokens": 5, "stop": "x", "logit_bias": {"5": 1}, "top_k": 3, "tools": [],
+                            "echo": False,
                             "response_format": {"type": "json_object"}, "chat_template_kwargs": {"think": True},
                             "cache_salt": "s", "structured_outputs": {"regex": "a"}, "never_heard_of": 0, "n": 2,
                             "logprobs": True, "presence_penalty": 0.5, "frequency_penalty": -1, "Stream": True,
@@ -1003,6 +1007,12 @@ class TestForward:
         kind = getattr(impl, "__globals__", {}).get("Refused") or vars(sys.modules[impl.__module__]).get("Refused")
         return Source([kind(status)], **more)
 
+    def begun(self, impl, sources):
+        events = impl(sources, {})
+        expect(hasattr(events, "__next__") and hasattr(events, "close"), "forward: expected a generator\n"
+               f"  got {type(events).__name__}")  # fmt: skip
+        return events
+
     def same(self, impl, sources, wanted, calls, attempts=None, what=""):
         request = {"prompt": "Hi", "stop": ["x"]}
         more = {} if attempts is None else {"attempts": attempts}
@@ -1025,7 +1035,7 @@ class TestForward:
     def test_before(self, impl):
         """broken before the first text: the next one, and nothing of the broken one"""
         lost = ConnectionResetError("gone")
-        for script in ([lost], [ROLE, lost], [ROLE, ROLE, {"text": ""}, lost], [], [ROLE], [ROLE, ROLE]):
+        for script in ([lost], [ROLE, lost], [ROLE, {"usage": 3}, {"text": ""}, lost], [], [ROLE], [ROLE, ROLE]):
             self.same(impl, [Source(script), Source(say("a"))], say("a"), [1, 1], what=f", broken: {script}")
         self.same(impl, [Source([lost], at_call=True), Source(say("a"))], say("a"), [1, 1], what=", refused connection")
         for kind in (ConnectionError, BrokenPipeError, ConnectionAbortedError, ConnectionRefusedError):
@@ -1100,18 +1110,18 @@ class TestForward:
     def test_as_they_come(self, impl):
         """no event is held back or asked for early"""
         source = Source(say("a", "b", "c"))
-        events = impl([source], {})
+        events = self.begun(impl, [source])
         expect_equal("events asked for before the client wants one", source.asked, 0)
         for count, wanted in enumerate(say("a", "b", "c")):
             expect_equal(f"event {count}", next(events), wanted)
-            expect(source.asked <= max(2, count + 1), f"event {count}: expected at most {max(2, count + 1)} to be asked for"
-                   f"\n  got {source.asked}")  # fmt: skip
+            expect(source.asked <= max(2, count + 1), f"event {count}: expected at most {max(2, count + 1)} to be asked"
+                   f" for\n  got {source.asked}")  # fmt: skip
 
     def test_client_leaves(self, impl):
         """the client closes: so is the replica's iterator, and no other one is tried"""
         for after in (1, 2, 3):
             sources = [Source([ROLE, ConnectionError()]), Source(say("a", "b")), Source(say("c"))]
-            events = impl(sources, {})
+            events = self.begun(impl, sources)
             for _ in range(after):
                 next(events)
             events.close()
