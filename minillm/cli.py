@@ -1,7 +1,9 @@
 """`minillm`: the command line. Imports happen inside the commands, so that `minillm --help` answers at once."""
 
 import json
+import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -163,12 +165,11 @@ def serve(
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="New tokens a step.")] = None,
     gpu_memory_utilization: Annotated[float, typer.Option(help="Share of the GPU's memory to use.")] = 0.9,
     enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="No CUDA graphs.")] = False,
+    speculative_config: Annotated[str | None, typer.Option(help='JSON, as {"method": "ngram"}: guess ahead.')] = None,
 ) -> None:
     """Serve a model to OpenAI's clients, on this machine alone unless --host says otherwise."""
     adapters = dict([_pair(one) for one in lora_modules or []])
-    from .server.process import EngineProcess
-    from .server.run import listen
-    from .server.service import ServerConfig
+    from .server.run import EngineProcess, ServerConfig, listen
 
     cache = _cache(cache_url, model, cache_ttl, device, dtype, quantization, kv_cache_dtype)
     limits = (max_queued_requests, max_queued_tokens, tokens_per_minute, timeout)
@@ -177,7 +178,7 @@ def serve(
         model, adapters, device=device, dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens, enforce_eager=enforce_eager, quantization=quantization,
         gpu_memory_utilization=gpu_memory_utilization, kv_cache_dtype=kv_cache_dtype, max_loras=len(adapters),
-        max_lora_rank=max_lora_rank,
+        max_lora_rank=max_lora_rank, speculative_config=_json("--speculative-config", speculative_config),
     )  # fmt: skip
     listen(engine, config, host, port)
 
@@ -215,6 +216,13 @@ def _cache(url: str | None, model: str, ttl: float, *facts: object) -> Any:
     from .server.response_cache import CacheConfig, digest
 
     return CacheConfig(url, digest(model_path(model), __version__, *facts), ttl)
+
+
+def _json(option: str, given: str | None) -> Any:
+    try:
+        return None if given is None else json.loads(given)
+    except ValueError:
+        raise ValueError(f"{option}: expected JSON, got {given!r}") from None
 
 
 def _pair(given: str) -> tuple[str, str]:
@@ -337,33 +345,22 @@ def bench_serve(
     out: Annotated[Path | None, typer.Option(help="Write the figures to this file, as JSON.")] = None,
 ) -> None:
     """Put load on a server: how long its users wait at which rate, and how many of them are served well."""
-    import itertools
-    import random
-    from dataclasses import replace
-
     from .server import load
 
-    chosen_rates, chosen_clients = _numbers("--rates", rates, float), _numbers("--clients", clients, int)
+    asked_rates, asked_clients = _numbers("--rates", rates, float), _numbers("--clients", clients, int)
+    jobs = load.prompts_of(prompts, max_tokens, words, shared_words, distinct)
     target = load.Target(url, model, api_key, not completions, natural, cold, timeout)
     target = replace(target, model=model or target.first_model())
     limits, seed = load.Limits(ttft_limit, token_limit), random.getrandbits(32) if seed is None else seed
-    given = load.read_prompts(prompts, max_tokens) if prompts else None
-
-    def jobs(draw: random.Random) -> Any:
-        if given:
-            return itertools.cycle(draw.sample(given, len(given)))
-        return (load.Job(text, max_tokens) for text in load.words(words, shared_words, distinct, draw))
-
     found = []
     typer.echo(load.TITLE)
-    chosen_rates = chosen_rates or ([] if chosen_clients else [1.0])
-    for row in load.sweep(target, jobs, chosen_rates, chosen_clients, seconds, seed, limits):
+    for row in load.sweep(target, jobs, asked_rates or [1.0] * (not clients), asked_clients, seconds, seed, limits):
         found.append(row)
         typer.echo(load.line(row))
     if out:
+        source = str(prompts) if prompts else {"words": words, "shared": shared_words, "distinct": distinct}
         asked = {"url": url, "model": target.model, "seconds": seconds, "seed": seed, "max_tokens": max_tokens,
-                 "prompts": str(prompts) if prompts else {"words": words, "shared": shared_words, "distinct": distinct},
-                 "cold": cold, "limits, s": vars(limits)}  # fmt: skip
+                 "prompts": source, "cold": cold, "limits, s": vars(limits)}  # fmt: skip
         out.write_text(json.dumps({"asked": asked, "runs": found}, indent=1) + "\n", encoding="utf-8")
 
 

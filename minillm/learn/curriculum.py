@@ -48,7 +48,7 @@ PARTS: dict[str, list[tuple[str, str, str]]] = {
             "draft and verify, the acceptance rule and its proof, a trained draft head",
             "`engine/speculative.py` `engine/draft_head.py`",
         ),
-        ("15_serving", "a streaming server, routing, back-pressure, metrics", "`server/`"),
+        ("15_serving", "streaming, admission, back-pressure, routing, answers given again, load tests", "`server/`"),
         ("16_engines_and_scale", "production engines side by side; tensor parallelism", "`distributed/`"),
         ("17_outlook", "what comes next, one small lab each", ""),
     ],

@@ -56,7 +56,9 @@ def _lines(node: ast.stmt, lines: list[str], docstring: bool) -> list[str]:
     drop: set[int] = set()
     if not docstring:
         for n in ast.walk(node):
-            if isinstance(n, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(n) and len(n.body) > 1:
+            if not isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                continue
+            if ast.get_docstring(n) and len(n.body) > 1:
                 drop |= set(range(n.body[0].lineno, _end(n.body[0]) + 1))
     kept = [lines[i - 1] for i in range(first, _end(node) + 1) if i not in drop]
     indent = len(kept[0]) - len(kept[0].lstrip())

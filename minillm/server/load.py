@@ -29,8 +29,8 @@ from urllib.parse import urlsplit
 import numpy as np
 
 __all__ = [
-    "TITLE", "Job", "Limits", "Seen", "Target", "closed_loop", "line", "open_loop", "poisson", "read_prompts",
-    "summary", "sweep", "words",
+    "TITLE", "Job", "Limits", "Seen", "Target", "closed_loop", "line", "open_loop", "poisson", "prompts_of",
+    "read_prompts", "summary", "sweep", "words",
 ]  # fmt: skip
 
 WORDS = [
@@ -232,6 +232,20 @@ async def _read(reader: asyncio.StreamReader, seen: Seen, start: float) -> None:
             if usage := event.get("usage"):
                 seen.tokens, seen.prompt_tokens = usage["completion_tokens"], usage["prompt_tokens"]
                 seen.cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+
+
+def prompts_of(
+    path: Path | None, max_tokens: int, count: int, shared: int, distinct: int
+) -> Callable[[random.Random], Iterator[Job]]:
+    """What a run asks, without end, by the run's random numbers: the file's prompts in any order, or else `words`."""
+    given = read_prompts(path, max_tokens) if path else None
+
+    def jobs(draw: random.Random) -> Iterator[Job]:
+        if given:
+            return itertools.cycle(draw.sample(given, len(given)))
+        return (Job(text, max_tokens) for text in words(count, shared, distinct, draw))
+
+    return jobs
 
 
 def sweep(

@@ -15,6 +15,9 @@ COUNTERS = {
     "num_preemptions_total": "num_preemptions",
     "prefix_cache_queries_total": "num_prompt_tokens",
     "prefix_cache_hits_total": "num_cached_tokens",
+    "spec_decode_num_drafts_total": "num_drafts",
+    "spec_decode_num_draft_tokens_total": "num_draft_tokens",
+    "spec_decode_num_accepted_tokens_total": "num_accepted_tokens",
 }
 GAUGES = {"num_requests_running": "running", "num_requests_waiting": "waiting", "kv_cache_usage_perc": "cache_usage"}
 HISTOGRAMS = {

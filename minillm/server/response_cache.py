@@ -5,9 +5,9 @@ as JSON; ids and times are each answer's own, and a stream gets what was stored 
 time are computed once: all read along, until the last of them leaves. (Within this server; another replica computes
 its own.)
 
-Redis is no part of the answer: who does not hear from it within `seconds` computes, and asks no more for `pause`
-seconds. What it returns is believed only if it holds the request's own name: a connection on which a reply was left
-unread gives the next request somebody else's answer (OpenAI, "March 20 ChatGPT outage", 2023).
+Redis is no part of the answer: who does not hear from it within `seconds` computes, and after three of them in a row
+nobody asks for `pause` seconds. What it returns is believed only if it holds the request's own name: a connection on
+which a reply was left unread gives the next request somebody else's answer (OpenAI, "March 20 ChatGPT outage", 2023).
 """
 
 import asyncio
@@ -33,7 +33,7 @@ __all__ = ["CacheConfig", "Flight", "ResponseCache", "digest", "is_determined"]
 
 LOG = logging.getLogger("minillm.server")
 LARGEST = 1 << 20  # bytes of an entry
-CONNECTIONS = 32
+CONNECTIONS, FAILURES = 32, 3
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class ResponseCache:
         self.redis = redis.Redis(connection_pool=pool)
         self.flights: dict[str, Flight] = {}
         self.counts = dict.fromkeys(("hit", "miss", "shared", "failure"), 0)
-        self._closed_until = 0.0  # on the monotonic clock
+        self._failures, self._closed_until = 0, 0.0  # in a row; on the monotonic clock
 
     def name(self, asked: Asked, client: str) -> str:
         """A request's name: equal ones have the same. client: its key; it shall not learn whether others asked so."""
@@ -220,17 +220,19 @@ class ResponseCache:
         now = time.monotonic()
         if now < self._closed_until:
             return None
-        if self._closed_until:  # one tries, the others wait for what it finds
+        if self._failures >= FAILURES:  # one tries, the others wait for what it finds
             self._closed_until = now + 2 * self.config.seconds
         try:
             async with asyncio.timeout(self.config.seconds):
                 found = await ask()
         except Exception as error:
             self.counts["failure"] += 1
-            LOG.warning("no answers from Redis for %g s: %s", self.config.pause, type(error).__name__)
-            self._closed_until = time.monotonic() + self.config.pause
+            self._failures += 1
+            if self._failures >= FAILURES:
+                LOG.warning("no answers from Redis for %g s: %s", self.config.pause, type(error).__name__)
+                self._closed_until = time.monotonic() + self.config.pause
             return None
-        self._closed_until = 0.0
+        self._failures = 0
         return found
 
 

@@ -18,7 +18,7 @@ from .app import make_app
 from .process import EngineProcess
 from .service import ServerConfig
 
-__all__ = ["HeaderTimeout", "Listener", "Server", "listen"]
+__all__ = ["EngineProcess", "HeaderTimeout", "Listener", "Server", "ServerConfig", "listen"]
 
 LOG = logging.getLogger("minillm.server")
 HEADER_SECONDS, HEADER_BYTES, CONNECTIONS = 10.0, 32 << 10, 4096
@@ -30,6 +30,9 @@ class HeaderTimeout(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in the parent
         """A client has connected."""
         super().connection_made(transport)
+        # asyncio does so only for sockets that name their protocol, which `socket.create_server`'s do not: without it,
+        # a token waits until the client has acknowledged the one before, up to 40 ms.
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.loop.call_later(HEADER_SECONDS, self._look, None)
 
     def _look(self, before: object) -> None:

