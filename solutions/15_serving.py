@@ -179,29 +179,23 @@ class Events:
         ### BEGIN SOLUTION
         found = []
         for char in self.decoder.decode(data):
+            ends = char == "\r" or (char == "\n" and not self.after_cr)
+            self.after_cr = char == "\r"
             if char not in "\r\n":
                 self.line += char
-            elif char == "\r" or not self.after_cr:
-                found += self._end_of_line()
-            self.after_cr = char == "\r"
+            elif ends and self.line:
+                field, _, value = self.line.partition(":")
+                if field == "data":
+                    self.data.append(value.removeprefix(" "))
+                elif field == "event":
+                    self.name = value.removeprefix(" ")
+                self.line = ""
+            elif ends:
+                if self.data:
+                    found.append((self.name or "message", "\n".join(self.data)))
+                self.name, self.data = "", []
         return found
         ### END SOLUTION
-
-    ### BEGIN SOLUTION
-    def _end_of_line(self) -> list[tuple[str, str]]:
-        line, self.line = self.line, ""
-        if not line:
-            events = [(self.name or "message", "\n".join(self.data))] if self.data else []
-            self.name, self.data = "", []
-            return events
-        field, _, value = line.partition(":")
-        if field == "data":
-            self.data.append(value.removeprefix(" "))
-        elif field == "event":
-            self.name = value.removeprefix(" ")
-        return []
-
-    ### END SOLUTION
 
 
 # %%
