@@ -574,9 +574,9 @@ class Refused(Exception):
 
 def broken(replicas, request, attempts=3):
     """A proxy with mistakes of four kinds."""
-    for replica in replicas[:attempts]:
+    for ask in replicas[:attempts]:
         try:
-            yield from replica(request)
+            yield from ask(request)
             return
         except Exception as error:
             last = error

@@ -462,7 +462,7 @@ def no_hash(value):
     raise ContractError("hash(): expected a digest that is the same in each process\n  got Python's hash of this one")
 
 
-SESSIONS = [f"user-{i}" for i in range(3000)]
+SESSIONS = [f"user-{i}" for i in range(2000)]
 
 
 @exercise("15.5", "home")
@@ -537,7 +537,7 @@ class TestHome:
     def test_weight_changes(self, impl):
         """a weight rises: sessions move to it alone; it falls: from it alone"""
         before = {"a": 2, "b": 1, "c": 1, "d": 4}
-        for name, weight in itertools.product("abd", (0.5, 1.5, 3, 50)):
+        for name, weight in itertools.product(("a", "b", "d"), (0.5, 1.5, 3, 50)):
             moved = self.moves(impl, before, {**before, name: weight}, SESSIONS[:700])
             side = {b for _, b in moved} if weight > before[name] else {a for a, _ in moved}
             expect(side <= {name}, f"weight of {name!r} from {before[name]} to {weight}: expected moves of its sessions"
