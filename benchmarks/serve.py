@@ -1,15 +1,15 @@
 """The server: through HTTP and server-sent events against the engine alone, under attack, and held against guidellm.
 
-    python benchmarks/serve.py [http] [attacks] [guidellm] [--shapes llama8b,qwen3,smollm2] [--small]
+    python benchmarks/serve.py [http] [attacks] [guidellm] [guidellm_mock] [--shapes llama8b,qwen3,smollm2] [--small]
 
 http      tokens/s of requests that come all at once, and the time to the first token of one alone, through the server
           and of the engine alone, in turn on this machine; the engine of a server is a process of its own, clients are
           four. Weights are random (`load_format="dummy"`), prompts are token ids.
 attacks   clients stream while others send what has felled servers: how soon each of these gets its 4xx, and what the
           clients' time between tokens becomes.
-guidellm  the same requests sent by `minillm bench serve`'s client and by guidellm, in turn, to guidellm's own mock
-          server, whose times are known, and to ours with SmolLM2. GUIDELLM names its program; without it the part is
-          left out.
+guidellm  the same requests sent by `minillm bench serve`'s client and by guidellm, in turn, to our server with SmolLM2;
+          guidellm_mock: to guidellm's own mock server, whose times are known. GUIDELLM names its program; without it
+          both are left out.
 
 Recorded in results/<device>/serve.json, after every shape. --small: a tiny shape, nothing recorded.
 """
@@ -298,23 +298,22 @@ def under_attack(bench: tuple[str, list[str]], save: Callable[[dict], None]) -> 
           "attacks": rows})  # fmt: skip
 
 
-def guidellm(bench: tuple[str, list[str]], save: Callable[[dict], None]) -> None:
-    """The same requests by two tools, in turn."""
+def held(server: str, bench: tuple[str, list[str]], save: Callable[[dict], None]) -> None:
+    """The same requests by two tools, in turn. server: guidellm's mock or ours."""
     program = shutil.which(os.environ.get("GUIDELLM", "guidellm"))
     if program is None:
         print("guidellm: not installed; GUIDELLM names its program")
         return
-
     count, words, tokens, rounds = sizes_of(bench[0]).guidellm
-    found: dict = {"requests": count, "words": words, "tokens": tokens, "rounds": rounds, "mock server, s": MOCK}
-    for name, server in {"mock": partial(mock, program), "minillm": partial(serving, MODEL)}.items():
-        drawn = load.words(words, 0, 0, random.Random(name))
-        with server() as url, tempfile.TemporaryDirectory() as folder:
-            tools = {"guidellm": partial(_guidellm, program, folder=Path(folder)), OURS: _ours}
-            for tool in tools.values():  # both are warm then
-                tool(url, [*itertools.islice(drawn, 4)], 1, tokens)
-            found[name] = {f"{n} clients": _in_turn(tools, url, drawn, n, (count, tokens, rounds)) for n in (1, 2)}
-        save(found)
+    drawn = load.words(words, 0, 0, random.Random(server))
+    running = mock(program) if server == "mock" else serving(MODEL)
+    with running as url, tempfile.TemporaryDirectory() as folder:
+        tools = {"guidellm": partial(_guidellm, program, folder=Path(folder)), OURS: _ours}
+        for tool in tools.values():  # both are warm then
+            tool(url, [*itertools.islice(drawn, 4)], 1, tokens)
+        rows = {f"{n} clients": _in_turn(tools, url, drawn, n, (count, tokens, rounds)) for n in (1, 2)}
+    times = {"mock server, s": MOCK} if server == "mock" else {}
+    save({"requests": count, "words": words, "tokens": tokens, "rounds": rounds, **times, "loads": rows})
 
 
 @contextmanager
@@ -384,7 +383,12 @@ def _guidellm(program: str, url: str, prompts: list[str], clients: int, tokens: 
             "latency, s": found["request_latency"], "output tokens/s": tokens * len(done) / seconds}  # fmt: skip
 
 
-PARTS: dict[str, Callable] = {"http": http, "attacks": under_attack, "guidellm": guidellm}
+PARTS: dict[str, Callable] = {
+    "http": http,
+    "attacks": under_attack,
+    "guidellm": partial(held, "minillm"),
+    "guidellm_mock": partial(held, "mock"),
+}
 
 
 def main(arguments: list[str]) -> None:

@@ -195,10 +195,9 @@ def route(
     attempts: Annotated[int, typer.Option(help="Replicas to try a request on, until its first token.")] = 3,
 ) -> None:
     """Answer in front of several servers of one model, on this machine alone unless --host says otherwise."""
-    from .server.app import Keys
+    from .server.listener import Keys, Listener
     from .server.policies import POLICIES
     from .server.router import Router, RouterConfig
-    from .server.run import Listener
 
     if policy not in POLICIES:
         raise ValueError(f"--policy: expected one of {', '.join(POLICIES)}, got {policy!r}")

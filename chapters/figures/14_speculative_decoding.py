@@ -15,6 +15,7 @@ from minillm.learn.excerpts import measured_on, results
 BLUE, ORANGE, WINE, SKY, BLACK = COLORS
 GRAY = "#777777"
 TASKS = {"copy-edit": (BLUE, "o"), "summary": (ORANGE, "s"), "story": (WINE, "^")}
+WAYS = {"chosen": (BLUE, "o"), "always 8": (SKY, "s"), "head": (ORANGE, "^")}
 look(9)
 
 
@@ -132,10 +133,10 @@ def tasks() -> None:
         rates = [b / a for a, b in pairwise(counts) if a]
         axes[0].plot(range(1, len(rates) + 1), rates, color=color, marker=marker, ms=4, lw=1.3, label=x["task"])
     axes[0].set(xlabel="place of the guess", ylabel="right, where those before are", ylim=(0, 1.04))
+    axes[0].set_xticks(range(1, 9))
     axes[0].legend(fontsize=8)
     for i, x in enumerate(rows):
-        kinds = [(name, color) for name, color in (("chosen", BLUE), ("always 8", SKY), ("head", ORANGE))
-                 if name in x["engines"]]  # fmt: skip
+        kinds = [(name, color) for name, (color, _) in WAYS.items() if name in x["engines"]]
         width = 0.8 / len(kinds)
         for j, (name, color) in enumerate(kinds):
             value, at = x["engines"][name]["of plain"], i + width * (j - (len(kinds) - 1) / 2)
@@ -153,20 +154,22 @@ def tasks() -> None:
 def batches() -> None:
     """Speed over plain decoding's, by batch."""
     rows = recorded()["batches"]["rows"]
-    figure, ax = plt.subplots(figsize=(7.2, 3.1))
-    for name, (color, marker) in TASKS.items():
-        mine = [x for x in rows if x["task"] == name]
+    figure, axes = plt.subplots(1, len(TASKS), figsize=(9.0, 2.8), sharey=True)
+    for ax, task in zip(axes, TASKS, strict=True):
+        mine = [x for x in rows if x["task"] == task]
         sizes = [x["batch"] for x in mine]
-        for engine, line in (("chosen", "-"), ("always 8", ":"), ("head", "--")):
-            if any(engine not in x["engines"] for x in mine):
-                continue
-            ax.semilogx(sizes, [x["engines"][engine]["of plain"] for x in mine], line, base=2, color=color,
-                        marker=marker, ms=4, lw=1.4, label=f"{name}, {engine}")  # fmt: skip
-    ax.axhline(1, color=GRAY, lw=0.8)
-    ax.set_xticks(sizes, [str(n) for n in sizes])
-    ax.set(xlabel="requests at once", ylabel="tokens/s over plain decoding")
-    ax.set_ylim(bottom=0)
-    ax.legend(fontsize=7.5, ncols=1, loc="center left", bbox_to_anchor=(1.01, 0.5))
+        for name, (color, marker) in WAYS.items():
+            if all(name in x["engines"] for x in mine):
+                ax.semilogx(sizes, [x["engines"][name]["of plain"] for x in mine], base=2, color=color, marker=marker,
+                            ms=4, lw=1.4, label=name)  # fmt: skip
+        ax.axhline(1, color=GRAY, lw=0.8, ls=":")
+        shown = sizes[::2] if len(sizes) > 4 else sizes
+        ax.set_xticks(shown, [str(n) for n in shown])
+        ax.set(xlabel="requests at once", title=task)
+    axes[0].set_ylabel("tokens/s over plain decoding")
+    axes[0].set_ylim(bottom=0)
+    axes[-1].legend(fontsize=8)
+    figure.tight_layout()
     save(figure, "14_batches")
 
 
@@ -188,11 +191,9 @@ def exits() -> None:
     if where := measured_on("draft_head", "h100", "h200"):
         found_rates = results("draft_head", where)["agreement of guess 1, 2, ..., those before right"].values()
         rate = float(np.mean([x["trained"][0] for x in found_rates]))
-        ax.plot(layers, rate, "*", color=ORANGE, ms=11)
-        ax.annotate(f"trained head: {rate:.0%}", (layers, rate), xytext=(-8, 6), textcoords="offset points", ha="right",
-                    fontsize=8)  # fmt: skip
+        ax.plot(layers, rate, "*", color=ORANGE, ms=11, label=f"a trained head does: {rate:.0%}")
     ax.axhline(1, color=GRAY, lw=0.8, ls=":")
-    ax.set(xlabel=f"layers before the exit, of {layers}", ylim=(0, 1.35))
+    ax.set(xlabel=f"layers before the exit, of {layers}", ylim=(0, max(1.35, 1.1 * max(map(gained, found)))))
     ax.legend(fontsize=8, loc="upper left")
     save(figure, "14_exits")
 

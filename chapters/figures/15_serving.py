@@ -6,7 +6,7 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 from style import canvas, look, save
 
 from minillm.learn import COLORS
-from minillm.learn.excerpts import measured_on, results
+from minillm.learn.excerpts import results
 
 BLUE, ORANGE, WINE, SKY, BLACK = COLORS
 GRAY, PALE = "#777777", "#f2f2f2"
@@ -14,8 +14,8 @@ look(9)
 
 
 def recorded(suite: str) -> dict:
-    """By a GPU where it is recorded, else by a CPU."""
-    return results(suite, measured_on(suite, "h100", "h200") or "cpu-2-cores")
+    """By a GPU where a part is recorded, else by a CPU."""
+    return results(suite, "h100", "h200", "cpu-2-cores")
 
 
 def box(
@@ -145,7 +145,7 @@ def curve() -> None:
     other.set_ylim(bottom=0)
     other.spines["right"].set_visible(True)
     lines = [*axes[0].get_lines()[:2], *other.get_lines()]
-    axes[0].legend(lines, [line.get_label() for line in lines], fontsize=8, loc="upper left")
+    axes[0].legend(lines, [line.get_label() for line in lines], fontsize=8, loc="lower right")
     for most, color, marker in (("1024", WINE, "o"), ("4", BLUE, "^")):
         seen = r["bound"][most]["seen"]
         done = np.array([(at, first) for at, first in seen if first is not None])
@@ -165,4 +165,4 @@ if __name__ == "__main__":
     pressure()
     routing()
     loops()
-    # curve()
+    curve()

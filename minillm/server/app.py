@@ -6,7 +6,6 @@ is left after a while. Server-sent events: lines "data: {...}", an empty one bet
 """
 
 import asyncio
-import hmac
 import json
 import time
 from collections.abc import AsyncIterator, Callable
@@ -18,19 +17,20 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from .. import __version__
 from ..llm import LLM
 from .bridge import Piece
 from .errors import ApiError, of_generation
+from .listener import Keys
 from .metrics import CONTENT_TYPE
 from .page import HEADERS, PAGE
 from .process import EngineProcess
 from .protocol import Asked, parse, read_chat, read_completion, read_fields
 from .service import Replayed, Running, ServerConfig, Service
 
-__all__ = ["Keys", "Reply", "Routes", "make_app"]
+__all__ = ["Reply", "Routes", "make_app"]
 
 T = TypeVar("T")
 EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
@@ -263,26 +263,6 @@ class Routes:
             raise ApiError(408, f"body: expected within {self.config.body_seconds:g} s") from None
         finally:
             self.reading -= len(data)
-
-
-class Keys:
-    """Lets pass who has a key: `Authorization: Bearer ...`. Everything but /health and the page needs one."""
-
-    def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
-        self.app, self.keys = app, [key.encode() for key in keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self.keys and scope["path"] not in ("/", "/health"):
-            sent = dict(scope["headers"]).get(b"authorization", b"")
-            scheme, _, key = sent.partition(b" ")
-            # All are compared, each in a time that does not tell how much of it is right.
-            known = sum([hmac.compare_digest(key, one) for one in self.keys])
-            if not known or scheme.lower() != b"bearer":
-                error = ApiError(401, "a key is needed: Authorization: Bearer KEY", code="invalid_api_key")
-                response = JSONResponse(error.body(), 401, {"WWW-Authenticate": "Bearer"})
-                return await response(scope, receive, send)
-            scope["key"] = key.decode("latin-1")
-        return await self.app(scope, receive, send)
 
 
 def make_app(model: LLM | EngineProcess, config: ServerConfig) -> Starlette:

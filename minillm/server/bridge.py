@@ -25,17 +25,14 @@ from ..adapters.serving import LoRARequest
 from ..engine.engine import Engine, Prepared
 from ..engine.request import Request
 from ..sampling import SamplingParams
+from .errors import Stopped
 from .metrics import render
 
-__all__ = ["EngineThread", "Event", "Piece", "Prompt", "Stepper", "Stopped", "Stream", "Streams"]
+__all__ = ["EngineThread", "Event", "Piece", "Prompt", "Stepper", "Stream", "Streams"]
 
 LOG = logging.getLogger("minillm.server")
 PREPARING = 2  # threads that do so
 FAILURES = 3  # steps in a row that raised: the engine is given up
-
-
-class Stopped(RuntimeError):
-    """The engine takes nothing any more."""
 
 
 @dataclass

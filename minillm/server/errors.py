@@ -4,12 +4,15 @@ import logging
 from typing import Any
 
 from ..constrained import ConstraintError
-from .bridge import Stopped
 
-__all__ = ["ApiError", "of_generation", "of_value"]
+__all__ = ["ApiError", "Stopped", "of_generation", "of_value"]
 
 LOG = logging.getLogger("minillm.server")
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class Stopped(RuntimeError):
+    """The engine takes nothing any more."""
 
 
 class ApiError(Exception):

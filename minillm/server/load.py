@@ -221,6 +221,8 @@ async def _read(reader: asyncio.StreamReader, seen: Seen, start: float) -> None:
     seen.error = "incomplete"
     while line := await reader.readline():
         if line.startswith(b"data: [DONE]"):
+            if seen.tokens and not seen.texts:  # tokens that have no text: halves of characters, special ones
+                seen.texts.append(time.perf_counter() - start)
             seen.error = None if seen.texts else "empty"
         elif line.startswith(b"data: "):
             event = json.loads(line[6:])

@@ -3,8 +3,10 @@ engine's own. No label comes from a client: each new value would be a new series
 """
 
 import json
+from typing import TYPE_CHECKING
 
-from ..engine.metrics import EngineMetrics
+if TYPE_CHECKING:
+    from ..engine.metrics import EngineMetrics
 
 __all__ = ["CONTENT_TYPE", "render"]
 
@@ -29,7 +31,7 @@ HISTOGRAMS = {
 }
 
 
-def render(metrics: EngineMetrics, model: str) -> str:
+def render(metrics: "EngineMetrics", model: str) -> str:
     """Everything in Prometheus' text format. model: the label `model_name`."""
     label = f"model_name={json.dumps(model)}"
     lines = []

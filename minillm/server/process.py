@@ -24,7 +24,8 @@ from ..llm import LLM
 from ..model.tokenizer_hf import load_tokenizer
 from ..model.weights import model_path
 from ..sampling import SamplingParams
-from .bridge import Event, Piece, Prompt, Stepper, Stopped, Streams
+from .bridge import Event, Piece, Prompt, Stepper, Streams
+from .errors import Stopped
 from .metrics import render
 
 __all__ = ["EngineProcess", "read_piece", "written_piece"]

@@ -9,9 +9,9 @@ from contextlib import closing, contextmanager, suppress
 import httpx
 import openai
 
+from minillm.server.listener import Listener
 from minillm.server.policies import Policy, RoundRobin
 from minillm.server.router import Router, RouterConfig
-from minillm.server.run import Listener
 
 from .conftest import until
 

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minillm.constrained import ConstraintTooLarge
-from minillm.server import bodies, protocol, run
+from minillm.server import bodies, listener, protocol
 from minillm.server.errors import of_generation
 from minillm.server.service import ServerConfig
 
@@ -226,7 +226,7 @@ def test_a_body_that_never_comes(start):
 
 
 def test_heads_that_never_end(start, monkeypatch):
-    monkeypatch.setattr(run, "HEADER_SECONDS", 0.2)
+    monkeypatch.setattr(listener, "HEADER_SECONDS", 0.2)
     server = start()
     with server.socket("GET /health HTTP/1.1\nX: y") as connection:
         assert connection.recv(100) == b""

@@ -6,7 +6,8 @@ import threading
 import pytest
 
 from minillm import LLM, SamplingParams
-from minillm.server.bridge import FAILURES, EngineThread, Piece, Prompt, Stopped, Stream
+from minillm.server.bridge import FAILURES, EngineThread, Piece, Prompt, Stream
+from minillm.server.errors import Stopped
 
 from .conftest import until
 

@@ -88,6 +88,9 @@ def test_prompts_of_a_file(tmp_path):
     said = [{"role": "user", "content": "b"}]
     file.write_text(f'a é\n\n{{"prompt": "c", "max_tokens": 3}}\n{json.dumps({"messages": said})}\n', encoding="utf-8")
     assert load.read_prompts(file, 7) == [Job("a é", 7), Job("c", 3), Job(said, 7)]
+    drawn = [*itertools.islice(load.prompts_of(file, 7, 0, 0, 0)(random.Random(0)), 6)]
+    assert {job.max_tokens for job in drawn[:3]} == {3, 7}
+    assert drawn[:3] == drawn[3:]  # all of them, and again
     for text, says in (("", "expected prompts"), ('a\n{"x": 1}', ":2: expected JSON"), ("{", ":1: expected JSON")):
         file.write_text(text)
         with pytest.raises(ValueError, match=says):
@@ -153,6 +156,11 @@ def test_errors_have_names(error, pieces):
     assert sent_to(*pieces).error == error
 
 
+def test_tokens_without_text_are_an_answer():
+    found = sent_to(HEAD, EVENTS[0], EVENTS[-1], DONE)
+    assert (found.error, found.tokens, len(found.texts)) == (None, 5, 1)
+
+
 def test_nobody_listens():
     [found] = asyncio.run(load.open_loop(Target("http://127.0.0.1:1"), [Job("x", 5)]))
     assert found.error == "ConnectionRefusedError"
@@ -216,7 +224,8 @@ def test_the_command(server, tmp_path):
     found = json.loads(out.read_text())
     assert (found["asked"]["model"], found["asked"]["seed"]) == (MODEL, 1)
     for run in found["runs"]:
-        assert run["requests"] == run["finished"] > 0
+        assert (run["requests"], run["errors"]) == (run["finished"], {})
+        assert run["finished"] > 0
         assert run["output tokens/s"] * run["seconds"] == pytest.approx(5 * run["finished"])
         assert run["within both limits"] <= 1
     assert [run["loop"] for run in found["runs"]] == ["open", "closed"]

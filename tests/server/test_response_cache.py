@@ -148,7 +148,8 @@ def test_a_name_holds_all_that_decides(url, change):
     cache = ResponseCache(CacheConfig(url, "m"), {"pirate": "d1"})
     names = [cache.name(BASE, ""), cache.name(replace(BASE, **change), "")]
     assert names[0] != names[1]
-    assert names[0] == cache.name(replace(BASE, stream=True, include_usage=True, priority=5, timeout=9.0), "")
+    form = {"stream": True, "include_usage": True, "continuous_usage": True}
+    assert names[0] == cache.name(replace(BASE, **form, priority=5, timeout=9.0), "")
 
 
 def test_a_name_holds_the_model_the_adapter_and_the_client(url):
@@ -164,7 +165,7 @@ def test_every_parameter_is_tested_above():
               "seed", "n", "stop", "stop_token_ids", "max_tokens", "min_tokens", "ignore_eos", "logprobs",
               "prompt_logprobs", "logit_bias", "structured_outputs"}  # fmt: skip
     assert set(vars(SamplingParams())) == tested
-    others = {"stream", "include_usage", "priority", "timeout"}
+    others = {"stream", "include_usage", "continuous_usage", "priority", "timeout"}
     assert set(vars(BASE)) - others == {"params", "model", "prompts", "messages", "variables", "echo", "only_prompt",
                                         "logprobs", "cache_salt"}  # fmt: skip
 
