@@ -1109,13 +1109,15 @@ class TestForward:
 
     def test_as_they_come(self, impl):
         """no event is held back or asked for early"""
-        source = Source(say("a", "b", "c"))
-        events = self.begun(impl, [source])
-        expect_equal("events asked for before the client wants one", source.asked, 0)
-        for count, wanted in enumerate(say("a", "b", "c")):
-            expect_equal(f"event {count}", next(events), wanted)
-            expect(source.asked <= max(2, count + 1), f"event {count}: expected at most {max(2, count + 1)} to be asked"
-                   f" for\n  got {source.asked}")  # fmt: skip
+        for script in (say("a", "b", "c"), [ROLE, {"text": "a"}, ROLE, {"usage": 3}, {"text": "b"}, ROLE, END]):
+            source = Source(script)
+            events = self.begun(impl, [source])
+            expect_equal("events asked for before the client wants one", source.asked, 0)
+            for count, wanted in enumerate(script):
+                expect_equal(f"event {count}", next(events), wanted)
+                most = max(2, count + 1)
+                expect(source.asked <= most, f"event {count}: expected at most {most} to be asked for\n"
+                       f"  got {source.asked}")  # fmt: skip
 
     def test_client_leaves(self, impl):
         """the client closes: so is the replica's iterator, and no other one is tried"""

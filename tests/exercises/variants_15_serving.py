@@ -1540,6 +1540,17 @@ def forward(replicas, request, attempts=3):
     yield from waiting
 
 
+@wrong("15.8", "holds back what has no text, later too")
+def forward(replicas, request, attempts=3):
+    held = []
+    with closing(sent(replicas, request, attempts)) as events:
+        for event in events:
+            held.append(event)
+            if event.get("text") or "finish" in event or "error" in event:
+                yield from held
+                held = []
+
+
 @wrong("15.8", "a list")
 def forward(replicas, request, attempts=3):
     return list(sent(replicas, request, attempts))
