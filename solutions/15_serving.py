@@ -92,7 +92,7 @@ check("15.1", percentiles)
 # - `rate`: arrivals a second, of those with begin ≤ arrived < end,
 # - `seconds`: how long a request stays, **by Little's law** from the two numbers; None if nothing arrived.
 #
-# A request that arrived before the window, or leaves behind it, counts for the part within. `end` not after `begin`,
+# A request that arrived before the window, or leaves after it, counts for the part within. `end` not after `begin`,
 # or a request that left before it arrived, is a ValueError.
 
 
@@ -151,7 +151,7 @@ check("15.2", little)
 # `Events().feed(data)` takes the next bytes of a stream, cut **anywhere** (inside a character, between CR and LF, also
 # none at all), and returns the events that are now complete: a list of (event, data), both text.
 #
-# - The stream is UTF-8, bytes that are none become U+FFFD. A byte order mark at the stream's very start is dropped.
+# - The stream is UTF-8; bytes that are not become U+FFFD. A byte order mark at the very start is dropped.
 # - A line ends with LF, CR, or CR LF (one end, not two). It counts once its end has begun: a CR ends it at once.
 # - An **empty line completes an event**. What is not completed is never given.
 # - A line is `field: value`; **one** space after the first colon is dropped, if there is one. Without a colon the whole
@@ -556,7 +556,7 @@ check("15.7", cache_key)
 # - `Refused` with status 429 or 503 says that this replica has no room: the next one. All others are the request's own
 #   fault: `{"error": status}` at once.
 # - If no replica is left: the status of the last refusal, else 503, as `{"error": ...}`. A finish is the last event,
-#   whatever the replica sends behind it.
+#   whatever the replica sends after it.
 # - Every iterator that was begun is closed (`close()`, where it has one) before another replica is asked, and however
 #   it ends: also when the client leaves. Errors of other kinds are not the network's: they are raised.
 #
