@@ -239,8 +239,9 @@ check("15.3", Events)
 #   once: **below 0, too** (a debt that is waited off), and never above `burst`.
 # - `level()`: what is there now; negative for a debt.
 #
-# A clock that steps back counts as one that stands still until it is past its latest time again. No calls: no work,
-# however long nobody came. `rate` and `burst` that are not positive, or negative tokens to take, are a ValueError.
+# A clock that steps back counts as one that stands still until it is past its latest time again, from which waits are
+# told. No calls: no work, however long nobody came. `rate` and `burst` that are not positive, or negative tokens to
+# take, are a ValueError.
 
 
 # %%
@@ -477,8 +478,9 @@ check("15.6", TwoChoices)
 # - A field of the body that is null, or has its value of `DEFAULTS`, counts as not given. Numbers count by their value
 #   (1 and 1.0 are one, at all depths, and large seeds are exact), but true is not 1, and "1" is not 1.
 # - The order of fields does not count, at all depths; the order of lists does.
-# - The key is text of at most 128 printable ASCII characters, the same in each process, and **does not contain** the
-#   client, who may be an API key. Two texts that look alike are still two: nothing is trimmed, folded or replaced.
+# - The key is text of at most 128 printable ASCII characters, with 64 bits of a digest or more, the same in each
+#   process. It **does not contain** the client, who may be an API key, nor parts of it, in any writing. Two texts that
+#   look alike are still two: nothing is trimmed, folded or replaced.
 
 # %%
 WITHOUT_EFFECT = {"stream", "stream_options", "user", "metadata", "timeout", "priority"}

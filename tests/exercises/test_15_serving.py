@@ -2,12 +2,15 @@
 with old reports, the key of a cache of answers, a proxy that retries.
 """
 
+import base64
 import copy
 import itertools
 import math
 import random
 import string
 import sys
+from asyncio import CancelledError
+from collections.abc import Mapping
 from unittest.mock import patch
 
 from minillm.learn.testing import (
@@ -43,6 +46,10 @@ class TestPercentiles:
             enough = (i for i in range(len(limits)) if 1000 * (i + 1) >= round(10 * percent) * len(limits))
             exact[percent] = limits[next(enough)]
         expect_equal(f"percents{what}", sorted(got), sorted(exact))
+        for percent in got:
+            given = [repr(one) for one in percents if one == percent]
+            expect(repr(percent) in given, f"percents{what}: expected them as they were given, {' or '.join(given)}"
+                   f"\n  got {percent!r}")  # fmt: skip
         for percent, wanted in exact.items():
             expect_equal(f"percentile {percent}{what} of {len(latencies)}", got[percent], wanted)
         expect_untouched([(name, list(now), before) for name, now, before in named])
@@ -68,6 +75,8 @@ class TestPercentiles:
         self.same(impl, [None] * 5 + [0.1 * i for i in range(95)], [0, 50, 94, 95, 95.1, 96, 99, 100])
         self.same(impl, [None, None], [0, 50, 100])
         self.same(impl, [2.0, None, 1.0], [33, 34, 66, 67])
+        self.same(impl, [None, 1e300, 3e9, 2], [25, 50, 75, 76])
+        self.same(impl, [5.0, INF, None], [33, 34, 100])
 
     def test_exact(self, impl):
         """percents as they are written: each whole and tenth of 100 and of 1,000 latencies"""
@@ -144,6 +153,10 @@ class TestLittle:
         self.same(impl, [(0, 1), (10, 11)], 0, 10, what=", at the ends")
         self.same(impl, [(100, 104), (103, 111), (106, 107)], 102, 108, what=", a window that begins at 102")
         self.same(impl, [(-20, -12)], -16, -8, what=", negative times")
+        now = 1_800_000_000.25
+        self.same(impl, [(now - 3, now + 1), (now + 0.5, None)], now, now + 4, what=", seconds since 1970")
+        self.same(impl, [(1 / 4096, 3 / 4096), (5 / 4096, None)], 0, 1 / 512, 8, what=", a window of 2 ms")
+        self.same(impl, [(1, 3), (1, 3), (-2, None), (-2, None), (1, 3)], 0, 10, what=", equal requests")
 
     def test_still_there(self, impl):
         """one that has not left counts until the window's end"""
@@ -183,7 +196,7 @@ class TestLittle:
         for begin, end in ((1, 1), (2, 1), (0.0, -1.0)):
             expect_raises(ValueError, lambda b=begin, e=end: impl([(0, 1)], b, e), f"window {begin} to {end}")
             expect_raises(ValueError, lambda b=begin, e=end: impl([], b, e), f"no requests, {begin} to {end}")
-        for requests in ([(3, 2)], [(0, 1), (3, 2.5)], [(50, 40), (0, 1)], [(-3, -4)]):
+        for requests in ([(3, 2)], [(0, 1), (3, 2.5)], [(50, 40), (0, 1)], [(-3, -4)], [(5, 0)], [(0, -1)]):
             expect_raises(ValueError, lambda r=requests: impl(r, 0, 10), f"requests {requests}")
 
 
@@ -241,11 +254,21 @@ class TestEvents:
     def test_stream(self, impl):
         """a stream as OpenAI's: events of one data line"""
         self.same(impl, b'data: {"choices": [{"delta": {"content": "Hi"}}]}\n\ndata: [DONE]\n\n')
+        self.same(impl, b"data: [DONE]\n\ndata: more\n\nevent: done\ndata: x\n\nevent: error\ndata: y\n\ndata: z\n\n")
+
+    def test_long(self, impl):
+        """lines and events of any length"""
+        for name, stream in (("a line of 100,000 characters", b"data: " + b"x" * 100_000 + b"\n\n"),
+                             ("2,000 lines of data", b"data: x\n" * 2000 + b"\n"),
+                             ("2,000 events", b"data: x\n\n" * 2000)):  # fmt: skip
+            got = self.all_fed(impl, [stream[i : i + 65_536] for i in range(0, len(stream), 65_536)])
+            expect_equal(f"events of {name}", got, events_of(stream))
 
     def test_fields(self, impl):
         """data lines are joined, the event's last name counts, others are ignored"""
         self.same(impl, b"data: a\ndata: b\ndata:\ndata: c\n\n")
         self.same(impl, b"event: one\nevent: two\ndata: x\n\ndata: y\n\n")
+        self.same(impl, b"data: a\nretry: 3\nid\nid: x\ndata: b\nretry\n\nevent: e\nid: 1\nretry: 2\ndata: c\n\n")
         self.same(impl, b"id: 7\nretry: 10\nfoo: bar\ndata: x\nData: y\nEVENT: z\ndata2: q\n\n")
         self.same(impl, b"event: x\nevent\ndata: y\n\nevent: x\nevent:\ndata: z\n\n")
 
@@ -258,6 +281,11 @@ class TestEvents:
         """an event without a data line is none, one with an empty data line is one; names do not live on"""
         self.same(impl, b"event: lost\n\ndata: x\n\n\n\n\ndata\n\ndata:\n\ndata\ndata\n\n")
         self.same(impl, b"event: a\ndata: 1\n\ndata: 2\n\n")
+        self.same(impl, b"event:  \ndata:  \n\nevent: \ndata:   \ndata: \t\n\n")
+
+    def test_names(self, impl):
+        """an event's name is given as it came"""
+        self.same(impl, "event: Two Words \ndata: x\n\nevent: ÄB\t\ndata: y\n\nevent:\xa0z\ndata:\xa0w\n\n".encode())
 
     def test_comments(self, impl):
         """lines that begin with a colon"""
@@ -292,6 +320,7 @@ class TestEvents:
     def test_broken_characters(self, impl):
         """bytes that are no UTF-8 become U+FFFD"""
         self.same(impl, b"data: \xff\n\ndata: \xe2\x82A\n\ndata: \xc3\n\ndata: ok\n\n")
+        self.same(impl, b"data: \xff\xff\n\ndata: \xed\xa0\x80\n\ndata: \xc0\xaf\n\n")
 
     def test_mark(self, impl):
         """a byte order mark is dropped at the very start alone"""
@@ -304,6 +333,13 @@ class TestEvents:
         one, two = impl(), impl()
         one.feed(b"data: a\n")
         expect_equal("events of the other one", [tuple(e) for e in two.feed(b"\n")], [])
+        one.feed(b": \xc3")
+        expect_equal(
+            "events of one that half a character waits in",
+            [tuple(e) for e in two.feed(b"data: \xa9\n\n")],
+            [("message", "\ufffd")],
+        )
+        one.feed(b"\n")
         first = one.feed(b"\n")
         expect_equal("events", [tuple(e) for e in first], [("message", "a")])
         one.feed(b"data: b\n\n")
@@ -393,8 +429,63 @@ class TestBucket:
         self.played(impl, 5, 10, [("wait", 1e6), ("take", 10), ("take", 1), ("level",)])
         self.played(impl, 5, 10, [("take", 10), ("settle", -4), ("level",), ("wait", 0.5), ("take", 6.5), ("level",)])
 
+    def test_no_loop(self, impl):
+        """the work does not grow with the time that has passed"""
+        clock, mine, _ = self.both(impl, 2, 10)
+        mine.take(10)
+        clock.now += 1e15
+        lines, before = 0, sys.gettrace()
+
+        def count(*_):
+            nonlocal lines
+            lines += 1
+            expect(
+                lines < 2000, "level() after 1e15 s: expected a few lines of work\n  got thousands: is there a loop?"
+            )
+            return count
+
+        sys.settrace(count)
+        try:
+            got = mine.level()
+        finally:
+            sys.settrace(before)
+        expect_close("level after 1e15 s", got, 10)
+
+    def test_any_clock(self, impl):
+        """clocks that begin below 0, and that go on from call to call"""
+        clock = Clock()
+        clock.now = -500.0
+        mine = impl(2, 10, clock)
+        mine.take(10)
+        clock.now += 1.5
+        expect_close("level 1.5 s after it was emptied, by a clock that begins at -500", mine.level(), 3)
+        now = 0.0
+
+        def going():
+            nonlocal now
+            now += 1 / 64
+            return now
+
+        mine = impl(2, 1000, going)
+        mine.take(1000)
+        taken = now
+        for _ in range(200):
+            before, got = now, mine.level()
+        low, high = 2 * (before - taken), 2 * (now - taken) + 0.25
+        expect(low <= got <= high, "level after 200 looks, by a clock that goes on with each call: expected"
+               f" {low:g} to {high:g}\n  got {got:g}: is time lost between two readings?")  # fmt: skip
+
+    def test_fractions(self, impl):
+        """rate, burst, tokens and times need not be whole"""
+        script = [("level",), ("take", 2.5), ("level",), ("wait", 0.0004), ("level",), ("wait", 1), ("take", 0.3)]
+        self.played(impl, 0.7, 2.75, script)
+        self.played(impl, 0.01, 0.5, [("take", 0.5), ("wait", 3), ("take", 0.25), ("level",)])
+        self.played(impl, 60, 0.5, [("level",), ("take", 0.5), ("take", 0.5), ("wait", 5), ("level",)])
+        self.played(impl, 5000, 100, [("take", 100), *[("wait", 0.0004), ("level",)] * 5])
+
     def test_debt(self, impl):
         """settle: below 0; what is owed is waited off"""
+        self.played(impl, 2, 10, [("settle", 5000), ("level",), ("take", 1), ("wait", 60), ("take", 0), ("level",)])
         script = [("take", 5), ("settle", 20), ("level",), ("take", 0), ("take", 1), ("wait", 1), ("level",)]
         self.played(impl, 2, 10, [*script, ("wait", 7), ("take", 1), ("level",)])
         self.played(impl, 2, 10, [("settle", 10), ("take", 0), ("settle", 0.5), ("take", 0), ("level",)])
@@ -440,13 +531,17 @@ class TestBucket:
         one, two = impl(1, 5, clock), impl(1, 5, clock)
         one.take(5)
         expect_close("level of the other one", two.level(), 5)
+        clock.now += 2
+        three = impl(1, 5, Clock())
+        expect_close("level of the first one, by its own clock", one.level(), 2)
+        expect_close("level of one with another clock", three.level(), 5)
 
     def test_random(self, impl):
         """many scripts"""
         draw = random.Random(4)
         for case in range(80):
             rate, burst = draw.choice((0.5, 2, 8)), draw.choice((1, 6, 32))
-            script = []
+            script = [("level",)]  # whoever asks the clock late has not seen it step back before
             for _ in range(20):
                 script.append(draw.choice((
                     ("wait", draw.choice((0, 0.125, 0.5, 3, -0.5))), ("level",),
@@ -458,11 +553,36 @@ class TestBucket:
 # ---- 15.5
 
 
+class Text(str):
+    """A text with the hash that it might have in another process."""
+
+    __slots__ = ()
+
+    def __hash__(self):
+        return ~str.__hash__(self)
+
+
 def no_hash(value):
     raise ContractError("hash(): expected a digest that is the same in each process\n  got Python's hash of this one")
 
 
 SESSIONS = [f"user-{i}" for i in range(2000)]
+
+
+class ReadOnly(Mapping):
+    """A mapping that has what a mapping must have, and no more."""
+
+    def __init__(self, values):
+        self.values_of = values
+
+    def __getitem__(self, name):
+        return self.values_of[name]
+
+    def __iter__(self):
+        return iter(self.values_of)
+
+    def __len__(self):
+        return len(self.values_of)
 
 
 @exercise("15.5", "home")
@@ -502,12 +622,16 @@ class TestHome:
         self.shares(impl, {"a": 0.02, "b": 0.01, "c": 0.05, "d": 0.12})
         self.shares(impl, {"a": 99, "b": 1})
         self.shares(impl, {"a": 2**60, "b": 2**61})
+        self.shares(impl, {"a": 1e-9, "b": 3e-9})
+        self.shares(impl, {"a": 1e-100, "b": 3e-100})
 
     def test_zero(self, impl):
         """weight 0: home to none"""
         expect(self.moves(impl, {"a": 1, "b": 1}, {"z": 0, "a": 1, "b": 1, "c": 0.0}) == set(),
                "weight 0: expected no session to move when such a replica comes\n  got moves")  # fmt: skip
         expect_equal("homes with weights 0 and 1", set(self.homes(impl, {"a": 0, "b": 1}, SESSIONS[:500])), {"b"})
+        tiny = set(self.homes(impl, {"a": 0, "b": 1e-9, "c": 0.0}, SESSIONS[:500]))
+        expect_equal("homes with weights 0, 1e-9 and 0", tiny, {"b"})
 
     def test_one(self, impl):
         """one replica: home to all, at any weight"""
@@ -549,6 +673,9 @@ class TestHome:
         first = self.homes(impl, replicas, SESSIONS[:800])
         expect(self.homes(impl, dict(reversed(replicas.items())), SESSIONS[:800]) == first,
                "expected the same homes with the mapping reversed\n  got others")  # fmt: skip
+        read_only = ReadOnly(replicas)
+        expect([impl(s, read_only) for s in SESSIONS[:50]] == first[:50], "a mapping that is no dict: expected the same"
+               " homes\n  got others")  # fmt: skip
         self.homes(impl, {"x": 1}, SESSIONS[:800])
         self.homes(impl, {"x": 0, "q": 1}, SESSIONS[:800])
         expect(self.homes(impl, dict(sorted(replicas.items())), SESSIONS[799::-1]) == first[::-1],
@@ -567,6 +694,50 @@ class TestHome:
                 share = moved.count(names[0]) / max(1, len(kept))
                 expect(abs(share - 1 / 3) < 0.2, f"sessions {other.format('t')!r} and names {names}: expected homes"
                        f" that tell nothing about each other's\n  got a share of {share:.2f} for 1/3")  # fmt: skip
+
+    def test_other_separators(self, impl):
+        """nor does another character between them tell the pairs apart"""
+        seps = [*string.punctuation, *string.whitespace, "\x01", "\x1e", "\x1f", "\x7f", "::", "->", "--", "||", ", "]
+        for sep in seps:
+            later, earlier = [f"{('x' + sep) * i}c" for i in range(3)], [f"c{(sep + 'x') * i}" for i in range(3)]
+            for names, other in ((later, "{}" + sep + "x"), (earlier, "x" + sep + "{}")):
+                replicas, sessions = dict.fromkeys(names, 1), [f"t{i}" for i in range(150)]
+                homes = [impl(session, replicas) for session in sessions]
+                kept = [s for s, h in zip(sessions, homes, strict=True) if h == names[2]]
+                # Where the pairs are one text, names[0] has lost there already and is never the home.
+                got = sum(impl(other.replace("{}", s), replicas) == names[0] for s in kept)
+                expect(got > 0, f"sessions {other.replace('{}', 't0')!r} and names {names}: expected homes that tell"
+                       f" nothing about each other's\n  got {names[0]!r} for none of {len(kept)}")  # fmt: skip
+
+    def test_alike_sessions(self, impl):
+        """sessions that are nearly alike have homes of their own"""
+        replicas = dict.fromkeys(string.ascii_lowercase, 1)
+        pairs = {"case": ("a{}", "A{}"), "a space behind": ("{}", "{} "), "a space before": ("{}", " {}"),
+                 "surrogates": ("{}\ud800", "{}\ud801"), "a surrogate and ?": ("{}\ud800", "{}?"),
+                 "a surrogate or none": ("{}\ud800", "{}"), "composed or not": ("á{}", "a\u0301{}"),
+                 "a newline": ("{}", "{}\n"), "zeros": ("{}", "0{}"), "a NUL": ("{}", "{}\0"),
+                 "the end of a long one": ("x" * 300 + "{}", "x" * 300 + "{}y"),
+                 "the begin of a long one": ("{}" + "x" * 300, "y{}" + "x" * 300)}  # fmt: skip
+        for what, (one, two) in pairs.items():
+            both = [[impl(form.replace("{}", str(i)), replicas) for i in range(60)] for form in (one, two)]
+            same = sum(a == b for a, b in zip(*both, strict=True))
+            expect(same < 30, f"sessions that differ in {what}: expected other homes for most of 60\n"
+                   f"  got the same one for {same}")  # fmt: skip
+
+    def test_alike_names(self, impl):
+        """names that are nearly alike, and long ones, have shares of their own"""
+        long = "http://replica-of-a-long-name.in-a-long-name-space.svc.cluster.local:8000/" + "x" * 300
+        self.shares(impl, {f"{long}{i}": 1 for i in range(3)}, SESSIONS[:1000])
+        self.shares(impl, {f"10.0.0.1:800{i}": 1 for i in range(3)}, SESSIONS[:1000])
+        self.shares(impl, dict.fromkeys(("\ud800", "\ud801", "?", "\n"), 1), SESSIONS[:1000])
+
+    def test_processes(self, impl):
+        """the same home where texts have other hashes, as in another process"""
+        for session in SESSIONS[:100]:
+            wanted = impl(session, {"a": 1, "b": 1, "c": 2, "d": 1})
+            got = impl(Text(session), {Text(name): weight for name, weight in (("a", 1), ("b", 1), ("c", 2), ("d", 1))})
+            expect(got == wanted, "expected a home that does not depend on hashes of texts, which differ from process"
+                   f" to process\n  got {got!r} and {wanted!r} for session {session!r}")  # fmt: skip
 
     def test_like(self, impl):
         """names and sessions that are nearly alike, any texts"""
@@ -645,6 +816,8 @@ class TestTwoChoices:
         self.played(impl, 3, script, [(0, 1)])
         self.played(impl, 3, script, [(1, 0)])
         self.played(impl, 3, script, [(0, 2)])
+        self.played(impl, 40, [("report", 31, 7), ("choose",), ("choose",), ("lost", 17), ("choose",)], [(31, 17)])
+        self.played(impl, 2, [("report", 0, 70_001), ("report", 1, 70_000), ("choose",)], [(0, 1)])
 
     def test_ties(self, impl):
         """of equal ones the first drawn"""
@@ -759,15 +932,20 @@ def asked(**fields):
 @exercise("15.7", "cache_key")
 class TestCacheKey:
     def key(self, impl, body, client="key-1", digests=DIGESTS):
-        before = copy.deepcopy(body)
+        before, named = copy.deepcopy(body), dict(digests)
         with patch("builtins.hash", no_hash):
             got = impl(client, body, digests)
-        expect_untouched([("body", body, before)])
+        expect_untouched([("body", body, before), ("digests", dict(digests), named)])
         expect(got is None or isinstance(got, str), f"expected a text or None\n  got {type(got).__name__}")
         if got is not None:
             fine = 0 < len(got) <= 128 and all("!" <= c <= "~" for c in got.replace(" ", "x"))
             expect(fine, f"key: expected at most 128 printable ASCII characters\n  got {got!r:.200}")
         return got
+
+    def test_room(self, impl):
+        """a key has room for a digest: of short ones two requests soon have the same"""
+        got = self.key(impl, asked()) or ""
+        expect(len(got) >= 11, f"key: expected 64 bits or more, which take 11 characters at least\n  got {got!r}")
 
     def one(self, impl, a, b, why, **more):
         ka, kb = self.key(impl, a, **more), self.key(impl, b, **more)
@@ -792,7 +970,7 @@ class TestCacheKey:
         sampled = asked()
         del sampled["temperature"]
         self.none(impl, sampled, "no temperature")
-        for value in (1, 0.7, 1e-9, None, 2.0):
+        for value in (1, 0.7, 1e-9, 1e-300, None, 2.0):
             self.none(impl, asked(temperature=value), f"temperature {value}")
             self.none(impl, asked(temperature=value, seed=None), f"temperature {value}, seed null")
             self.one(impl, asked(temperature=value, seed=0), asked(temperature=value, seed=0), "seed 0")
@@ -820,6 +998,9 @@ class TestCacheKey:
         del without["model"]
         self.none(impl, without, "no model")
         changed = self.key(impl, asked(), digests={"small": "cc33"}) != self.key(impl, asked())
+        for a, b in (("AB", "ab"), ("0" * 63 + "1", "0" * 63 + "2"), ("1" + "0" * 63, "2" + "0" * 63), ("1", "1 ")):
+            one, two = (self.key(impl, asked(), digests={"small": digest}) for digest in (a, b))
+            expect(one != two, f"digests {a!r} and {b!r}: expected two keys\n  got one")
         expect(changed, "a model of the same name with other weights: expected another key\n  got the same")
 
     def test_client(self, impl):
@@ -828,6 +1009,17 @@ class TestCacheKey:
         one, two = self.key(impl, asked(), secret), self.key(impl, asked(), "sk-4f6a81c2b8")
         expect(one is not None and one != two, "two clients: expected two keys\n  got one")
         expect(secret not in one, f"key: expected it without the client\n  got {one}")
+        raw = secret.encode()
+        shown = {"in hexadecimal": raw.hex(), "in base64": base64.b64encode(raw).decode().rstrip("="),
+                 "in base32": base64.b32encode(raw).decode().rstrip("="), "backwards": secret[::-1],
+                 "its first characters": secret[:6], "its last characters": secret[-6:]}  # fmt: skip
+        for how, text in shown.items():
+            expect(text.lower() not in one.lower(), f"key: expected it without the client\n  got it {how}: {one}")
+        for length in (100, 1000):
+            one, two = (self.key(impl, asked(), "k" * length + end) for end in "ab")
+            expect(one != two, f"two clients of {length + 1} characters: expected two keys\n  got one")
+        one, two = (self.key(impl, asked(), client) for client in ("\u00e1", "a\u0301"))
+        expect(one != two, "two clients that look alike: expected two keys\n  got one")
         for client in ("", " ", "é", "\ud800", "a", "A"):
             expect(self.key(impl, asked(), client) not in (None, one), f"client {client!r}: expected a key of its own")
         texts = {self.key(impl, asked(), client) for client in ("", " ", "a", "a ", "A", "é", "e")}
@@ -861,7 +1053,9 @@ class TestCacheKey:
                             "response_format": {"type": "json_object"}, "chat_template_kwargs": {"think": True},
                             "cache_salt": "s", "structured_outputs": {"regex": "a"}, "never_heard_of": 0, "n": 2,
                             "logprobs": True, "presence_penalty": 0.5, "frequency_penalty": -1, "Stream": True,
-                            "min_p": 0, "best_of": 1, "repetition_penalty": 1, "Seed": 3}.items():  # fmt: skip
+                            "min_p": 0, "best_of": 1, "repetition_penalty": 1, "Seed": 3, "_x": 1, "": 1,
+                            "max_completion_tokens": 0, "min_tokens": 0, "suffix": "", "ignore_eos": False,
+                            }.items():  # fmt: skip
             self.two(impl, asked(), asked(**{name: value}), name)
         self.two(impl, asked(max_tokens=5), asked(max_tokens=6), "max_tokens")
         self.two(impl, asked(max_tokens=5), asked(min_tokens=5), "names of fields")
@@ -903,6 +1097,16 @@ class TestCacheKey:
         self.one(impl, asked(x=[{"y": 2}]), asked(x=[{"y": 2.0}]), "inside")
         self.one(impl, asked(x=0), asked(x=-0.0), "0 and -0.0")
         self.one(impl, asked(x=10**20), asked(x=1e20), "1e20")
+        one, two = 1, 1.0
+        for depth in range(1, 25):
+            one, two = ([one], [two]) if depth % 3 else ({"y": one}, {"y": two})
+            self.one(impl, asked(x=one), asked(x=two), f"1 and 1.0 at depth {depth}")
+        self.two(impl, asked(x=0.1), asked(x=math.nextafter(0.1, 1)), "neighbours")
+        drawn = {"temperature": 0.5, "seed": 4}
+        self.two(impl, asked(**drawn, top_p=True), asked(**drawn), "top_p true")
+        self.two(impl, asked(temperature=True, seed=4), asked(temperature=1, seed=4), "temperature true")
+        self.two(impl, asked(temperature="0", seed=4), asked(temperature="0", seed=5), 'temperature "0"')
+        self.two(impl, asked(temperature=1e-300, seed=4), asked(temperature=1e-300, seed=5), "temperature 1e-300")
         for a, b in itertools.combinations((1, True, "1", [1], {"1": 1}, 1.5, "1.0", "true", 0, False, "", [], {}), 2):
             self.two(impl, asked(x=a), asked(x=b), "values")
             self.two(impl, asked(x=[{"y": a}]), asked(x=[{"y": b}]), "values inside")
@@ -941,6 +1145,13 @@ class TestCacheKey:
             "",
             "a\0",
             "\u00e1 ",
+            "a\r\n",
+            "a\r",
+            "a\t",
+            "a  ",
+            "\ufeffa",
+            "a\u200b",
+            "\uff41",
         ]
         for a, b in itertools.combinations(texts, 2):
             self.two(impl, asked(stop=a), asked(stop=b), f"texts {a!r} and {b!r}")
@@ -952,11 +1163,15 @@ class TestCacheKey:
         """lists in lists"""
         self.two(impl, asked(x=[[1], [2]]), asked(x=[[1, 2]]), "nested")
         self.two(impl, asked(x=[[]]), asked(x=[]), "nested")
+        self.two(impl, asked(stop=["a"]), asked(stop="a"), "a list of one text")
+        for sep in ("\n", ",", ", ", " ", "\0", '", "', "|"):
+            self.two(impl, asked(stop=["a", "b"]), asked(stop=[f"a{sep}b"]), "a list of two texts")
 
 
 # ---- 15.8
 
 ROLE, END = {"text": ""}, {"finish": "stop"}
+REQUEST = {"prompt": "Hi", "stop": ["x"], "never_heard_of": {"a": None}}
 
 
 def say(*words):
@@ -1014,15 +1229,15 @@ class TestForward:
         return events
 
     def same(self, impl, sources, wanted, calls, attempts=None, what=""):
-        request = {"prompt": "Hi", "stop": ["x"]}
+        request = copy.deepcopy(REQUEST)
         more = {} if attempts is None else {"attempts": attempts}
         got = list(impl(sources, request, **more))
         expect_equal(f"events{what}", got, wanted)
         expect_equal(f"calls of each replica{what}", [source.calls for source in sources], calls)
         for i, source in enumerate(sources):
             for seen in source.seen:
-                expect_equal(f"request of replica {i}", seen, {"prompt": "Hi", "stop": ["x"]})
-        expect_equal("request, afterwards", request, {"prompt": "Hi", "stop": ["x"]})
+                expect_equal(f"request of replica {i}", seen, REQUEST)
+        expect_equal("request, afterwards", request, REQUEST)
 
     def test_plain(self, impl):
         """the first replica answers: all of its events, in order"""
@@ -1030,6 +1245,13 @@ class TestForward:
         self.same(impl, (Source(say("a"), closable=False),), say("a"), [1], what=", without close")
         self.same(impl, [Source([ROLE, END])], [ROLE, END], [1], what=", no text")
         self.same(impl, [Source([END])], [END], [1], what=", a finish alone")
+        for why in ("length", "stop_sequence", "tool_calls"):
+            end = {"finish": why}
+            self.same(
+                impl, [Source([ROLE, end, ConnectionError()])], [ROLE, end], [1], what=f", finish {why!r}, no text"
+            )
+            script = [ROLE, {"text": "a"}, end]
+            self.same(impl, [Source([*script, {"text": "b"}])], script, [1], what=f", finish {why!r}")
 
     def test_before(self, impl):
         """broken before the first text: the next one, and nothing of the broken one"""
@@ -1050,6 +1272,8 @@ class TestForward:
         script = [ROLE, {"text": "a"}, ConnectionError()]
         sources = [Source([ConnectionError()]), Source(script), Source(say("c"))]
         self.same(impl, sources, [ROLE, {"text": "a"}, {"error": 502}], [1, 1, 0], what=", the second one")
+        sources = [self.refused(impl, 429), Source(script), Source(say("c"))]
+        self.same(impl, sources, [ROLE, {"text": "a"}, {"error": 502}], [1, 1, 0], what=", after a refusal")
 
     def test_held_events(self, impl):
         """what came before the first text is given with it, in order"""
@@ -1057,6 +1281,12 @@ class TestForward:
         self.same(impl, [Source(script)], script, [1])
         self.same(impl, [Source([{"text": " "}, ConnectionError()]), Source(say("c"))], [{"text": " "}, {"error": 502}],
                   [1, 0], what=", a space is text")  # fmt: skip
+        many = [{"text": "", "id": i} for i in range(500)]
+        self.same(
+            impl, [Source([*many, *say("a")])], [*many, *say("a")], [1], what=", 500 events before the first text"
+        )
+        usage = [{"usage": 1}, ROLE, {"text": "a"}, END]
+        self.same(impl, [Source(usage)], usage, [1], what=", usage first")
 
     def test_no_room(self, impl):
         """429 and 503: the next one; at the end the last refusal's status"""
@@ -1069,12 +1299,19 @@ class TestForward:
                 self.same(impl, [first], [{"error": status}], [1], what=what)
             pair = [self.refused(impl, s, at_call=at_call) for s in (503, 429)]
             self.same(impl, pair, [{"error": 429}], [1, 1], what=what)
+            pair = [self.refused(impl, s, at_call=at_call) for s in (429, 503)]
+            self.same(impl, pair, [{"error": 503}], [1, 1], what=what)
+            for cut in ([], [ROLE], [ROLE, ConnectionError()]):
+                pair = [self.refused(impl, 429, at_call=at_call), Source(cut)]
+                self.same(impl, pair, [{"error": 429}], [1, 1], what=f"{what}, then {cut}")
             pair = [self.refused(impl, 429, at_call=at_call), Source([ConnectionError()])]
             self.same(impl, pair, [{"error": 429}], [1, 1], what=f"{what}, then one breaks")
 
     def test_own_fault(self, impl):
         """other refusals: at once"""
-        for status, at_call in itertools.product((400, 401, 404, 413, 422, 500), (True, False)):
+        for status, at_call in itertools.product(
+            (400, 401, 403, 404, 408, 409, 413, 422, 425, 500, 501, 502, 504, 529), (True, False)
+        ):
             first = self.refused(impl, status, at_call=at_call)
             self.same(impl, [first, Source(say("a"))], [{"error": status}], [1, 0], what=f", {status}")
         sources = [Source([ConnectionError()]), self.refused(impl, 400), Source(say("a"))]
@@ -1098,6 +1335,7 @@ class TestForward:
         busy = [self.refused(impl, 429) for _ in range(3)] + [Source(say("a"))]
         self.same(impl, busy, [{"error": 429}], [1, 1, 1, 0], what=", refusals are attempts, too")
         self.same(impl, [Source([ConnectionError()])], [{"error": 503}], [1], 9, what=", attempts 9, one replica")
+        self.same(impl, [Source(say("a"))], [{"error": 503}], [0], 0, what=", attempts 0")
 
     def test_finish(self, impl):
         """nothing comes behind a finish, and nothing is asked for"""
@@ -1154,6 +1392,44 @@ class TestForward:
 
             list(impl([first, asked], {}))
             expect_equal("open iterators of the broken one when the next is asked", open_then, [0])
+        for status in (429, 503):
+            first, second, open_then = self.refused(impl, status), Source(say("a")), []
+
+            def asked(request, first=first, second=second, open_then=open_then):
+                open_then.append(first.open)
+                return second(request)
+
+            list(impl([first, asked], {}))
+            expect_equal(f"open iterators of one that refused ({status}) when the next is asked", open_then, [0])
+
+    def test_not_begun(self, impl):
+        """a client that leaves before the first event: nothing is left open"""
+        source = Source(say("a"))
+        events = self.begun(impl, [source])
+        events.close()
+        expect_equal("the client left before the first event: open iterators", source.open, 0)
+
+    def test_thrown(self, impl):
+        """however it ends: exceptions that are no errors, and such as the client throws"""
+        for error in (CancelledError(), KeyboardInterrupt()):
+            for script in ([error], [ROLE, error], [ROLE, {"text": "a"}, error]):
+                source = Source(script)
+                try:
+                    list(impl([source], {}))
+                except BaseException as raised:
+                    expect(raised is error, f"a replica raises {error!r}: expected it to be raised\n  got {raised!r}")
+                else:
+                    expect(False, f"a replica raises {error!r}: expected it to be raised\n  got an end")
+                expect_equal(f"a replica raises {error!r}: open iterators", source.open, 0)
+        for error in (ValueError("client"), CancelledError()):
+            sources = [Source(say("a", "b")), Source(say("c"))]
+            events = self.begun(impl, sources)
+            next(events), next(events)
+            try:
+                events.throw(error)
+            except BaseException as raised:
+                expect(raised is error, f"the client throws {error!r}: expected it to be raised\n  got {raised!r}")
+            expect_equal(f"the client throws {error!r}: open iterators", [s.open for s in sources], [0, 0])
 
     def test_other_errors(self, impl):
         """errors that are not the network's are raised, and iterators closed"""

@@ -8,6 +8,8 @@ import json
 import math
 import random
 import re
+import unicodedata
+import zlib
 from collections import deque
 from contextlib import closing
 from fractions import Fraction
@@ -114,6 +116,23 @@ def percentiles(latencies, percents):
     if len(ordered) == 0 or any(x != x or x < 0 for x in ordered) or not all(0 <= p <= 100 for p in percents):
         raise ValueError
     return {p: ordered[max(0, math.ceil(Fraction(str(p)) * len(ordered) / 100) - 1)] for p in percents}
+
+
+def keyed_by_floats(latencies, percents):
+    return {float(p): found for p, found in ranked(latencies, percents).items()}
+
+
+def large_for_failed(latencies, percents):
+    found = ranked(latencies, percents, failed=1e9)
+    return {p: INF if x >= 1e9 else x for p, x in found.items()}
+
+
+for impl, why in (
+    (keyed_by_floats, "percents as floats"),
+    (large_for_failed, "a failure is a large number"),
+    (ranker(look=lambda x: 0 <= x < INF, failed=1e308), "an infinite latency is an error"),
+):
+    wrong("15.1", why)(impl)
 
 
 # ---- 15.2
@@ -247,6 +266,22 @@ def little(requests, begin, end):
     count = len([a for a, _ in requests if begin <= a < end])
     width = end - begin
     return [area / width, count / width, area / count if count else None]
+
+
+def single(requests):
+    return [tuple(None if t is None else float(np.float32(t)) for t in pair) for pair in requests]
+
+
+for change, why in (
+    (single, "times in single precision"),
+    (lambda requests: list(dict.fromkeys(requests)), "equal requests once"),
+    (lambda requests: [(a, None if b == 0 and a > 0 else b) for a, b in requests], "left at 0 has not left"),
+    (
+        lambda requests: [tuple(None if t is None else round(t, 3) for t in pair) for pair in requests],
+        "times in milliseconds",
+    ),
+):
+    wrong("15.2", why)(lambda requests, begin, end, change=change: lawful(change(requests), begin, end))
 
 
 # ---- 15.3
@@ -514,6 +549,50 @@ class Events(Parser):
         return list(self.found)
 
 
+def ends_with_done(self):
+    self.over = getattr(self, "over", False)
+    found = [self.event()] if self.data and not self.over else []
+    self.over = self.over or self.data == ["[DONE]"]
+    self.clear()
+    return found
+
+
+def begins_data_anew(self, name, value):
+    if name == "retry":
+        self.data = []
+    Parser.field(self, name, value)
+
+
+HALF = codecs.getincrementaldecoder("utf-8")("replace")
+
+
+def decode_with_one(self, data):
+    text = HALF.decode(data)
+    if text and not hasattr(self, "begun"):
+        self.begun, text = True, text.removeprefix("\ufeff")
+    return text
+
+
+for part, change, why in (
+    ("decode", decode_with_one, "one decoder for all parsers"),
+    ("finish", ends_with_done, "nothing after [DONE]"),
+    ("field", begins_data_anew, "retry begins the data anew"),
+    ("cut", lambda self, line: Parser.cut(self, line[:65_536]), "64 KiB of a line"),
+    ("event", lambda self: (self.name, "\n".join(self.data[:100])), "100 lines of data"),
+    ("event", lambda self: (self.name.lower(), "\n".join(self.data)), "names in lower case"),
+    ("event", lambda self: (self.name.rstrip(), "\n".join(self.data)), "a name's last spaces are dropped"),
+    ("event", lambda self: (self.name if self.name.strip() else "message", "\n".join(self.data)), "a name of spaces"),
+    (
+        "event",
+        lambda self: (self.name, "\n".join(d if d.strip() else "" for d in self.data)),
+        "data of spaces is empty",
+    ),
+    ("event", lambda self: (self.name, "\n".join(d.removeprefix("\xa0") for d in self.data)), "another kind of space"),
+    ("decode", lambda self, data: re.sub("\ufffd+", "\ufffd", self.decoder.decode(data)), "one mark for all bad bytes"),
+):
+    wrong("15.3", why)(type("Events", (Parser,), {part: change}))
+
+
 # ---- 15.4
 
 
@@ -762,6 +841,89 @@ class Bucket(Right):
         return Right.level(self.mine)
 
 
+class Late(Right):
+    """Asks the clock when it is asked."""
+
+    def __init__(self, rate, burst, clock):
+        super().__init__(rate, burst, lambda: 0)
+        self.clock, self.at = clock, None
+
+    def now(self):
+        now = self.clock()
+        self.at = now if self.at is None else self.at
+        return max(now, self.at)
+
+
+alternative("15.4", "asks the clock when it is asked first")(Late)
+
+
+class Stepwise(Right):
+    def fill(self):
+        now = self.now()
+        while self.at + 1 <= now:
+            self.at, self.there = self.at + 1, min(self.burst, self.there + self.rate)
+        super().fill()
+
+
+class TwoReadings(Right):
+    def fill(self):
+        super().fill()
+        self.at = self.now()
+
+
+class OneClock(Right):
+    def now(self):
+        return max(CLOCKS[-1](), self.at)
+
+    def __init__(self, rate, burst, clock):
+        CLOCKS.append(clock)
+        super().__init__(rate, burst, clock)
+
+
+CLOCKS = []
+
+
+class Whole(Right):
+    def __init__(self, rate, burst, clock):
+        super().__init__(rate, int(burst) or burst, clock)
+
+
+class Bounded(Right):
+    def settle(self, tokens):
+        super().settle(tokens)
+        self.there = max(self.there, -5 * self.burst)
+
+
+class Milliseconds(Right):
+    def now(self):
+        return max(round(self.clock(), 3), self.at)
+
+
+class Quick(Right):
+    def check(self, rate, burst):
+        if not (rate > 0.1 and burst > 0):
+            raise ValueError
+
+
+class FromZero(Right):
+    def __init__(self, rate, burst, clock):
+        super().__init__(rate, burst, clock)
+        self.at = 0.0
+
+
+for impl, why in (
+    (Stepwise, "a loop over the seconds"),
+    (TwoReadings, "the clock is read twice"),
+    (OneClock, "the last bucket's clock for all"),
+    (Whole, "a burst of whole tokens"),
+    (Bounded, "a debt of five bursts at most"),
+    (Milliseconds, "time in milliseconds"),
+    (Quick, "a rate of 0.1 at least"),
+    (FromZero, "a clock that begins at 0"),
+):
+    wrong("15.4", why)(impl)
+
+
 # ---- 15.5
 
 
@@ -938,6 +1100,38 @@ def home(session, replicas):
     if not rivals:
         raise ValueError
     return min(rivals, key=lambda n: random.Random(ascii((session, n))).expovariate(1) / replicas[n])
+
+
+for sep in ("-", "\n", "\x1f", "::"):
+    wrong("15.5", f"{sep!r} between")(houser(join=lambda s, n, sep=sep: f"{s}{sep}{n}"))
+wrong("15.5", "a dash between, the name first")(houser(join=lambda s, n: f"{n}-{s}"))
+for change, why in (
+    (str.lower, "sessions in lower case"),
+    (str.strip, "sessions without spaces at their ends"),
+    (lambda s: s.encode("utf-8", "replace").decode(), "surrogates of sessions replaced"),
+    (lambda s: s.encode("utf-8", "ignore").decode(), "surrogates of sessions left out"),
+    (lambda s: unicodedata.normalize("NFC", s), "sessions composed"),
+    (lambda s: str(s.__hash__()), "the method behind Python's hash"),
+):
+    wrong("15.5", why)(houser(join=lambda s, n, change=change: json.dumps([change(s), n])))
+wrong("15.5", "32 characters of a name")(houser(join=lambda s, n: json.dumps([s, n[:32]])))
+wrong("15.5", "a name's port is cut off")(houser(join=lambda s, n: json.dumps([s, n.split(":80")[0]])))
+
+
+@wrong("15.5", "weight 0 is a very small one")
+def home(session, replicas):
+    housed(session, replicas)
+    return housed(session, {name: max(weight, 1e-9) for name, weight in replicas.items()})
+
+
+@wrong("15.5", "a mapping has to be a dict")
+def home(session, replicas):
+    return housed(session, replicas | {})
+
+
+@wrong("15.5", "a power that underflows")
+def home(session, replicas):
+    return housed(session, replicas, cost=lambda u, w: -(u ** (1 / w)))
 
 
 # ---- 15.6
@@ -1131,6 +1325,21 @@ class TwoChoices(Chooser):
             self.draw()
             raise RuntimeError
         return super().choose()
+
+
+class Eight(Chooser):
+    def __init__(self, n, draw):
+        super().__init__(n, draw)
+        self.own, self.others = [0] * 8, [0] * 8
+
+
+class Byte(Chooser):
+    def load(self, i):
+        return min(255, super().load(i))
+
+
+wrong("15.6", "eight replicas at most")(Eight)
+wrong("15.6", "loads of a byte")(Byte)
 
 
 # ---- 15.7
@@ -1369,6 +1578,76 @@ def cache_key(client, body, digests):
     kept = {k: v for k, v in fields.items() if k not in dropped and told(v) != told(STANDARD.get(k))}
     data = repr((ascii(client), model, told(kept))).encode()
     return base64.b64encode(hashlib.sha512(data).digest()).decode()
+
+
+def digest_of(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def shallow(value, deep=6):
+    if type(value) is dict:
+        return {k: shallow(v, deep - 1) if deep else v for k, v in value.items()}
+    if type(value) is list:
+        return [shallow(v, deep - 1) if deep else v for v in value]
+    return whole(value)
+
+
+def changed(leaf):
+    """whole(), and then `leaf` of each text and number and list"""
+
+    def change(value):
+        if type(value) is dict:
+            return {k: change(v) for k, v in value.items()}
+        return leaf([change(v) for v in value] if type(value) is list else whole(value))
+
+    return change
+
+
+def is_texts(value):
+    return type(value) is list and bool(value) and all(type(v) is str for v in value)
+
+
+def default_if_true(name, value):
+    return is_default(name, value) or (name in ("temperature", "top_p") and value is True)
+
+
+for switches, why in (
+    ({"text": lambda said: digest_of(said)[:8]}, "32 bits of a digest"),
+    ({"text": lambda said: str(zlib.crc32(said.encode()))}, "a checksum"),
+    ({"plain": shallow}, "numbers to a depth"),
+    ({"plain": changed(lambda v: float(f"{v:.15g}") if type(v) is float and v == v else v)}, "15 digits"),
+    ({"plain": changed(lambda v: "\n".join(v) if is_texts(v) else v)}, "lists of texts in one piece"),
+    ({"plain": changed(lambda v: v[0] if is_texts(v) and len(v) == 1 else v)}, "a list of one text is the text"),
+    ({"plain": changed(lambda v: v.replace("\r\n", "\n") if type(v) is str else v)}, "ends of lines made equal"),
+    ({"default": default_if_true}, "true is the default 1"),
+    ({"zero": lambda t: float(t) == 0}, "a text as temperature"),
+    ({"zero": lambda t: not isinstance(t, str) and t < 1e-12}, "a small temperature is 0"),
+    ({"digest": lambda model, digests: (digests.get(model) or "").lower() or None}, "digests in lower case"),
+    ({"digest": lambda model, digests: (digests.get(model) or "")[:12] or None}, "12 characters of a digest"),
+    ({"digest": lambda model, digests: digests.setdefault(model) and digests[model]}, "adds to the digests"),
+    ({"who": lambda client: client[:64]}, "64 characters of a client"),
+):
+    wrong("15.7", why)(namer(**switches))
+
+
+def shown(encode, why):
+    """Keys that tell the client in other letters."""
+
+    def key(client, body, digests):
+        found = named(client, body, digests)
+        return found and f"{encode(client.encode('utf-8', 'surrogatepass'))[:48]}:{digest_of(found)}"
+
+    wrong("15.7", why)(key)
+
+
+shown(lambda client: client.hex(), "the client in hexadecimal")
+shown(lambda client: base64.b64encode(client).decode(), "the client in base64")
+shown(lambda client: ascii(client[:8]), "the client's first characters")
+
+
+@wrong("15.7", "fields with an underscore are left out")
+def cache_key(client, body, digests):
+    return named(client, {k: v for k, v in body.items() if not k.startswith("_")}, digests)
 
 
 # ---- 15.8
@@ -1645,3 +1924,78 @@ def forward(replicas, request, attempts=3):
             if callable(getattr(stream, "close", None)):
                 stream.close()
     yield last
+
+
+for switches, why in (
+    ({"room": (429, 502, 503, 504)}, "502 and 504 say that there is no room"),
+    ({"room": (408, 429, 503)}, "408 says that there is no room"),
+    ({"room": (429, *range(501, 600))}, "501 and more say that there is no room"),
+    ({"most": lambda replicas, attempts: replicas[: attempts or 3]}, "0 attempts are 3"),
+    ({"begun_by": lambda event: bool(event.get("text")) or event.get("finish") == "stop"}, "one kind of finish"),
+    (
+        {"ask": lambda replica, request: replica({k: request[k] for k in ("prompt", "stop") if k in request})},
+        "known fields of the request alone",
+    ),
+):
+    wrong("15.8", why)(sender(**switches))
+
+
+@wrong("15.8", "asks the first one before the client wants an event")
+def forward(replicas, request, attempts=3):
+    if not replicas or attempts < 1:
+        return sent(replicas, request, attempts)
+    try:
+        events, error = replicas[0](request), None
+    except Exception as e:
+        events, error = None, e
+
+    def first(_):
+        if error:
+            raise error
+        return events
+
+    return sent([first, *replicas[1:]], request, attempts)
+
+
+@wrong("15.8", "16 events are held")
+def forward(replicas, request, attempts=3):
+    def short(replica):
+        def ask(request):
+            events = replica(request)
+            try:
+                held = deque(maxlen=16)
+                for event in events:
+                    held.append(event)
+                    if event.get("text") or "finish" in event:
+                        yield from held
+                        held.clear()
+                    if "finish" in event:
+                        return
+            finally:
+                shut(events)
+
+        return ask
+
+    yield from sent([short(replica) for replica in replicas], request, attempts)
+
+
+@wrong("15.8", "what was refused before says how a stream breaks")
+def forward(replicas, request, attempts=3):
+    refused = []
+
+    def noting(replica):
+        def ask(request):
+            events = None
+            try:
+                events = replica(request)
+                yield from events
+            except Refused as refusal:
+                refused.append(refusal.status)
+                raise
+            finally:
+                shut(events)
+
+        return ask
+
+    for event in sent([noting(replica) for replica in replicas], request, attempts):
+        yield {"error": refused[-1]} if event == {"error": 502} and refused else event
