@@ -281,11 +281,14 @@ class TestEvents:
         """an event without a data line is none, one with an empty data line is one; names do not live on"""
         self.same(impl, b"event: lost\n\ndata: x\n\n\n\n\ndata\n\ndata:\n\ndata\ndata\n\n")
         self.same(impl, b"event: a\ndata: 1\n\ndata: 2\n\n")
+        for name in (b"error", b"message", b"done", b"ping"):
+            self.same(impl, b"event: " + name + b"\n\ndata: x\n\n")
         self.same(impl, b"event:  \ndata:  \n\nevent: \ndata:   \ndata: \t\n\n")
 
     def test_names(self, impl):
         """an event's name is given as it came"""
         self.same(impl, "event: Two Words \ndata: x\n\nevent: ÄB\t\ndata: y\n\nevent:\xa0z\ndata:\xa0w\n\n".encode())
+        self.same(impl, b"event: a: b\ndata: c: d\n\n")
 
     def test_comments(self, impl):
         """lines that begin with a colon"""
@@ -479,6 +482,7 @@ class TestBucket:
         """rate, burst, tokens and times need not be whole"""
         script = [("level",), ("take", 2.5), ("level",), ("wait", 0.0004), ("level",), ("wait", 1), ("take", 0.3)]
         self.played(impl, 0.7, 2.75, script)
+        self.played(impl, 0.001, 500, [("take", 500), ("take", 500), ("settle", 7000), ("take", 500), ("take", 0)])
         self.played(impl, 0.01, 0.5, [("take", 0.5), ("wait", 3), ("take", 0.25), ("level",)])
         self.played(impl, 60, 0.5, [("level",), ("take", 0.5), ("take", 0.5), ("wait", 5), ("level",)])
         self.played(impl, 5000, 100, [("take", 100), *[("wait", 0.0004), ("level",)] * 5])
@@ -623,6 +627,7 @@ class TestHome:
         self.shares(impl, {"a": 99, "b": 1})
         self.shares(impl, {"a": 2**60, "b": 2**61})
         self.shares(impl, {"a": 1e-9, "b": 3e-9})
+        self.shares(impl, {"a": 1, **{f"r{i}": 1e-5 for i in range(2)}, "b": 2e-3})
         self.shares(impl, {"a": 1e-100, "b": 3e-100})
 
     def test_zero(self, impl):
@@ -1113,7 +1118,7 @@ class TestCacheKey:
         self.two(impl, asked(), asked(n=True), "n true")
         self.two(impl, asked(), asked(logprobs=0), "logprobs 0")
         self.two(impl, asked(), asked(presence_penalty=False), "presence_penalty false")
-        seeds = [2**53, 2**53 + 1, 2**63 - 1, 2**63 - 2]
+        seeds = [2**53, 2**53 + 1, 2**63 - 1, 2**63 - 2, 2**64 + 1, 2**32 + 1, 1, -1, -2, 2**63, 10**30, 10**30 + 1]
         for a, b in itertools.combinations(seeds, 2):
             self.two(impl, asked(temperature=1, seed=a), asked(temperature=1, seed=b), "large seeds")
         self.two(impl, asked(x=0.1), asked(x=0.1 + 1e-12), "nearly equal")
@@ -1156,7 +1161,7 @@ class TestCacheKey:
         for a, b in itertools.combinations(texts, 2):
             self.two(impl, asked(stop=a), asked(stop=b), f"texts {a!r} and {b!r}")
             self.two(impl, asked(x={a: 1}), asked(x={b: 1}), f"names {a!r} and {b!r}")
-        long = "x" * 100_000
+        long = "x" * 1_000_000
         self.two(impl, asked(prompt=long + "a"), asked(prompt=long + "b"), "long texts")
 
     def test_depth(self, impl):
@@ -1301,6 +1306,9 @@ class TestForward:
             self.same(impl, pair, [{"error": 429}], [1, 1], what=what)
             pair = [self.refused(impl, s, at_call=at_call) for s in (429, 503)]
             self.same(impl, pair, [{"error": 503}], [1, 1], what=what)
+            for status in (429, 503):
+                three = [self.refused(impl, status, at_call=at_call), Source([ConnectionError()]), Source(say("a"))]
+                self.same(impl, three, say("a"), [1, 1, 1], what=f"{what}, then one breaks, then one answers")
             for cut in ([], [ROLE], [ROLE, ConnectionError()]):
                 pair = [self.refused(impl, 429, at_call=at_call), Source(cut)]
                 self.same(impl, pair, [{"error": 429}], [1, 1], what=f"{what}, then {cut}")
@@ -1433,7 +1441,7 @@ class TestForward:
 
     def test_other_errors(self, impl):
         """errors that are not the network's are raised, and iterators closed"""
-        for error in (ValueError("x"), KeyError("x"), OSError("disk"), TimeoutError()):
+        for error in (ValueError("x"), KeyError("x"), OSError("disk"), TimeoutError(), EOFError(), RuntimeError("x")):
             for script in ([error], [ROLE, error], [ROLE, {"text": "a"}, error]):
                 sources = [Source(script), Source(say("b"))]
                 expect_raises(type(error), lambda s=sources: list(impl(s, {})), f"a replica raises {error!r}")

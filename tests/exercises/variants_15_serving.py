@@ -593,6 +593,13 @@ for part, change, why in (
     wrong("15.3", why)(type("Events", (Parser,), {part: change}))
 
 
+def cut_name(self):
+    return (self.name.partition(":")[0] or "message", "\n".join(self.data))
+
+
+wrong("15.3", "a name up to its colon")(type("Events", (Parser,), {"event": cut_name}))
+
+
 # ---- 15.4
 
 
@@ -922,6 +929,14 @@ for impl, why in (
     (FromZero, "a clock that begins at 0"),
 ):
     wrong("15.4", why)(impl)
+
+
+class Hour(Right):
+    def wait(self, tokens):
+        return min(3600, super().wait(tokens))
+
+
+wrong("15.4", "waits of an hour at most")(Hour)
 
 
 # ---- 15.5
@@ -1650,6 +1665,12 @@ def cache_key(client, body, digests):
     return named(client, {k: v for k, v in body.items() if not k.startswith("_")}, digests)
 
 
+wrong("15.7", "a seed of -1 is none")(namer(seeded=lambda b: b.get("seed") not in (None, -1)))
+wrong("15.7", "200,000 characters of a text")(
+    namer(plain=changed(lambda v: v[:200_000] if type(v) is str else v)),
+)
+
+
 # ---- 15.8
 
 
@@ -1999,3 +2020,6 @@ def forward(replicas, request, attempts=3):
 
     for event in sent([noting(replica) for replica in replicas], request, attempts):
         yield {"error": refused[-1]} if event == {"error": 502} and refused else event
+
+
+wrong("15.8", "an EOFError is a break")(sender(kinds=(ConnectionError, EOFError)))
