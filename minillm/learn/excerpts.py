@@ -74,11 +74,9 @@ def results(suite: str, *devices: str) -> dict:
 
     Raises FileNotFoundError if none has the suite.
     """
-    devices = devices or (CPU,)
-    there = [device for device in devices if _path(suite, device).is_file()]
     found: dict = {}
-    for device in reversed(there or devices[:1]):
-        found |= _load(suite, device)["results"]
+    for record in reversed(_records(suite, devices).values()):
+        found |= record["results"]
     return found
 
 
@@ -89,10 +87,9 @@ def measured_on(suite: str, *devices: str) -> str | None:
 
 def provenance(suite: str, *devices: str) -> str:
     """On what, with which versions and when `suite` was measured, with a link to the file: a line for each device that
-    `results` of the same devices takes a part from, and which, if there are several.
+    `results` of the same devices takes a part from, and which, if there are several. Raises as `results`.
     """
-    devices = devices or (CPU,)
-    loaded = {device: _load(suite, device) for device in devices if _path(suite, device).is_file() or len(devices) == 1}
+    loaded = _records(suite, devices)
     taken = {part: device for device in reversed(loaded) for part in loaded[device]["results"]}
     lines = []
     for device in [d for d in loaded if d in taken.values()]:
@@ -105,11 +102,14 @@ def provenance(suite: str, *devices: str) -> str:
     return "\n\n".join(lines)
 
 
-def _load(suite: str, device: str) -> dict:
-    path = _path(suite, device)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.relative_to(root())}: not recorded yet; run the script in benchmarks/")
-    return json.loads(path.read_text(encoding="utf-8"))
+def _records(suite: str, devices: tuple[str, ...]) -> dict[str, dict]:
+    """Of those devices that have one."""
+    devices = devices or (CPU,)
+    there = [device for device in devices if _path(suite, device).is_file()]
+    if not there:
+        path = _path(suite, devices[0]).relative_to(root())
+        raise FileNotFoundError(f"{path}: not recorded yet; run the script in benchmarks/")
+    return {device: json.loads(_path(suite, device).read_text(encoding="utf-8")) for device in there}
 
 
 def _path(suite: str, device: str) -> Path:
