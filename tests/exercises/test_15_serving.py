@@ -1106,7 +1106,7 @@ class TestCacheKey:
         for depth in range(1, 25):
             one, two = ([one], [two]) if depth % 3 else ({"y": one}, {"y": two})
             self.one(impl, asked(x=one), asked(x=two), f"1 and 1.0 at depth {depth}")
-        self.two(impl, asked(x=0.1), asked(x=math.nextafter(0.1, 1)), "neighbours")
+        self.two(impl, asked(x=0.1), asked(x=math.nextafter(0.1, 1)), "adjacent floats")
         drawn = {"temperature": 0.5, "seed": 4}
         self.two(impl, asked(**drawn, top_p=True), asked(**drawn), "top_p true")
         self.two(impl, asked(temperature=True, seed=4), asked(temperature=1, seed=4), "temperature true")

@@ -48,11 +48,17 @@ def cached(start, url, adapter_path):
     return begin
 
 
+def settle(server: Running) -> None:
+    """An answer is sent before it is stored: wait until it is."""
+    until(lambda: not any([flight.ended for flight in [*server.service.cache.flights.values()]]))
+
+
 def post(server: Running, path: str = COMPLETION, headers: dict | None = None, **changes) -> tuple[str, dict]:
     """-> (hit, miss or none, the answer without what is its own)"""
     body = changes if path == CHAT else {**ASK, **changes}
-    until(lambda: not any([flight.ended for flight in server.service.cache.flights.values()]))  # it is stored
+    settle(server)
     answer = server.http.post(path, json=body, headers=headers)
+    settle(server)
     assert answer.status_code == 200, answer.text
     found = answer.json()
     assert found.pop("id")
@@ -64,6 +70,7 @@ def events(server: Running, **changes) -> tuple[str, list[dict]]:
     with server.http.stream("POST", COMPLETION, json={**ASK, "stream": True, **changes}) as answer:
         lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
     assert lines.pop() == "[DONE]"
+    settle(server)
     return answer.headers.get("x-cache", "none"), [json.loads(line) for line in lines]
 
 
