@@ -14,7 +14,7 @@ from .paths import root, stems
 __all__ = ["build", "render", "stale"]
 
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
-HEADING = re.compile(r"^## Exercise (\d+\.\d+): (.+)$", re.MULTILINE)
+HEADING = re.compile(r"^## Exercise (\d+\.w?\d+): (.+)$", re.MULTILINE)
 
 
 def render(source: str, stem: str) -> str:

@@ -130,7 +130,7 @@ def _say_once(text: str) -> None:
 
 def exercises() -> dict[str, dict[str, str]]:
     """Stem -> {exercise number: title}, read from the headings in solutions/."""
-    heading = re.compile(r"^# ## Exercise (\d+\.\d+): (.+)$", re.MULTILINE)
+    heading = re.compile(r"^# ## Exercise (\d+\.w?\d+): (.+)$", re.MULTILINE)
     return {
         stem: dict(heading.findall((root() / "solutions" / f"{stem}.py").read_text(encoding="utf-8")))
         for stem in stems()
