@@ -31,7 +31,6 @@ from torch import Tensor
 
 from minillm import kernels
 from minillm.kernels.common import ceil_div, sm_count
-from minillm.kernels.matmul import interleave
 
 if not CPU:
     import gpu
@@ -107,14 +106,12 @@ def products() -> list[dict]:
     found = [ladder(f"matmul {n} x {n} x {n}", (x, w), rungs, 3 * out, 2.0 * n**3)]
     m, i, k = (64, 48, 32) if CPU else (8192, 14_336, 4096)
     x, w = randn(m, k), randn(2 * i, k, scale=k**-0.5)
-    turns, needed = interleave(w), (m * k + 2 * i * k + m * i) * SIZE
+    needed = (m * k + 2 * i * k + m * i) * SIZE
     plain = kernels.KERNELS["swiglu"].torch
-    rungs = [Rung("cuBLAS, then torch", lambda x, turns, w: plain(F.linear(x, w)), needed + 6 * m * i * SIZE)]
-    rungs.append(
-        Rung("cuBLAS, then minillm", lambda x, t, w: kernels.swiglu(F.linear(x, w)), needed + 4 * m * i * SIZE)
-    )
-    rungs.append(Rung("minillm, epilogue", lambda x, turns, w: kernels.matmul_swiglu(x, turns), needed))
-    return [*found, ladder(f"matmul_swiglu {m} x {i} x {k}", (x, turns, w), rungs, needed, 4.0 * m * i * k)]
+    rungs = [Rung("cuBLAS, then torch", lambda x, w: plain(F.linear(x, w)), needed + 6 * m * i * SIZE)]
+    rungs.append(Rung("cuBLAS, then minillm", lambda x, w: kernels.swiglu(F.linear(x, w)), needed + 4 * m * i * SIZE))
+    rungs.append(Rung("minillm, epilogue", kernels.matmul_swiglu, needed))
+    return [*found, ladder(f"matmul_swiglu {m} x {i} x {k}", (x, w), rungs, needed, 4.0 * m * i * k)]
 
 
 def ladder(name: str, inputs: tuple, rungs: list[Rung], needed: float, flops: float) -> dict:

@@ -12,6 +12,7 @@ workload   nano-vllm's: 256 requests at once, 133,966 output tokens. The better 
 stream     one request alone. Median of five.
 special    256 requests and one, with top-p, top-k, min-p, penalties, log probabilities, against plain ones in turn.
 quantized  the workload and one stream with weights of 4 and 8 bits, on the fly, against the same engine's in full.
+prompts    32 requests of 4,096 tokens, 8 and one of 7,900, one of 1,024; the best of three. (Shapes with that context.)
 adapters   64 requests without adapters, with one for all, with 8 and 64 different ones.
 speculative  SmolLM2's own weights, copying, summing up, telling, 1 to 256 at once: guesses against plain decoding.
 constrained  64 requests whose output must fit a JSON schema, against free ones of the same lengths.
@@ -52,6 +53,7 @@ from engine_parts import (
     constrained,
     idle,
     poisson,
+    prompts,
     quantized,
     special,
     stream,
@@ -62,6 +64,7 @@ from engine_speculative import DEFINITION, speculative
 PARTS: dict[str, Callable[[Bench], dict | None]] = {
     "chat": chat, "workload": workload, "stream": stream, "special": special, "quantized": quantized,
     "adapters": adapters, "constrained": constrained, "speculative": speculative, "idle": idle, "poisson": poisson,
+    "prompts": prompts,
     "peers": peers.against_transformers,
 }  # fmt: skip
 CPU: dict[str, tuple[Callable[[w.Sizes], dict], str]] = {  # and the suite under which each is recorded
@@ -82,6 +85,10 @@ DEFINITIONS = {
     },
     "quantized": {
         "runs": "the workload once, after a short warm-up; of one stream the best of three, its first token left out",
+    },
+    "prompts": {
+        "of three runs": "the best, after a first; prompt tokens over the seconds until the last token", "cases":
+        "requests x tokens of each prompt + tokens of each answer",
     },
     "adapters": {
         "runs": "rank 16, all layers but the head, 64 requests; the better of two each, in turn",

@@ -142,10 +142,15 @@ def workload(bench: Bench) -> dict:
     return row
 
 
-def published(part: str, shape: str, rate: float) -> dict:
-    """Ratios to other engines: figures from elsewhere, marked as such, on the same kind of GPU; or measured beside."""
+def published(part: str, shape: str, rate: float, case: str = "") -> dict:
+    """Ratios to other engines: figures from elsewhere, marked as such, on the same kind of GPU; or measured beside.
+    Where a part has cases, an engine's name ends with ": " and one of them.
+    """
     comparable = device()[0] == "h100" or w.PUBLISHED_LABEL == w.BESIDE
     figures = w.PUBLISHED[part].get(shape, {}) if comparable else {}
+    if case:
+        named = {name.partition(": "): figure for name, figure in figures.items()}
+        figures = {name: figure for (name, _, of), figure in named.items() if of == case}
     return {"published": figures, "against published": {name: rate / figure for name, figure in figures.items()}}
 
 
@@ -169,6 +174,27 @@ def stream(bench: Bench) -> dict:
     ratios = "".join(f", {ratio:.2f} of {name}" for name, ratio in row["against published"].items())
     print(f"  stream   {rate:9,.0f} tokens/s, {decoding / floor:.1%} of the byte floor{ratios}", flush=True)
     return row
+
+
+def prompts(bench: Bench) -> dict:
+    """Long prompts, which nobody has asked before, and few tokens behind them."""
+    bench.free()
+    limits = {**LIMITS, "max_model_len": bench.sizes.prompts_limit}
+    if bench.config.max_position_embeddings < bench.sizes.prompts_limit:
+        raise ValueError(f"{bench.shape}: its context is shorter than {bench.sizes.prompts_limit} tokens")
+    llm = LLM(bench.directory, load_format="dummy", enable_prefix_caching=False, **limits, **bench.options)
+    rows = []
+    for count, length, output in bench.sizes.prompts:
+        seconds = [
+            run(llm, w.random_jobs(count, (length, length), (output, output), seed=seed))[0] for seed in range(4)
+        ]
+        best = min(seconds[1:])
+        case, rate = f"{count} x {length} + {output}", count * length / best
+        rows.append({"case": case, "seconds": seconds[1:], "prompt tokens/s": rate,
+                     **published("prompts", bench.shape, rate, case)})  # fmt: skip
+        ratios = "".join(f", {ratio:.2f} of {name}" for name, ratio in rows[-1]["against published"].items())
+        print(f"  prompts  {case:16} {1e3 * best:8.1f} ms, {rate:9,.0f} tokens/s{ratios}", flush=True)
+    return {"cases": rows}
 
 
 QUANTIZED = {

@@ -44,6 +44,7 @@ PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
         "llama1b": {"vLLM": 636},
         "llama8b": {"vLLM": 149},
     },
+    "prompts": {},
 }
 
 
@@ -75,6 +76,8 @@ class Sizes:
     open_fractions: tuple[float, ...] = (0.25, 0.5, 0.75, 0.9)  # of it
     open_seconds: float = 6.0  # of arrivals
     open_limit: float = 12.0  # after so many seconds what still runs is aborted
+    prompts: tuple[tuple[int, int, int], ...] = ((32, 4096, 16), (8, 7900, 16), (1, 7900, 1), (1, 1024, 1))
+    prompts_limit: int = 8192  # tokens of a request
     special: tuple[int, int] = (64, 256)
     special_requests: int = 256
     special_runs: int = 2
@@ -96,7 +99,7 @@ QUICK = Sizes(
     open_prompts=(8, 32), open_outputs=(8, 16), open_requests=32, open_fractions=(0.5, 0.9), open_seconds=1.0,
     open_limit=5.0, special=(8, 16), special_requests=4, special_runs=1, idle_batches=(1, 4), idle_steps=10,
     peers=(4, 16, 8), cpu16=(16, 8, 1), cpu_stream=(8, 1), adapted=4, adapted_runs=1, adapter_kinds=(1, 3),
-    constrained=(4, (8, 16), 1),
+    constrained=(4, (8, 16), 1), prompts=((2, 100, 4), (1, 200, 1)), prompts_limit=256,
 )  # fmt: skip
 
 

@@ -253,7 +253,7 @@ class HeadRunner(SpeculativeRunner):
             self.model.config, num_blocks, self.config.block_size, self.device, self.cache_dtype, self.dtype
         )
 
-    def _layers(self, batch: Batch) -> Tensor:
+    def _layers(self, batch: Batch, rows: Tensor | None = None) -> Tensor:
         """The model's layers; then the tokens' hidden states into their slots, and what the head remembers of them."""
         hidden_states = super()._layers(batch)
         self.states.hidden[0].index_put_((batch.slots,), hidden_states)
@@ -264,7 +264,7 @@ class HeadRunner(SpeculativeRunner):
             sequence = torch.searchsorted(ends, token, right=True).clamp_(max=len(ends) - 1)
         before = self._hidden(batch.block_tables, sequence, batch.positions - 1)
         self.head.remember(batch.token_ids, before, batch.positions, self.cache.layers[-1], batch)
-        return hidden_states
+        return hidden_states if rows is None else hidden_states[rows]
 
     def _hidden(self, block_tables: Tensor, sequence: Tensor, positions: Tensor) -> Tensor:
         """The hidden states of some tokens out of the cache, 0 in front of the first.

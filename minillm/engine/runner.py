@@ -147,8 +147,7 @@ class Runner:
         self.reported = min(REPORTED, vocab)
         self.masks = MaskTable(places, vocab, self.device)
         self._last = torch.zeros(places, model.config.hidden_size, dtype=self.dtype, device=self.device)
-        self._hidden_states = self._last  # of all tokens of the step; graphs leave them in `_all`
-        self._all: Tensor | None = None
+        self._hidden_states = self._last  # of all tokens of the last step that was asked for them
         self.forward_graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
         self.draw_graphs: dict[tuple[int, Kind], tuple[torch.cuda.CUDAGraph, Drawn]] = {}
         self.num_replays = 0
@@ -203,14 +202,18 @@ class Runner:
         slots = self.config.max_loras if plan.adapted else 0
         shape = self._shape(plan, slots)
         if shape is None:
-            self._forward(plan.num_tokens, plan.num_sequences, plan.is_decode, slots=slots, width=plan.width)
+            every = plan.prompt_logprobs is not None
+            self._forward(
+                plan.num_tokens, plan.num_sequences, plan.is_decode, slots=slots, width=plan.width, every=every
+            )
             return
         self.forward_graphs[shape].replay()
         self.num_replays += 1
-        self._hidden_states = self._last if plan.is_decode or self._all is None else self._all
 
     def _shape(self, plan: Plan, slots: int) -> Shape | None:
-        """The graph that has room for the plan; None: there is none."""
+        """The graph that has room for the plan; None: there is none, or it lacks what the plan asks for."""
+        if plan.prompt_logprobs is not None:
+            return None
         sizes = self.decode_sizes if plan.is_decode else self.mixed_sizes
         at = bisect.bisect_left(sizes, plan.num_tokens)
         if at == len(sizes):
@@ -273,21 +276,26 @@ class Runner:
 
     def _forward(
         self, tokens: int, sequences: int, decode: bool, max_seqlen_k: int | None = None, slots: int = 0,
-        width: int = 1, max_seqlen_q: int | None = None,
+        width: int = 1, max_seqlen_q: int | None = None, every: bool = False,
     ) -> None:  # fmt: skip
-        """Everything that a graph of `forward` holds: from rows to hidden states, those that give tokens in `_last`."""
+        """Everything that a graph of `forward` holds: from rows to the hidden states that give tokens, in `_last`; and
+        with `every` those of all tokens in `_hidden_states`.
+        """
         with dependent_launch(), trusted():
             batch = self.table.batch(tokens, sequences, decode, max_seqlen_k, slots, max_seqlen_q)
-            hidden_states = self._layers(batch)  # [N, hidden]
             rows = batch.logit_rows if width == 1 else self.table.logit_rows(batch.logit_rows, width)
-            self._last[: sequences * width] = hidden_states if decode else hidden_states[rows]  # [S W, hidden]
-        if self._all is not None and not decode:
-            self._all[:tokens] = hidden_states
+            # Adapters know which token has which: the last layer's, too, wants all of them.
+            asked = None if decode or every or slots else rows
+            hidden_states = self._layers(batch, asked)
+            last = hidden_states if decode or asked is not None else hidden_states[rows]
+            self._last[: sequences * width] = last  # [S W, hidden]
         self._hidden_states = hidden_states
 
-    def _layers(self, batch: Batch) -> Tensor:
-        """Hidden states of the batch's tokens, [N, hidden]; keys and values go into the cache."""
-        return self.model(batch.token_ids, batch, self.cache)
+    def _layers(self, batch: Batch, rows: Tensor | None = None) -> Tensor:
+        """Hidden states of the batch's tokens, [N, hidden], or of these alone, [R, hidden]; all keys and values go into
+        the cache.
+        """
+        return self.model(batch.token_ids, batch, self.cache, rows)
 
     def _draw(self, sequences: int, kind: Kind) -> Drawn:
         """Everything that a graph of `draw` holds: from hidden states to tokens [S, W], in the rows too."""
@@ -367,9 +375,8 @@ class Runner:
         decode = (1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, self.max_num_seqs, 32))
         self.decode_sizes = [*(n for n in decode if n < self.max_num_seqs), self.max_num_seqs]
         most = self.max_num_batched_tokens
-        self.mixed_sizes = sorted({*range(most, 0, -max(256, most // 8)), *(n for n in (256, 512) if n < most)})
+        self.mixed_sizes = sorted({*range(most, 0, -max(256, most // 32)), *(n for n in (256, 512) if n < most)})
         self.table.set_steps(self.table.nobody())
-        self._all = torch.empty(most, self._last.shape[1], dtype=self.dtype, device=self.device)
         forwards: list[Shape] = []
         for slots in sorted({0, self.config.max_loras}):  # steps without adapters are not to pay for them
             forwards += self._shapes(slots)

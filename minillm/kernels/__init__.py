@@ -9,7 +9,7 @@ from .flash_attention import flash_attention
 from .fused_linear import linear, norm_linear
 from .gumbel_argmax import GREEDY_BELOW, gumbel_argmax, gumbel_noise
 from .mask_logits import mask_logits
-from .matmul import interleave, matmul, matmul_swiglu
+from .matmul import matmul, matmul_swiglu
 from .multi_lora import LoraPlan, multi_lora
 from .paged_attention import AttentionPlan, paged_attention
 from .quantize_rows import norm_quantize_rows, quantize_rows, swiglu_quantize_rows
@@ -40,7 +40,6 @@ __all__ = [
     "flash_attention",
     "gumbel_argmax",
     "gumbel_noise",
-    "interleave",
     "linear",
     "mask_logits",
     "matmul",

@@ -121,6 +121,8 @@ def check(
             )
     if max_seqlen_q < 0 or window < 0:
         raise ValueError(f"max_seqlen_q, window: expected 0 or more, got {max_seqlen_q} and {window}")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale: expected a number above 0, got {scale}")
     if window and not causal:
         raise ValueError("window: expected 0 without causal; a window counts positions back from the query")
 

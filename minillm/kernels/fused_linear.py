@@ -10,7 +10,8 @@ whole vector (a few KB, from L2), forms the sum, and has seen all squares when i
 
     norm(h) wᵀ = (h · norm_weight) wᵀ / sqrt(mean(h²) + eps),    h = x + residual
 
-With more tokens, cuBLAS and the kernels for each part are faster (`benchmarks/NOTES.md`), and each part runs alone.
+With more tokens, cuBLAS and the kernels for each part are faster (`benchmarks/NOTES.md`), and each part runs alone;
+with many, SwiGLU rides along again, as the epilogue of our product (`matmul_swiglu`).
 On a CPU, too, a product with one vector is not what its library does best: see `torch_path`.
 """
 
@@ -20,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import arguments, ceil_div, operation, pdl, previous_done, tl, triton, tuned
+from .common import arguments, ceil_div, has_copy_engine, operation, pdl, previous_done, tl, triton, tuned
+from .matmul import matmul_swiglu
 from .rms_norm import add_reference, add_rms_norm, add_torch_path, rms_norm
 from .rms_norm import check as norm_check
 from .rms_norm import reference as norm_reference
@@ -32,6 +34,7 @@ from .swiglu import torch_path as swiglu_torch_path
 __all__ = ["linear", "norm_linear"]
 
 MKL = torch.backends.mkl.is_available()
+MANY = 1024  # tokens from which on our product with SwiGLU as its epilogue is faster than cuBLAS and SwiGLU behind it
 SHORT = 3072  # numbers of x up to which w xᵀ is the faster product on a CPU (`benchmarks/NOTES.md`)
 
 
@@ -68,9 +71,11 @@ def norm_linear_reference(
 
 
 def _by_parts(
-    norm: Callable, add_norm: Callable, act: Callable, product: Callable
+    norm: Callable, add_norm: Callable, act: Callable, product: Callable, product_and_act: Callable | None = None
 ) -> Callable[..., tuple[Tensor, Tensor]]:  # fmt: skip
-    """`norm_linear` one part after another, by these functions for RMSNorm, the sum with it, SwiGLU and the product."""
+    """`norm_linear` one part after another, by these functions for RMSNorm, the sum with it, SwiGLU and the product;
+    the last two as one where there is a function for that, and no bias.
+    """
 
     def run(
         x: Tensor, residual: Tensor | None, norm_weight: Tensor, w: Tensor, eps: float = 1e-6,
@@ -80,6 +85,8 @@ def _by_parts(
             normed, total = norm(x, norm_weight, eps), x.clone()
         else:
             normed, total = add_norm(x, residual, norm_weight, eps)
+        if use_swiglu and product_and_act is not None and bias is None:
+            return product_and_act(normed, w), total
         y = product(normed, w, bias)
         return (act(y) if use_swiglu else y), total
 
@@ -88,6 +95,7 @@ def _by_parts(
 
 norm_linear_torch_path = _by_parts(norm_torch_path, add_torch_path, swiglu_torch_path, torch_path)
 _several_tokens = _by_parts(rms_norm, add_rms_norm, swiglu, F.linear)
+_many_tokens = _by_parts(rms_norm, add_rms_norm, swiglu, F.linear, matmul_swiglu)
 
 
 def check(x: Tensor, w: Tensor, bias: Tensor | None = None) -> None:
@@ -229,4 +237,6 @@ def norm_linear(
     """
     if x.numel() == x.shape[-1]:
         return _one_token(x, residual, norm_weight, w, eps, use_swiglu, bias)
-    return _several_tokens(x, residual, norm_weight, w, eps, use_swiglu, bias)
+    many = x.numel() >= MANY * x.shape[-1] and x.dtype != torch.float32 and has_copy_engine(x)
+    run = _many_tokens if many else _several_tokens
+    return run(x, residual, norm_weight, w, eps, use_swiglu, bias)

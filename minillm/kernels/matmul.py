@@ -32,7 +32,7 @@ from .common import (
     tuned,
 )
 
-__all__ = ["interleave", "matmul", "matmul_swiglu"]
+__all__ = ["matmul", "matmul_swiglu"]
 
 
 def reference(x: Tensor, w: Tensor) -> Tensor:
@@ -46,20 +46,15 @@ def torch_path(x: Tensor, w: Tensor) -> Tensor:
 
 
 def swiglu_reference(x: Tensor, w: Tensor) -> Tensor:
-    """In fp64, w's rows being gate and up in turns."""
-    gate, up = (x.double() @ w.double().mT).unflatten(-1, (-1, 2)).unbind(-1)  # [..., I] each
+    """In fp64, w's rows being the gate's, then up's."""
+    gate, up = (x.double() @ w.double().mT).chunk(2, -1)  # [..., I] each
     return (gate * gate.sigmoid() * up).to(x.dtype)
 
 
 def swiglu_torch_path(x: Tensor, w: Tensor) -> Tensor:
     """The product, then silu and product."""
-    gate, up = F.linear(x, w).unflatten(-1, (-1, 2)).unbind(-1)  # [..., I] each
+    gate, up = F.linear(x, w).chunk(2, -1)  # [..., I] each
     return F.silu(gate) * up
-
-
-def interleave(w: Tensor) -> Tensor:
-    """Rows of a gate_up weight in turns: gate 0, up 0, gate 1, up 1, ...  [2 I, K], gate first -> [2 I, K]"""
-    return torch.stack(w.chunk(2), dim=1).reshape(w.shape)
 
 
 def check(x: Tensor, w: Tensor) -> None:
@@ -77,7 +72,7 @@ def swiglu_check(x: Tensor, w: Tensor) -> None:
     """As `check`, and raise for an odd number of rows in w."""
     check(x, w)
     if w.shape[0] % 2:
-        raise ValueError(f"w: expected an even number of rows (gate and up in turns), got {w.shape[0]}")
+        raise ValueError(f"w: expected an even number of rows (the gate's, then up's), got {w.shape[0]}")
 
 
 @triton.jit
@@ -91,9 +86,9 @@ def tile_of(tile, num_m, num_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def finished(acc, SWIGLU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The epilogue.  [BLOCK_M, BLOCK_N] -> the same, or with SWIGLU [BLOCK_M, BLOCK_N / 2]"""
+    """The epilogue.  [BLOCK_M, BLOCK_N] -> the same, or with SWIGLU [BLOCK_M, BLOCK_N / 2] from gate's and up's"""
     if SWIGLU:
-        gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N // 2, 2)))
+        gate, up = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
         acc = gate * tl.sigmoid(gate) * up
     return acc
 
@@ -106,21 +101,23 @@ def matmul_kernel(
 ):  # fmt: skip
     """One tile of y a program, any m, n and k."""
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP_M)
+    width: tl.constexpr = BLOCK_N // 2 if SWIGLU else BLOCK_N
+    n_y = n // 2 if SWIGLU else n
     offs_m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
+    column, offs_k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    offs_n = tile_n.to(tl.int64) * width + column % width  # with SWIGLU of gate's rows, then of up's, n / 2 further on
+    is_row = offs_n < n_y
+    offs_n += column // width * n_y
     x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :]  # [BLOCK_M, BLOCK_K]
     w_ptrs = w_ptr + offs_n[None, :] * stride_wn + offs_k[:, None]  # [BLOCK_K, BLOCK_N]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, k, BLOCK_K):
         x = tl.load(x_ptrs, mask=(offs_m[:, None] < m) & (start + offs_k[None, :] < k), other=0.0)
-        w = tl.load(w_ptrs, mask=(offs_n[None, :] < n) & (start + offs_k[:, None] < k), other=0.0)
+        w = tl.load(w_ptrs, mask=is_row[None, :] & (start + offs_k[:, None] < k), other=0.0)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K
     y = finished(acc, SWIGLU, BLOCK_M, BLOCK_N).to(y_ptr.dtype.element_ty)
-    width: tl.constexpr = BLOCK_N // 2 if SWIGLU else BLOCK_N
-    n_y = n // 2 if SWIGLU else n
     offs_y = tile_n.to(tl.int64) * width + tl.arange(0, width)
     inside = (offs_m[:, None] < m) & (offs_y[None, :] < n_y)
     tl.store(y_ptr + offs_m[:, None] * stride_ym + offs_y[None, :], y, mask=inside)
@@ -140,7 +137,7 @@ def matmul_tma_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(0, k, BLOCK_K):
             x = x_desc.load([tile_m * BLOCK_M, start])  # [BLOCK_M, BLOCK_K]
-            w = w_desc.load([tile_n * BLOCK_N, start])  # [BLOCK_N, BLOCK_K]
+            w = w_desc.load([0, tile_n * width, start]).reshape(BLOCK_N, BLOCK_K)  # [1 or 2, width, BLOCK_K]
             acc = tl.dot(x, w.T, acc)
         y = finished(acc, SWIGLU, BLOCK_M, BLOCK_N)
         y_desc.store([tile_m * BLOCK_M, tile_n * width], y.to(y_desc.dtype))
@@ -177,14 +174,14 @@ _TMA = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP_M": 8, "num_warps"
 
 
 def _launch_tma(x: Tensor, w: Tensor, y: Tensor, fused: bool, sizes: dict) -> None:
-    (m, k), n = x.shape, w.shape[0]
+    (m, k), n, parts = x.shape, w.shape[0], 2 if fused else 1
     block_m, block_n, block_k = sizes["BLOCK_M"], sizes["BLOCK_N"], sizes["BLOCK_K"]
     tiles = ceil_div(m, block_m) * ceil_div(n, block_n)
     programs = min(tiles, sm_count(x.device.index))
     matmul_tma_kernel[(programs,)](
         TensorDescriptor.from_tensor(x, [block_m, block_k]),
-        TensorDescriptor.from_tensor(w, [block_n, block_k]),
-        TensorDescriptor.from_tensor(y, [block_m, block_n // 2 if fused else block_n]),
+        TensorDescriptor.from_tensor(w.view(parts, n // parts, k), [parts, block_n // parts, block_k]),
+        TensorDescriptor.from_tensor(y, [block_m, block_n // parts]),
         m, n, k, SWIGLU=fused, PROGRAMS=programs, **sizes,
     )  # fmt: skip
 
@@ -212,7 +209,7 @@ def matmul(x: Tensor, w: Tensor) -> Tensor:
     fake=lambda x, w: x.new_empty((*x.shape[:-1], w.shape[0] // 2)),
 )
 def matmul_swiglu(x: Tensor, w: Tensor) -> Tensor:
-    """silu(x gateᵀ) · (x upᵀ) in one kernel, for the rows of gate and up in turns (`interleave`).
+    """silu(x gateᵀ) · (x upᵀ) in one kernel, w's rows being the gate's, then up's.
 
     x [..., K], w [2 I, K] -> [..., I] in x's dtype. Raises TypeError and ValueError with the argument's name.
     """

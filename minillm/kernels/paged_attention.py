@@ -55,6 +55,7 @@ MAX_HEAD_SIZE = 256
 
 SHORT = 1024  # tokens up to which a context that is split is read in small tiles, so that more programs share it
 FEW = 16  # queries a sequence up to which contexts are split: of one token and guesses that are checked behind it
+CHUNK = 1024  # keys that a split of a prompt's chunk has at least
 ALONE = 256  # tokens from which on a sequence that lies in a row is attended to by itself: less copied, one call more
 FORMATS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 GAIN = tl.constexpr(64.0)  # of p · scale_v on its way through the product: in fp16 small ones would lose bits
@@ -296,6 +297,8 @@ def check(
         raise ValueError(f"k_cache: expected whole blocks of {block_size} slots, got {k_cache.shape[0]} slots")
     if window < 0:
         raise ValueError(f"window: expected a number of keys, or 0 for all, got {window}")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale: expected a number above 0, got {scale}")
     sequences = len(context_lens)
     expected = {"block_tables": (block_tables, 2, sequences), "context_lens": (context_lens, 1, sequences)}
     for name, (x, dims, length) in (expected | {"cu_seqlens_q": (cu_seqlens_q, 1, sequences + 1)}).items():
@@ -391,8 +394,8 @@ def queries(q_ptrs, used, scale, STORED: tl.constexpr):
         odd_q = tl.load(q_ptrs + 1, mask=used, other=0.0)
         dtype: tl.constexpr = tl.float32 if q.dtype == tl.float32 else tl.float16
         largest = tl.max(tl.maximum(tl.abs(q), tl.abs(odd_q)), 1).to(tl.float32)
-        unit = tl.exp2(tl.ceil(tl.log2(tl.maximum(largest, 1.0e-30))))[:, None]
-        q, odd_q, scale = (q / unit).to(dtype), (odd_q / unit).to(dtype), scale * unit
+        unit = tl.exp2(tl.ceil(tl.log2(tl.maximum(largest, 1.0e-30))))  # [BLOCK_M]
+        q, odd_q, scale = (q / unit[:, None]).to(dtype), (odd_q / unit[:, None]).to(dtype), scale * unit
     return q, odd_q, scale
 
 
@@ -422,13 +425,75 @@ def with_values(
     return acc, odd_acc
 
 
+@triton.jit
+def keys_of(
+    lowest, context, split, SPLITS: tl.constexpr, LEAST: tl.constexpr, WINDOW: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The first key of a split, and the one behind its last: of those that queries from position `lowest` on may see.
+
+    A split has at least LEAST keys: of short contexts the last ones have none.
+    """
+    seen = tl.minimum(context, lowest + BLOCK_Q)
+    oldest = tl.maximum(0, lowest - WINDOW + 1) if WINDOW else 0
+    a_split = tl.maximum(tl.cdiv(tl.cdiv(seen - oldest, BLOCK_N), SPLITS), LEAST // BLOCK_N) * BLOCK_N
+    return oldest + split * a_split, tl.minimum(seen, oldest + (split + 1) * a_split)
+
+
+@triton.jit
+def attend_to(
+    acc, odd_acc, row_max, row_sum, q, odd_q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, begin, end, position,
+    scale, stride_slot,
+    MASKED: tl.constexpr, WINDOW: tl.constexpr, STORED: tl.constexpr, PRECISION: tl.constexpr, STRIDE: tl.constexpr,
+    D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Take the keys begin ... end - 1 of one sequence and head into the running softmax, BLOCK_N at a time.
+
+    MASKED: some query may not see some of them, or they are no whole number of tiles. `scale` has log2(e) in it.
+    """
+    offs_d = tl.arange(0, BLOCK_D)
+    for start in tl.range(begin, end, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        known = offs_n < end
+        if MASKED:
+            number = tl.load(table_ptr + offs_n // BLOCK_SIZE, mask=known, other=0)
+        else:
+            number = tl.load(table_ptr + offs_n // BLOCK_SIZE)
+        slot = number.to(tl.int64) * BLOCK_SIZE + offs_n % BLOCK_SIZE
+        at = (slot * STRIDE)[:, None] + offs_d[None, :]  # [BLOCK_N, BLOCK_D], the same of keys and values
+        if MASKED or D != BLOCK_D:
+            there = known[:, None] & (offs_d < D)[None, :]
+            k, v = tl.load(k_ptr + at, mask=there, other=0), tl.load(v_ptr + at, mask=there, other=0)
+        else:
+            k, v = tl.load(k_ptr + at), tl.load(v_ptr + at)
+        s = products(q, odd_q, k.T, k_scale_ptr + slot * stride_slot, known, STORED, PRECISION)
+        by = scale[:, None] if STORED != "" else scale
+        if MASKED:
+            visible = known[None, :] & (offs_n[None, :] <= position[:, None])
+            if WINDOW:
+                visible = visible & (offs_n[None, :] > position[:, None] - WINDOW)
+            s = tl.where(visible, s * by, -float("inf"))
+            new_max = tl.maximum(row_max, tl.max(s, 1))
+            p = tl.exp2(s - new_max[:, None])
+        else:  # product and difference are one instruction
+            new_max = tl.maximum(row_max, tl.max(s, 1) * scale)
+            p = tl.exp2(s * by - new_max[:, None])
+        shrink = tl.exp2(row_max - new_max)
+        row_sum = row_sum * shrink + tl.sum(p, 1)
+        acc, odd_acc = acc * shrink[:, None], odd_acc * shrink[:, None]
+        scale_ptrs = v_scale_ptr + slot * stride_slot
+        acc, odd_acc = with_values(acc, odd_acc, p, v, scale_ptrs, known, q.dtype, STORED, PRECISION)
+        row_max = new_max
+    return acc, odd_acc, row_max, row_sum
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def paged_attention_kernel(
     q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, out_ptr, lse_ptr, table_ptr, context_ptr, cu_ptr, tokens, sequences,
     stride_q, stride_table, stride_slot, stride_head, scale,
     H_KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLITS: tl.constexpr,
-    WINDOW: tl.constexpr, DECODE: tl.constexpr, STORED: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    LEAST: tl.constexpr, WINDOW: tl.constexpr, DECODE: tl.constexpr, STORED: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_Q queries of one sequence, the GROUP heads of one key/value head, one split of the context a program.
 
@@ -441,52 +506,47 @@ def paged_attention_kernel(
         return
     row = tl.arange(0, BLOCK_Q * BLOCK_G)  # query-major: BLOCK_G rows a query, GROUP of them used
     query, group, offs_d = first_q + row // BLOCK_G, row % BLOCK_G, tl.arange(0, BLOCK_D)
-    position = context - count + query  # [BLOCK_M]
-    head = head_kv * GROUP + group
+    head, token = head_kv * GROUP + group, (first + query).to(tl.int64)
+    out = (token * (H_KV * GROUP) + head) * SPLITS + split  # [BLOCK_M]
+    real = (query < count) & (group < GROUP)
+    lowest = context - count + first_q  # the first query's position
+    begin, end = keys_of(lowest, context, split, SPLITS, LEAST, WINDOW, BLOCK_Q, BLOCK_N)
+    if split > 0 and begin >= end:  # the first one says what a sequence without keys gets
+        tl.store(lse_ptr + out, -1.0e30, mask=real)
+        return
     each: tl.constexpr = 2 if STORED != "" else 1  # features of an element of the cache
-    inside = offs_d < D // each
-    used = ((query < count) & (group < GROUP))[:, None] & inside[None, :]
-    token = (first + query).to(tl.int64)
+    used = real[:, None] & (offs_d < D // each)[None, :]
     q_ptrs = q_ptr + token[:, None] * stride_q + head[:, None] * D + each * offs_d[None, :]
     q, odd_q, scale = queries(q_ptrs, used, scale, STORED)
-    seen = tl.minimum(context, context - count + first_q + BLOCK_Q)  # keys that some query of the block may see
-    oldest = tl.maximum(0, context - count + first_q - WINDOW + 1) if WINDOW else 0
-    a_split = tl.cdiv(tl.cdiv(seen - oldest, BLOCK_N), SPLITS) * BLOCK_N
-    begin, end = oldest + split * a_split, tl.minimum(seen, oldest + (split + 1) * a_split)
     acc = tl.zeros((BLOCK_Q * BLOCK_G, BLOCK_D), tl.float32)
     odd_acc = acc
     row_max = tl.full((BLOCK_Q * BLOCK_G,), -1.0e30, tl.float32)  # finite: rows that see nothing
     row_sum = tl.zeros((BLOCK_Q * BLOCK_G,), tl.float32)
-    for start in range(begin, end, BLOCK_N):
-        offs_n = start + tl.arange(0, BLOCK_N)
-        known = offs_n < end
-        number = tl.load(table_ptr + sequence * stride_table + offs_n // BLOCK_SIZE, mask=known, other=0)
-        slot = number.to(tl.int64) * BLOCK_SIZE + offs_n % BLOCK_SIZE
-        at = slot * (H_KV * D // each) + head_kv * (D // each)  # [BLOCK_N]
-        of_row = slot * stride_slot + head_kv * stride_head
-        k = tl.load(k_ptr + at[None, :] + offs_d[:, None], mask=known[None, :] & inside[:, None], other=0)
-        v = tl.load(v_ptr + at[:, None] + offs_d[None, :], mask=known[:, None] & inside[None, :], other=0)
-        s = products(q, odd_q, k, k_scale_ptr + of_row, known, STORED, PRECISION) * scale
-        visible = known[None, :] & (offs_n[None, :] <= position[:, None])
-        if WINDOW:
-            visible = visible & (offs_n[None, :] > position[:, None] - WINDOW)
-        s = tl.where(visible, s, -float("inf"))
-        new_max = tl.maximum(row_max, tl.max(s, 1))
-        p, shrink = tl.exp2(s - new_max[:, None]), tl.exp2(row_max - new_max)
-        row_sum = row_sum * shrink + tl.sum(p, 1)
-        acc, odd_acc = acc * shrink[:, None], odd_acc * shrink[:, None]
-        acc, odd_acc = with_values(acc, odd_acc, p, v, v_scale_ptr + of_row, known, q.dtype, STORED, PRECISION)
-        row_max = new_max
-
+    at = head_kv * (D // each)
+    k_ptr, v_ptr, table_ptr = k_ptr + at, v_ptr + at, table_ptr + sequence * stride_table
+    k_scale_ptr, v_scale_ptr = k_scale_ptr + head_kv * stride_head, v_scale_ptr + head_kv * stride_head
+    # Tiles that every query sees as a whole need no mask: of a prompt all but the last.
+    whole = begin
+    if not DECODE and not WINDOW:
+        whole += tl.maximum(tl.minimum(lowest + 1, end) - begin, 0) // BLOCK_N * BLOCK_N
+        acc, odd_acc, row_max, row_sum = attend_to(
+            acc, odd_acc, row_max, row_sum, q, odd_q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, begin, whole,
+            lowest + row // BLOCK_G, scale, stride_slot, False, WINDOW, STORED, PRECISION, H_KV * D // each, D // each,
+            BLOCK_SIZE, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    acc, odd_acc, row_max, row_sum = attend_to(
+        acc, odd_acc, row_max, row_sum, q, odd_q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, whole, end,
+        lowest + row // BLOCK_G, scale, stride_slot, True, WINDOW, STORED, PRECISION, H_KV * D // each, D // each,
+        BLOCK_SIZE, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
     total = (tl.where(row_sum == 0, 1.0, row_sum) * (GAIN if each == 2 else 1.0))[:, None]
-    out = (token * (H_KV * GROUP) + head) * SPLITS + split  # [BLOCK_M]
     out_ptrs = out_ptr + out[:, None] * D + each * offs_d[None, :]
     tl.store(out_ptrs, (acc / total).to(out_ptr.dtype.element_ty), mask=used)
     if each == 2:
         tl.store(out_ptrs + 1, (odd_acc / total).to(out_ptr.dtype.element_ty), mask=used)
     if SPLITS > 1:
         lse = tl.where(row_sum == 0, -1.0e30, row_max + tl.log2(tl.where(row_sum == 0, 1.0, row_sum)))
-        tl.store(lse_ptr + out, lse, mask=(query < count) & (group < GROUP))
+        tl.store(lse_ptr + out, lse, mask=real)
 
 
 @triton.jit
@@ -501,15 +561,18 @@ def join_kernel(
     weight = tl.exp2(lse - tl.max(lse, 0))
     weight = weight / tl.sum(weight, 0)
     part_ptrs = part_ptr + (row * SPLITS + offs_s)[:, None] * D + offs_d[None, :]
-    part = tl.load(part_ptrs, mask=(offs_d < D)[None, :], other=0.0)  # [SPLITS, BLOCK_D]
+    there = (lse > -1.0e29)[:, None] & (offs_d < D)[None, :]  # a split without keys has written nothing else
+    part = tl.load(part_ptrs, mask=there, other=0.0)  # [SPLITS, BLOCK_D]
     out = tl.sum(part * weight[:, None], 0)
     tl.store(out_ptr + row * D + offs_d, out.to(out_ptr.dtype.element_ty), mask=offs_d < D)
 
 
-def splits(sequences: int, num_kv_heads: int, device: torch.device) -> int:
-    """Into how many parts a decoding step cuts each context, so that every multiprocessor has work: a power of 2."""
-    wanted = ceil_div(7 * sm_count(device.index) // 4, max(1, sequences * num_kv_heads))
-    return min(64, next_power_of_2(wanted))
+def splits(blocks: int, num_kv_heads: int, device: torch.device, most: int = 64) -> int:
+    """Into how many parts a step cuts each context, so that every multiprocessor has work: a power of 2. blocks: of
+    queries; of a decoding step, one a sequence.
+    """
+    wanted = ceil_div(7 * sm_count(device.index) // 4, max(1, blocks * num_kv_heads))
+    return min(most, next_power_of_2(wanted))
 
 
 # Found on an H100.
@@ -521,21 +584,26 @@ _SIZES = {
 }
 
 
-def _cut(
-    sequences: int, kv_heads: int, queries: int, limits: tuple[int | None, ...], device: torch.device
-) -> tuple[str, int]:  # fmt: skip
-    """The kind of a launch, and among how many parts each context is split. queries: of a sequence, at most. limits: of
-    the keys that a query sees.
+def _cut(sequences: int, kv_heads: int, queries: int, most: int | None, device: torch.device) -> tuple[str, int]:
+    """The kind of a launch, and among how many parts each context is split. queries: of a sequence, at most. most: keys
+    that a query sees, if that is known.
     """
     if queries > FEW or (parts := splits(sequences, kv_heads, device)) == 1:
         return "decode" if queries == 1 else "prefill", 1
     if queries > 1:
         return "prefill", parts
-    most = min([n for n in limits if n], default=None)
     if most is None:
         return "split", parts
     kind = "short" if most <= SHORT else "split"
     return kind, min(parts, next_power_of_2(ceil_div(most, _SIZES[kind]["BLOCK_N"])))  # no more than there are tiles
+
+
+def _of_parts(out: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+    """Where splits leave results and log-sum-exps.  [N, H, D] -> [N, H, parts, D], [N, H, parts]"""
+    if parts == 1:
+        return out, out
+    lse = out.new_empty((*out.shape[:2], parts), dtype=torch.float32)
+    return lse.new_empty((*lse.shape, out.shape[2])), lse
 
 
 def _sizes(q: Tensor, k_cache: Tensor, kind: str, block_d: int) -> dict[str, int]:
@@ -581,29 +649,29 @@ def paged_attention(
         )  # fmt: skip
     sequences, kv_heads, decode = len(context_lens), k_cache.shape[1], max_seqlen_q == 1
     if tokens == 0 or sequences == 0:
-        return torch.zeros((tokens, heads, size), dtype=q.dtype, device=q.device)
-    out = torch.empty((tokens, heads, size), dtype=q.dtype, device=q.device)
+        return q.new_zeros((tokens, heads, size))
+    out = q.new_empty((tokens, heads, size))
     block_d, block_g = max(16, next_power_of_2(size)), next_power_of_2(heads // kv_heads)
-    kind, parts = _cut(sequences, kv_heads, max_seqlen_q, (window, max_seqlen_k), q.device)
+    most = min([n for n in (window, max_seqlen_k) if n], default=None)  # keys that a query sees
+    kind, parts = _cut(sequences, kv_heads, max_seqlen_q, most, q.device)
     sizes = _sizes(q, k_cache, kind, block_d)
-    block_q = max(1, max(16, sizes.pop("BLOCK_M")) // block_g)
-    target = out if parts == 1 else torch.empty((tokens, heads, parts, size), dtype=torch.float32, device=q.device)
-    lse = target if parts == 1 else torch.empty((tokens, heads, parts), dtype=torch.float32, device=q.device)
+    block_q, least = max(1, max(16, sizes.pop("BLOCK_M")) // block_g), 0
+    if max_seqlen_q > FEW and (most is None or most > CHUNK):
+        parts, least = splits(ceil_div(tokens, block_q), kv_heads, q.device, 8), CHUNK
+    target, lse = _of_parts(out, parts)
     blocks = max(tokens, sequences) if decode else tokens // block_q + sequences + 1  # the last: padding
     q = q if q.stride(1) == size else q.contiguous()
-    scale = (size**-0.5 if scale is None else scale) * math.log2(math.e)
+    scale, early = (size**-0.5 if scale is None else scale) * math.log2(math.e), pdl(q.device)
     if stored:
         k_cache, v_cache = k_cache.view(torch.int16), v_cache.view(torch.int16)
     k_scale, v_scale = (k_cache, v_cache) if k_scale is None or v_scale is None else (k_scale, v_scale)
     paged_attention_kernel[(blocks, kv_heads, parts)](
         q, k_cache, v_cache, k_scale, v_scale, target, lse, block_tables, context_lens, cu_seqlens_q, tokens, sequences,
         q.stride(0), block_tables.stride(0), k_scale.stride(0), k_scale.stride(1), scale,
-        H_KV=kv_heads, GROUP=heads // kv_heads, D=size, BLOCK_SIZE=block_size, SPLITS=parts, WINDOW=window,
-        DECODE=decode, STORED=stored, PRECISION="ieee", BLOCK_Q=block_q, BLOCK_G=block_g,
-        BLOCK_D=max(16, block_d // 2) if stored else block_d, **pdl(q.device), **sizes,
+        H_KV=kv_heads, GROUP=heads // kv_heads, D=size, BLOCK_SIZE=block_size, SPLITS=parts, LEAST=least,
+        WINDOW=window, DECODE=decode, STORED=stored, PRECISION="ieee", BLOCK_Q=block_q, BLOCK_G=block_g,
+        BLOCK_D=max(16, block_d // 2) if stored else block_d, **early, **sizes,
     )  # fmt: skip
     if parts > 1:
-        join_kernel[(tokens * heads,)](
-            target, lse, out, D=size, SPLITS=parts, BLOCK_D=block_d, num_warps=1, **pdl(q.device)
-        )
+        join_kernel[(tokens * heads,)](target, lse, out, D=size, SPLITS=parts, BLOCK_D=block_d, num_warps=1, **early)
     return out

@@ -250,11 +250,15 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None  # Qwen3
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, rope: Rope, cache: LayerCache, batch: Batch | None = None) -> Tensor:
-        return self.attend(self.qkv_proj(x, batch), rope, cache, batch)
+    def forward(
+        self, x: Tensor, rope: Rope, cache: LayerCache, batch: Batch | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        return self.attend(self.qkv_proj(x, batch), rope, cache, batch, rows)
 
-    def attend(self, qkv: Tensor, rope: Rope, cache: LayerCache, batch: Batch | None = None) -> Tensor:
-        """All that comes after the first projection.  [..., (H + 2 H_kv) D] -> [..., hidden]"""
+    def attend(
+        self, qkv: Tensor, rope: Rope, cache: LayerCache, batch: Batch | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        """All that comes after the first projection, of `rows` or of all.  [..., (H + 2 H_kv) D] -> [..., hidden]"""
         heads = qkv.view(*qkv.shape[:-1], -1, self.head_dim)  # [..., H + 2 H_kv, D]
         q, k, v = heads.split_with_sizes(self.heads, -2)
         slots = cache.slots(batch)
@@ -264,6 +268,7 @@ class Attention(nn.Module):
             q, k = self._turn(heads, q, k, rope)
             cache.write(k, v, batch)
         out = cache.attend(q, k, v, batch)  # [..., H, D]
+        out = out if rows is None else out[rows]
         return self.o_proj(out.flatten(-2), batch)  # [..., hidden]
 
     def _turn(self, heads: Tensor, q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:

@@ -24,21 +24,27 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, f"{name}.mlp", linear)
 
-    def forward(self, x: Tensor, rope: Rope, cache: LayerCache, batch: Batch | None = None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, cache, batch)
+    def forward(
+        self, x: Tensor, rope: Rope, cache: LayerCache, batch: Batch | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        """rows: of which tokens (x [N, hidden]) the result is asked; keys and values of all are remembered."""
+        branch = self.self_attn(self.input_layernorm(x), rope, cache, batch, rows)
+        x = (x if rows is None else x[rows]) + branch
         return x + self.mlp(self.post_attention_layernorm(x), batch)
 
     def fused(
-        self, branch: Tensor, stream: Tensor | None, rope: Rope, cache: LayerCache, batch: Batch | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, branch: Tensor, stream: Tensor | None, rope: Rope, cache: LayerCache, batch: Batch | None = None,
+        rows: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The same in fewer kernels: sum, norm and product are one step (`Linear.add_norm`).
 
         So the stream travels apart from the branch that is still to be added to it: (branch, stream or None) ->
-        (branch, stream), each [..., hidden].
+        (branch, stream), each [..., hidden]. rows as for `forward`.
         """
         attn, mlp = self.self_attn, self.mlp
         qkv, stream = attn.qkv_proj.add_norm(self.input_layernorm, branch, stream, batch)
-        branch = attn.attend(qkv, rope, cache, batch)
+        branch = attn.attend(qkv, rope, cache, batch, rows)
+        stream = stream if rows is None else stream[rows]
         act, stream = mlp.gate_up_proj.add_norm(self.post_attention_layernorm, branch, stream, batch, use_swiglu=True)
         return mlp.down_proj(act, batch), stream
 
@@ -94,8 +100,14 @@ class Transformer(nn.Module):
                 nn.init.normal_(parameter, std=residual_std if into_residual else std)
         self.revision += 1
 
-    def forward(self, token_ids: Tensor, batch: Batch | None = None, cache: Cache | None = None) -> Tensor:
-        """Hidden states of every token, after the last norm.  token_ids [...] int64 -> [..., hidden]"""
+    def forward(
+        self, token_ids: Tensor, batch: Batch | None = None, cache: Cache | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states of every token, after the last norm.  token_ids [...] int64 -> [..., hidden]
+
+        rows [R] int64: of these tokens (of token_ids [N]) alone -> [R, hidden]. The last layer then computes for the
+        others no more than their keys and values.
+        """
         positions = torch.arange(token_ids.shape[-1], device=token_ids.device) if batch is None else batch.positions
         if batch is not None and positions.shape != token_ids.shape:
             raise ValueError(
@@ -107,15 +119,16 @@ class Transformer(nn.Module):
         rope = self.rope_cos[positions], self.rope_sin[positions]  # [..., D/2] each
         caches = (self._no_cache if cache is None else cache).layers
         x = self.embed_tokens(token_ids)  # [..., hidden]
+        asked = [None] * (len(self.layers) - 1) + [rows]  # of each layer
         if KERNELS["norm_linear"].path(x, self.norm.weight) == "triton":
             branch, stream = x, None  # type: Tensor, Tensor | None
             for i, layer in enumerate(self.layers):
-                branch, stream = layer.fused(branch, stream, rope, caches[i], batch)
+                branch, stream = layer.fused(branch, stream, rope, caches[i], batch, asked[i])
             return self.norm.add(branch, stream)[0]
         if KERNELS["rope"].path(x) == "torch":
             rope = rope_factors(*rope, x.dtype)  # once for all layers
         for i, layer in enumerate(self.layers):
-            x = layer(x, rope, caches[i], batch)
+            x = layer(x, rope, caches[i], batch, asked[i])
         return self.norm(x)
 
     def logits(self, hidden_states: Tensor) -> Tensor:

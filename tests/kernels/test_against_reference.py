@@ -2,12 +2,14 @@
 several sequences.
 """
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minillm.kernels import KERNELS, interleave, use
+from minillm.kernels import KERNELS, use
 
 from .conftest import GPU, TOLERANCE, error
 
@@ -144,6 +146,12 @@ def test_linear(device, dtype):
     linears(device, dtype)
 
 
+def test_linear_of_many_tokens(device, dtype, monkeypatch):
+    """SwiGLU is then the product's epilogue; where it cannot be, the parts run one after another."""
+    monkeypatch.setattr(sys.modules["minillm.kernels.fused_linear"], "MANY", 2)
+    linears(device, dtype)
+
+
 @EXAMPLES
 @given(
     st.lists(st.tuples(st.integers(0, 20), st.integers(1, 9)), max_size=5), st.integers(0, 9), st.integers(0, 2),
@@ -213,10 +221,14 @@ def test_matmul(device, dtype):
     products(device, dtype)
 
 
-def test_interleaved_weight_gives_swiglu(device, dtype):
-    x, w = randn(0, 5, 64, device=device, dtype=dtype), randn(1, 96, 64, device=device, dtype=dtype) / 8
+@pytest.mark.parametrize(("n", "k"), [(48, 64), (7, 64), (200, 33)])
+def test_product_with_swiglu_is_both_after_another(device, dtype, n, k):
+    """The weight is that of the layer: gate's rows, then up's."""
+    x, w = randn(0, 5, k, device=device, dtype=dtype), randn(1, 2 * n, k, device=device, dtype=dtype) / k**0.5
     apart = KERNELS["swiglu"].reference(KERNELS["matmul"].reference(x.double(), w.double()).to(dtype))
-    assert error(KERNELS["matmul_swiglu"](x, interleave(w)), apart) < 2 * TOLERANCE[dtype]
+    for path in ("triton", "torch", "reference"):
+        with use(path):
+            assert error(KERNELS["matmul_swiglu"](x, w), apart) < 2 * TOLERANCE[dtype]
 
 
 @EXAMPLES

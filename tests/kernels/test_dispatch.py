@@ -250,6 +250,7 @@ BAD = [
     (flash_attention, (Q, Q, Q[:3], CU, CU, 4), "v: expected k's shape"),
     (flash_attention, (Q, Q, Q, CU.long(), CU, 4), "cu_seqlens_q: expected the bounds"),
     (flash_attention, (Q, Q, Q, CU, CU, 4, False, 3), "window: expected 0 without causal"),
+    (flash_attention, (Q, Q, Q, CU, CU, 4, True, 0, 0.0), "scale: expected a number above 0"),
     (flash_attention, (Q, Q.half(), Q, CU, CU, 4), "k: expected q's dtype"),
     (flash_attention, (torch.randn(4, 2, 257),) * 3 + (CU, CU, 4), "D up to 256"),
     (step_inputs, (ROWS.float(), ROWS, ROWS[:3], ROWS[0], 4, 16, 1, 2, 4, 3), "steps: expected two axes of int32"),

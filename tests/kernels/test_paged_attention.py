@@ -162,6 +162,21 @@ def test_split_context_of_a_few_queries(device, dtype, counts, window, monkeypat
     assert not got[sum(counts) :].any()
 
 
+@pytest.mark.parametrize("window", [0, 90, 300])
+@pytest.mark.parametrize("counts", [[20], [17, 1, 0, 40]])
+def test_split_context_of_a_chunk(device, dtype, counts, window, monkeypatch):
+    """A chunk of a long prompt beside sequences that decode: what it sees is shared by programs, a short context not."""
+    module = sys.modules["minillm.kernels.paged_attention"]
+    monkeypatch.setattr(module, "splits", lambda *_: 4)
+    monkeypatch.setattr(module, "CHUNK", 128)
+    contexts = [500 if count == 17 else count + 650 * (count > 17) for count in counts]
+    args = batch(device, dtype, counts, contexts, 8, 2, 64, 16, padding=3, window=window)
+    with use("triton"):
+        got = paged_attention(*args)
+    assert error(got, KERNELS["paged_attention"].reference(*args)) < TOLERANCE[dtype]
+    assert not got[sum(counts) :].any()
+
+
 @pytest.mark.parametrize("padding", [0, 2])
 @pytest.mark.parametrize("cache_dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("in_a_row", [True, False])
@@ -231,6 +246,7 @@ BAD = {
     "k_cache ": (1, torch.zeros(64, 2, 16).to(torch.float8_e5m2), TypeError, "float16, bfloat16 or float32, or with"),
     "v_cache ": (2, torch.zeros(64, 2, 16).half(), TypeError, "both caches alike"),
     "window": (9, -1, ValueError, "0 for all"),
+    "scale": (8, -0.5, ValueError, "above 0"),
     "q": (0, torch.zeros(3, 16), ValueError, "tokens, heads, D"),
 }
 

@@ -23,7 +23,7 @@ from transformers import (
 from minillm.config import ModelConfig
 from minillm.data import reference_text
 from minillm.generate import cached, cached_batch, naive
-from minillm.kernels import apply_rope
+from minillm.kernels import HAS_TRITON, apply_rope, use
 from minillm.model import Transformer
 from minillm.model.layers import NoCache, PaddedBatch, RMSNorm, attention, rope_tables
 from minillm.model.linear import Dense, Linear
@@ -367,6 +367,24 @@ def test_the_fused_road_is_the_plain_one(linear, change):
             x = layer(x, rope, cache.layers[i])
             branch, stream = layer.fused(branch, stream, rope, cache.layers[i])
         assert torch.equal(x, branch + stream)
+
+
+@pytest.mark.parametrize("path", ["torch", "triton"])
+@pytest.mark.parametrize("layers", [1, 2])
+@torch.no_grad()
+def test_rows_are_those_of_the_whole(layers, path):
+    """Of the last layer alone some rows (of the first axis) are computed to their end, and nothing else differs."""
+    if path == "triton" and not HAS_TRITON:
+        pytest.skip("Triton is not installed here")
+    torch.manual_seed(0)
+    model = Transformer(dataclasses.replace(TestTransformer.CONFIG, num_hidden_layers=layers))
+    ids, rows, seen = torch.randint(0, 50, (5, 4)), torch.tensor([3, 0, 3]), []
+    for layer in model.layers:
+        layer.mlp.down_proj.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
+    with use(path):
+        whole, some = model(ids), model(ids, rows=rows)
+    torch.testing.assert_close(some, whole[rows], atol=1e-6, rtol=1e-6)
+    assert seen == [5] * (2 * layers - 1) + [3]
 
 
 @torch.no_grad()
