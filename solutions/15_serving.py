@@ -239,9 +239,9 @@ check("15.3", Events)
 #   once: **below 0, too** (a debt that is waited off), and never above `burst`.
 # - `level()`: what is there now; negative for a debt.
 #
-# A clock that steps back counts as one that stands still until it is past its latest time again, from which waits are
-# told. No calls: no work, however long nobody came. `rate` and `burst` that are not positive, or negative tokens to
-# take, are a ValueError.
+# A clock that steps back counts as one that stands still until it is past its latest time again; waits, too, are
+# counted from that latest time. No calls: no work, however long nobody came. `rate` and `burst` that are not positive,
+# or negative tokens to take, are a ValueError.
 
 
 # %%
@@ -390,8 +390,8 @@ check("15.5", home)
 #   If one of the two is lost, the other. If both are lost, the least loaded of all that are not, of equal ones the
 #   smallest number; None if there is none.
 # - `finished(replica)`: one of the own requests there has ended. `report(replica, requests)`: a report.
-# - `lost(replica)`: it is gone. Its own requests are, too, and what it reported; nothing of them will be `finished`.
-#   It is back, with no request of ours, with its next report.
+# - `lost(replica)`: it is gone, and with it the own requests there and what it reported; none of them will be
+#   `finished`. With its next report it is back, and has no own requests.
 
 
 # %%
@@ -479,7 +479,7 @@ check("15.6", TwoChoices)
 #   (1 and 1.0 are one, at all depths, and large seeds are exact), but true is not 1, and "1" is not 1.
 # - The order of fields does not count, at all depths; the order of lists does.
 # - The key is text of at most 128 printable ASCII characters, with 64 bits of a digest or more, the same in each
-#   process. It **does not contain** the client, who may be an API key, nor parts of it, in any writing. Two texts that
+#   process. It **does not contain** the client, who may be an API key, nor parts of it, in any encoding. Two texts that
 #   look alike are still two: nothing is trimmed, folded or replaced.
 
 # %%

@@ -118,6 +118,7 @@ def loops() -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9.0, 2.8), sharey=True)
     for ax, name, color in ((axes[0], "closed", WINE), (axes[1], "open", BLUE)):
         seen = np.array(r[name]["seen"])
+        ax.axvspan(r["seconds"] / 2, r["seconds"] / 2 + r["stall, s"], color=GRAY, alpha=0.2, lw=0)
         ax.plot(seen[:, 0], seen[:, 1], ".", color=color, ms=4)
         p99 = r[name]["latency, s"]["p99"]
         ax.axhline(p99, color=GRAY, lw=0.9, ls="--")
