@@ -74,11 +74,11 @@ def test_an_option_is_declared_once(monkeypatch, dtype):
     engine, seen = engine_of(), {}
     forward = engine.model.forward
 
-    def spying(token_ids, batch=None, cache=None):
+    def spying(token_ids, batch=None, cache=None, rows=None):
         for i, count in enumerate(batch.cu_seqlens_q.diff().tolist()):
             if count:
                 seen.setdefault(int(batch.options["color"][i]), set()).add(float(batch.options["temperature"][i]))
-        return forward(token_ids, batch, cache)
+        return forward(token_ids, batch, cache, rows)
 
     monkeypatch.setattr(engine.model, "forward", spying)
     big = 2**40 + 1 if dtype == torch.int64 else 2**20 + 1
