@@ -26,7 +26,7 @@ help:
 
 setup: $(READY)
 
-$(READY): pyproject.toml constraints.txt jupyter/overrides.json
+$(READY): pyproject.toml constraints.txt $(wildcard jupyter/*)
 	@test -n "$(PYTHON)" || { echo "minillm needs Python 3.11 or newer; install it, or name it: make PYTHON=/path/to/python3"; exit 1; }
 	@test -f .venv/home || test ! -e .venv || { echo "the folder .venv here was not made by make; rename it (mv .venv venv-mine), then run make again"; exit 1; }
 	@test ! -e .venv || test "$$(cat .venv/home)" = "$(CURDIR)" || { echo "== .venv was moved here with its folder: building it anew"; rm -rf .venv; }

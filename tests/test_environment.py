@@ -72,6 +72,14 @@ def test_markdown_opens_as_preview():
     assert viewers == {"markdown": "Markdown Preview"}
 
 
+def test_notebooks_have_a_style_sheet_of_their_own():
+    """JupyterLab is told to read one, and finds ours behind the reader's own."""
+    copied = [line.split()[1:] for line in (root() / "postBuild").read_text().splitlines() if line.startswith("cp ")]
+    assert ["jupyter/custom.css", '"$custom/custom.css"'] in copied
+    assert ["jupyter/jupyter_lab_config.json", '"$prefix/etc/jupyter/jupyter_lab_config.json"'] in copied
+    assert json.loads((root() / "jupyter" / "jupyter_lab_config.json").read_text())["LabApp"]["custom_css"] is True
+
+
 def test_ci_calls_make_test():
     assert re.search(r"^make test$", (root() / ".ci" / "run").read_text(encoding="utf-8"), re.MULTILINE)
 

@@ -77,6 +77,30 @@ def test_chapter_renders_mathematics_and_figures(page):
     shot(page, "chapter")
 
 
+# The longest line of prose on the page: characters whose boxes share a height, formulas and pictures left out.
+LONGEST = """() => {
+  let longest = '';
+  for (const part of document.querySelectorAll('.jp-RenderedHTMLCommon > p, .jp-RenderedHTMLCommon > ul > li')) {
+    if (!part.offsetParent || part.querySelector('mjx-container, img')) continue;
+    const lines = {}, walker = document.createTreeWalker(part, NodeFilter.SHOW_TEXT);
+    for (let node; node = walker.nextNode();) for (let i = 0; i < node.length; i++) {
+      const range = document.createRange();
+      range.setStart(node, i); range.setEnd(node, i + 1);
+      const box = range.getClientRects()[0];
+      if (box) { const at = Math.round(box.bottom / 8); lines[at] = (lines[at] || '') + node.data[i]; }
+    }
+    for (const line of Object.values(lines)) if (line.length > longest.length) longest = line;
+  }
+  return longest;
+}"""
+
+
+def test_lines_of_prose_are_short(page):
+    visible(page, ".jp-RenderedMarkdown h1:has-text('1.')").wait_for(timeout=60_000)
+    longest = page.evaluate(LONGEST)
+    assert 50 < len(longest.strip()) <= 90, longest
+
+
 def test_lab_opens_and_a_cell_runs(page):
     visible(page, ".jp-RenderedMarkdown a[href*='notebooks/01_backpropagation.ipynb']").click()
     cell = visible(page, ".jp-NotebookPanel .jp-CodeCell")
