@@ -408,7 +408,7 @@ class TestEvents:
         """many streams"""
         draw, bits = random.Random(3), [b"data", b"event", b": ", b":", b" ", b"\n", b"\r", b"\r\n", b"\n\n"]
         bits += [b"data: x\n", "é".encode(), b"id: 1\n", b"\xef\xbb\xbf", b"event: e\n", b"data\n", b": c\n"]
-        for case in range(100):
+        for case in range(70):
             self.same(impl, b"".join(draw.choices(bits, k=draw.randint(1, 25))), f", case {case}")
 
 
@@ -645,7 +645,7 @@ def no_hash(value):
 
 
 SESSIONS = [f"user-{i}" for i in range(1200)]
-SOME = SESSIONS[:300]
+SOME = SESSIONS[:200]
 
 
 class ReadOnly(Mapping):
@@ -689,7 +689,7 @@ class TestHome:
         homes, total = self.homes(impl, replicas, sessions), sum(replicas.values())
         for name, weight in replicas.items():
             wanted, got = weight / total, homes.count(name) / len(homes)
-            near = 4.5 * math.sqrt(wanted * (1 - wanted) / len(homes))
+            near = 4.5 * math.sqrt(wanted * (1 - wanted) / len(homes)) + 2 / len(homes)
             expect(abs(got - wanted) <= near, f"share of {name!r} in {replicas}: expected {wanted:.3f} of all sessions"
                    f"\n  got {got:.3f}")  # fmt: skip
 
@@ -705,16 +705,16 @@ class TestHome:
 
     def test_even(self, impl):
         """equal weights: equal shares"""
-        self.shares(impl, {"a": 1, "b": 1})
-        self.shares(impl, {f"http://10.0.0.{i}:8000": 1.0 for i in range(8)}, SESSIONS[:800])
-        self.shares(impl, dict.fromkeys(string.ascii_lowercase[:5], 0.001), SESSIONS[:800])
+        self.shares(impl, {"a": 1, "b": 1}, SESSIONS[:800])
+        self.shares(impl, {f"http://10.0.0.{i}:8000": 1.0 for i in range(8)}, SESSIONS[:500])
+        self.shares(impl, dict.fromkeys(string.ascii_lowercase[:5], 0.001), SESSIONS[:500])
 
     def test_weights(self, impl):
         """shares by weight, at any scale"""
         self.shares(impl, {"a": 2, "b": 1})
-        self.shares(impl, {"a": 10.0, "b": 30.0, "c": 60.0})
+        self.shares(impl, {"a": 10.0, "b": 30.0, "c": 60.0}, SESSIONS[:800])
         self.shares(impl, {"a": 1.49e-2, "b": 0.95e-2})
-        self.shares(impl, {"a": 99, "b": 1})
+        self.shares(impl, {"a": 99, "b": 1}, SESSIONS[:800])
         self.shares(impl, {"a": 2**60, "b": 2**61}, SESSIONS[:600])
         self.shares(impl, {"a": 1e-100, "b": 3e-100}, SESSIONS[:600])
         self.shares(impl, {"a": 1, **{f"r{i}": 1e-5 for i in range(2)}, "b": 2e-3}, SOME)
@@ -744,18 +744,19 @@ class TestHome:
                 moved = {(a, b) for a, b in zip(homes, now, strict=True) if a != b}
                 expect({a for a, _ in moved} == {gone}, f"{gone!r} of {before} goes: expected moves from there alone\n"
                        f"  got moves {sorted(moved)[:6]}")  # fmt: skip
-                spread = weights[0] == 3 or len(moved) == 5
-                expect(spread, f"{gone!r} of {before} goes: expected its sessions to spread over all others\n"
+                spread = weights[0] == 3 or len(moved) >= 4
+                expect(spread, f"{gone!r} of {before} goes: expected its sessions to spread over the others\n"
                        f"  got moves {sorted(moved)}")  # fmt: skip
 
     def test_comes(self, impl):
         """a replica comes: sessions move to it alone, its share of them"""
         before = {"a": 1, "b": 1, "c": 2}
-        pairs = zip(self.homes(impl, before), self.homes(impl, {"new": 1, **before}), strict=True)
+        sessions = SESSIONS[:600]
+        pairs = zip(self.homes(impl, before, sessions), self.homes(impl, {"new": 1, **before}, sessions), strict=True)
         moved = [(a, b) for a, b in pairs if a != b]
         expect({b for _, b in moved} == {"new"}, f"'new' comes: expected moves to it alone\n  got {sorted(moved)[:6]}")
-        share = len(moved) / len(SESSIONS)
-        expect(abs(share - 0.2) < 0.045, f"'new' comes: expected 0.2 of all sessions to move\n  got {share:.3f}")
+        share = len(moved) / len(sessions)
+        expect(abs(share - 0.2) < 0.07, f"'new' comes: expected 0.2 of all sessions to move\n  got {share:.3f}")
 
     def test_weight_changes(self, impl):
         """a weight rises: sessions move to it alone; it falls: from it alone"""
@@ -785,10 +786,10 @@ class TestHome:
     def test_ties(self, impl):
         """a difference of 1e-9 in weights moves nobody: no two pairs come out equal"""
         names = string.ascii_lowercase
-        first = self.homes(impl, dict.fromkeys(names, 1), SOME[:150])
-        second = self.homes(impl, {name: 1 + 1e-9 * i for i, name in enumerate(names)}, SOME[:150])
+        first = self.homes(impl, dict.fromkeys(names, 1), SOME[:120])
+        second = self.homes(impl, {name: 1 + 1e-9 * i for i, name in enumerate(names)}, SOME[:120])
         moved = sum(a != b for a, b in zip(first, second, strict=True))
-        expect(moved == 0, "weights that differ by 1e-9: expected no session of 150 to move\n"
+        expect(moved == 0, "weights that differ by 1e-9: expected no session of 120 to move\n"
                f"  got {moved}: are there enough bits in a pair's number?")  # fmt: skip
 
     def test_pairs(self, impl):
@@ -859,8 +860,8 @@ class TestHome:
         self.shares(impl, {f"{long}{i}": 1 for i in range(3)}, SOME)
         self.shares(impl, {f"10.0.0.1:800{i}": 1 for i in range(3)}, SOME)
         self.shares(impl, dict.fromkeys(("\ud800", "\ud801", "?", "\n"), 1), SOME)
-        self.shares(impl, {"r1": 1, "r2": 1, "r3": 1}, ["a" * i for i in range(500)])
-        texts = [f"{c}{i}" for i in range(150) for c in ("", "é", "\ud800")]
+        self.shares(impl, {"r1": 1, "r2": 1, "r3": 1}, ["a" * i for i in range(400)])
+        texts = [f"{c}{i}" for i in range(100) for c in ("", "é", "\ud800")]
         self.shares(impl, {"": 1, " ": 1, "\ud800": 1, "é": 1}, texts)
         self.shares(impl, {"a": 1, "A": 1, "a ": 1}, [f" {i}" for i in range(300)])
         expect(impl("", {"": 1}) == "", "expected the home '' of session ''\n  got another one")
