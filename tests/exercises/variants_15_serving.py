@@ -4,10 +4,12 @@ import base64
 import bisect
 import codecs
 import hashlib
+import hmac
 import json
 import math
 import random
 import re
+import sys
 import unicodedata
 import zlib
 from collections import deque
@@ -131,6 +133,47 @@ for impl, why in (
     (keyed_by_floats, "percents as floats"),
     (large_for_failed, "a failure is a large number"),
     (ranker(look=lambda x: 0 <= x < INF, failed=1e308), "an infinite latency is an error"),
+):
+    wrong("15.1", why)(impl)
+
+
+def up_to_a_failure(latencies, percents):
+    seen = latencies[: latencies.index(None)] if None in latencies else latencies
+    if not latencies or not all(x >= 0 for x in seen):
+        raise ValueError
+    return ranked(latencies, percents, look=lambda x: True)
+
+
+def ends_of_percents(latencies, percents):
+    if percents and not (0 <= percents[0] <= 100 and 0 <= percents[-1] <= 100):
+        raise ValueError
+    return ranked(latencies, percents, low=-INF, high=INF)
+
+
+def sample(values):
+    return sorted(values if len(values) <= 1028 else random.Random(0).sample(values, 1028))
+
+
+def keeps_results(latencies, percents, kept={}):  # noqa: B006
+    key = id(latencies), len(latencies), tuple(percents)
+    if key not in kept:
+        kept[key] = ranked(latencies, percents)
+    return dict(kept[key])
+
+
+def refuses_twice(latencies, percents):
+    if len(set(percents)) < len(percents):
+        raise ValueError
+    return ranked(latencies, percents)
+
+
+for impl, why in (
+    (up_to_a_failure, "looks at latencies up to the first failure"),
+    (ends_of_percents, "looks at the first and last percent"),
+    (ranker(values=sample), "a sample of 1,028"),
+    (ranker(look=lambda x: math.copysign(1, x) > 0), "-0.0 is negative"),
+    (keeps_results, "keeps a list's result"),
+    (refuses_twice, "a percent given twice is an error"),
 ):
     wrong("15.1", why)(impl)
 
@@ -282,6 +325,40 @@ for change, why in (
     ),
 ):
     wrong("15.2", why)(lambda requests, begin, end, change=change: lawful(change(requests), begin, end))
+
+
+def without_bad_ones_inside(requests):
+    return [r for i, r in enumerate(requests) if r[1] is None or r[0] <= r[1] or i in (0, len(requests) - 1)]
+
+
+for change, why in (
+    (lambda requests: requests[-1000:], "the last 1,000 requests"),
+    (without_bad_ones_inside, "looks at the first and last request"),
+    (lambda requests: [(a, a if b is not None and a - 1e-9 < b < a else b) for a, b in requests], "a tolerance"),
+):
+    wrong("15.2", why)(lambda requests, begin, end, change=change: lawful(change(requests), begin, end))
+
+
+for switches, why in (
+    ({"give": lambda p, r, s, stays: (round(p, 9), round(r, 9), s)}, "rounded to nine digits"),
+    ({"came": lambda a, b, e: b <= a < e - 1e-6}, "an arrival within a microsecond of the end is lost"),
+):
+    wrong("15.2", why)(lawyer(**switches))
+
+
+@wrong("15.2", "a window of a day at most")
+def little(requests, begin, end):
+    if end - begin > 86400:
+        raise ValueError
+    return lawful(requests, begin, end)
+
+
+@wrong("15.2", "a sum in single precision")
+def little(requests, begin, end):
+    _, rate, seconds = lawful(requests, begin, end)
+    parts = [max(0.0, (end if b is None else min(b, end)) - max(a, begin)) for a, b in requests]
+    present = float(np.sum(np.array(parts, np.float32))) / (end - begin)
+    return present, rate, seconds if seconds is None else present / rate
 
 
 # ---- 15.3
@@ -598,6 +675,57 @@ def cut_name(self):
 
 
 wrong("15.3", "a name up to its colon")(type("Events", (Parser,), {"event": cut_name}))
+
+
+class AtOnce(Parser):
+    def feed(self, data):
+        return super().feed(data) if data else self.finish()
+
+
+class Flushed(Parser):
+    def decode(self, data):
+        return self.decoder.decode(data, not data)
+
+
+class Blank(Parser):
+    def take(self, line):
+        return super().take(line.strip() and line)
+
+
+class Once(Parser):
+    given = None
+
+    def finish(self):
+        found = [event for event in super().finish() if event != self.given]
+        self.given = found[-1] if found else self.given
+        return found
+
+
+def name_first(self, name, value):
+    if name != "event" or not self.data:
+        Parser.field(self, name, value)
+
+
+def comment_forgets(self, name, value):
+    self.name = self.name if name else "message"
+    Parser.field(self, name, value)
+
+
+for impl, why in (
+    (AtOnce, "no bytes end the stream"),
+    (Flushed, "no bytes end a character"),
+    (Blank, "a line of spaces is empty"),
+    (Once, "the same event once"),
+    (type("Events", (Parser,), {"field": name_first}), "a name behind data is not read"),
+    (type("Events", (Parser,), {"field": comment_forgets}), "a comment forgets the name"),
+    (type("Events", (Parser,), {"field": lambda self, name, value: Parser.field(
+        self, "event" if name.startswith("event") else name, value)}), "fields that begin with event"),
+    (type("Events", (Parser,), {"cut": lambda self, line: (
+        line.partition(":")[0], line.partition(":")[2].removeprefix(" ").rstrip("\0"))}), "last zero bytes dropped"),
+    (type("Events", (Parser,), {"event": lambda self: (
+        self.name.lstrip("\ufeff"), "\n".join(self.data))}), "a name's mark is dropped"),
+):  # fmt: skip
+    wrong("15.3", why)(impl)
 
 
 # ---- 15.4
@@ -939,6 +1067,53 @@ class Hour(Right):
 wrong("15.4", "waits of an hour at most")(Hour)
 
 
+class AtMostAnHour(Right):
+    def fill(self):
+        now = self.now()
+        self.there, self.at = min(self.burst, self.there + self.rate * min(3600, now - self.at)), now
+
+
+class TakesLater(Right):
+    def take(self, tokens):
+        found = super().take(tokens)
+        self.at = self.now()
+        return found
+
+
+class SettlesLater(Right):
+    def settle(self, tokens):
+        super().settle(tokens)
+        self.at = self.now()
+
+
+class NoTimeYet(Right):
+    def fill(self):
+        self.at = self.at or self.clock()
+        super().fill()
+
+
+class Tolerant(Right):
+    def take(self, tokens):
+        found = super().take(tokens)
+        return 0 if found and tokens - self.there < 1e-6 else found
+
+
+class TenThousandths(Right):
+    def now(self):
+        return max(round(self.clock(), 4), self.at)
+
+
+for impl, why in (
+    (AtMostAnHour, "an hour at most at once"),
+    (TakesLater, "take reads the clock twice"),
+    (SettlesLater, "settle reads the clock twice"),
+    (NoTimeYet, "a time of 0 is none"),
+    (Tolerant, "a millionth may be missing"),
+    (TenThousandths, "time in ten-thousandths"),
+):
+    wrong("15.4", why)(impl)
+
+
 # ---- 15.5
 
 
@@ -1149,6 +1324,45 @@ def home(session, replicas):
     return housed(session, replicas, cost=lambda u, w: -(u ** (1 / w)))
 
 
+def half(text):
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8])
+
+
+for join, why in (
+    (lambda s, n: f"{len(s)}{s}{n}", "a length in front that has no end"),
+    (lambda s, n: f"{s}{n}{len(n)}", "a length behind that has no begin"),
+    (lambda s, n: f"{len(s)}{len(n)}{s}{n}", "two lengths in one piece"),
+    (lambda s, n: f"{s}|||{n}", "three bars between"),
+    (lambda s, n: f"{n}\u241f{s}", "a symbol between, the name first"),
+    (lambda s, n: json.dumps(sorted([s, n])), "pairs in order"),
+    (lambda s, n: str((half(s) + half(n)) % 2**64), "the sum of two digests"),
+    (lambda s, n: json.dumps([s, unicodedata.normalize("NFC", n)]), "names composed"),
+    (lambda s, n: f"{len(s)} {s}{n}".encode("utf-8", "backslashreplace").decode(), "surrogates written"),
+    (lambda s, n: json.dumps([s[:1000], n]), "1,000 characters of a session"),
+    (lambda s, n: json.dumps([s, n[:500]]), "500 characters of a name"),
+    (lambda s, n: json.dumps([s, n.removeprefix("http://")]), "names without a scheme"),
+    (lambda s, n: json.dumps([s, n.rstrip("/")]), "names without a last slash"),
+):
+    wrong("15.5", why)(houser(join=join))
+wrong("15.5", "a number of one byte")(houser(size=1))
+wrong("15.5", "weights of one digit")(houser(cost=lambda u, w: -math.log(u) / float(f"{w:.1g}")))
+
+
+@wrong("15.5", "weights by a sum that overflows")
+def home(session, replicas):
+    total = sum(replicas.values())
+    if not total > 0:
+        raise ValueError
+    return housed(session, {name: weight / total for name, weight in replicas.items()})
+
+
+@wrong("15.5", "one replica is not looked at")
+def home(session, replicas):
+    if len(replicas) == 1 and math.isnan(*replicas.values()):
+        return next(iter(replicas))
+    return housed(session, replicas)
+
+
 # ---- 15.6
 
 
@@ -1355,6 +1569,40 @@ class Byte(Chooser):
 
 wrong("15.6", "eight replicas at most")(Eight)
 wrong("15.6", "loads of a byte")(Byte)
+
+
+class Sets(Chooser):
+    def rest(self):
+        return set(range(self.n)) - self.gone
+
+
+class TextOrder(Chooser):
+    def rest(self):
+        return sorted(super().rest(), key=str)
+
+
+class Same(Chooser):
+    def pick(self, left):
+        best = left[0]
+        for i in left[1:]:
+            mine, least = self.load(i), self.load(best)
+            if mine <= least and mine is not least:
+                best = i
+        return best
+
+
+class Many(Chooser):
+    def load(self, i):
+        return min(32, self.own[i]) + self.others[i]
+
+
+for impl, why in (
+    (Sets, "the rest in a set's order"),
+    (TextOrder, "the rest in the order of texts"),
+    (Same, "equal loads are the same object"),
+    (Many, "32 own requests at most"),
+):
+    wrong("15.6", why)(impl)
 
 
 # ---- 15.7
@@ -1669,6 +1917,73 @@ wrong("15.7", "a seed of -1 is none")(namer(seeded=lambda b: b.get("seed") not i
 wrong("15.7", "200,000 characters of a text")(
     namer(plain=changed(lambda v: v[:200_000] if type(v) is str else v)),
 )
+
+
+def keyed(client, body, digests):
+    found = named("", body, digests)
+    return found and hmac.new(client.encode("utf-8", "surrogatepass"), found.encode(), "sha256").hexdigest()
+
+
+def joined(value):
+    """A message's parts of text as one text."""
+    if type(value) is dict:
+        return {k: joined(v) for k, v in value.items()}
+    if type(value) is list and value and all(type(v) is dict and v.get("type") == "text" for v in value):
+        return "".join(v["text"] for v in value)
+    return [joined(v) for v in value] if type(value) is list else whole(value)
+
+
+def fields(change):
+    return lambda client, body, digests: named(client, change(body), digests)
+
+
+def last_messages(body):
+    return {**body, "messages": body["messages"][-8:]} if "messages" in body else body
+
+
+def seed_as_text(body):
+    return {**body, "seed": str(whole(body["seed"]))} if body.get("seed") is not None else body
+
+
+def two_digits(body):
+    return {k: round(v, 2) if type(v) is float and v > 0.1 else v for k, v in body.items()}
+
+
+alternative("15.7", "two digests, for the client and for all")(
+    lambda client, body, digests: (found := named(client, body, digests)) and digest_of(client.encode(
+        "utf-8", "surrogatepass").hex())[:40] + ":" + digest_of(found)[:40]
+)  # fmt: skip
+wrong("15.7", "the client fills up an HMAC's key")(keyed)
+for encode, why in (
+    (lambda client: ascii(client[-4:]), "the client's last characters"),
+    (lambda client: ascii(client[3:7]), "the client's middle"),
+    (lambda client: base64.b85encode(client).decode(), "the client in base 85"),
+    (lambda client: client.hex()[::-1], "the client's hexadecimal backwards"),
+    (lambda client: ".".join(map(str, client[:10])), "the client's bytes as numbers"),
+):
+    shown(encode, why)
+for switches, why in (
+    ({"text": lambda said: "answer:v1:" + digest_of(said)[:4]}, "16 bits behind a long begin"),
+    ({"text": lambda said: f"{zlib.crc32(said.encode()):064x}"}, "a checksum of many zeros"),
+    ({"text": lambda said: f"{zlib.crc32(said.encode()):08x}" * 2}, "a checksum twice"),
+    ({"digest": lambda model, digests: digests.get(model) or None}, "an empty digest is none"),
+    ({"digest": lambda model, digests: digests.get(str(model).split(":")[0])}, "a model's tag is dropped"),
+    ({"default": lambda k, v: k in STANDARD and json.dumps(v) in ("1", "1.0", "0", "0.0", "false")
+      and is_default(k, v)}, "-0.0 is no default"),
+    ({"null": lambda v: v is not None and v != {}}, "an empty dictionary is not given"),
+    ({"plain": lambda parts: shallow(parts, 30)}, "numbers to a depth of 30"),
+    ({"plain": joined}, "parts of a text in one piece"),
+    ({"plain": lambda parts: whole([*parts[:2], {k: sorted(v, key=json.dumps) if k == "tools" else v
+                                                 for k, v in parts[2].items()}])}, "tools in any order"),
+):  # fmt: skip
+    wrong("15.7", why)(namer(**switches))
+for change, why in (
+    (last_messages, "the last eight messages"),
+    (seed_as_text, "a seed is text"),
+    (two_digits, "two digits"),
+    (lambda body: {k.replace("completion_", ""): v for k, v in body.items()}, "two names of a field"),
+):
+    wrong("15.7", why)(fields(change))
 
 
 # ---- 15.8
@@ -2023,3 +2338,106 @@ def forward(replicas, request, attempts=3):
 
 
 wrong("15.8", "an EOFError is a break")(sender(kinds=(ConnectionError, EOFError)))
+
+
+def only_named(replicas, request, attempts=3):
+    five = ConnectionError, ConnectionResetError, ConnectionAbortedError, ConnectionRefusedError, BrokenPipeError
+
+    def ask(replica, request):
+        events = None
+        try:
+            events = replica(request)
+            yield from events
+        except ConnectionError as error:
+            if type(error) not in five:
+                raise RuntimeError from error
+            raise
+        finally:
+            shut(events)
+
+    yield from sent(replicas, request, attempts, ask=ask)
+
+
+class LeftOpen:
+    """An iterator whose close() does nothing for a client that leaves at the finish."""
+
+    def __init__(self, events):
+        self.events, self.event = events, {}
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.event = next(self.events)
+        return self.event
+
+    def close(self):
+        if "finish" not in self.event or sys.exc_info()[0] is not GeneratorExit:
+            shut(self.events)
+
+
+@wrong("15.8", "closes behind an error, which the client may not wait for")
+def forward(replicas, request, attempts=3):
+    status = 503
+    for replica in replicas[:attempts]:
+        events = None
+        try:
+            events, held, begun = replica(request), [], False
+            for event in events:
+                held.append(event)
+                begun = begun or bool(event.get("text")) or "finish" in event
+                while begun and held:
+                    yield held.pop(0)
+                if "finish" in event:
+                    shut(events)
+                    return
+        except Refused as refusal:
+            status = refusal.status
+            if status not in (429, 503):
+                shut(events)
+                yield {"error": status}
+                return
+        except ConnectionError:
+            pass
+        except BaseException:
+            shut(events)
+            raise
+        if begun:
+            yield {"error": 502}
+        shut(events)
+        if begun:
+            return
+    yield {"error": status}
+
+
+wrong("15.8", "open when the client leaves at the finish")(
+    sender(ask=lambda replica, request: LeftOpen(replica(request)))
+)
+
+
+@wrong("15.8", "attempts by name alone")
+def forward(replicas, request, *, attempts=3):
+    yield from sent(replicas, request, attempts)
+
+
+wrong("15.8", "named kinds, and none derived")(only_named)
+for switches, why in (
+    ({"kinds": (ConnectionError, AttributeError)}, "an AttributeError is a break"),
+    ({"kinds": (ConnectionError, AssertionError, ArithmeticError)}, "failed assertions are a break"),
+    ({"room": (429, 503, 507)}, "507 leads to the next one"),
+    ({"begun_by": lambda event: event.get("text", "") not in ("", "0") or "finish" in event}, "0 is no text"),
+    ({"begun_by": lambda event: bool(event.get("text", "").strip("\n")) or "finish" in event}, "a newline is no text"),
+):
+    wrong("15.8", why)(sender(**switches))
+for change, why in (
+    (lambda event: {"finish": event["finish"]} if "finish" in event else event, "a finish alone"),
+    (lambda event: {"text": event["text"]} if "text" in event else event, "text alone"),
+):
+    wrong("15.8", why)(
+        lambda replicas, request, attempts=3, change=change: (
+            change(event) for event in sent(replicas, request, attempts)
+        )
+    )
+
+
+alternative("15.8", "the right one, in other words")(sender())
