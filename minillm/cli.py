@@ -67,10 +67,19 @@ def options(
 
 
 @app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    room: Annotated[bool, typer.Option("--room", help="One line to read out, for a room of people.")] = False,
+) -> None:
     """Is everything here that the curriculum needs? Exit status 1 when something is not."""
     from .learn.doctor import examine
 
+    if room:
+        from .learn.room import line
+
+        said, well = line()
+        print(said)
+        raise typer.Exit(0 if well else 1)
     findings = examine()
     if as_json:
         print(json.dumps([f.as_dict() for f in findings], indent=1))
@@ -389,11 +398,12 @@ def progress(
 
     table = Table("chapter", "exercise", "", "passed")
     for row in rows:
+        seen = " solution shown" if row["shown_at"] else ""
         table.add_row(
             row["chapter"],
             f"{row['number']} {row['title']}",
             "✓" if row["passed_at"] else "·",
-            (row["passed_at"] or "")[:10],
+            ((row["passed_at"] or "")[:10] + seen).strip(),
         )
     done = sum(bool(row["passed_at"]) for row in rows)
     Console().print(table)
@@ -422,7 +432,59 @@ def build(
     for path in written:
         print(f"wrote {path}")
     for path in kept:
-        print(f"kept {path}: it holds somebody's work (--force overwrites it)")
+        print(f"kept {path}: it holds somebody's work (`minillm exercises update` spares it, --force overwrites it)")
+
+
+NUMBER = Annotated[str, typer.Argument(help="An exercise, as 7.2 or 7.w1.")]
+RELOAD = "Open in JupyterLab? File > Reload Notebook from Disk, before anything is saved there."
+
+
+@exercises.command("reset")
+def reset(number: NUMBER) -> None:
+    """Put the stub of one exercise back; all other cells stay as they are."""
+    from .learn import workbook
+
+    _tell(number, "the stub", workbook.reset(number))
+
+
+@exercises.command("solve")
+def solve(number: NUMBER) -> None:
+    """Put the solution of one exercise into its cell; it does not count as yours."""
+    from .learn import workbook
+
+    _tell(number, "the solution", workbook.solve(number))
+
+
+def _tell(number: str, what: str, change: Any) -> None:
+    if not change:
+        print(f"{number}: {change.path} holds {what} already")
+        return
+    print(f"{number}: {what} is in {change.path}")
+    if change.copy:
+        print(f"what you had written is kept in {change.copy}")
+    print(RELOAD)
+
+
+@exercises.command("update")
+def update(
+    chapter: Annotated[str | None, typer.Argument(help="A chapter, as 2 or 02; by default all.")] = None,
+) -> None:
+    """Bring new statements, hints, stubs and checks into your notebooks; no cell that you filled is touched."""
+    from .learn import workbook
+
+    changes, problems = workbook.update(chapter)
+    for change in changes:
+        told = [("new text", change.changed), ("added", change.added), ("removed", change.removed)]
+        for what, names in [(what, names) for what, names in told if names]:
+            print(f"{change.path.name}: {len(names)} {what}, in {workbook.exercises_of(names)}")
+        if change.outdated:
+            numbers = workbook.exercises_of(change.outdated)
+            print(f"{change.path.name}: you filled what is another text now, and it stays: {numbers}")
+    print(RELOAD if any(changes) else "nothing else to update" if problems else "nothing to update")
+    for problem in problems:
+        typer.secho(f"minillm: {problem}", fg="red", err=True)
+    if problems:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

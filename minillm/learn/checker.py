@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import io
 import json
+import linecache
 import re
 import reprlib
 import signal
@@ -22,7 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import progress
+from . import progress, workbook
 from .isolation import ChildEnded, Send, can_fork, in_child, neutral_state
 from .notebook import Session, session
 from .paths import root, stem_of
@@ -71,9 +72,21 @@ def check(number: str, impl: Any) -> bool:
     outcomes = run(number, impl)
     passed = all(o.status == "passed" for o in outcomes)
     print(report(number, outcomes))
-    if passed:
+    if passed and workbook.is_shown(number, _cell_of(impl)):
+        print(f"  (the solution's pass, not counted as yours; `minillm exercises reset {number}` brings the stub back)")
+    elif passed:
         progress.remember(number, len(outcomes))
     return passed
+
+
+def _cell_of(impl: Any) -> str:
+    """The text of the cell or file that a learner's function, class or kernel was written in; empty if unknown."""
+    impl = inspect.unwrap(getattr(impl, "fn", impl))
+    for fn in [impl, *(vars(impl).values() if isinstance(impl, type) else ())]:
+        code = getattr(inspect.unwrap(getattr(fn, "__func__", fn)), "__code__", None)
+        if code is not None and (lines := linecache.getlines(code.co_filename)):
+            return "".join(lines)
+    return ""
 
 
 def is_loading() -> bool:
@@ -380,7 +393,8 @@ def _code_cells(path: Path) -> list[str]:
 def check_chapter(chapter: str, source: Path | None = None) -> dict[str, list[Outcome]]:
     """Check every exercise of a chapter in the learner's notebook (or another .ipynb or .py file): number -> outcomes.
 
-    Remembers what passes. Raises ValueError for an unknown chapter, FileNotFoundError for a missing file.
+    Remembers what passes, unless it is the solution. Raises ValueError for an unknown chapter, FileNotFoundError for a
+    missing file.
     """
     stem = stem_of(chapter)
     source = source or root() / "exercises" / f"{stem}.ipynb"
@@ -390,9 +404,16 @@ def check_chapter(chapter: str, source: Path | None = None) -> dict[str, list[Ou
         _code_cells(source)  # refuse here what is no notebook
     results = _examine_in_child(stem, source) if can_fork() else dict(_examined(stem, source))
     for number, outcomes in results.items():
-        if all(o.status == "passed" for o in outcomes):
+        if all(o.status == "passed" for o in outcomes) and not _is_shown(stem, number, source):
             progress.remember(number, len(outcomes))
     return results
+
+
+def _is_shown(stem: str, number: str, source: Path) -> bool:
+    if source.suffix == ".ipynb":
+        text = workbook.source_of(_classes(stem)[number].object_name, _code_cells(source))
+        return workbook.is_shown(number, text)
+    return source.resolve() == (root() / "solutions" / f"{stem}.py").resolve()
 
 
 def _examined(

@@ -14,7 +14,17 @@ from typing import Any
 
 from .paths import root, stems
 
-__all__ = ["exercises", "load", "predictions", "remember", "remember_answer", "remember_guess", "summary"]
+__all__ = [
+    "exercises",
+    "load",
+    "predictions",
+    "remember",
+    "remember_answer",
+    "remember_guess",
+    "remember_shown",
+    "shown",
+    "summary",
+]
 
 _said: set[str] = set()  # a notebook checks forty times; what cannot be written is said once
 
@@ -33,6 +43,17 @@ def load() -> dict[str, dict]:
 def predictions() -> dict[str, dict]:
     """Key of a question in a lab -> {"question", "guess", "guessed_at"}, and "answer" once it was shown."""
     return _look()["predictions"]
+
+
+def shown() -> dict[str, str]:
+    """Exercise number -> ISO time at which `minillm exercises solve` first put its solution into the notebook."""
+    return _look()["shown"]
+
+
+def remember_shown(number: str) -> None:
+    """Record that the solution of exercise `number` was put into the notebook; the first time stays."""
+    now = _now()
+    _change(lambda record: record["shown"].setdefault(number, now))
 
 
 def remember(number: str, contracts: int) -> None:
@@ -74,12 +95,16 @@ def _look() -> dict[str, dict]:
         return _read()
     except OSError as e:
         _say_once(f"(the record of progress cannot be read: {_file()}, {e.strerror})")
-        return {"passed": {}, "predictions": {}}
+        return _empty()
+
+
+def _empty() -> dict[str, dict]:
+    return {"passed": {}, "predictions": {}, "shown": {}}
 
 
 def _read() -> dict[str, dict]:
     path = _file()
-    empty: dict[str, dict] = {"passed": {}, "predictions": {}}
+    empty = _empty()
     try:
         record = empty | json.loads(path.read_text(encoding="utf-8"))
         if not all(isinstance(record[part], dict) for part in empty):
@@ -138,10 +163,19 @@ def exercises() -> dict[str, dict[str, str]]:
 
 
 def summary() -> list[dict]:
-    """One dictionary an exercise: chapter, number, title, passed_at (None while open)."""
-    passed = load()
+    """One dictionary an exercise: chapter, number, title, passed_at (None while open), shown_at (None, or when its
+    solution was put into the notebook).
+    """
+    record = _look()
+    passed, seen = record["passed"], record["shown"]
     return [
-        {"chapter": stem, "number": number, "title": title, "passed_at": passed.get(number, {}).get("passed_at")}
+        {
+            "chapter": stem,
+            "number": number,
+            "title": title,
+            "passed_at": passed.get(number, {}).get("passed_at"),
+            "shown_at": seen.get(number),
+        }
         for stem, titles in exercises().items()
         for number, title in titles.items()
     ]
