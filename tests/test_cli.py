@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -198,11 +199,15 @@ def test_quick_bench_of_the_server(nothing_recorded):
     assert set(re.findall(r"^  \S.*? (\d{3}) ", done.stdout, re.MULTILINE)) <= {"400", "404", "413"}
 
 
-def test_check_on_stubs_and_on_solutions():
+def test_check_on_stubs_and_on_solutions(tmp_path):
     untouched = run(app, ["check", "1"])
     assert untouched.exit_code == 1
     assert "not written yet" in untouched.output
-    solved = run(app, ["check", "01", "--file", str(root() / "solutions" / "01_backpropagation.py")])
+    solutions = root() / "solutions" / "01_backpropagation.py"
+    assert run(app, ["check", "01", "--file", str(solutions)]).exit_code == 0
+    assert not any(row["passed_at"] for row in json.loads(run(app, ["progress", "--json"]).output))
+    mine = shutil.copy(solutions, tmp_path / "mine.py")
+    solved = run(app, ["check", "01", "--file", str(mine)])
     assert solved.exit_code == 0, solved.output
     rows = json.loads(run(app, ["progress", "--json"]).output)
     assert all(bool(row["passed_at"]) == (row["chapter"] == "01_backpropagation") for row in rows)

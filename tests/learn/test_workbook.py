@@ -170,6 +170,13 @@ class TestSolve:
             assert progress.load() == {}
             assert [bool(row["shown_at"]) for row in progress.summary()] == [False, True, False, False]
 
+    def test_the_mark_tells_where_the_record_is_lost(self):
+        with classroom(source()):
+            workbook.solve("1.1")
+            Path(".minillm", "progress.json").unlink()
+            checker.check_chapter("1")
+            assert progress.load() == {}
+
     def test_the_same_code_without_the_mark_is_not_either(self):
         with classroom(source()) as path:
             workbook.solve("1.1")
@@ -339,7 +346,9 @@ def test_update_brings_all_that_is_new(old, new, written, deleted):
         assert {name: text for name, text in found.items() if name in fresh} == wanted
         assert {name for name in found if name not in fresh} <= had
         kept = {name for name in found if name not in fresh and name not in filled}
-        assert {n.split("-")[1] for n in kept} <= {n.split("-")[1] for n in filled}, "only where somebody wrote"
+        at_work = {tuple(name.split("-")[:2]) for name in filled}
+        lost = {name for name in had - set(fresh) - gone - filled if tuple(name.split("-")[:2]) in at_work}
+        assert kept == lost, "what is no more stays where somebody wrote, and goes elsewhere"
         if not written and not deleted:
             assert list(found) == list(fresh)
             assert not exercises._edited(path)
@@ -486,6 +495,19 @@ def test_one_damaged_notebook_does_not_hold_up_the_others():
         assert result.exit_code == 1
         assert "02_more.ipynb: 2 new text, in the start" in result.output
         assert "Reload Notebook from Disk" in result.output
+
+
+def test_a_copy_of_a_cell_is_the_learners():
+    with classroom(source()) as path:
+        book = load(path)
+        at = next(i for i, cell in enumerate(book["cells"]) if cell["id"] == "1-1-first")
+        book["cells"].append(copied := copy.deepcopy(book["cells"][at]))
+        save(path, book)
+        revise(source(e1_1={"stub": ", new"}))
+        workbook.update()
+        cells = load(path)["cells"]
+        assert ", new" in text_of(cells[at])
+        assert cells[-1] == copied
 
 
 def test_what_update_tells():
