@@ -2,7 +2,7 @@
 
 from .paths import root
 
-__all__ = ["PARTS", "chapter_map", "exists", "is_draft"]
+__all__ = ["PARTS", "chapter_map", "exists", "is_draft", "title_of"]
 
 NAMES = {"gpu": "GPU", "triton": "Triton", "kv": "KV", "gptq": "GPTQ", "lora": "LoRA", "smoothquant": "SmoothQuant"}
 # Part -> chapters: (stem, what the reader builds, where it is in minillm)
@@ -67,19 +67,23 @@ def is_draft(stem: str) -> bool:
     return path.is_file() and path.read_text(encoding="utf-8").startswith("<!-- draft")
 
 
+def title_of(stem: str) -> str:
+    """A chapter's title, from its stem: "GPU and Triton"."""
+    words = [NAMES.get(word, word) for word in stem[3:].split("_")]
+    return " ".join([words[0][0].upper() + words[0][1:], *words[1:]])
+
+
 def chapter_map(prefix: str = "") -> str:
     """The map as a Markdown table, with links to what exists; `prefix` leads from the page to the repository's root."""
     lines = ["| | chapter | you build | in `minillm/` | read · run · solve |", "|---|---|---|---|---|"]
     for part, chapters in PARTS.items():
         lines.append(f"| | **{part}** | | | |")
         for stem, builds, where in chapters:
-            words = [NAMES.get(word, word) for word in stem[3:].split("_")]
-            title = " ".join([words[0][0].upper() + words[0][1:], *words[1:]])
             links = "planned"
             if exists(stem):
                 links = (
                     f"[chapter]({prefix}chapters/{stem}.md) · [lab]({prefix}notebooks/{stem}.ipynb)"
                     f" · [exercises]({prefix}exercises/{stem}.ipynb)"
                 ) + (" (draft)" if is_draft(stem) else "")
-            lines.append(f"| {int(stem[:2])} | {title} | {builds} | {where} | {links} |")
+            lines.append(f"| {int(stem[:2])} | {title_of(stem)} | {builds} | {where} | {links} |")
     return "\n".join(lines)
