@@ -12,7 +12,7 @@ endif
 ROOT_FLAG := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup moved lab test quick deep test-notebooks test-browser test-clients cog labs clean
+.PHONY: help setup moved lab test quick deep test-notebooks test-browser test-clients cog labs teaching clean
 
 help:
 	@echo "make lab           set up once, then open the curriculum in JupyterLab"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-browser  in Chromium: open the start page and follow its links, talk to a model on the server's page"
 	@echo "make test-clients  what OpenAI's clients do with the server, older ones and JavaScript's among them"
 	@echo "make cog labs      regenerate what chapters quote; execute all labs in place"
+	@echo "make teaching      regenerate agendas and notes for instructors, common errors included (two minutes)"
 	@echo "make clean         remove the environment and what tests left (fetched models stay: they live in your cache)"
 
 setup: $(READY)
@@ -81,6 +82,10 @@ test-clients: $(READY)
 
 cog: $(READY)
 	$(BIN)/cog -P -r README.md benchmarks/NOTES.md chapters/*.md
+
+teaching: $(READY)
+	$(BIN)/python -m minillm.learn.mistakes
+	$(BIN)/cog -P -r teaching/agendas.md teaching/notes/*.md
 
 labs: $(READY)
 	$(BIN)/python -m minillm.learn.labs

@@ -56,7 +56,7 @@ def said(number: str, impl: Any) -> dict[str, str] | None:
     if first is None or first.status != "failed":
         return None
     message = re.sub(r"\bline \d+ in\b", "line … in", re.sub(r"x[0-9a-f]{8,}\b", "x…", first.message))
-    lines = message.splitlines()
+    lines = message.partition("\nyour code printed:")[0].splitlines()  # warnings, which come once a process
     shown = lines if len(lines) <= LINES else [*lines[: LINES - 1], "…"]
     return {"mistake": impl.variant[2], "contract": first.contract, "message": "\n".join(shown)}
 
