@@ -7,6 +7,7 @@ quote that by cog.
 
 import hashlib
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -79,9 +80,17 @@ def _three(number: str, impls: list[Any]) -> list[dict[str, str]]:
 
 
 def write(chapters: list[str]) -> Iterator[Path]:
-    """Run the variants of these chapters (none: all) and write their files."""
+    """Run the variants of these chapters (none: all) and write their files. Raises ValueError where an exercise has
+    fewer than three that a contract refuses.
+    """
+    if not Path("/proc/driver/nvidia").exists():
+        os.environ["TRITON_INTERPRET"] = "1"  # kernels read it as they are decorated
     for stem in [stem_of(chapter) for chapter in chapters] or stems():
-        content = {"sources": sources(stem), "exercises": found(stem)}
+        content: dict[str, Any] = {"sources": sources(stem), "exercises": found(stem)}
+        if few := [number for number, errors in content["exercises"].items() if len(errors) < SHOWN]:
+            raise ValueError(
+                f"tests/exercises/variants_{stem}.py: expected {SHOWN} wrong ones, refused, of each in {few}"
+            )
         path_of(stem).parent.mkdir(parents=True, exist_ok=True)
         write_text(path_of(stem), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         yield path_of(stem)
