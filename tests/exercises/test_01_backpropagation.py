@@ -645,7 +645,7 @@ class TestGradientError:
         expect_close("the largest error of 16 directions", got, errors.max(), atol=1e-6)
 
     def test_nan(self, impl):
-        """a NaN comes out as NaN: one in the gradient, or f of one direction, be it the first, a middle one, the last"""
+        """a NaN comes out as NaN: one in the gradient, or f of one direction, be it the first, a middle or the last"""
         x = np.ones(3)
         got = impl(lambda a: (a * a).sum(), x, np.array([2.0, np.nan, 2.0]), rng(1))
         expect(bool(np.isnan(got)), f"a NaN in the gradient: expected NaN\n  got      {got}")
