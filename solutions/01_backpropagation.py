@@ -258,22 +258,22 @@ check("1.0", Value)
 # | beyond: the product with a Jacobian that is not diagonal, without building it | 2 of 5 | 20 | Bridle, 1990 |
 #
 # Attention (chapter 2) turns its scores into weights by a softmax along the last axis: $p_i = e^{z_i} / \sum_j
-# e^{z_j}$. Every $z_j$ moves every $p_i$, so each row has a Jacobian of `[C, C]`:
+# e^{z_j}$. Every $z_j$ moves every $p_i$, so each row has a Jacobian of `[classes, classes]`:
 #
 # $$\frac{\partial p_i}{\partial z_j} = p_i\,([i = j] - p_j)$$
 #
-# Given the output `p` `[..., C]` and `g = dL/dp` of the same shape and dtype (float16, 32 or 64), return `dL/dz`, in
-# that dtype. Insert the Jacobian into $\bar z_j = \sum_i g_i\, \partial p_i / \partial z_j$ and simplify until only
+# Given the output `p` `[..., classes]` and `g = dℓ/dp` of the same shape and dtype (float16, 32 or 64), return `dℓ/dz`,
+# in that dtype. Insert the Jacobian into $\bar z_j = \sum_i g_i\, \partial p_i / \partial z_j$ and simplify until only
 # element-wise products and one sum a row are left. With rows of 1,000 elements, a Jacobian a row would take 1,000
 # times the memory of `p`, and 1,000 times the work even if it is made column by column.
 
 
 # %%
 def softmax_backward(g: np.ndarray, p: np.ndarray) -> np.ndarray:
-    """dL/dz for p = softmax(z) along the last axis.  g = dL/dp [..., C], p [..., C] -> [..., C]."""
+    """dℓ/dz for p = softmax(z) along the last axis.  g = dℓ/dp [..., classes], p [..., classes] -> [..., classes]."""
     ### BEGIN SOLUTION
-    weighted = g * p  # [..., C]
-    return weighted - p * weighted.sum(axis=-1, keepdims=True)  # [..., C]
+    weighted = g * p  # [..., classes]
+    return weighted - p * weighted.sum(axis=-1, keepdims=True)  # [..., classes]
     ### END SOLUTION
 
 
@@ -295,8 +295,8 @@ check("1.1", softmax_backward)
 # %% [markdown] tags=["solution"]
 # **Why.** $\bar z_j = \sum_i g_i p_i [i = j] - \sum_i g_i p_i p_j = p_j\,(g_j - \sum_i g_i p_i)$: what each class was
 # given, against the average. So $\bar z$ sums to 0 along a row, as it must: adding a constant to $z$ changes nothing.
-# The other way is the Jacobian itself, `np.einsum("...i,...ij->...j", g, J)`: right, and $C$ times the memory and work.
-# FlashAttention's backward rests on this form: the sum $\sum_i g_i p_i$ can be had without keeping `p` (chapter 5).
+# The other way is the Jacobian itself, `np.einsum("...i,...ij->...j", g, J)`: right, and as many times
+# the memory and work as there are classes. FlashAttention's backward rests on this form: the sum $\sum_i g_i p_i$ can be had without keeping `p` (chapter 5).
 
 # %% [markdown]
 # ## Exercise 1.2: backward of a batched matmul
@@ -310,7 +310,7 @@ check("1.1", softmax_backward)
 # batch, which is what every linear layer does. Either may lack batch axes, have some of size 1, or both; and a batch
 # may have size 0.
 #
-# Given `g = dL/dy` (shape of `y`), return `dL/da` and `dL/db`, each a new array with the shape and dtype of its input.
+# Given `g = dℓ/dy` (shape of `y`), return `dℓ/da` and `dℓ/db`, each a new array with the shape and dtype of its input.
 # Derive it from one element: $y_{mn} = \sum_k a_{mk} b_{kn}$. The package's
 # `unbroadcast(gradient, shape)`, imported above, sums a gradient down to a shape.
 
@@ -332,7 +332,7 @@ check("1.2", matmul_backward)
 # <details><summary>Hint 1</summary>
 #
 # Take two dimensions first. $a_{mk}$ appears in $y_{mn}$ for every $n$, with factor $b_{kn}$. So
-# $\partial L/\partial a_{mk} = \sum_n g_{mn} b_{kn}$: which product of two matrices is that?
+# $\partial \ell/\partial a_{mk} = \sum_n g_{mn} b_{kn}$: which product of two matrices is that?
 # </details>
 
 # %% [markdown]
@@ -344,8 +344,8 @@ check("1.2", matmul_backward)
 # </details>
 
 # %% [markdown] tags=["solution"]
-# **Why.** $\partial L/\partial a_{mk} = \sum_n g_{mn} b_{kn}$ is $g\,b^\top$, and
-# $\partial L/\partial b_{kn} = \sum_m a_{mk} g_{mn}$ is $a^\top g$. Each costs as many multiply-adds as the forward
+# **Why.** $\partial \ell/\partial a_{mk} = \sum_n g_{mn} b_{kn}$ is $g\,b^\top$, and
+# $\partial \ell/\partial b_{kn} = \sum_m a_{mk} g_{mn}$ is $a^\top g$. Each costs as many multiply-adds as the forward
 # product, so backward costs twice forward: the 1 : 2 that all training estimates rest on. `minillm/autograd/rules.py`
 # treats one matrix for a whole batch apart: it flattens the batch into the rows and lets a single matmul do the sum,
 # instead of making `B` matrices and adding them.
@@ -438,9 +438,9 @@ check("1.3", backward_waves)
 # |---|---|---|---|
 # | beyond: the loss of every language model, without overflow, and its gradient | 2 of 5 | 25 | Bridle, 1990 |
 #
-# `logits` `[N, C]` are scores in float16, 32 or 64, `targets` `[N]` the right classes, integers of any kind. With $p =
-# \mathrm{softmax}(z)$ along each row, the loss is the mean over rows of $-\log p_{\text{target}}$. Return the loss and
-# its gradient for the logits, `[N, C]`, in the logits' dtype.
+# `logits` `[rows, classes]` are scores in float16, 32 or 64, `targets` `[rows]` the right classes, integers of any
+# kind. With $p = \mathrm{softmax}(z)$ along each row, the loss is the mean over rows of $-\log p_{\text{target}}$. Return the loss and
+# its gradient for the logits, `[rows, classes]`, in the logits' dtype.
 #
 # In float32, `exp(89)` is infinity. Logits of 10,000, or -10,000, must give a finite and right loss and gradient. For
 # float16 compute in float32: it ends at 65,504, and a vocabulary may have more entries than that.
@@ -448,13 +448,13 @@ check("1.3", backward_waves)
 
 # %%
 def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> tuple[float, np.ndarray]:
-    """Mean cross-entropy and its gradient.  logits [N, C] floats, targets [N] ints -> (loss, gradient [N, C])."""
+    """Mean cross-entropy and its gradient.  logits [rows, classes], targets [rows] -> (loss, gradient like logits)."""
     ### BEGIN SOLUTION
     n = len(targets)
     z = logits.astype(np.float32) if logits.dtype == np.float16 else logits
-    shifted = z - z.max(axis=1, keepdims=True)  # [N, C], the largest of a row is 0
-    log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))  # [N, C]
-    gradient = np.exp(log_p)  # [N, C], the probabilities
+    shifted = z - z.max(axis=1, keepdims=True)  # [rows, classes], the largest of a row is 0
+    log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))  # [rows, classes]
+    gradient = np.exp(log_p)  # [rows, classes], the probabilities
     gradient[np.arange(n), targets] -= 1
     return float(-log_p[np.arange(n), targets].mean()), (gradient / n).astype(logits.dtype)
     ### END SOLUTION
@@ -474,7 +474,7 @@ check("1.4", cross_entropy)
 # <details><summary>Hint 2</summary>
 #
 # From that formula, $\partial(-\log p_t)/\partial z_i = p_i - [i = t]$: what the model believed minus what was true.
-# The mean over the batch divides it by `N`.
+# The mean over the batch divides it by the number of rows.
 # </details>
 
 # %% [markdown] tags=["solution"]

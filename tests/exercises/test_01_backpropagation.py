@@ -58,7 +58,7 @@ def work_of(call: Callable[[], object], most_lines: int, question: str) -> int:
 
 
 def jacobian_of_softmax(p: np.ndarray) -> np.ndarray:
-    """[..., C] -> [..., C, C], entry (i, j) = dp_i / dz_j, written out."""
+    """[..., classes] -> [..., classes, classes], entry (i, j) = dp_i / dz_j, written out."""
     jacobian = np.zeros((*p.shape, p.shape[-1]))
     for i in range(p.shape[-1]):
         for j in range(p.shape[-1]):
@@ -258,12 +258,12 @@ class TestSoftmaxBackward:
         inputs = g.astype(dtype), p.detach().numpy().astype(dtype)
         got = impl(*(x.copy() for x in inputs))
         atol = {np.float64: 1e-12, np.float32: 1e-6, np.float16: 4e-3}[dtype]
-        expect_close(f"dL/dz for shape {list(shape)}", got, z.grad, atol=atol, rtol=max(1e-5, atol))
+        expect_close(f"dℓ/dz for shape {list(shape)}", got, z.grad, atol=atol, rtol=max(1e-5, atol))
         expect_equal("dtype", np.asarray(got).dtype, np.dtype(dtype))
 
     def test_by_hand(self, impl):
         """two equal probabilities, g = (1, 0): the gradient is (1/4, -1/4)"""
-        expect_close("dL/dz", impl(np.array([[1.0, 0.0]]), np.array([[0.5, 0.5]])), [[0.25, -0.25]])
+        expect_close("dℓ/dz", impl(np.array([[1.0, 0.0]]), np.array([[0.5, 0.5]])), [[0.25, -0.25]])
 
     def test_equals_torch(self, impl):
         """rows of a matrix: as torch has it"""
@@ -274,7 +274,7 @@ class TestSoftmaxBackward:
         """equals g times the Jacobian, written out"""
         p = np.array([[0.7, 0.2, 0.1], [0.0, 1.0, 0.0]])
         g = np.array([[1.0, -2.0, 3.0], [4.0, 5.0, 6.0]])
-        expect_close("dL/dz", impl(g, p), np.einsum("ni,nij->nj", g, jacobian_of_softmax(p)), atol=1e-12)
+        expect_close("dℓ/dz", impl(g, p), np.einsum("ni,nij->nj", g, jacobian_of_softmax(p)), atol=1e-12)
 
     def test_any_number_of_axes(self, impl):
         """one row, and rows under several axes, as in attention: [batch, heads, queries, keys]"""
@@ -286,13 +286,13 @@ class TestSoftmaxBackward:
         """arrays that are views, transposed or every second row, as slices of a batch are"""
         g, p = rng().standard_normal((5, 4)), torch.tensor(rng(1).standard_normal((5, 4))).softmax(0).numpy()
         expected = np.einsum("ni,nij->nj", g.T, jacobian_of_softmax(p.T))
-        expect_close("dL/dz for transposed arrays", impl(g.T, p.T), expected, atol=1e-12)
-        expect_close("dL/dz for every second row", impl(g.T[::2], p.T[::2]), expected[::2], atol=1e-12)
+        expect_close("dℓ/dz for transposed arrays", impl(g.T, p.T), expected, atol=1e-12)
+        expect_close("dℓ/dz for every second row", impl(g.T[::2], p.T[::2]), expected[::2], atol=1e-12)
 
     def test_constant_gradient(self, impl):
         """a gradient that is the same for every class moves nothing: probabilities add up to 1 whatever z is"""
         p = np.array([[0.2, 0.3, 0.5]])
-        expect_close("dL/dz", impl(np.full((1, 3), 7.0), p), np.zeros((1, 3)), atol=1e-12)
+        expect_close("dℓ/dz", impl(np.full((1, 3), 7.0), p), np.zeros((1, 3)), atol=1e-12)
 
     def test_no_jacobian(self, impl):
         """8 rows of 1,000 elements: at most ten arrays as large as p at once, not a Jacobian a row"""
