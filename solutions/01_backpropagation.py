@@ -296,7 +296,8 @@ check("1.1", softmax_backward)
 # **Why.** $\bar z_j = \sum_i g_i p_i [i = j] - \sum_i g_i p_i p_j = p_j\,(g_j - \sum_i g_i p_i)$: what each class was
 # given, against the average. So $\bar z$ sums to 0 along a row, as it must: adding a constant to $z$ changes nothing.
 # The other way is the Jacobian itself, `np.einsum("...i,...ij->...j", g, J)`: right, and as many times
-# the memory and work as there are classes. FlashAttention's backward rests on this form: the sum $\sum_i g_i p_i$ can be had without keeping `p` (chapter 5).
+# the memory and work as there are classes. FlashAttention's backward rests on this form: the sum $\sum_i g_i p_i$
+# can be had without keeping `p` (chapter 5).
 
 # %% [markdown]
 # ## Exercise 1.2: backward of a batched matmul
@@ -439,8 +440,8 @@ check("1.3", backward_waves)
 # | beyond: the loss of every language model, without overflow, and its gradient | 2 of 5 | 25 | Bridle, 1990 |
 #
 # `logits` `[rows, classes]` are scores in float16, 32 or 64, `targets` `[rows]` the right classes, integers of any
-# kind. With $p = \mathrm{softmax}(z)$ along each row, the loss is the mean over rows of $-\log p_{\text{target}}$. Return the loss and
-# its gradient for the logits, `[rows, classes]`, in the logits' dtype.
+# kind. With $p = \mathrm{softmax}(z)$ along each row, the loss is the mean over rows of $-\ln p_{\text{target}}$.
+# Return the loss and its gradient for the logits, `[rows, classes]`, in the logits' dtype.
 #
 # In float32, `exp(89)` is infinity. Logits of 10,000, or -10,000, must give a finite and right loss and gradient. For
 # float16 compute in float32: it ends at 65,504, and a vocabulary may have more entries than that.
