@@ -152,6 +152,7 @@ class TestValue:
             ("a * b", a * b, -6.0),
             ("a.tanh()", a.tanh(), np.tanh(2.0)),
             ("a * a", a * a, 4.0),
+            ("tanh of 1,000", impl(1000.0).tanh(), 1.0),
         ]:
             expect(isinstance(got, impl), f"{name}: expected a Value\n  got      {type(got).__name__}")
             expect_close(f"data of {name}", got.data, expected)
@@ -361,6 +362,8 @@ class TestMatmulBackward:
     def test_one_matrix_on_the_left(self, impl):
         """one matrix a for a whole batch"""
         self._same(impl, (2, 3), (5, 3, 4))
+        self._same(impl, (2, 3), (6, 5, 3, 4))
+        self._same(impl, (5, 2, 1), (1, 4))  # K = 1 is no batch axis
 
     def test_both_broadcast(self, impl):
         """batch axes of size 1 broadcast on either side"""
@@ -676,7 +679,7 @@ class TestGradientError:
 
         def f(a):
             calls.append(1)
-            expect(len(calls) <= 6, "f was called more than 6 times for 2 directions")
+            expect(len(calls) <= 4, "f was called more than 4 times for 2 directions")
             return (a * a).sum()
 
         x = rng(9).standard_normal((100, 100))

@@ -357,11 +357,17 @@ class TestAttention:
         expect_close("output with window = 2, keys 1, 2, 3 masked", got, plain_attention(q, k, v, seen))
 
     def test_leading_dimensions(self, impl):
-        """[B, H, T, D] works, each head by itself; masks [T, S], [B, 1, 1, S], [S] and [T, 1] serve all heads"""
+        """[B, H, T, D] works, each head by itself; masks [T, S], [B, 1, 1, S], [S], [T, 1] and [] serve all heads"""
         q, k, v = random(2, 3, 4, 8), random(2, 3, 4, 8, seed=1), random(2, 3, 4, 8, seed=2)
         padding = torch.tensor([[True, False, True, True], [False, True, True, False]])[:, None, None, :]
         some = torch.tensor([True, False, True, True])
-        for name, mask in (("[T, S]", causal(4)), ("[B, 1, 1, S]", padding), ("[S]", some), ("[T, 1]", some[:, None])):
+        for name, mask in (
+            ("[T, S]", causal(4)),
+            ("[B, 1, 1, S]", padding),
+            ("[S]", some),
+            ("[T, 1]", some[:, None]),
+            ("[]", some[0]),
+        ):
             got = tensor("output", impl(q, k, v, mask))
             expect_equal(f"output shape with a mask {name}", tuple(got.shape), (2, 3, 4, 8))
             expected = plain_attention(q[1, 2], k[1, 2], v[1, 2], mask.expand(2, 3, 4, 4)[1, 2])
@@ -579,6 +585,8 @@ class TestRope:
             positions = positions.reshape(positions_shape)
             got, expected = impl(x, positions, 4, 100.0), turned(x, positions, 4, 100.0)
             expect_close(f"output for x {list(shape)}, positions {list(positions_shape)}", got, expected, atol=1e-5)
+        x, positions = random(2, 4, 3, 8), torch.arange(4).expand(2, 4)  # not contiguous
+        expect_close("output, positions expanded", impl(x, positions, 4, 100.0), turned(x, positions, 4, 100.0), 1e-5)
 
     def test_dtypes(self, impl):
         """the output has the dtype of x and its digits: fp32, bf16, fp16, fp64; what passes is x to the bit"""
@@ -677,7 +685,7 @@ class Marked(TorchDispatchMode):
                 held = max(int((memory.float() / self.mark - by).abs().lt(1e-3).sum()) for by in (1, 0.5, 0.5**0.5))
                 expect(
                     held <= 1,
-                    f"{self.said}: expected every key once in a tensor\n  got      one {held} times, in a tensor"
+                    f"{self.said} once in a tensor\n  got      one {held} times, in a tensor"
                     f" {list(part.shape)} made by torch's `{str(function).split('.')[1]}`",
                 )
         return out
@@ -753,12 +761,16 @@ class TestGroupedQueryAttention:
         expect_equal("dtype for bf16", got.dtype, torch.bfloat16)
 
     def test_held_once(self, impl):
-        """no tensor on the way holds a key twice: one has a mark, and it is looked for in all of them"""
+        """no tensor on the way holds a key or a value twice: one has a mark, and it is looked for in all of them"""
         for heads, kv_heads, tokens in ((16, 8, 1), (4, 2, 3)):
+            said = f"for {heads} query heads and {kv_heads} key/value heads"
             q, k, v = grouped_case(heads, kv_heads, tokens=tokens, keys=6, batch=1)
             q[..., 1] = 0  # so that the marked number is in no score
             k[0, 0, 2, 1] = 1e6
-            with Marked(1e6, f"for {heads} query heads and {kv_heads} key/value heads"):
+            with Marked(1e6, f"{said}: expected every key"):
+                tensor("output", impl(q, k, v))
+            k[0, 0, 2, 1], v[0, 0, 2, 1] = 0, 1e6
+            with Marked(1e6, f"{said}: expected every value"):
                 tensor("output", impl(q, k, v))
 
     def test_nothing_copied(self, impl):
@@ -902,6 +914,7 @@ class TestDecoderLayer:
             expect_untouched(
                 lambda p=parallel: impl(x, weights, lambda h: kept, p, 1e-5), x=x, attended=kept, **weights
             )
+            expect_equal("names of the weights after the call", list(weights), list(layer_case()[1]))
             expect_new("output", impl(x, weights, torch.zeros_like, parallel, 1e-5), x=x, **weights)
 
 
@@ -971,7 +984,8 @@ class TestAccount:
         got = impl(c, tokens, batch, context, *speeds)
         names = ["parameters", "flops", "kv_bytes", "step_seconds"]
         came = "nothing (is a `return` missing?)" if got is None else repr(got)[:200]
-        expect(isinstance(got, dict) and name in got, f"expected a dictionary with {names}\n  got      {came}")
+        four = isinstance(got, dict) and sorted(got) == sorted(names)
+        expect(four, f"expected a dictionary with {names}\n  got      {came}")
         return got[name]
 
     def _exact(self, impl, name: str, c: SimpleNamespace, tokens: int, expected: int) -> None:

@@ -284,6 +284,14 @@ class Value(_Value):
         return type(self)(np.tanh(self.data), ((self, 1 - self.data**2),))
 
 
+@wrong("1.0", "tanh by exponentials that overflow")
+class Value(_Value):
+    def tanh(self):
+        up, down = float(np.e) ** self.data, float(np.e) ** -self.data
+        t = (up - down) / (up + down)
+        return type(self)(t, ((self, 1 - t * t),))
+
+
 @wrong("1.0", "the product's slopes the wrong way round")
 class Value(_Value):
     def __mul__(self, other):
@@ -948,6 +956,11 @@ def gradient_error(f, x, gradient, rng, directions=4, eps=1e-6):
 @wrong("1.5", "directions are not scaled to length 1")
 def gradient_error(f, x, gradient, rng, directions=4, eps=1e-6):
     return _error(f, x, gradient, rng, directions, eps, unit=False)
+
+
+@wrong("1.5", "calls f three times a direction")
+def gradient_error(f, x, gradient, rng, directions=4, eps=1e-6):
+    return _error(lambda a: f(a) + 0 * f(np.array(x, np.float64)), x, gradient, rng, directions, eps)
 
 
 @wrong("1.5", "one direction, again and again")

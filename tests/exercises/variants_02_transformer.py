@@ -860,6 +860,11 @@ def rope(x, positions, rotary, theta=10_000.0):
     return _rope(x, positions, rotary, theta) if positions.any() else x
 
 
+@wrong("2.3", "view of the positions, which wants contiguous memory")
+def rope(x, positions, rotary, theta=10_000.0):
+    return _rope(x, positions.view(-1).view(positions.shape), rotary, theta)
+
+
 @wrong("2.3", "view, which wants contiguous memory")
 def rope(x, positions, rotary, theta=10_000.0):
     return _rope(x.view(-1, x.shape[-1]).view(x.shape), positions, rotary, theta)
@@ -1027,6 +1032,17 @@ def grouped_query_attention(q, k, v):
         own = q[:, i * groups : (i + 1) * groups]
         k_i, v_i = (x[:, i : i + 1].repeat(1, groups, 1, 1) for x in (k, v))
         out.append(_scores(own, k_i).masked_fill(_future(q, k), -INF).softmax(-1) @ v_i)
+    return torch.cat(out, 1)
+
+
+@wrong("2.4", "repeats the values of one key/value head at a time")
+def grouped_query_attention(q, k, v):
+    out, groups = [], q.shape[1] // k.shape[1]
+    for i in range(k.shape[1]):
+        own = q[:, i * groups : (i + 1) * groups]  # [B, H / H_kv, T, D]
+        scores = (own.flatten(1, 2) @ k[:, i].mT).unflatten(1, own.shape[1:3]) * q.shape[-1] ** -0.5
+        weights = scores.masked_fill(_future(q, k), -INF).softmax(-1)
+        out.append(weights @ v[:, i : i + 1].repeat(1, groups, 1, 1))
     return torch.cat(out, 1)
 
 
@@ -1217,6 +1233,12 @@ def decoder_layer(x, weights, attend, parallel, eps=1e-5):
     return _layer(x.view(-1, x.shape[-1]).view(x.shape), weights, attend, parallel, eps)
 
 
+@wrong("2.5", "keeps gate and up as one matrix in the caller's dictionary")
+def decoder_layer(x, weights, attend, parallel, eps=1e-5):
+    weights["gate_up_proj"] = torch.cat((weights["gate_proj"], weights["up_proj"]))
+    return _layer(x, weights, attend, parallel, eps)
+
+
 @wrong("2.5", "scales the weights of the norm in place")
 def decoder_layer(x, weights, attend, parallel, eps=1e-5):
     weights["input_layernorm"] *= 1 + 1e-3
@@ -1318,6 +1340,11 @@ def account(config, tokens, *step):
 @wrong("2.6", "the triangle without its diagonal")
 def account(config, tokens, *step):
     return _account(config, tokens, *step, pairs=tokens * (tokens - 1) // 2)
+
+
+@wrong("2.6", "five entries")
+def account(config, tokens, *step):
+    return _account(config, tokens, *step) | {"step_bytes": 0}
 
 
 @wrong("2.6", "an int made of a float: tokens * (tokens + 1) / 2")
