@@ -349,22 +349,22 @@ check("2.2", add_rms_norm)
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | beyond (optional): turn some features of a head by the token's position | 3 of 5 | 25 | Su et al., 2021 |
+# | beyond (optional): rotate some features of a head by the token's position | 3 of 5 | 25 | Su et al., 2021 |
 #
-# Chapter and lab turn whole heads. GPT-NeoX turns only the first quarter of each head, and other models follow:
-# what is not turned can match content whatever the distance.
+# Chapter and lab rotate whole heads. GPT-NeoX rotates only the first quarter of each head, and other models follow:
+# what is not rotated can match content whatever the distance.
 #
-# Only the first `rotary` features of each head turn (even, 2 <= rotary <= D); the rest pass through. Pairs are
-# halves of the rotated part: feature `i` with feature `i + rotary/2`, for i = 0 .. rotary/2 - 1. Pair `i` turns
+# Only the first `rotary` features of each head rotate (even, 2 <= rotary <= D); the rest pass through. Pairs are
+# halves of the rotated part: feature `i` with feature `i + rotary/2`, for i = 0 .. rotary/2 - 1. Pair `i` rotates
 # counterclockwise by the angle `position · theta^(-2i/rotary)`:
 #
 # - `first'  = first · cos - second · sin`
 # - `second' = second · cos + first · sin`
 #
 # `positions` are integers of shape `[..., T]`, also negative ones; its leading dimensions broadcast against those
-# of `x` (`[T]` for all sequences alike, `[B, T]` for sequences of different offsets). Every head of a token turns
-# alike. Compute angles in fp32 or better, and return a new tensor in the dtype of `x`. With fp64, angles in fp32 are
-# good enough.
+# of `x` (`[T]` for all sequences alike, `[B, T]` for sequences of different offsets). Every head of a token
+# rotates alike. Compute angles in fp32 or better (fp32 is good enough for fp64, too), and return a new tensor in the
+# dtype of `x`.
 
 
 # %%
@@ -376,8 +376,8 @@ def rope(x: torch.Tensor, positions: torch.Tensor, rotary: int, theta: float = 1
     angles = positions.float()[..., None, None] * frequencies  # [..., T, 1, rotary/2]: the same for every head
     cos, sin = angles.cos(), angles.sin()
     first, second, rest = x.split((half, half, x.shape[-1] - rotary), dim=-1)
-    turned = first * cos - second * sin, second * cos + first * sin  # [..., T, H, rotary/2] each
-    return torch.cat((*turned, rest), dim=-1).to(x.dtype)  # [..., T, H, D]
+    rotated = first * cos - second * sin, second * cos + first * sin  # [..., T, H, rotary/2] each
+    return torch.cat((*rotated, rest), dim=-1).to(x.dtype)  # [..., T, H, D]
     ### END SOLUTION
 
 
@@ -401,7 +401,7 @@ check("2.3", rope)
 # %% [markdown] tags=["solution"]
 # **Why.** A rotation by angle a is multiplication with $e^{\mathrm{i}a}$; in the score only the difference of the
 # two angles is left, and it does not matter whether positions start at 0, at -5 or at 1,000. Features that pass
-# through add a part that knows no distance at all. GPT-NeoX-20B turns 25 % of each head (Black et al., 2022); in a
+# through add a part that knows no distance at all. GPT-NeoX-20B rotates 25 % of each head (Black et al., 2022); in a
 # config this is `partial_rotary_factor`. The exponent runs over the rotated part, so that the slowest pair is
 # nearly as slow as in a full head.
 #

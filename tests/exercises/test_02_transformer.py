@@ -532,7 +532,7 @@ def turned(x: torch.Tensor, positions: Any, rotary: int, theta: float) -> torch.
 @exercise("2.3", "rope")
 class TestRope:
     def test_quarter_turn(self, impl):
-        """with D = rotary = 2 there is one pair of frequency 1: position p turns (1, 0) to (cos p, sin p)"""
+        """with D = rotary = 2 there is one pair of frequency 1: position p rotates (1, 0) to (cos p, sin p)"""
         x = torch.tensor([1.0, 0.0]).expand(1, 4, 1, 2).clone()
         expected = [[[[math.cos(p), math.sin(p)]] for p in range(4)]]
         expect_close("output", impl(x, torch.arange(4), 2, 10_000.0), expected)
@@ -552,14 +552,14 @@ class TestRope:
         expect_close("features 6 to 15 for rotary = 6", got[..., 6:], x[..., 6:], atol=0, rtol=0)
 
     def test_partial(self, impl):
-        """the first `rotary` features turn: pairs are its halves, and the exponents count in `rotary`, not in D"""
+        """the first `rotary` features rotate: pairs are its halves, and the exponents count in `rotary`, not in D"""
         x, positions = random(2, 4, 3, 16), [1, 2, 30, 5]
         for rotary in (2, 6, 8):
             got, expected = impl(x, torch.tensor(positions), rotary, 100.0), turned(x, positions, rotary, 100.0)
             expect_close(f"output for rotary = {rotary}, D = 16, theta = 100", got, expected, atol=1e-5)
 
     def test_negative_positions(self, impl):
-        """negative positions turn the other way"""
+        """negative positions rotate the other way"""
         x, positions = random(1, 4, 2, 8), [-1, 1, -7, -100]
         got, expected = impl(x, torch.tensor(positions), 4, 10_000.0), turned(x, positions, 4, 10_000.0)
         expect_close(f"output at positions {positions}", got, expected, atol=1e-5)
