@@ -542,7 +542,8 @@ class TestCrossEntropy:
     def test_large_logits(self, impl):
         """logits of 10,000 in float32: finite and right; also where two lie 300 apart, and all near -10,000"""
         logits = np.array([[1e4, 0, -1e4], [-1e4, 1e4, 9.9e3]], np.float32)
-        self._same(impl, logits, np.array([1, 2]), atol=1e-4)
+        for targets in ([1, 2], [2, 0], [0, 1]):
+            self._same(impl, logits, np.array(targets), atol=1e-4)
         self._same(impl, np.array([[300.0, 0, 1], [-1e4, -1e4, -9.9e3]], np.float32), np.array([1, 0]), atol=1e-4)
 
     def test_rows_far_apart(self, impl):
@@ -672,6 +673,18 @@ class TestGradientError:
         gradient[321] += 1
         error = impl(lambda a: (a * a).sum(), x, gradient, rng(6))
         expect(error > 1e-4, f"expected an error above 0.0001\n  got      {error}")
+
+    def test_defaults(self, impl):
+        """four directions of size 1e-6, if nothing else is asked for: eight calls, 1e-6 away from x"""
+        points = []
+
+        def f(a):
+            points.append(np.linalg.norm(a))
+            return a.sum()
+
+        impl(f, np.zeros(3), np.ones(3), rng(1))
+        expect_equal("calls of f", len(points), 8)
+        expect_close("distances from x, in millionths", np.array(points) * 1e6, np.ones(8))
 
     def test_few_calls(self, impl):
         """10,000 elements, two directions: f is called a few times, not once an element"""

@@ -249,15 +249,15 @@ class TestSelfAttention:
         expect(not torch.allclose(after[:, -1], before[:, -1]), "the last token changed, and its output did not")
 
     def test_extreme(self, impl):
-        """visible scores near -1e9, and a later token with a score of 1e9: it has the weight 0 all the same"""
+        """visible scores near -1e30, and a later token with a score of 1e30: it has the weight 0 all the same"""
         one = torch.ones(1, 1)
         x = torch.tensor([[[1.0, 1.0], [1.0, 2.0], [0.0, 100.0]]])  # feature 0 makes scores, feature 1 is the value
-        w_q, w_k = torch.tensor([[1e5, 0.0]]), torch.tensor([[-1e4, 0.0]])
+        w_q, w_k = torch.tensor([[1e20, 0.0]]), torch.tensor([[-1e10, 0.0]])
         w_v, w_o = torch.tensor([[0.0, 1.0]]), torch.cat((0 * one, one))
         got = self._output(impl, x, w_q, w_k, w_v, w_o, 1)
-        expect_close("outputs of tokens 0 and 1, visible scores -1e9", got[0, :2, 1], [1.0, 1.5], atol=1e-4)
+        expect_close("outputs of tokens 0 and 1, visible scores -1e30", got[0, :2, 1], [1.0, 1.5], atol=1e-4)
         got = self._output(impl, torch.tensor([[[1.0, 1.0], [-1.0, 2.0]]]), w_q, w_k, w_v, w_o, 1)
-        expect_close("output of token 0, score of the next one 1e9", got[0, 0, 1], 1.0)
+        expect_close("output of token 0, score of the next one 1e30", got[0, 0, 1], 1.0)
 
     def test_batch(self, impl):
         """each sequence by itself, and a batch of one"""
@@ -438,6 +438,12 @@ class TestAddRMSNorm:
         normed = self._parts(impl, x, -x, weight, 1e-5)[0]
         expect_close("normed for a sum of 0, eps = 1e-05", normed, torch.zeros(4))
 
+    def test_default_eps(self, impl):
+        """eps is 1e-5 if it is not given"""
+        x = torch.full((4,), 0.001)
+        normed, _ = expect_parts(impl(x, torch.zeros(4), torch.ones(4)), "normed", "new_residual")
+        expect_close("normed for a sum of 0.001", normed, norm_of(x, torch.ones(4), 1e-5))
+
     def test_dtypes(self, impl):
         """both results have the dtype of x: fp32, fp16, bf16"""
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -543,6 +549,11 @@ class TestRope:
         for theta in (10_000.0, 100.0):
             got, expected = impl(x, torch.tensor(positions), 8, theta), turned(x, positions, 8, theta)
             expect_close(f"output for rotary = D = 8, theta = {theta:g}", got, expected, atol=1e-5)
+
+    def test_default_theta(self, impl):
+        """theta is 10,000 if it is not given"""
+        x = random(1, 4, 2, 8)
+        expect_close("output", impl(x, torch.arange(4), 8), turned(x, torch.arange(4), 8, 10_000.0), atol=1e-5)
 
     def test_rest_passes(self, impl):
         """the features from `rotary` on are those of x"""
@@ -736,7 +747,7 @@ class TestGroupedQueryAttention:
 
     def test_extreme(self, impl):
         """visible scores near -40,000 and -1e10: later keys keep the weight 0"""
-        for score in (-4e4, -1e10):
+        for score in (-4e4, -1e10, -1e30):
             q, k = torch.full((1, 2, 3, 1), score), torch.ones(1, 1, 3, 1)
             k[0, 0, 2] = 0  # the last key has the score 0, and only the last query may see it
             v = torch.tensor([1.0, 3.0, 1e3])[None, None, :, None]

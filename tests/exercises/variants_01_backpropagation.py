@@ -876,6 +876,14 @@ def cross_entropy(logits, targets):
     return -log_p[rows, targets].mean(), gradient / len(targets)
 
 
+@wrong("1.4", "clips the log-probabilities to -10,000")
+def cross_entropy(logits, targets):
+    log_p, rows = np.maximum(_parts(logits.astype(np.float64)), -1e4), np.arange(len(targets))
+    gradient = np.exp(log_p)
+    gradient[rows, targets] -= 1
+    return -log_p[rows, targets].mean(), (gradient / len(targets)).astype(logits.dtype)
+
+
 @wrong("1.4", "clips the logits to 80")
 def cross_entropy(logits, targets):
     log_p, rows = _parts(np.clip(logits, -80, 80)), np.arange(len(targets))
@@ -956,6 +964,16 @@ def gradient_error(f, x, gradient, rng, directions=4, eps=1e-6):
 @wrong("1.5", "directions are not scaled to length 1")
 def gradient_error(f, x, gradient, rng, directions=4, eps=1e-6):
     return _error(f, x, gradient, rng, directions, eps, unit=False)
+
+
+@wrong("1.5", "one direction by default")
+def gradient_error(f, x, gradient, rng, directions=1, eps=1e-6):
+    return _error(f, x, gradient, rng, directions, eps)
+
+
+@wrong("1.5", "eps is 1e-4 by default")
+def gradient_error(f, x, gradient, rng, directions=4, eps=1e-4):
+    return _error(f, x, gradient, rng, directions, eps)
 
 
 @wrong("1.5", "calls f three times a direction")

@@ -245,6 +245,11 @@ def self_attention(*case):
     return _attend(*case, softmax=lambda s, h: (s.float() - 1e9 * h).softmax(-1).masked_fill(h, 0).to(s.dtype))
 
 
+@wrong("2.0", "hides with -1e10")
+def self_attention(*case):
+    return _attend(*case, softmax=lambda s, h: s.masked_fill(h, -1e10).softmax(-1))
+
+
 @wrong("2.0", "normalizes over the queries")
 def self_attention(*case):
     return _attend(*case, softmax=lambda s, h: s.masked_fill(h, -INF).softmax(-2).masked_fill(h, 0))
@@ -565,6 +570,12 @@ def add_rms_norm(x, residual, weight, eps=1e-5):
     return weight * (x32 / (x32.pow(2).sum(-1, keepdim=True) + eps).sqrt()).to(x.dtype), x + residual
 
 
+@wrong("2.2", "eps is 1e-6 by default")
+def add_rms_norm(x, residual, weight, eps=1e-6):
+    stream = x + residual
+    return _scaled(stream, weight, eps), stream
+
+
 @wrong("2.2", "adds eps outside the root")
 def add_rms_norm(x, residual, weight, eps=1e-5):
     x32 = (x + residual).float()
@@ -875,6 +886,11 @@ def rope(x, positions, rotary, theta=10_000.0):
     return _rope(x.bfloat16().to(x.dtype), positions, rotary, theta)
 
 
+@wrong("2.3", "theta is 500,000 by default")
+def rope(x, positions, rotary, theta=500_000.0):
+    return _rope(x, positions, rotary, theta)
+
+
 @wrong("2.3", "theta is fixed at 10,000")
 def rope(x, positions, rotary, theta=10_000.0):
     return _rope(x, positions, rotary, 10_000.0)
@@ -1015,6 +1031,13 @@ def grouped_query_attention(q, k, v):
 def grouped_query_attention(q, k, v):
     scores = torch.einsum("bkgtd,bksd->bkgts", q.unflatten(1, (k.shape[1], -1)), k) / q.shape[-1] ** 0.5
     weights = scores.masked_fill(_future(q, k), -1e4).softmax(-1)
+    return torch.einsum("bkgts,bksd->bkgtd", weights, v).flatten(1, 2)
+
+
+@wrong("2.4", "hides with -1e20, and zeroes after the softmax")
+def grouped_query_attention(q, k, v):
+    scores = torch.einsum("bkgtd,bksd->bkgts", q.unflatten(1, (k.shape[1], -1)), k) / q.shape[-1] ** 0.5
+    weights = scores.masked_fill(_future(q, k), -1e20).softmax(-1).masked_fill(_future(q, k), 0)
     return torch.einsum("bkgts,bksd->bkgtd", weights, v).flatten(1, 2)
 
 
