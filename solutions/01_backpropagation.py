@@ -475,7 +475,7 @@ check("1.4", cross_entropy)
 # <details><summary>Hint 2</summary>
 #
 # From that formula, $\partial(-\log p_t)/\partial z_i = p_i - [i = t]$: what the model believed minus what was true.
-# The mean over the batch divides it by the number of rows.
+# The mean over the batch divides it by the number of rows. Float16 is converted at the start, and back at the end.
 # </details>
 
 # %% [markdown] tags=["solution"]

@@ -205,6 +205,28 @@ class _Value:
                 self.add(v, value.grad * slope)
 
 
+@wrong("1.0", "has no gradient before backward")
+class Value(_Value):
+    def __init__(self, data, made_from=()):
+        super().__init__(data, made_from)
+        self.grad = None
+
+
+@wrong("1.0", "gives plain numbers")
+class Value(_Value):
+    def __add__(self, other):
+        return self.data + other.data
+
+
+@wrong("1.0", "can be walked once: forgets what it was computed from")
+class Value(_Value):
+    def backward(self):
+        order = self.order()
+        super().backward()
+        for value in order:
+            value.made_from = ()
+
+
 @wrong("1.0", "overwrites instead of adding")
 class Value(_Value):
     def add(self, v, gradient):
