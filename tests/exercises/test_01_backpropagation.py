@@ -144,6 +144,10 @@ class TestContributions:
 
 @exercise("1.0", "Value")
 class TestValue:
+    def _back(self, impl, value):
+        expect(isinstance(value, impl), f"expected a Value\n  got      {type(value).__name__} {value!r:.60}")
+        value.backward()
+
     def test_numbers(self, impl):
         """+, * and tanh compute: .data holds the number, and .grad is 0 before backward"""
         a, b = impl(2.0), impl(-3.0)
@@ -164,16 +168,16 @@ class TestValue:
         w, x, b = impl(2.0), impl(3.0), impl(-5.0)
         s = w * x + b
         loss = s * s
-        loss.backward()
+        self._back(impl, loss)
         expect_close("gradients of w, x, b, s, L", [v.grad for v in (w, x, b, s, loss)], [6.0, 4.0, 2.0, 2.0, 1.0])
 
     def test_used_twice(self, impl):
         """x * x + x at 3: the contributions of all three uses add up to 7"""
         x = impl(3.0)
-        (x * x + x).backward()
+        self._back(impl, x * x + x)
         expect_close("gradient of x", x.grad, 7.0)
         x = impl(3.0)
-        (x + x * x).backward()
+        self._back(impl, x + x * x)
         expect_close("gradient of x, the sum the other way round", x.grad, 7.0)
 
     def test_order(self, impl):
@@ -182,7 +186,7 @@ class TestValue:
             w, x = impl(0.5), impl(2.0)
             h = (w * x).tanh()
             square = h * h
-            (square + h if flip else h + square).backward()
+            self._back(impl, square + h if flip else h + square)
             t = np.tanh(1.0)
             expected = (1 + 2 * t) * (1 - t * t)
             expect_close("gradients of w and x", [w.grad, x.grad], [expected * 2, expected / 2], atol=1e-9)
@@ -200,7 +204,7 @@ class TestValue:
                     a, b = values[i], values[j]
                     values.append(a.tanh() if kind == 0 else a + b if kind == 1 else a * b)
                 theirs[-1].retain_grad()
-            mine[-1].backward()
+            self._back(impl, mine[-1])
             theirs[-1].backward()
             expected = [0.0 if t.grad is None else float(t.grad) for t in theirs]
             expect_close("gradients of 13 values", [v.grad for v in mine], expected, atol=1e-9)
@@ -210,10 +214,10 @@ class TestValue:
         x, w, other = impl(3.0), impl(4.0), impl(5.0)
         square = x * x
         y, z = square * w, square + other
-        y.backward()
-        y.backward()
+        self._back(impl, y)
+        self._back(impl, y)
         expect_close("gradients of x, x x and w after the second call", [v.grad for v in (x, square, w)], [24, 4, 9])
-        z.backward()
+        self._back(impl, z)
         got = [v.grad for v in (x, square, other, w, y)]
         expect_close("gradients of x, x x, other, w and y after z.backward()", got, [6, 1, 1, 9, 1])
         expect_equal("data of x, w, other afterwards", [x.data, w.data, other.data], [3.0, 4.0, 5.0])
@@ -221,7 +225,7 @@ class TestValue:
     def test_alone(self, impl):
         """a Value that was computed from nothing: its gradient is 1"""
         x = impl(3.0)
-        x.backward()
+        self._back(impl, x)
         expect_close("gradient", x.grad, 1.0)
 
     def test_once(self, impl):
@@ -229,7 +233,7 @@ class TestValue:
         h = x = impl(1.0)
         for _ in range(30):
             h = h + h
-        work_of(h.backward, 20_000, "is each path walked?")
+        work_of(lambda: self._back(impl, h), 20_000, "is each path walked?")
         expect_close("gradient of the first", x.grad, 2.0**30)
 
     def test_deep(self, impl):
@@ -240,7 +244,7 @@ class TestValue:
             h = h * one
         limit = sys.getrecursionlimit()
         try:
-            h.backward()
+            self._back(impl, h)
             expect(sys.getrecursionlimit() == limit, "the recursion limit was changed; do not recurse")
         finally:
             sys.setrecursionlimit(limit)
