@@ -14,7 +14,7 @@ from minillm.kernels import KERNELS, use
 from .conftest import GPU, TOLERANCE, error
 
 pytestmark = pytest.mark.usefixtures("triton")
-EXAMPLES = settings(max_examples=30 if GPU else 12)
+EXAMPLES = settings(max_examples=30 if GPU else 8)
 
 
 def close(name: str, got, expected, dtype: torch.dtype, typical: float = 0.0) -> None:

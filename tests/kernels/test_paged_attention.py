@@ -12,7 +12,7 @@ from minillm.kernels import KERNELS, AttentionPlan, flash_attention, paged_atten
 
 from .conftest import GPU, TOLERANCE, error
 
-EXAMPLES = settings(max_examples=30 if GPU else 12)
+EXAMPLES = settings(max_examples=30 if GPU else 8)
 CPU = torch.device("cpu")
 HEADS = [(4, 4), (9, 3), (8, 1), (6, 2)]
 
