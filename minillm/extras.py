@@ -1,4 +1,4 @@
-"""What only some of the package needs is an extra, and whoever lacks it is told which: `pip install 'minillm[serve]'`."""
+"""What only part of the package needs is an extra; whoever lacks it is told which: `pip install 'minillm[serve]'`."""
 
 from importlib.util import find_spec
 
