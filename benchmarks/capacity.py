@@ -16,6 +16,8 @@ from pathlib import Path
 
 import workloads as w
 
+from minillm.capacity import SHAPES, find_gpu, plan
+
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "minillm" / "gpus.json"
 MEMORY = {"h100": 80e9, "h200": 141e9}
@@ -70,6 +72,35 @@ def table() -> dict:
 
 def text() -> str:
     return json.dumps(table(), indent=1) + "\n"
+
+
+# ---- the plan against the records ------------------------------------------------------------------------------------
+
+
+def recorded() -> list[tuple[str, str, str, str | None, float]]:
+    """(device, what ran, shape, quantization, tokens/s) of the engine, wherever the plan has a row for it."""
+    found = []
+    for device in MEMORY:
+        every = records(device)
+        for part, key in (("workload", "output tokens/s"), ("stream", "decoding tokens/s")):
+            rows = every[f"engine_{part}"]["results"]["shapes"]
+            found += [(device, part, shape, None, row[key]) for shape, row in rows.items()]
+            few = every.get("engine_quantized", {"results": {"shapes": {}}})["results"]["shapes"]
+            found += [(device, part, s, bits, row[key]) for s, rows in few.items() for bits, row in rows.items()]
+        adapted = every.get("engine_adapters", {"results": {"shapes": {}}})["results"]["shapes"]
+        found += [(device, "64 at once", s, None, x["rows"]["0"]["output tokens/s"]) for s, x in adapted.items()]
+    return [(d, part, s, None if bits == "bf16" else bits, rate) for d, part, s, bits, rate in found]
+
+
+def planned(device: str, part: str, shape: str, bits: str | None) -> float:
+    """Tokens/s. nano-vllm's workload as what it is on average: so many requests running, of the mean lengths."""
+    jobs = w.workload()
+    tokens, steps = sum(job.max_tokens for job in jobs), max(job.max_tokens for job in jobs) - 1
+    means = round(sum(len(job.prompt) for job in jobs) / len(jobs)), round(tokens / len(jobs)), round(tokens / steps)
+    prompt, output, running = {"workload": means, "stream": (128, 512, 1), "64 at once": (64, 256, 64)}[part]
+    name = dict(zip(w.SHAPES, SHAPES, strict=False))[shape]
+    found = plan(name, find_gpu(device), prompt + output, output, quantization=bits, max_num_seqs=running)
+    return found["loads"][1]["tokens/s"]
 
 
 if __name__ == "__main__":

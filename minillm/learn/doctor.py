@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import TYPE_CHECKING
 
+from ..extras import install
 from ..files import cache_dir
 from .paths import has_root, root
 
@@ -87,7 +88,7 @@ def _normal(name: str) -> str:
 def _extra(extra: str, requirements: list["Requirement"]) -> Finding:
     found = [_package(requirement, None) for requirement in requirements]
     if missing := [f.name for f in found if f.status == "FAIL"]:
-        return Finding("SKIP", f"[{extra}]", f"{', '.join(missing)} missing; `pip install 'minillm[{extra}]'` adds it")
+        return Finding("SKIP", f"[{extra}]", f"{', '.join(missing)} missing; `{install(extra)}` adds it")
     return Finding("OK", f"[{extra}]", ", ".join(f"{f.name} {f.detail}" for f in found))
 
 
