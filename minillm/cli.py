@@ -68,7 +68,7 @@ def options(
 
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
-    """Is everything here that the curriculum needs? Exit status 1 when something is not."""
+    """Is everything here that is needed, in a checkout by the curriculum, else by the package? Exit status 1 if not."""
     from .learn.doctor import examine
 
     findings = examine()
