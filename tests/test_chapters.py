@@ -31,6 +31,7 @@ DOCUMENTS = [
     root() / "chapters" / "glossary.md",
     root() / "README.md",
     root() / "CONTRIBUTING.md",
+    root() / "CHANGELOG.md",
     root() / "ARCHITECTURE.md",
     root() / "benchmarks" / "NOTES.md",
 ]

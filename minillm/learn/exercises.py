@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..extras import require
 from .paths import root, stems
 
 __all__ = ["build", "render", "stale"]
@@ -22,6 +23,7 @@ def render(source: str, stem: str) -> str:
 
     Raises ValueError for unbalanced markers or a marked region that no exercise heading precedes.
     """
+    require("lab", "jupytext")
     import jupytext
 
     cells, title, number = [], None, None
