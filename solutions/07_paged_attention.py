@@ -490,9 +490,9 @@ check("7.2", slot_mapping)
 #   later one. How long it is does not count by itself. Pictures behind the block's end have no influence: that is what
 #   makes a prefix.
 #
-# Names are `bytes`, at least 16, of a cryptographic hash (as bytes or in hexadecimal), and the same in every process:
-# Python's `hash` and `id` are not. Token ids are below 2⁶³. Digests may be of any length, and may be any bytes: what
-# you hash must tell where one field ends and the next begins.
+# Names are `bytes`, at least 16, of a cryptographic hash (not MD5 or SHA-1; as bytes or in hexadecimal), and the same
+# in every process: Python's `hash` and `id` are not. Token ids are below 2⁶³. Digests may be of any length, and may be
+# any bytes: what you hash must tell where one field ends and the next begins.
 
 # %%
 Image = tuple[int, int, bytes]

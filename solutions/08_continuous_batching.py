@@ -537,6 +537,8 @@ check("8.3", victims)
 #   prompt's tokens are charged now.
 # - `generated(user, tokens)` charges output tokens when they come: nobody knows their number before.
 #
+# Two requests may have the same name; a user may be charged before the first request.
+#
 # One rule keeps people from saving up: a user for whom nothing waits at the moment of `add` is lifted *before* the
 # request joins: their counter becomes at least the smallest counter of the users that have requests waiting; if nobody
 # has, at least the `floor`: the counter which the user of the last `take` had before it was charged (0 at the start).

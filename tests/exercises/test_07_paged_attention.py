@@ -6,8 +6,10 @@ import copy
 import math
 import os
 import random
+import sys
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -561,6 +563,7 @@ def expect_slots(impl, tables, starts, counts, size, block_size, **more) -> None
     expected = slots_by_hand(tables, starts, counts, size, block_size, **more)
     expect_equal(f"shape, {what}", tuple(got.shape), (size,))
     expect_equal(f"slots, {what}", got.tolist(), expected)
+    expect_equal(f"dtype, {what}", got.dtype, torch.int64)
 
 
 @exercise("7.2", "slot_mapping")
@@ -613,6 +616,11 @@ class TestSlotMapping:
     def test_large_pools(self, impl):
         """slots beyond 2**31"""
         expect_slots(impl, [[200_000_000, 2**31 - 1]], [14], [4], 4, 16)
+
+    def test_large_positions(self, impl):
+        """positions beyond 2**31, in blocks of 2**20"""
+        table = [(7 * i) % 2051 for i in range(2051)]
+        expect_slots(impl, [table, table[::-1]], [2**31 - 2, 2**31 + 2**20 - 1], [4, 3], 9, 2**20)
 
     def test_one_sequence(self, impl):
         """a batch of one, decoding, with and without padding"""
@@ -813,6 +821,19 @@ class TestBlockNames:
                 impl, f"{length} bytes", (PICTURE[:4], "", [(0, 2, a)]), (PICTURE[:4], "", [(0, 2, b)]), [False]
             )
 
+    def test_no_broken_hash(self, impl):
+        """neither MD5 nor SHA-1: for these, two texts with one name are known"""
+        used: set[str] = set()
+        before = sys.getprofile()
+        sys.setprofile(lambda frame, event, of: used.add(getattr(of, "__name__", "")) if event == "c_call" else None)
+        try:
+            impl(TOKENS[:8], 4, "tenant", [(1, 2, b"cat")])
+        finally:
+            sys.setprofile(before)
+        broken = {"openssl_md5": "MD5", "md5": "MD5", "openssl_sha1": "SHA-1", "sha1": "SHA-1"}
+        found = sorted({broken[name] for name in used & broken.keys()})
+        expect(not found, f"expected a cryptographic hash, such as hashlib.sha256 or blake2b\n  got {', '.join(found)}")
+
     def test_looks_like_a_cryptographic_hash(self, impl):
         """of 1,600 names none comes twice, and their bits, however written, are at least 120 independent ones"""
         found = [name for seed in range(400) for name in names_of(impl, [seed] * 16, 4)]
@@ -915,6 +936,9 @@ class TestEvict:
             rows = [
                 (i, draw.randrange(i), draw.randint(1, 9), times[i - 1], draw.random() < 0.15) for i in range(1, 31)
             ]
+            names = dict(zip(range(31), [0, *draw.sample(range(1, 1000), 30)], strict=True))
+            rows = [(names[i], names[parent], *rest) for i, parent, *rest in rows]
+            draw.shuffle(rows)  # children may stand before their parents
             nodes = tree(*rows)
             wanted = draw.randint(0, 200)
             expect_evicted(impl, "drawn", nodes, wanted, slow_evict(nodes, wanted))
@@ -1087,8 +1111,34 @@ class TestWindowDecode:
         expect_window(impl, [0, 9], heads=2, kv_heads=1)
 
     def test_more_features_larger_blocks(self, impl):
-        """heads of 32, blocks of 32"""
-        expect_window(impl, [70], heads=2, kv_heads=1, size=32, window=40, block_size=32)
+        """heads of 16 and 32, blocks of 16 and 32"""
+        for size, block_size in ((32, 32), (32, 16), (16, 32)):
+            expect_window(impl, [70], heads=2, kv_heads=1, size=size, window=40, block_size=block_size)
+
+    def test_dead_blocks_are_not_read(self, impl):
+        """not one key or value is read through an entry of -1, or past the table's last block in use"""
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        load, addresses = InterpreterBuilder.create_masked_load, []
+
+        def noted(self, ptrs, mask, *rest):
+            addresses.append(ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)].ravel())
+            return load(self, ptrs, mask, *rest)
+
+        args, _ = window_case([70, 33], 2, 1, 16, 20, 16)
+        with patch.object(InterpreterBuilder, "create_masked_load", noted):
+            run_window(impl, args, "contexts 70 and 33, window 20")
+        read = np.concatenate([a.astype(np.int64) for a in addresses]) if addresses else np.zeros(0, np.int64)
+        live = sorted(int(b) for b in args[3].flatten() if b >= 0)
+        for name, cache in (("keys", args[1]), ("values", args[2])):
+            first, size = cache.data_ptr(), cache.element_size()
+            here = read[(read >= first - MARGIN * size) & (read < first + (cache.numel() + MARGIN) * size)]
+            blocks = np.unique((here - first) // (16 * 16 * size)).tolist()
+            bad = [b for b in blocks if b not in live]
+            expect(not bad, f"expected {name} to be read from blocks {live} alone\n  got reads from {bad}"
+                            " (-1 is the memory in front of the cache)")  # fmt: skip
 
     def test_large_scores(self, impl):
         """scores of ±100, whose exponentials overflow without the maximum, and grow from block to block"""

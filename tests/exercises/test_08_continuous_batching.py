@@ -538,7 +538,7 @@ class TestVictims:
         draw = random.Random(2)
         for _ in range(150):
             tables = [
-                list(dict.fromkeys(draw.randint(0, 9) for _ in range(draw.randint(1, 5))))
+                list(dict.fromkeys(draw.randint(0, 9) for _ in range(draw.randint(0, 5))))
                 for _ in range(draw.randint(2, 6))
             ]
             need, before = draw.randint(1, 5), copy.deepcopy(tables)
@@ -711,6 +711,24 @@ class TestFairQueue:
         queue.add("bob", "b1", 5)
         expect_equal("taken", taken(queue, 3), ["c0", "c1", "b1"])  # cid 0, then 5; bob 10
 
+    def test_equal_names(self, impl):
+        """requests of one name, of two users and twice of one, are requests of their own"""
+        queue = impl()
+        for user, tokens in (("ann", 100), ("bob", 30), ("bob", 30), ("ann", 1)):
+            queue.add(user, "r", tokens)
+        expect_equal("taken", taken(queue, 5), ["r", "r", "r", "r", None])
+        queue.add("cid", "c", 1)  # ann 101, bob 60, the floor 100: the last one taken was ann's second
+        queue.add("bob", "b", 1)
+        expect_equal("then", taken(queue, 3), ["c", "b", None])
+
+    def test_outputs_of_who_never_asked(self, impl):
+        """tokens may be charged before a user's first request, and after the last one"""
+        queue = impl()
+        queue.generated("ann", 50)
+        for user, name in (("bob", "b0"), ("bob", "b1"), ("ann", "a0"), ("bob", "b2")):
+            queue.add(user, name, 10)  # bob 0; ann 100
+        expect_equal("taken", taken(queue, 4), ["b0", "b1", "b2", "a0"])
+
     def test_two_who_always_wait(self, impl):
         """short against long answers: tokens served differ by little"""
         queue, draw, served, number = impl(), random.Random(4), {"ann": 0, "bob": 0}, 0
@@ -794,6 +812,12 @@ class TestCapacity:
         expect_close("an empty run", impl({1.0: [], 2.0: run(0, 4)}, 0.5, 0.05, 0.5), 1.5)
         expect_close("empty runs alone", impl({1.0: [], 3.0: []}, 0.5, 0.05, 1.0), 3.0)
         expect_close("no runs", impl({}, 0.5, 0.05, 0.9), 0.0)
+
+    def test_the_ends_of_the_scale(self, impl):
+        """a share of 0 always holds; a first token at time 0 is a token; limits of 0"""
+        expect_close("a share of 0", impl({1.0: run(0, 4), 2.0: run(0, 2)}, 0.5, 0.05, 0.0), 2.0)
+        at_once = {4.0: [(0.0, [0.0, 0.0], 2), (3.0, [3.0], 1)]}
+        expect_close("tokens at once, limits of 0", impl(at_once, 0.0, 0.0, 1.0), 4.0)
 
     def test_runs_stay(self, impl):
         """what was seen is as it was"""

@@ -677,6 +677,16 @@ def slot_mapping(tables, starts, counts, size, block_size, rank=0, ranks=1):
     return found
 
 
+@wrong("7.2", "positions in int32")
+def slot_mapping(tables, starts, counts, size, block_size, rank=0, ranks=1):
+    return slots(tables, starts.int(), counts.int(), size, block_size, rank, ranks)
+
+
+@wrong("7.2", "slots as floating-point numbers")
+def slot_mapping(tables, starts, counts, size, block_size, rank=0, ranks=1):
+    return slots(tables, starts, counts, size, block_size, rank, ranks).double()
+
+
 @wrong("7.2", "reads the tables' memory as if it were contiguous")
 def slot_mapping(tables, starts, counts, size, block_size, rank=0, ranks=1):
     whole = tables.as_strided(tables.shape, (tables.shape[1], 1))
@@ -847,6 +857,11 @@ def block_names(token_ids, block_size, salt="", images=()):
     return [2 * name[:8] for name in names(token_ids, block_size, salt, images)]
 
 
+@wrong("7.3", "MD5")
+def block_names(token_ids, block_size, salt="", images=()):
+    return [hashlib.md5(name).digest() for name in names(token_ids, block_size, salt, images)]
+
+
 @wrong("7.3", "a checksum, four times")
 def block_names(token_ids, block_size, salt="", images=()):
     return [4 * zlib.crc32(name).to_bytes(4, "big") for name in names(token_ids, block_size, salt, images)]
@@ -955,6 +970,21 @@ def evict(nodes, wanted):
     return chosen
 
 
+@wrong("7.4", "takes nodes for leaves by what stands behind them in the dictionary")
+def evict(nodes, wanted):
+    left, chosen, freed = {}, [], 0
+    seen = set()
+    for i, node in reversed(nodes.items()):
+        if i not in seen and node.parent is not None and not node.references:
+            left[i] = node
+        seen.add(node.parent)
+    for i in sorted(left, key=lambda i: left[i].last_used):
+        if freed < wanted:
+            chosen.append(i)
+            freed += left[i].tokens
+    return chosen
+
+
 @wrong("7.4", "returns a set: the order is lost")
 def evict(nodes, wanted):
     return set(scan(nodes, wanted))
@@ -990,6 +1020,8 @@ def switched_kernel(
     if WRONG == "window - 1":
         first = tl.maximum(context - window + 1, 0)
     begin, end = first // BLOCK_SIZE, tl.cdiv(context, BLOCK_SIZE)
+    if WRONG == "from the start":
+        begin = 0
     if WRONG == "stops early":
         end = context // BLOCK_SIZE
     row_max = tl.full((ROWS,), -1.0e30, tl.float32)
@@ -1008,9 +1040,14 @@ def switched_kernel(
         if WRONG == "no end":
             seen = position >= first
         offs_kv = ((block * BLOCK_SIZE + offs_n) * H_KV + head_kv)[:, None] * D + offs_d[None, :]
+        if WRONG == "sizes exchanged":
+            offs_kv = ((block * D + offs_n) * H_KV + head_kv)[:, None] * D + offs_d[None, :]
         if WRONG == "heads outside":
             offs_kv = (block * BLOCK_SIZE * H_KV + head_kv * BLOCK_SIZE + offs_n)[:, None] * D + offs_d[None, :]
-        k = tl.load(k_ptr + offs_kv, mask=seen[:, None], other=0.0)
+        if WRONG == "from the start":
+            k = tl.load(k_ptr + offs_kv)
+        else:
+            k = tl.load(k_ptr + offs_kv, mask=seen[:, None], other=0.0)
         if WRONG == "v unmasked":
             v = tl.load(v_ptr + offs_kv)
         else:
@@ -1066,6 +1103,8 @@ for what, why in (
     ("no table", "takes the index for the block"),
     ("no end", "slots past the context count"),
     ("heads outside", "the cache as [blocks, heads, slots, D]"),
+    ("sizes exchanged", "blocks of D slots"),
+    ("from the start", "begins at block 0, reads keys through -1, and masks their scores"),
     ("v unmasked", "weights of 0 times NaN in V"),
     ("zeros count", "masked keys count with a score of 0"),
     ("no maximum", "no maximum: exponentials overflow"),

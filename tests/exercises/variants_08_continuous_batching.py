@@ -726,6 +726,28 @@ for name, what in {
     "newest": "takes a user's newest request",
 }.items():
     wrong("8.4", what)(type("FairQueue", (Fair,), {"mistake": name}))
+
+
+@wrong("8.4", "keeps users and tokens by the request's name")
+class FairQueue(Fair):
+    def add(self, user, request, prompt_tokens):
+        self.sizes = getattr(self, "sizes", {}) | {request: (user, prompt_tokens)}
+        super().add(user, request, prompt_tokens)
+
+    def take(self):
+        request = super().take()
+        if request is not None and self.sizes.pop(request, None) is None:
+            return None
+        return request
+
+
+@wrong("8.4", "knows users by their first request alone")
+class FairQueue(Fair):
+    def generated(self, user, tokens):
+        if user in self.waiting:
+            super().generated(user, tokens)
+
+
 alternative("8.4", "a queue for each user")(type("FairQueue", (Fair,), {}))
 
 
@@ -815,6 +837,14 @@ def capacity(runs, ttft, tpot, share):
 @wrong("8.5", "no line: the last rate that was measured and holds")
 def capacity(runs, ttft, tpot, share):
     return crossing(shares(runs, ttft, tpot, is_good), share, straight=False)
+
+
+@wrong("8.5", "takes a first token at time 0 for none")
+def capacity(runs, ttft, tpot, share):
+    def good(r, ttft, tpot):
+        return is_good(r, ttft, tpot) and bool(r[1][0])
+
+    return crossing(shares(runs, ttft, tpot, good), share)
 
 
 @wrong("8.5", "empties the runs")
