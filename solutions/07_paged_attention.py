@@ -154,7 +154,7 @@ check("7.w2", make_private)
 
 # %%
 def owners(counts: torch.Tensor, size: int) -> torch.Tensor:
-    """counts [S] int64 -> [size] int64"""
+    """counts [B] int64 -> [size] int64"""
     ### BEGIN SOLUTION
     return torch.searchsorted(counts.cumsum(0), torch.arange(size, device=counts.device), right=True)
     ### END SOLUTION
@@ -190,7 +190,8 @@ check("7.w3", owners)
 # |---|---|---|---|
 # | core: allocate, release, publish and find blocks, as the package does | 3 of 5 | 30 | Kwon et al., 2023, 4.3 |
 #
-# Write the pool, without tensors. `num_blocks` blocks, numbered from 0, wait in a **queue**, in this order at first.
+# Write the pool, without tensors. `num_blocks` blocks, numbered from 0, wait in a **queue**, in this order at first. A
+# full block may have a **name**, its block hash, by which it is found again.
 #
 # - `allocate()` takes the block at the queue's front; no table named it, now one does. If it has a name, nobody may
 #   find it by that name any more: it is about to be written. Raises `OutOfBlocks` if the queue is empty.
@@ -387,14 +388,15 @@ check("7.1", WindowTable)
 # </details>
 
 # %% [markdown] tags=["solution"]
-# **Why.** One token a step holds at most $\lceil (W-1) / B \rceil + 1$ blocks, whatever the length of the text: the
-# window touches one block more than it fills when it is not aligned. Entries must keep their places, because position p
-# is looked up at `p // block_size`; the kernel of exercise 7.5 never reads the -1.
+# **Why.** With a window of W tokens and blocks of C slots one token a step holds at most $\lceil (W-1) / C \rceil + 1$
+# blocks, whatever the length of the text: the window touches one block more than it fills when it is not aligned.
+# Entries must keep their places, because position p is looked up at `p // block_size`; the kernel of exercise 7.5 never
+# reads the -1.
 #
 # A chunk of a prompt needs more: all of its own tokens are written in the step, and its first token still sees a whole
 # window back. Only the *next* step may forget. That is why the first new token decides, not the last.
 #
-# The other way is a ring: a fixed table of $\lceil W / B \rceil + 1$ blocks, reused in turn (chapter 6's rolling cache
+# The other way is a ring: a fixed table of $\lceil W / C \rceil + 1$ blocks, reused in turn (chapter 6's rolling cache
 # in blocks). It never asks the pool again, but it cannot share a prefix: published blocks would be overwritten.
 # Models that mix layers with and without a window need a table for each kind (vLLM's hybrid cache manager).
 
@@ -413,7 +415,7 @@ check("7.1", WindowTable)
 # number b of a sequence (its b-th, counted from 0) is held by GPU `b % ranks`, and each GPU has a table of its own
 # blocks alone. A token that another GPU holds gets -1 as well. With `ranks = 1` it is the ordinary mapping.
 #
-# - `tables [S, W]` int32 is this GPU's; entries that are not used hold anything. Tensors need not be contiguous.
+# - `tables [B, width]` int32 is this GPU's; entries that are not used hold anything. Tensors need not be contiguous.
 # - A sequence may have no new token. There is at least one sequence.
 # - Nothing may wait for the GPU: no `.item()`, no `.tolist()`, no operation whose output shape depends on *values*
 #   (boolean indexing, `nonzero`, `repeat_interleave`). A loop over the sequences is allowed, if it reads no value (it
@@ -427,9 +429,9 @@ def slot_mapping(
     tables: torch.Tensor, starts: torch.Tensor, counts: torch.Tensor, size: int, block_size: int,
     rank: int = 0, ranks: int = 1,
 ) -> torch.Tensor:  # fmt: skip
-    """tables [S, W] int32, starts [S] int64, counts [S] int64 -> slots [size] int64, -1: nowhere"""
+    """tables [B, width] int32, starts [B] int64, counts [B] int64 -> slots [size] int64, -1: nowhere"""
     ### BEGIN SOLUTION
-    ends = counts.cumsum(0)  # [S]
+    ends = counts.cumsum(0)  # [B]
     token = torch.arange(size, device=tables.device)  # [size]
     owner = torch.searchsorted(ends, token, right=True)  # the first sequence that ends after the token
     inside = owner < len(counts)
@@ -480,8 +482,8 @@ check("7.2", slot_mapping)
 #
 # Tokens do not tell everything. A picture enters a prompt as a row of placeholder tokens, the same for every picture;
 # its features replace their embeddings. And two tenants must not find each other's blocks, since the time of an answer
-# tells whether a prompt was cached. Give the name of every *full* block of a prompt, so that two names are equal
-# exactly if all of this is equal:
+# tells whether a prompt was cached. Give the name (the block hash) of every *full* block of a prompt, so that two names
+# are equal exactly if all of this is equal:
 #
 # - the tokens from the start of the prompt to the end of the block;
 # - the `salt` of the tenant, any text;
@@ -645,10 +647,10 @@ check("7.4", evict)
 # given back (exercise 7.1): their entries are -1, and reading through them reads what does not belong to you. In the
 # first and last visited block some slots do not count either, and may hold NaN. A sequence with a context of 0 gives 0.
 #
-# q and the output are `[S, H, D]`, caches `[slots, H_KV, D]`, all contiguous, fp32 or fp16; `tables [S, W]` (rows may
-# lie further apart than W) and `context_lens [S]` are int32. D and BLOCK_SIZE are powers of two of at least 16. The
-# running state is fp32, `tl.dot` gets `input_precision="ieee"`. Compute offsets in int64: numbers of a large pool pass
-# 2³¹ (the check cannot see this). The launch is written, but for its `grid`.
+# q and the output are `[B, H, D]`, caches `[slots, H_KV, D]`, all contiguous, fp32 or fp16; `tables [B, width]` (rows
+# may lie further apart than that) and `context_lens [B]` are int32. D and BLOCK_SIZE are powers of two of at least 16.
+# The running state is fp32, `tl.dot` gets `input_precision="ieee"`. Compute offsets in int64: numbers of a large pool
+# pass 2³¹ (the check cannot see this). The launch is written, but for its `grid`.
 
 
 # %%
@@ -691,7 +693,7 @@ def window_decode(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, tables: torch.Tensor, context_lens: torch.Tensor,
     window: int, block_size: int,
 ) -> torch.Tensor:  # fmt: skip
-    """Launch the kernel.  q [S, H, D], caches [slots, H_KV, D] -> [S, H, D] in q's dtype"""
+    """Launch the kernel.  q [B, H, D], caches [slots, H_KV, D] -> [B, H, D] in q's dtype"""
     out, kv_heads, group = torch.empty_like(q), k_cache.shape[1], q.shape[1] // k_cache.shape[1]
     ### BEGIN SOLUTION
     grid = (len(q), kv_heads)
