@@ -69,14 +69,14 @@ class TestSlotsOf:
 class TestMakePrivate:
     def test_by_hand(self, impl):
         """A has blocks 0 and 1, B is a fork of it; B writes into block 1, then A does"""
-        a, b, references, free = [0, 1], [0, 1], [2, 2, 0], [2]
+        a, b, references, free = [0, 1], [0, 1], [2, 2, 0, 0], [3, 2]
         expect_equal("B writes: the copy", impl(b, 1, references, free), (1, 2))
         expect_equal("tables", [a, b], [[0, 1], [0, 2]])
-        expect_equal("counts", references, [2, 1, 1])
-        expect_equal("free", free, [])
+        expect_equal("counts", references, [2, 1, 1, 0])
+        expect_equal("free", free, [3])
         expect_equal("A writes, alone by now: the copy", impl(a, 1, references, free), None)
         expect_equal("tables", [a, b], [[0, 1], [0, 2]])
-        expect_equal("counts", references, [2, 1, 1])
+        expect_equal("counts", references, [2, 1, 1, 0])
 
     def test_alone(self, impl):
         """who is alone changes nothing and takes nothing"""
