@@ -35,7 +35,7 @@ from minillm.learn import check
 # |---|---|---|---|
 # | warm-up: the running softmax with plain numbers | 1 of 5 | 5 | Milakov and Gimelshein, 2018, 3.1 |
 #
-# One query. `(m, l, a)` is the partial result of the keys seen so far: the largest score, the sum of `exp(score - m)`,
+# One query. `(m, l, acc)` is the partial result of the keys seen so far: the largest score, the sum of `exp(score - m)`,
 # the sum of `exp(score - m) · value`. Before the first key it is `(-inf, 0, 0)`. One more key comes, with `score` and
 # `value`. Return the partial result with that key counted in. All five are Python floats, and so are the three.
 #
@@ -46,12 +46,12 @@ from minillm.learn import check
 
 
 # %%
-def one_more(m: float, l: float, a: float, score: float, value: float) -> tuple[float, float, float]:  # noqa: E741
-    """(m, l, a) with one more key"""
+def one_more(m: float, l: float, acc: float, score: float, value: float) -> tuple[float, float, float]:  # noqa: E741
+    """(m, l, acc) with one more key"""
     ### BEGIN SOLUTION
     highest = max(m, score)
     shrink, weight = math.exp(m - highest), math.exp(score - highest)
-    return highest, l * shrink + weight, a * shrink + weight * value
+    return highest, l * shrink + weight, acc * shrink + weight * value
     ### END SOLUTION
 
 
@@ -72,7 +72,7 @@ check("5.w1", one_more)
 # </details>
 
 # %% [markdown] tags=["solution"]
-# **Why.** On paper: the factor for the old is 3/6, so l = 4/3 · 1/2 + 1 = 5/3 and a = 4 · 1/2 + 4 = 6. In the kernel
+# **Why.** On paper: the factor for the old is 3/6, so l = 4/3 · 1/2 + 1 = 5/3 and acc = 4 · 1/2 + 4 = 6. In the kernel
 # the same three lines work on a row of scores in place of one, and on a tile of queries in place of one.
 
 # %% [markdown]

@@ -78,30 +78,30 @@ class TestOneMore:
     def walk(self, impl, scores, values):
         state = -INF, 0.0, 0.0
         for score, value in zip(scores, values, strict=True):
-            state = expect_parts(impl(*state, score, value), "m", "l", "a")
+            state = expect_parts(impl(*state, score, value), "m", "l", "acc")
         return state
 
     def _same(self, impl, scores, values):
-        m, total, a = self.walk(impl, scores, values)
+        m, total, acc = self.walk(impl, scores, values)
         weights = [math.exp(s - max(scores)) for s in scores]
         what = f"scores {scores}"
         expect_equal(f"m, {what}", m, max(scores))
         expect_close(f"l, {what}", total, math.fsum(weights))
-        expect_close(f"a, {what}", a, math.fsum(w * v for w, v in zip(weights, values, strict=True)))
+        expect_close(f"acc, {what}", acc, math.fsum(w * v for w, v in zip(weights, values, strict=True)))
 
     def test_first(self, impl):
-        """the first key: m is its score, l is 1, a is its value"""
-        expect_close("(m, l, a)", expect_parts(impl(-INF, 0.0, 0.0, 2.5, 7.0), "m", "l", "a"), (2.5, 1.0, 7.0))
+        """the first key: m is its score, l is 1, acc is its value"""
+        expect_close("(m, l, acc)", expect_parts(impl(-INF, 0.0, 0.0, 2.5, 7.0), "m", "l", "acc"), (2.5, 1.0, 7.0))
 
     def test_by_hand(self, impl):
         """after (ln 3, 4/3, 4) the score ln 6 with the value 4: (ln 6, 5/3, 6)"""
-        got = expect_parts(impl(math.log(3), 4 / 3, 4.0, math.log(6), 4.0), "m", "l", "a")
-        expect_close("(m, l, a)", got, (math.log(6), 5 / 3, 6.0))
+        got = expect_parts(impl(math.log(3), 4 / 3, 4.0, math.log(6), 4.0), "m", "l", "acc")
+        expect_close("(m, l, acc)", got, (math.log(6), 5 / 3, 6.0))
 
     def test_smaller(self, impl):
         """a key below the maximum leaves m as it is: after (ln 6, 5/3, 6) the score ln 2 with the value 0: l is 2"""
-        got = expect_parts(impl(math.log(6), 5 / 3, 6.0, math.log(2), 0.0), "m", "l", "a")
-        expect_close("(m, l, a)", got, (math.log(6), 2.0, 6.0))
+        got = expect_parts(impl(math.log(6), 5 / 3, 6.0, math.log(2), 0.0), "m", "l", "acc")
+        expect_close("(m, l, acc)", got, (math.log(6), 2.0, 6.0))
 
     def test_any_order(self, impl):
         """growing, falling, mixed and equal scores"""
