@@ -35,9 +35,9 @@ from minillm.learn import check
 # |---|---|---|---|
 # | warm-up: the running softmax with plain numbers | 1 of 5 | 5 | Milakov and Gimelshein, 2018, 3.1 |
 #
-# One query. `(m, l, acc)` is the partial result of the keys seen so far: the largest score, the sum of `exp(score - m)`,
-# the sum of `exp(score - m) · value`. Before the first key it is `(-inf, 0, 0)`. One more key comes, with `score` and
-# `value`. Return the partial result with that key counted in. All five are Python floats, and so are the three.
+# One query. `(m, l, acc)` is the partial result of the keys seen so far: the largest score, the sum of `exp(score -
+# m)`, the sum of `exp(score - m) · value`. Before the first key it is `(-inf, 0, 0)`. One more key comes, with `score`
+# and `value`. Return the partial result with that key counted in. All five are Python floats, and so are the three.
 #
 # On paper first: after scores 0 and ln 3 with values 6 and 2 it is (ln 3, 4/3, 4). What does the score ln 6 with the
 # value 4 make of it? The check asks.

@@ -46,7 +46,7 @@ def traffic() -> None:
         ax.add_patch(Rectangle((x - 1.25, 3.9), 2.5, 2.5, fc=PALE_WINE, ec=WINE, lw=1))
         ax.text(x, 5.15, text, ha="center", va="center", fontsize=8.5)
 
-    for x, text in ((4.6, "q kᵀ"), (9.5, "softmax"), (14.3, "P v")):
+    for x, text in ((4.6, "q kᵀ"), (9.5, "softmax"), (14.3, "· v")):
         box(ax, x, 9.7, 2.4, 1.2, text, PALE_BLUE)
     for x, text, target in ((2.4, "q", 4.0), (3.5, "k", 4.4)):
         small(x, text)
@@ -63,7 +63,7 @@ def traffic() -> None:
     arrow(ax, (14.8, 9.1), (15.45, 6.45), BLUE)
     ax.text(8.7, 2.9, "naive: 4 T² + 4 T D numbers", ha="center", color=WINE)
     ax.plot([16.9, 16.9], [2.3, 11.2], color="#bbbbbb", lw=0.8)
-    box(ax, 20.5, 9.7, 5.6, 1.9, "q kᵀ, softmax, P v\none block at a time", PALE_BLUE)
+    box(ax, 20.5, 9.7, 5.6, 1.9, "q kᵀ, softmax, · v\none block at a time", PALE_BLUE)
     for x, text in ((18.2, "q"), (19.6, "k"), (21.0, "v")):
         small(x, text)
         arrow(ax, (x, 6.45), (x, 8.75), BLUE)
