@@ -229,9 +229,9 @@ class TestOnlineAttention:
         self._same(impl, q, k, v, 4)
 
     def test_few_scores(self, impl):
-        """13 queries, 64 keys, blocks of 5: no tensor of more than 65 elements at any time"""
-        q, k, v = self.case(13, 64, 1, 1)
-        expect_few_scores(65, "blocks of 5", lambda: impl(q, k, v, 5))
+        """13 queries, 40 keys, blocks of 8: no tensor of more than 104 elements at any time"""
+        q, k, v = self.case(13, 40, 1, 1)
+        expect_few_scores(104, "blocks of 8", lambda: impl(q, k, v, 8))
 
     def test_inputs(self, impl):
         """inputs that are not contiguous, and are as before the call; the output is new"""
@@ -433,10 +433,10 @@ class TestFlashTile:
             expect_close(f"log-sum-exp, {what}", got[1], expected[1], atol=1e-4)
 
     def test_no_score_matrix(self, impl):
-        """13 queries, 64 keys, blocks of 5: no tensor of more than 65 elements at any time"""
-        q, k, v = randn(13, 1), randn(64, 1, seed=1), randn(64, 1, seed=2)
-        expect_few_scores(65, "blocks of 5", lambda: impl(q, k, v, 51, 5))
-        expect_few_scores(65, "blocks of 5, with a sink", lambda: impl(q, k, v, 51, 5, 1.0))
+        """13 queries, 40 keys, blocks of 8: no tensor of more than 104 elements at any time"""
+        q, k, v = randn(13, 1), randn(40, 1, seed=1), randn(40, 1, seed=2)
+        expect_few_scores(104, "blocks of 8", lambda: impl(q, k, v, 27, 8))
+        expect_few_scores(104, "blocks of 8, with a sink", lambda: impl(q, k, v, 27, 8, 1.0))
 
     def test_inputs_untouched(self, impl):
         """q, k and v are as before the call; they need not be contiguous"""
@@ -616,6 +616,8 @@ class TestCombineSplits:
         )
         outs[1] = 5.0
         expect_close("output of log-sum-exps 0 and -120", impl(outs, lses)[0], [[[1.0]]])
+        got = expect_parts(impl(outs, torch.tensor([0.0, math.nan]).reshape(2, 1, 1)), "out", "lse")
+        expect(all(bool(x.isnan().all()) for x in got), "a log-sum-exp of NaN: expected NaN for both\n  got others")
 
     def test_a_sequence_without_keys(self, impl):
         """no key in any chunk: output 0, log-sum-exp -inf"""

@@ -220,6 +220,24 @@ def online_attention(q, k, v, block):
     return online(q, k, v, 128)
 
 
+@wrong("5.0", "two blocks at a time")
+def online_attention(q, k, v, block):
+    return online(q, k, v, 2 * block)
+
+
+@alternative("5.0", "a partial result for each block, combined at the end")
+def online_attention(q, k, v, block):
+    parts = []
+    for keys, values in zip(k.split(block), v.split(block), strict=True):
+        s = q @ keys.T / q.shape[1] ** 0.5
+        m = s.amax(1)
+        p = (s - m[:, None]).exp()
+        parts.append((m, p.sum(1), p @ values))
+    top = torch.stack([m for m, _, _ in parts]).amax(0)
+    total = sum(each * (m - top).exp() for m, each, _ in parts)
+    return sum(a * (m - top).exp()[:, None] for m, _, a in parts) / total[:, None]
+
+
 @wrong("5.0", "attention within each block, averaged")
 def online_attention(q, k, v, block):
     parts = [online(q, a, b, block) for a, b in zip(k.split(block), v.split(block), strict=True)]
@@ -509,6 +527,11 @@ def flash_tile(q, k, v, position, block, sink=None):
 @wrong("5.2", "blocks of 128 keys, whatever is asked")
 def flash_tile(q, k, v, position, block, sink=None):
     return tile(q, k, v, position, 128, sink, end=max(0, min(len(k), position + len(q))))
+
+
+@wrong("5.2", "two blocks at a time")
+def flash_tile(q, k, v, position, block, sink=None):
+    return tile(q, k, v, position, 2 * block, sink, end=max(0, min(len(k), position + len(q))))
 
 
 @wrong("5.2", "masks the last block alone")
@@ -823,6 +846,12 @@ def combine_splits(outs, lses):
 @wrong("5.4", "silences chunks far below the largest")
 def combine_splits(outs, lses):
     return combined(outs, lses, lambda share, lses: lses < lses.amax(0) - 60)
+
+
+@wrong("5.4", "a log-sum-exp of NaN counts as empty")
+def combine_splits(outs, lses):
+    lses = lses.nan_to_num(-INF, -INF, -INF)
+    return combined(outs, lses, lambda share, lses: lses == -INF)
 
 
 @wrong("5.4", "one chunk is handed back")
