@@ -302,7 +302,9 @@ class TestMerge:
         whole, (a, none) = pieces(6, 0)
         expect_partial("a with nothing", impl(clones(a), clones(none)), whole)
         expect_partial("nothing with a", impl(clones(none), clones(a)), whole)
-        expect_partial("nothing with nothing", impl(clones(none), clones(none)), none)
+        got = expect_parts(impl(clones(none), clones(none)), "m", "l", "acc")
+        expect_partial("nothing with nothing", got, none)
+        expect(bool((got[1] == 0).all()), f"nothing with nothing: expected l = 0\n  got {float(got[1].max()):.3g}")
 
     def test_each_query_for_itself(self, impl):
         """queries with keys on both sides, on one and on none, in one call"""

@@ -383,6 +383,14 @@ def merge(a, b):
     return m, a[1] * x + b[1] * y, a[2] * x[..., None] + b[2] * y[..., None]
 
 
+@wrong("5.1", "a sum of at least 1e-30: nothing merged with nothing is something")
+def merge(a, b):
+    m = torch.maximum(a[0], b[0])
+    o = m.masked_fill(m == -INF, 0.0)
+    x, y = torch.exp(a[0] - o), torch.exp(b[0] - o)
+    return m, (a[1] * x + b[1] * y).clamp(min=1e-30), a[2] * x[..., None] + b[2] * y[..., None]
+
+
 @wrong("5.1", "an origin of at least -1e9, below which real scores vanish")
 def merge(a, b):
     m = torch.maximum(a[0], b[0])
