@@ -168,7 +168,11 @@ def test_another_color_is_seen():
     ]  # fmt: skip
 
 
-GREEK = [
+GREEK = re.findall(
+    r"\w+",
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi pi rho sigma tau phi varphi chi psi"
+    " omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell partial nabla",
+)
     "alpha",
     "beta",
     "gamma",
