@@ -163,9 +163,9 @@ check("3.w3", over_all)
 # |---|---|---|---|
 # | core: ten lines that turn text into a language model | 2 of 5 | 20 | Radford et al., 2019 |
 #
-# `token_ids` [N] is a whole text as one stream of tokens. Train `model` on it, `steps` times:
+# `token_ids` [n] is a whole text as one stream of tokens. Train `model` on it, `steps` times:
 #
-# - Draw `batch` windows: each begins at one of `torch.randint(N - window, (batch,), generator=generator)`, drawn once a
+# - Draw `batch` windows: each begins at one of `torch.randint(n - window, (batch,), generator=generator)`, drawn once a
 #   step. Its inputs are the `window` tokens from there on; all windows go through the model at once, [batch, window].
 # - A position's target is the token **one place further** in the stream, also for the last position of a window.
 # - The loss is the mean cross-entropy of all batch · window predictions.
@@ -184,7 +184,7 @@ def train(
     window: int,
     generator: torch.Generator,
 ) -> list[float]:
-    """model: [B, T] int64 -> [B, T, V]; token_ids [N] int64, N > window -> `steps` losses"""
+    """model: [B, T] int64 -> [B, T, V]; token_ids [n] int64, n > window -> `steps` losses"""
     ### BEGIN SOLUTION
     losses = []
     for _ in range(steps):
@@ -224,8 +224,8 @@ check("3.0", train)
 #
 # The mistake that hides best is a missing shift: the model learns to copy its input, the loss falls to nearly zero
 # within a hundred steps, and what it writes is nonsense. The next best is a gradient that is never cleared: it
-# trains, as if with a momentum that never fades, and worse. `torch.randint(N - window)` begins at N - window - 1 at
-# most, whose last target is token N - 1: no token of the stream is left out.
+# trains, as if with a momentum that never fades, and worse. `torch.randint(n - window)` begins at n - window - 1 at
+# most, whose last target is token n - 1: no token of the stream is left out.
 
 # %% [markdown]
 # ## Exercise 3.1: learn the merges
@@ -441,7 +441,7 @@ check("3.3", training_step)
 # e. Score each token of the text exactly once, by the *first* window that predicts it: of all windows this one gives it
 # the most context. Token 0 has nothing before it and is not scored. Show no window that has nothing new to score.
 #
-# Return -ln p of tokens 1, 2, ..., in order, as a float32 tensor `[N - 1]` that keeps no graph, whatever the logits'
+# Return -ln p of tokens 1, 2, ..., in order, as a float32 tensor `[n - 1]` that keeps no graph, whatever the logits'
 # dtype. Compute in float32, also when they come in bfloat16. exp of its mean is the perplexity. Leave `token_ids` as it
 # is.
 
@@ -450,11 +450,11 @@ check("3.3", training_step)
 def token_losses(
     model: Callable[[torch.Tensor], torch.Tensor], token_ids: list[int], window: int, stride: int
 ) -> torch.Tensor:
-    """model: [1, T] int64 -> [1, T, V], T at most `window`; 1 <= stride <= window; N >= 2 token ids -> [N - 1]"""
+    """model: [1, T] int64 -> [1, T, V], T at most `window`; 1 <= stride <= window; n >= 2 token ids -> [n - 1]"""
     ### BEGIN SOLUTION
-    ids = torch.tensor(token_ids)  # [N]
+    ids = torch.tensor(token_ids)  # [n]
     last = len(ids) - 1
-    losses = torch.empty(last)  # [N - 1]: entry i belongs to token i + 1
+    losses = torch.empty(last)  # [n - 1]: entry i belongs to token i + 1
     scored = 0  # entries 0 .. scored-1 are written
     for begin in range(0, last, stride):
         end = min(begin + window, last)
