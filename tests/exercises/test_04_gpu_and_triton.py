@@ -80,6 +80,16 @@ def expect_no_strays(seen: Any) -> None:
         )
 
 
+def expect_a_program_a_row(seen: Any, name: str, rows: int, width: int) -> None:
+    """Hold that each row of `name` was written by one program, and that no program wrote two."""
+    found: dict[int, set[int]] = {}
+    for program, offsets in seen.stores[name]:
+        found.setdefault(program, set()).update((offsets // width).tolist())
+    several = {program: sorted(done) for program, done in found.items() if len(done) > 1}
+    expect(not several, f"rows of {name} by program: expected one a program\n  got      {several}")
+    expect_equal(f"programs that write rows of {name}", len(found), rows)
+
+
 @contextmanager
 def launches() -> Iterator[list[tuple[tuple, Any]]]:
     """What is launched in the block, each with its grid and its footprint, under the names "0", "1", ... of the tensors
@@ -198,6 +208,15 @@ class TestRowMax:
     def test_infinite(self, impl):
         """a row of minus infinity alone"""
         self._same(impl, roomy(torch.tensor([[-math.inf] * 3, [-math.inf, 2, 1]])), 8)
+
+    def test_programs(self, impl):
+        """program r does row r (in the interpreter, where programs can be told apart)"""
+        if not INTERPRETED:
+            return
+        x, y = randn(4, 5), roomy(torch.zeros(4))
+        with footprint(y=y) as seen:
+            launch(impl, (4,), x, y, 5, BLOCK=8)
+        expect_equal("programs that wrote y", seen.picture("y").tolist(), [0.0, 1.0, 2.0, 3.0])
 
     def test_wide(self, impl):
         """rows of 11 in a BLOCK of 16: the next row does not count"""
@@ -379,7 +398,7 @@ class TestMaskedSoftmax:
         self._same(impl, 4 * randn(3, 20), [20, 7, 13], dtype=torch.float16, rtol=6e-4, atol=1e-7)
 
     def test_reads_what_counts(self, impl):
-        """reads each score that counts once, and no other (in the interpreter, where bytes can be counted)"""
+        """a program a row, which reads each score that counts once, and no other (where bytes can be counted)"""
         if not INTERPRETED:
             return
         x, lengths = randn(4, 12), [3, 12, 0, 7]
@@ -388,6 +407,7 @@ class TestMaskedSoftmax:
             launch(impl, (4,), x, length, y, 12, 12, BLOCK=16)
         expect_equal("bytes of x read", seen.bytes_moved("x"), 4 * sum(lengths))
         expect_equal("bytes of y written", seen.bytes_moved("y"), 4 * y.numel())
+        expect_a_program_a_row(seen, "y", 4, 12)
 
     @last
     def test_compiles(self, impl):
@@ -481,7 +501,7 @@ class TestAddRMSNorm:
         expect_equal("x afterwards", x.tolist(), normed.half().tolist())
 
     def test_traffic(self, impl):
-        """x read and written once; residual read at most twice, written once (where bytes can be counted)"""
+        """a program a row; x read and written once, residual read at most twice, written once (in the interpreter)"""
         if not INTERPRETED:
             return
         x, residual, weight = randn(2, 21), randn(2, 21, seed=1), randn(21, seed=2)
@@ -492,6 +512,7 @@ class TestAddRMSNorm:
         expect_equal("bytes of residual written", seen.bytes_moved("residual", of="stores"), 4 * x.numel())
         read = seen.bytes_moved("residual", of="loads")
         expect(read <= 8 * x.numel(), f"residual: expected at most {8 * x.numel()} bytes read\n  got {read}")
+        expect_a_program_a_row(seen, "x", 2, 21)
 
     @last
     def test_compiles(self, impl):

@@ -178,6 +178,14 @@ def row_max_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
     tl.store(y_ptr + row, best.pop())
 
 
+@wrong("4.w3", "program r does the row r places from the end")
+@triton.jit
+def row_max_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    row, offs = tl.num_programs(0) - 1 - tl.program_id(0), tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * n + offs, mask=offs < n, other=-float("inf"))
+    tl.store(y_ptr + row, tl.max(x, 0))
+
+
 @alternative("4.w3", "loads lane 0's element where a lane is off")
 @triton.jit
 def row_max_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
@@ -701,6 +709,19 @@ def masked_softmax_kernel(x_ptr, length_ptr, y_ptr, n, stride_x, BLOCK: tl.const
     tl.store(y_ptr + row * n + offs, y.to(y_ptr.dtype.element_ty), mask=offs < n)
 
 
+@wrong("4.1", "the first program does all rows, the others nothing")
+@triton.jit
+def masked_softmax_kernel(x_ptr, length_ptr, y_ptr, n, stride_x, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    for row in range(tl.where(tl.program_id(0) == 0, tl.num_programs(0), 0)):
+        keep = offs < tl.load(length_ptr + row)
+        x = tl.load(x_ptr + row * stride_x + offs, mask=keep, other=-float("inf")).to(tl.float32)
+        e = tl.exp(x - tl.maximum(tl.max(x, 0), -3.0e38))
+        total = tl.sum(e, 0)
+        y = e / tl.where(total == 0, 1.0, total)
+        tl.store(y_ptr + row * n + offs, y.to(y_ptr.dtype.element_ty), mask=offs < n)
+
+
 @alternative("4.1", "2^x, and a `where` in place of the finite maximum")
 @triton.jit
 def masked_softmax_kernel(x_ptr, length_ptr, y_ptr, n, stride_x, BLOCK: tl.constexpr):
@@ -1096,6 +1117,26 @@ def add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, n, stride_x, stride_res
         h = tl.load(residual_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
         w = tl.load(weight_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
         tl.store(x_ptr + offs, (h * scale * w).to(x_ptr.dtype.element_ty), mask=offs < n)
+
+
+@wrong("4.2", "the first program does all rows, the others nothing")
+@triton.jit
+def add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, n, stride_x, stride_residual, eps, BLOCK: tl.constexpr):
+    for row in range(tl.where(tl.program_id(0) == 0, tl.num_programs(0), 0)):
+        squares = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, n, BLOCK):
+            offs = start + tl.arange(0, BLOCK)
+            h = tl.load(x_ptr + row * stride_x + offs, mask=offs < n, other=0.0).to(tl.float32)
+            h += tl.load(residual_ptr + row * stride_residual + offs, mask=offs < n, other=0.0).to(tl.float32)
+            h = h.to(residual_ptr.dtype.element_ty)
+            tl.store(residual_ptr + row * stride_residual + offs, h, mask=offs < n)
+            squares += h.to(tl.float32) * h.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(squares, 0) / n + eps)
+        for start in range(0, n, BLOCK):
+            offs = start + tl.arange(0, BLOCK)
+            h = tl.load(residual_ptr + row * stride_residual + offs, mask=offs < n, other=0.0).to(tl.float32)
+            w = tl.load(weight_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+            tl.store(x_ptr + row * stride_x + offs, (h * scale * w).to(x_ptr.dtype.element_ty), mask=offs < n)
 
 
 @alternative("4.2", "one scalar for the squares, and a division by the root")
