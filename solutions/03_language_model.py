@@ -404,8 +404,8 @@ check("3.3", training_step)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# Inputs are all tokens but the last, targets all but the first. `F.cross_entropy` wants logits `[N, V]` and targets
-# `[N]`; it has an argument for targets that do not count, and one that says whether it returns a mean.
+# Inputs are all tokens but the last, targets all but the first. `F.cross_entropy` wants logits `[rows, V]` and targets
+# `[rows]`; it has an argument for targets that do not count, and one that says whether it returns a mean.
 # </details>
 #
 # <details><summary>Hint 2</summary>

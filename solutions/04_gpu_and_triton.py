@@ -367,10 +367,10 @@ check("4.2", add_rms_norm_kernel)
 # </details>
 
 # %% [markdown] tags=["solution"]
-# **Why.** Apart, the sum costs 3 N (two reads, one write) and the norm 2 N. Fused it is 2 N read and 2 N written, plus
-# the second read of the sum: 5 N of requests, of which the last N may come out of a cache, since the row was written a
+# **Why.** Apart, the sum costs 3 n (two reads, one write) and the norm 2 n. Fused it is 2 n read and 2 n written, plus
+# the second read of the sum: 5 n of requests, of which the last n may come out of a cache, since the row was written a
 # moment ago (do not count on it: in the chapter's ladder the norm in two passes takes nearly as much longer as it asks
-# for more). `minillm`'s kernel holds a whole row in registers and does without that read, 4 N, up to the row length
+# for more). `minillm`'s kernel holds a whole row in registers and does without that read, 4 n, up to the row length
 # where registers run out. The other way is to keep fp32 sums without rounding them: more exact inside this kernel, and
 # not what the unfused model computes, so that fused and unfused drift apart in fp16.
 
