@@ -768,7 +768,7 @@ def ids_kept(what: str, got: object, logits: torch.Tensor) -> list[list[int]]:
 
 
 SORTS = [
-    *((torch, name) for name in ("sort", "argsort", "msort", "topk", "kthvalue", "unique", "searchsorted")),
+    *((torch, name) for name in ("sort", "argsort", "msort", "topk", "kthvalue", "unique")),
     *((torch.Tensor, name) for name in ("sort", "argsort", "msort", "topk", "kthvalue", "unique")),
     *((np, name) for name in ("sort", "argsort", "partition", "argpartition", "unique", "lexsort")),
     *((heapq, name) for name in ("nlargest", "nsmallest", "heapify", "heappush", "heappop")),
