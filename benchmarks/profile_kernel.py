@@ -24,9 +24,10 @@ ROWS, COLUMNS, ROUNDS = 65_536, 4096, 20
 def kernels_in(node: dict[str, Any]) -> list[dict[str, Any]]:
     """The kernels below a node of Proton's tree: name, launches, nanoseconds of all launches."""
     found = [kernel for child in node.get("children", []) for kernel in kernels_in(child)]
-    time = next((value for name, value in node["metrics"].items() if name.startswith("time")), None)
-    if time is not None and not found:
-        found.append({"name": node["frame"]["name"], "launches": node["metrics"]["count"], "ns": time})
+    metrics = node.get("metrics", {})
+    time = next((value for name, value in metrics.items() if name.startswith("time")), None)
+    if time and not found:
+        found.append({"name": node["frame"]["name"], "launches": metrics.get("count", 0), "ns": time})
     return found
 
 
