@@ -577,8 +577,8 @@ check("3.5", keep_top_p)
 # Write a class that a server would use to send text while it is generated:
 #
 # - `push(data)` takes the bytes of the next token and returns all characters that are complete by now, "" if none is;
-# - bytes that can never become a character (0xFF, say, or 0xC0) become U+FFFD at once and do not hold up the rest. (With
-#   ED A0, where a surrogate would begin, you may wait for one byte more, as Python's own decoder does.)
+# - bytes that can never become a character (0xFF, say, or 0xC0) become U+FFFD at once and do not hold up the rest.
+#   (With ED A0, where a surrogate would begin, you may wait for one byte more, as Python's own decoder does.)
 # - `flush()` returns what is left at the end, U+FFFD for an incomplete character, and leaves nothing behind.
 #
 # All returned pieces joined are `all_bytes.decode(errors="replace")`.
