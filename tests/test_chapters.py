@@ -141,7 +141,7 @@ def test_in_step_with_the_code(path):
 
 
 # Amber that can be read as text on white; beside COLORS a figure has grays and pale grounds.
-DARK_AMBER = {"#8f6100", "#9a6a00"}
+DARK_AMBER = {"#8a5a00", "#8f6100", "#9a6a00"}
 
 
 def colors_of_its_own(source: str) -> list[str]:
@@ -173,43 +173,6 @@ GREEK = re.findall(
     "alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi pi rho sigma tau phi varphi chi psi"
     " omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell partial nabla",
 )
-    "alpha",
-    "beta",
-    "gamma",
-    "delta",
-    "epsilon",
-    "varepsilon",
-    "zeta",
-    "eta",
-    "theta",
-    "kappa",
-    "lambda",
-    "mu",
-    "nu",
-    "xi",
-    "pi",
-    "rho",
-    "sigma",
-    "tau",
-    "phi",
-    "varphi",
-    "chi",
-    "psi",
-    "omega",
-    "Gamma",
-    "Delta",
-    "Theta",
-    "Lambda",
-    "Xi",
-    "Pi",
-    "Sigma",
-    "Phi",
-    "Psi",
-    "Omega",
-    "ell",
-    "partial",
-    "nabla",
-]
 
 
 def symbols(math: str) -> set[str]:
