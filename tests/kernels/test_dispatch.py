@@ -120,6 +120,40 @@ def test_paths_by_device_and_by_hand(name, monkeypatch):
         KERNELS[name].path(*args)
 
 
+@pytest.mark.parametrize(
+    ("name", "has", "dtype", "expected"),
+    [
+        ("rms_norm", (7, 5), torch.float16, "triton"),
+        ("rms_norm", (7, 5), torch.bfloat16, "torch"),
+        ("rms_norm", (8, 0), torch.bfloat16, "triton"),
+        ("paged_attention", (7, 5), torch.float16, "triton"),
+        ("matmul", (7, 5), torch.float16, "torch"),
+        ("matmul", (8, 0), torch.float16, "triton"),
+        ("w8a8", (7, 5), torch.float16, "torch"),
+        ("w8a8", (8, 0), torch.float16, "triton"),
+    ],
+)
+def test_old_gpus_run_what_they_are_good_at(monkeypatch, name, has, dtype, expected):
+    """Also where the kernel was asked for: it would not compile, or be far slower than torch."""
+    monkeypatch.setattr(common, "capability", lambda device: has)
+    args = [a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in small(name)]
+    with use("triton"):
+        assert KERNELS[name].path(*args) == expected
+    with use("reference"):
+        assert KERNELS[name].path(*args) == "reference"
+
+
+def test_fp8_is_torchs_below_ada(monkeypatch):
+    """As a dtype that is asked for, and as that of a tensor."""
+    fp8 = torch.float8_e4m3fn
+    for has, expected in (((8, 6), "torch"), ((8, 9), "triton"), ((9, 0), "triton")):
+        monkeypatch.setattr(common, "capability", lambda device, has=has: has)
+        with use("triton"):
+            assert KERNELS["quantize_rows"].path(X, fp8) == expected
+            assert KERNELS["w8a8"].path(X.to(fp8), X[:, :1], X.to(fp8), X[:, :1]) == expected
+            assert KERNELS["quantize_rows"].path(X, torch.int8) == "triton"
+
+
 def test_float64_takes_torch():
     x, w = torch.randn(3, 8, dtype=torch.float64), torch.ones(8, dtype=torch.float64)
     with use("triton"):
