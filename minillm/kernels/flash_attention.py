@@ -255,7 +255,7 @@ def flash_attention(
         return out.zero_()
     size, block_d = q.shape[2], max(16, next_power_of_2(q.shape[2]))
     scale = (size**-0.5 if scale is None else scale) * math.log2(math.e)
-    copied = has_copy_engine(q)
+    copied = q.dtype != torch.float32 and has_copy_engine(q)  # fp32 so spills registers
     sizes = _sizes(q, block_d, copied)
     block_m, block_n = sizes.pop("BLOCK_M"), sizes.pop("BLOCK_N")
     flash_attention_kernel[(ceil_div(max_seqlen_q, block_m), q.shape[1], sequences)](

@@ -609,9 +609,10 @@ def _of_parts(out: Tensor, parts: int) -> tuple[Tensor, Tensor]:
 
 def _sizes(q: Tensor, k_cache: Tensor, kind: str, block_d: int) -> dict[str, int]:
     if not on_tensor_cores(q) or k_cache.dtype == torch.float32 or block_d > 128:  # small tiles, or registers run out
-        fast = on_tensor_cores(q)
-        block_m, block_n = (min(32, _SIZES[kind]["BLOCK_M"]), 32) if fast else (16, 32 if block_d <= 128 else 16)
-        return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 1}
+        if on_tensor_cores(q):
+            return {"BLOCK_M": min(32, _SIZES[kind]["BLOCK_M"]), "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+        block_n, warps = (32, 4) if block_d <= 128 else (16, 8)
+        return {"BLOCK_M": 16, "BLOCK_N": block_n, "num_warps": warps, "num_stages": 1}
     if k_cache.dtype not in QUANTIZED_DTYPES:
         return tuned(q.device, f"paged_attention {kind} {block_d}", **_SIZES[kind])
     sizes = dict(_SIZES[kind])

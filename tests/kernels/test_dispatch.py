@@ -341,16 +341,53 @@ def test_operators_are_known_to_torch(name):
         )  # fmt: skip
 
 
+NO_TRITON = """
+import sys
+class Nowhere:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError("No module named 'triton'", name=name)
+sys.meta_path.insert(0, Nowhere())
+"""
+
+
+def without_triton(code: str, *arguments: str) -> str:
+    """What the code prints on a machine like a Mac, for which there is no Triton."""
+    done = subprocess.run([sys.executable, "-c", NO_TRITON + code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
 def test_importing_needs_no_triton():
-    """As on macOS: no triton, the torch path serves."""
-    code = (
-        "import sys; sys.modules['triton'] = None\n"
-        "import torch, minillm.kernels as k\n"
-        "assert not k.HAS_TRITON\n"
-        "print(k.softmax(torch.zeros(1, 4)).tolist(), k.KERNELS['softmax'].path(torch.zeros(1, 4)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "[[0.25, 0.25, 0.25, 0.25]] torch", done.stderr
+    code = """
+import torch, minillm.kernels as k
+assert not k.HAS_TRITON
+print(k.softmax(torch.zeros(1, 4)).tolist(), k.KERNELS["softmax"].path(torch.zeros(1, 4)))
+"""
+    assert without_triton(code) == "[[0.25, 0.25, 0.25, 0.25]] torch"
+
+
+def test_engine_and_command_need_no_triton(tiny_path):
+    """Plain, in few bits, with a cache of 8 bits: from the import to the text; and every module can be imported."""
+    code = """
+import importlib, pkgutil
+import minillm
+for module in pkgutil.walk_packages(minillm.__path__, "minillm."):
+    importlib.import_module(module.name)
+from minillm import LLM, SamplingParams
+from minillm.kernels import HAS_TRITON
+counts = []
+for options in ({}, {"quantization": "int4"}, {"quantization": "w8a8", "kv_cache_dtype": "int8"}):
+    llm = LLM(sys.argv[1], device="cpu", **options)
+    [out] = llm.generate([[5, 6, 7]], SamplingParams(temperature=0.8, top_p=0.9, max_tokens=4, ignore_eos=True))
+    counts.append(len(out.token_ids))
+print(HAS_TRITON, counts)
+from minillm.cli import app
+app(["generate", "hello", "--model", sys.argv[1], "--max-tokens", "4"])
+"""
+    first, *answer = without_triton(code, str(tiny_path)).splitlines()
+    assert first == "False [4, 4, 4]"
+    assert answer
 
 
 def test_unknown_device_gets_the_default_at_once():
