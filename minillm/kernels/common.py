@@ -143,16 +143,17 @@ class Operation:
         wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         if wants_gradient or any(t.dtype == torch.float64 for t in tensors):
             return "torch" if forced in ("auto", "triton") else forced  # kernels: no backward, and sums in fp32
-        if forced in ("auto", "triton") and tensors and self._is_beyond(tensors[0].device, *args, *kwargs.values()):
-            return "torch"
-        return "triton" if forced == "auto" else forced
+        if forced in ("torch", "reference"):
+            return forced
+        return "torch" if tensors and _too_old(tensors[0].device, self.since, *args, *kwargs.values()) else "triton"
 
-    def _is_beyond(self, device: torch.device, *args: Any) -> bool:
-        """Whether the GPU is too old for the kernel or a dtype; torch.compile, which could not ask it, is told no."""
-        if torch.compiler.is_compiling() or (has := capability(device)) >= NEWEST:
-            return False
-        dtypes = [getattr(a, "dtype", a) for a in args if isinstance(a, Tensor | torch.dtype)]
-        return has < max(self.since, *(SINCE.get(dtype, (0, 0)) for dtype in dtypes))
+
+def _too_old(device: torch.device, since: tuple[int, int], *args: Any) -> bool:
+    """Whether a GPU is, for a kernel or a dtype of its arguments; torch.compile, which could not ask, is told no."""
+    if torch.compiler.is_compiling() or (has := capability(device)) >= NEWEST:
+        return False
+    dtypes = [a.dtype if isinstance(a, Tensor) else a for a in args if isinstance(a, Tensor | torch.dtype)]
+    return has < max(since, *(SINCE.get(dtype, (0, 0)) for dtype in dtypes))
 
 
 def _environment() -> str:

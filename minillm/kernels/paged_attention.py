@@ -607,6 +607,13 @@ def _of_parts(out: Tensor, parts: int) -> tuple[Tensor, Tensor]:
     return lse.new_empty((*lse.shape, out.shape[2])), lse
 
 
+def _join(target: Tensor, lse: Tensor, out: Tensor, parts: int, block_d: int, early: dict[str, bool]) -> None:
+    tokens, heads, size = out.shape
+    join_kernel[(tokens * heads,)](
+        target, lse, out, D=size, SPLITS=parts, BLOCK_D=block_d, num_warps=max(1, parts * block_d // 8192), **early
+    )
+
+
 def _sizes(q: Tensor, k_cache: Tensor, kind: str, block_d: int) -> dict[str, int]:
     if not on_tensor_cores(q) or k_cache.dtype == torch.float32 or block_d > 128:  # small tiles, or registers run out
         if on_tensor_cores(q):
@@ -677,6 +684,5 @@ def paged_attention(
         BLOCK_D=max(16, block_d // 2) if stored else block_d, **early, **sizes,
     )  # fmt: skip
     if parts > 1:
-        sizes = {"SPLITS": parts, "BLOCK_D": block_d, "num_warps": max(1, parts * block_d // 8192)}
-        join_kernel[(tokens * heads,)](target, lse, out, D=size, **early, **sizes)
+        _join(target, lse, out, parts, block_d, early)
     return out

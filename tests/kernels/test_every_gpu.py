@@ -48,14 +48,13 @@ def _wrong(line: dict) -> str:
     """What is wrong with a launch, in a line; empty if nothing is."""
     if line.get("path") == "torch":
         return ""
-    at = f"{line['capability']}: {line['kernel']} of {line['what']}, {line['sizes']}: "
+    limit, at = SHARED[line["capability"]], f" (capability {line['capability']}: {line['what']}; {line['sizes']})"
     if "error" in line:
-        return at + line["error"]
+        return f"{line['kernel']}: {line['error']}{at}"
     if not line.get("same", True):
-        return at + "other code than for 80: compile all of them again"
-    limit = SHARED[line["capability"]]
+        return f"{line['kernel']}: other code than for 80; compile all of them again{at}"
     if line["shared"] > limit * 1024:
-        return at + f"{line['shared'] / 1024:.0f} KiB of shared memory a program, of {limit}"
+        return f"{line['kernel']}: {line['shared'] / 1024:.0f} KiB of shared memory a program, of {limit}{at}"
     if line["local_bytes"] > SPILLED:
-        return at + f"{line['local_bytes']} B a thread spilled, more than {SPILLED}"
+        return f"{line['kernel']}: {line['local_bytes']} B of a thread's registers spilled, over {SPILLED}{at}"
     return ""
