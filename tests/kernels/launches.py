@@ -47,6 +47,7 @@ CHOSEN = (
     ("Llama-3.1-8B", 32, None),
     ("Llama-3.1-8B", 1, ("linear", "norm_linear", "paged_attention", "w4a16", "w8a16", "w8a8")),
     ("Llama-3.1-8B", 2048, (*ATTENTION, "matmul", "matmul_swiglu", "w4a16", "w8a8", "multi_lora")),
+    ("Llama-3.1-8B", 256, ("w4a16", "w8a16")),
     ("SmolLM2-135M", 32, ("paged_attention", "w4a16")),
     ("SmolLM2-135M", 2048, ATTENTION),
     ("Gemma-3-1B", 32, ATTENTION),
