@@ -316,7 +316,7 @@ def next_power_of_2(n: int) -> int:
 
 
 def divided(x: Tensor, number: float) -> Tensor:
-    """x / number with a CPU's bits: on a GPU torch on_tensor_cores by 1 / number, and the last bit may differ."""
+    """x / number with a CPU's bits: on a GPU torch multiplies by 1 / number, and the last bit may differ."""
     return x / x.new_full((), number)
 
 
