@@ -16,9 +16,9 @@ from common import record
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from minillm.kernels.lessons.softmax import softmax_kernel
 from minillm.kernels.matmul import matmul_kernel
 from minillm.kernels.rms_norm import rms_norm_kernel
-from minillm.kernels.softmax import softmax_kernel
 from minillm.learn.compiling import compile_kernel
 
 ROWS, BF16 = 65_536, torch.bfloat16
