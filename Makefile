@@ -81,6 +81,7 @@ test-clients: $(READY)
 	OPENAI_NPM=$(CLIENTS)/npm $(BIN)/pytest tests/server/test_clients.py -rs
 
 cog: $(READY)
+	$(BIN)/python benchmarks/capacity.py
 	$(BIN)/cog -P -r README.md benchmarks/NOTES.md chapters/*.md
 
 teaching: $(READY)

@@ -90,22 +90,53 @@ def their_training(documents: list[str]):
     return theirs
 
 
-def naive_training(documents: list[str], num_merges: int) -> list[tuple[bytes, bytes]]:
-    """Count all pairs of all distinct words anew for every merge: exercise 3.1."""
-    plain = Tokenizer.train("", 0)
-    counts = Counter(word for document in documents for word in plain._words(document))
-    words = {word: plain.encode(word) for word in counts}
-    merges: list[tuple[int, int]] = []
+def plain_merges(words: dict[str, list[int]], counts: dict[str, int], num_merges: int) -> list[tuple[int, int]]:
+    """The most frequent pair of neighbors, again and again, everything counted anew.  word -> its symbols, how often"""
+    merges = []
     for new_id in range(256, 256 + num_merges):
         pairs: Counter = Counter()
         for word, ids in words.items():
             for pair in pairwise(ids):
                 pairs[pair] += counts[word]
-        merges.append(min(pairs, key=lambda pair: (-pairs[pair], pair)))
-        words = {word: merge_pair(ids, merges[-1], new_id) for word, ids in words.items()}
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        words = {word: merge_pair(ids, best, new_id) for word, ids in words.items()}
+    return merges
+
+
+def plain_encode(ids: list[int], merges: list[tuple[int, int]]) -> list[int]:
+    """Join the pair that was learned first, as long as there is one.  a word's bytes -> its tokens"""
+    rank = {pair: i for i, pair in enumerate(merges)}
+    while known := [(rank[pair], i) for i, pair in enumerate(pairwise(ids)) if pair in rank]:
+        first, i = min(known)
+        ids = [*ids[:i], 256 + first, *ids[i + 2 :]]
+    return ids
+
+
+def plain_top_p(probabilities: list[float], top_p: float) -> list[int]:
+    """The likeliest tokens, until they have top_p together."""
+    kept, total = [], 0.0
+    for i in sorted(range(len(probabilities)), key=lambda i: -probabilities[i]):
+        if total >= top_p:
+            break
+        kept.append(i)
+        total += probabilities[i]
+    return kept
+
+
+def naive_training(documents: list[str], num_merges: int) -> list[tuple[bytes, bytes]]:
+    """`plain_merges` of a text, as bytes; `plain_encode` and `plain_top_p` held against the package besides."""
+    plain = Tokenizer.train("", 0)
+    counts = Counter(word for document in documents for word in plain._words(document))
+    merges = plain_merges({word: plain.encode(word) for word in counts}, counts, num_merges)
     spelled = {i: plain.token_bytes(i) for i in range(256)}
     for i, (left, right) in enumerate(merges):
         spelled[256 + i] = spelled[left] + spelled[right]
+    trained = Tokenizer.train(documents, num_merges)
+    assert all(plain_encode(plain.encode(word), merges) == trained.encode(word) for word in list(counts)[:500])
+    logits = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    kept = (keep_top_p(logits, 0.8) > float("-inf")).nonzero().flatten().tolist()
+    assert sorted(plain_top_p(logits.softmax(-1).tolist(), 0.8)) == kept
     return [(spelled[left], spelled[right]) for left, right in merges]
 
 

@@ -5,9 +5,9 @@ from torch import Tensor
 
 from minillm import kernels
 from minillm.kernels.common import TensorDescriptor, ceil_div, sm_count, tl, triton
+from minillm.kernels.lessons.softmax import softmax_kernel
 from minillm.kernels.matmul import matmul_kernel, matmul_tma_kernel
 from minillm.kernels.rms_norm import rms_norm_kernel
-from minillm.kernels.softmax import softmax_kernel
 from minillm.kernels.swiglu import swiglu_kernel
 
 EPS = 1e-5
@@ -142,7 +142,7 @@ def tiles(x: Tensor, w: Tensor, m: int, n: int, k: int, group: int, warps: int, 
 def tma(x: Tensor, w: Tensor, y: Tensor, sizes: dict) -> object:
     """Launch the copy engine's kernel and return what was compiled."""
     m, n, k = (sizes[f"BLOCK_{axis}"] for axis in "MNK")
-    blocks = ((x, [m, k]), (w, [n, k]), (y, [m, n]))
+    blocks = ((x, [m, k]), (w[None], [1, n, k]), (y, [m, n]))  # with SwiGLU w has two parts
     programs = min(sm_count(0), ceil_div(len(x), m) * ceil_div(len(w), n))
     descriptors = [TensorDescriptor.from_tensor(t, block) for t, block in blocks]
     shape = (x.shape[0], w.shape[0], x.shape[1])

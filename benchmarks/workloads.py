@@ -8,20 +8,18 @@ import heapq
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from minillm.capacity import SHAPES as KNOWN
 from minillm.config import ModelConfig
 
-# Vocabulary, hidden, MLP, layers, query and key/value heads, head size; then context (cut to 8,192: no request here is
-# longer), epsilon, RoPE theta. All but the 8B tie the embedding. Llama's scaling of RoPE is left out: it costs nothing.
+# Of the package's shapes (`minillm plan`), context cut to 8,192: no request here is longer. Llama's scaling of RoPE is
+# left out: it costs nothing.
 SHAPES = {
-    "smollm2": ModelConfig(49_152, 576, 1536, 30, 9, 3, 64, 8192, 1e-5, 1e5, tie_word_embeddings=True),
-    "qwen3": ModelConfig(151_936, 1024, 3072, 28, 16, 8, 128, 8192, 1e-6, 1e6, tie_word_embeddings=True, qk_norm=True),
-    "llama1b": ModelConfig(128_256, 2048, 8192, 16, 32, 8, 64, 8192, 1e-5, 5e5, tie_word_embeddings=True),
-    "llama8b": ModelConfig(128_256, 4096, 14_336, 32, 32, 8, 128, 8192, 1e-5, 5e5),
-    "tiny": ModelConfig(10_240, 64, 128, 2, 4, 2, 16, 8192, 1e-5, 1e4, tie_word_embeddings=True),  # for --quick
-}
+    short: replace(KNOWN[name], max_position_embeddings=8192, rope_scaling=None)
+    for short, name in zip(("smollm2", "qwen3", "llama1b", "llama8b"), KNOWN, strict=True)
+} | {"tiny": ModelConfig(10_240, 64, 128, 2, 4, 2, 16, 8192, 1e-5, 1e4, tie_word_embeddings=True)}  # for --quick
 NAMES = {
     "smollm2": "SmolLM2-135M",
     "qwen3": "Qwen3-0.6B",

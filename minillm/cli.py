@@ -71,7 +71,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
     room: Annotated[bool, typer.Option("--room", help="One line to read out, for a room of people.")] = False,
 ) -> None:
-    """Is everything here that the curriculum needs? Exit status 1 when something is not."""
+    """Is everything here that is needed, in a checkout by the curriculum, else by the package? Exit status 1 if not."""
     from .learn.doctor import examine
 
     if room:
@@ -269,6 +269,33 @@ def quantize(
         )  # fmt: skip
     size = sum(file.stat().st_size for file in out.glob("*.safetensors")) / 1e6
     typer.echo(f"{out}: {size:.0f} MB of weights, in {time.perf_counter() - start:.0f} s")
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="A known shape, as llama-3.1-8b, or a folder with a config.json.")],
+    gpu: Annotated[str, typer.Option(help="h100 or h200; another one with the three figures below.")] = "h100",
+    context: Annotated[int, typer.Option(help="Tokens of a request at its end, prompt and answer.")] = 2048,
+    output: Annotated[int | None, typer.Option(help="Of them, the answer's; by default an eighth.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Requests a second: how many GPUs, and how fast then?")] = None,
+    price: Annotated[float | None, typer.Option(help="Of a GPU's hour, in dollars.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="int4, int8, w8a8 or fp8; by default 16 bits.")] = None,
+    kv_cache_dtype: Annotated[str, typer.Option(help="auto (16 bits), int8 or fp8.")] = "auto",
+    max_num_seqs: Annotated[int, typer.Option(help="Requests that run at once, at most.")] = 256,
+    memory: Annotated[float | None, typer.Option(help="Of the GPU, in GB.")] = None,
+    bandwidth: Annotated[float | None, typer.Option(help="Of a copy, bytes read and written, in GB/s.")] = None,
+    tflops: Annotated[float | None, typer.Option(help="Of a large 16-bit product, in TFLOP/s.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """What a GPU would do for a model: requests that fit, tokens a second, cost. Reckoned: nothing runs."""
+    from .capacity import find_gpu, table
+    from .capacity import plan as planned
+
+    found = planned(
+        model, find_gpu(gpu, memory, bandwidth, tflops), context, output, rate, price, quantization, kv_cache_dtype,
+        max_num_seqs,
+    )  # fmt: skip
+    print(json.dumps(found, indent=1) if as_json else table(found))
 
 
 @app.command()

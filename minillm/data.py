@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from .extras import require
+
 if TYPE_CHECKING:  # digits and text need numpy alone
     from torch import Tensor
 
@@ -61,6 +63,7 @@ def digits(test_fraction: float = 0.25, seed: int = 0) -> Digits:
     """
     if not 0 < test_fraction < 1:
         raise ValueError(f"test_fraction: expected a share between 0 and 1 (both excluded), got {test_fraction}")
+    require("lab", "sklearn")
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)  # [1797, 64] values 0..16, [1797]

@@ -25,7 +25,7 @@ from .model import Transformer
 from .model.tokenizer_hf import load_tokenizer
 from .model.weights import load, model_path, resolve_device, resolve_dtype
 from .progress import progress_bar
-from .quant import ON_THE_FLY, CompressedTensors, load_on_the_fly, on_the_fly, round_model
+from .quant import ON_THE_FLY, CompressedTensors, check_device, load_on_the_fly, on_the_fly, round_model
 from .sampling import SamplingParams
 
 __all__ = ["LLM", "Completion", "Metrics", "RequestOutput", "TextStream"]
@@ -179,6 +179,8 @@ class LLM:
             raise ValueError(f"quantization: expected one of {', '.join(ON_THE_FLY)} or None, got {quantization!r}")
         if quantization is not None and config.quantization_config is not None:
             raise ValueError(f"quantization: expected None, as {path} is quantized already, got {quantization!r}")
+        check_device(resolve_device(device), quantization, config.quantization_config)
+        resolve_dtype(dtype, resolve_device(device))
         self.sampling_defaults = sampling_defaults(path) if generation_config == "auto" else {}
         self.default_params()
         self.tokenizer = load_tokenizer(path) if (path / "tokenizer.json").is_file() else None

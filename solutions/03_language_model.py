@@ -1,14 +1,19 @@
 # %% [markdown]
 # # Exercises 3: a language model
 #
-# Six pieces of [chapter 3](../chapters/03_language_model.md), in the order in which the
-# [lab](../notebooks/03_language_model.ipynb) meets them: two of the tokenizer, the step that trains a model, the losses
-# that judge it, and two of what turns its output into text. Each has a card, a stub and a `check`. Two hints stand
-# below each, closed; open them when you are stuck for five minutes.
+# Ten exercises on [chapter 3](../chapters/03_language_model.md) and its [lab](../notebooks/03_language_model.ipynb):
+# three **warm-ups** of five minutes (3.w1 to 3.w3), the **core** (3.0, the loop that trains a model), and six steps
+# **beyond** (3.1 to 3.6), in the order in which the lab meets their subjects: two of the tokenizer, a training step
+# in pieces, the losses that judge a model, and two of what turns its output into text. Two of these are marked
+# optional.
 #
-# Shapes: `B` sequences, `T` tokens, `V` tokens in the vocabulary.
+# Run the next cell, then replace `raise NotImplementedError(...)` by your code and run the `check` cell under it. Two
+# hints stand below each, closed; open them when you are stuck for five minutes.
+#
+# Shapes: `B` sequences, `T` tokens, $|\mathcal V|$ tokens in the vocabulary, written `V` in comments.
 
 # %%
+import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -18,11 +23,216 @@ import torch.nn.functional as F
 from minillm.learn import check
 
 # %% [markdown]
+# ## Exercise 3.w1: halve an interval
+#
+# | Goal | Difficulty | Minutes | Paper |
+# |---|---|---|---|
+# | warm-up: one step of a search for top-p's border | 1 of 5 | 5 | Holtzman et al., 2020 |
+#
+# Top-p keeps the likeliest tokens until they have `p` together. Instead of sorting, one may look for a *threshold*:
+# keep what has at least this probability. It lies somewhere from `low`, where the tokens that are kept have at least
+# `p` together, to `high`, where they have less. Try the middle of the two. Return the half in which the threshold
+# lies: (middle, high) if the tokens with **at least** the middle's probability have together **at least** `p`, else
+# (low, middle). Leave the list as it is.
+#
+# First on paper: (.5, .25, .15, .1), p = .7, from (0, 1). Where are you after three steps?
+
+
+# %%
+def halve(probabilities: list[float], p: float, low: float, high: float) -> tuple[float, float]:
+    """probabilities of all tokens, in any order; an interval -> one half of it"""
+    ### BEGIN SOLUTION
+    middle = (low + high) / 2
+    enough = sum(x for x in probabilities if x >= middle) >= p
+    return (middle, high) if enough else (low, middle)
+    ### END SOLUTION
+
+
+# %%
+check("3.w1", halve)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# A low threshold keeps much, a high one little. If what the middle keeps is still enough, can you afford to go up?
+# </details>
+
+# %% [markdown]
+# <details><summary>Hint 2</summary>
+#
+# `sum(x for x in ... if ...)` adds up what is kept. On paper: .5 keeps .5, which is less than .7.
+# </details>
+
+# %% [markdown] tags=["solution"]
+# **Why.** What is true of the two ends before a step is true after it: `low` keeps enough, `high` does not. So when the
+# ends have met, `low` is the threshold. On paper: (0, .5), (.25, .5), (.25, .375): the border is .25. Exercise 3.5 does
+# this for many rows at once, and finds out when to stop.
+
+# %% [markdown]
+# ## Exercise 3.w2: the characters that are whole
+#
+# | Goal | Difficulty | Minutes | Paper |
+# |---|---|---|---|
+# | warm-up: what Python says of UTF-8 that breaks off | 1 of 5 | 5 | Yergeau, 2003, RFC 3629 (UTF-8) |
+#
+# `data` is the beginning of a text in UTF-8, cut off after any byte. Return the characters that are whole, and the
+# bytes behind them, of which the next character will be made: none to three. The two together are `data` again.
+#
+# First in a cell of your own: what does `b"a\xf0\x9f".decode()` raise, and what do `start`, `end` and `reason` say?
+
+
+# %%
+def whole_characters(data: bytes) -> tuple[str, bytes]:
+    """UTF-8, cut off anywhere -> (text, bytes left)"""
+    ### BEGIN SOLUTION
+    try:
+        return data.decode(), b""
+    except UnicodeDecodeError as error:
+        return data[: error.start].decode(), data[error.start :]
+    ### END SOLUTION
+
+
+# %%
+check("3.w2", whole_characters)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# `try`, and when it raises look at the exception: `except UnicodeDecodeError as error`.
+# </details>
+
+# %% [markdown]
+# <details><summary>Hint 2</summary>
+#
+# What stands before `error.start` is sound; from there on the next character is not whole.
+# </details>
+
+# %% [markdown] tags=["solution"]
+# **Why.** A character has one to four bytes, and its first byte says how many: 0xxxxxxx, 110xxxxx, 1110xxxx, 11110xxx.
+# So one to three bytes at the end may be waiting, never more. Another way tries to decode all of it, then all but the
+# last byte, and so on. Exercise 3.6 makes a class of this, and adds bytes that are no UTF-8.
+
+# %% [markdown]
+# ## Exercise 3.w3: the mean over all
+#
+# | Goal | Difficulty | Minutes | Paper |
+# |---|---|---|---|
+# | warm-up: means of unequal parts, and the perplexity | 1 of 5 | 5 | none |
+#
+# A model was judged on several texts. `means` has each one's mean loss, in nats a token, `counts` its number of tokens.
+# Return the mean loss over **all tokens** together, and the perplexity that belongs to it. A text without tokens has a
+# mean of NaN and takes no part; some text has tokens. Leave the lists as they are.
+#
+# First on paper: 9 tokens with a mean of 1 nat, and 1 token with 11.
+
+
+# %%
+def over_all(means: list[float], counts: list[int]) -> tuple[float, float]:
+    """mean loss and number of tokens of each text -> (mean loss, perplexity) of all"""
+    ### BEGIN SOLUTION
+    total = sum(mean * count for mean, count in zip(means, counts, strict=True) if count)
+    mean = total / sum(counts)
+    return mean, math.exp(mean)
+    ### END SOLUTION
+
+
+# %%
+check("3.w3", over_all)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# A mean times its count is a sum again, and sums can be added.
+# </details>
+
+# %% [markdown]
+# <details><summary>Hint 2</summary>
+#
+# NaN times 0 is NaN: leave such a text out before you multiply. The perplexity is e to the power of the mean.
+# </details>
+
+# %% [markdown] tags=["solution"]
+# **Why.** The mean of the means lets one token of the short text weigh as much as nine of the long one: 6 nats in place
+# of 2, a perplexity of 403 in place of 7.4. Perplexities themselves cannot be averaged at all, in any weighting: they
+# are no sums. Training makes the same mistake when a batch is cut into parts (exercise 3.3).
+
+# %% [markdown]
+# ## Exercise 3.0: the training loop
+#
+# | Goal | Difficulty | Minutes | Paper |
+# |---|---|---|---|
+# | core: ten lines that turn text into a language model | 2 of 5 | 20 | Radford et al., 2019 |
+#
+# `token_ids` [n] is a whole text as one stream of tokens. Train `model` on it, `steps` times:
+#
+# - Draw `batch` windows: each begins at one of `torch.randint(n - window, (batch,), generator=generator)`, drawn once a
+#   step. Its inputs are the `window` tokens from there on; all windows go through the model at once, [batch, window].
+# - A position's target is the token **one place further** in the stream, also for the last position of a window.
+# - The loss is the mean cross-entropy of all batch · window predictions.
+# - The optimizer takes one step along the gradient of this batch alone. No clipping, no change of the learning rate.
+#
+# Return each step's loss, before the step, as a Python float. `steps` may be 0. Leave `token_ids` as it is.
+
+
+# %%
+def train(
+    model: Callable[[torch.Tensor], torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    token_ids: torch.Tensor,
+    steps: int,
+    batch: int,
+    window: int,
+    generator: torch.Generator,
+) -> list[float]:
+    """model: [B, T] int64 -> [B, T, V]; token_ids [n] int64, n > window -> `steps` losses"""
+    ### BEGIN SOLUTION
+    losses = []
+    for _ in range(steps):
+        starts = torch.randint(len(token_ids) - window, (batch,), generator=generator)
+        rows = token_ids[starts[:, None] + torch.arange(window + 1)]  # [B, T + 1]
+        logits = model(rows[:, :-1])  # [B, T, V]
+        loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+    ### END SOLUTION
+
+
+# %%
+check("3.0", train)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# A window needs `window + 1` tokens of the stream: inputs are all but the last, targets all but the first.
+# `starts[:, None] + torch.arange(...)` are the places of all of them at once.
+# </details>
+
+# %% [markdown]
+# <details><summary>Hint 2</summary>
+#
+# `F.cross_entropy` wants logits [rows, V] and targets [rows]: `flatten(0, 1)` makes them of [B, T, V]. Then three
+# calls: clear the gradients, backward, step. `loss.item()` is a float.
+# </details>
+
+# %% [markdown] tags=["solution"]
+# **Why.** This is all that pretraining is; what large models add is around it: a schedule of the learning rate,
+# clipping, 16-bit numbers, many GPUs, and trillions of tokens. The causal mask lets each window train `window`
+# predictions at once, each from all that stands before it *in the window*.
+#
+# The mistake that hides best is a missing shift: the model learns to copy its input, the loss falls to nearly zero
+# within a hundred steps, and what it writes is nonsense. The next best is a gradient that is never cleared: it
+# trains, as if with a momentum that never fades, and worse. `torch.randint(n - window)` begins at n - window - 1 at
+# most, whose last target is token n - 1: no token of the stream is left out.
+
+# %% [markdown]
 # ## Exercise 3.1: learn the merges
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | the training of byte-pair encoding, slow and plain | 2 of 5 | 20 | Sennrich, Haddow and Birch, 2016, section 3.2 |
+# | beyond: the training of byte-pair encoding | 2 of 5 | 20 | Sennrich, Haddow and Birch, 2016, section 3.2 |
 #
 # `word_counts` says how often each word of a text occurs. Spell every word as its UTF-8 bytes, one symbol a byte. Then,
 # `num_merges` times:
@@ -33,7 +243,7 @@ from minillm.learn import check
 # - if even this pair occurs fewer than `min_count` times, stop: its token would rarely be used, and rarely be trained;
 # - join it wherever it stands, in each word from left to right, so that `a a a` becomes `aa a`.
 #
-# Return the pairs in the order joined. When no pair is left, return what you have.
+# Return the pairs in the order joined. When no pair is left, return what you have. Leave `word_counts` as it is.
 
 
 # %%
@@ -96,7 +306,7 @@ check("3.1", learn_merges)
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | from a word to tokens, and an account of how | 2 of 5 | 15 | Sennrich, Haddow and Birch, 2016, figure 1 |
+# | beyond: from a word to tokens, and an account of how | 2 of 5 | 15 | Sennrich, Haddow and Birch, 2016, figure 1 |
 #
 # `table` gives each pair that may be joined its rank, its place in the order of learning, 0 first. (The dictionary
 # itself may be in any order.) Spell `word` as single bytes. As long as there is a pair of neighbors in `table`, join
@@ -149,7 +359,7 @@ check("3.2", encode_word)
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | a step on a batch that does not fit into memory | 3 of 5 | 20 | Radford et al., 2019 |
+# | beyond: a step on a batch that does not fit into memory | 3 of 5 | 20 | Radford et al., 2019 |
 #
 # `model(token_ids)` gives logits: at every position scores for the token that comes *next*. Take one step on `batch`:
 #
@@ -157,11 +367,12 @@ check("3.2", encode_word)
 # - the loss is the mean cross-entropy over all targets of the batch, those that are padding (`pad_id`) left out;
 # - to save memory, cut the batch into `pieces` equal parts of rows, in order. Each part goes through the model and
 #   backward before the next one enters; gradients add up over the parts (**gradient accumulation**);
-# - then the optimizer takes one step, along the gradient of this batch alone. No clipping.
+# - then the optimizer takes one step, along the gradient of this batch alone, whatever stood in `.grad` before the
+#   call. No clipping.
 #
 # `pieces` divides `B` and changes memory and nothing else: not the loss, not the gradient. Parts hold unequal numbers
 # of targets, and a part may hold none at all; the batch has at least one. Return the loss before the step as a Python
-# float.
+# float. Leave `batch` as it is.
 
 
 # %%
@@ -193,8 +404,8 @@ check("3.3", training_step)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# Inputs are all tokens but the last, targets all but the first. `F.cross_entropy` wants logits `[N, V]` and targets
-# `[N]`; it has an argument for targets that do not count, and one that says whether it returns a mean.
+# Inputs are all tokens but the last, targets all but the first. `F.cross_entropy` wants logits `[rows, V]` and targets
+# `[rows]`; it has an argument for targets that do not count, and one that says whether it returns a mean.
 # </details>
 #
 # <details><summary>Hint 2</summary>
@@ -217,11 +428,11 @@ check("3.3", training_step)
 # input, the loss falls to nearly zero within a hundred steps, and the samples are nonsense.
 
 # %% [markdown]
-# ## Exercise 3.4: the loss of every token of a long text
+# ## Exercise 3.4: the loss of every token of a long text (optional)
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | every token judged once, with as much context as fits | 3 of 5 | 20 | Baevski and Auli, 2019, section 5.3 |
+# | beyond: every token judged once, with as much context as fits | 3 of 5 | 20 | Baevski and Auli, 2019, section 5.3 |
 #
 # A perplexity is one number. Which tokens surprise the model shows only token by token, so return the vector behind it.
 #
@@ -230,19 +441,20 @@ check("3.3", training_step)
 # e. Score each token of the text exactly once, by the *first* window that predicts it: of all windows this one gives it
 # the most context. Token 0 has nothing before it and is not scored. Show no window that has nothing new to score.
 #
-# Return -ln p of tokens 1, 2, ..., in order, as a float32 tensor `[N - 1]` that keeps no graph. Compute in float32,
-# also when the logits come in bfloat16. exp of its mean is the perplexity.
+# Return -ln p of tokens 1, 2, ..., in order, as a float32 tensor `[n - 1]` that keeps no graph, whatever the logits'
+# dtype. Compute in float32, also when they come in bfloat16. exp of its mean is the perplexity. Leave `token_ids` as it
+# is.
 
 
 # %%
 def token_losses(
     model: Callable[[torch.Tensor], torch.Tensor], token_ids: list[int], window: int, stride: int
 ) -> torch.Tensor:
-    """model: [1, T] int64 -> [1, T, V], T at most `window`; 1 <= stride <= window; N >= 2 token ids -> [N - 1]"""
+    """model: [1, T] int64 -> [1, T, V], T at most `window`; 1 <= stride <= window; n >= 2 token ids -> [n - 1]"""
     ### BEGIN SOLUTION
-    ids = torch.tensor(token_ids)  # [N]
+    ids = torch.tensor(token_ids)  # [n]
     last = len(ids) - 1
-    losses = torch.empty(last)  # [N - 1]: entry i belongs to token i + 1
+    losses = torch.empty(last)  # [n - 1]: entry i belongs to token i + 1
     scored = 0  # entries 0 .. scored-1 are written
     for begin in range(0, last, stride):
         end = min(begin + window, last)
@@ -284,21 +496,23 @@ check("3.4", token_losses)
 # build such windows first and batch them.
 
 # %% [markdown]
-# ## Exercise 3.5: the nucleus without a sort
+# ## Exercise 3.5: the nucleus without a sort (optional)
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | top-p for a GPU, where a sort is dear | 4 of 5 | 30 | Holtzman et al., 2020; FlashInfer, 2025 |
+# | beyond: top-p for a GPU, where a sort is dear | 4 of 5 | 30 | Holtzman et al., 2020; FlashInfer, 2025 |
 #
 # Chapter and lab sort each row to find the nucleus. Engines on GPUs search for a threshold instead. For each row, find
 # by bisection the largest t such that the tokens with probability at least t have together at least `p`. Keep these,
 # set the logits of all others to minus infinity.
 #
-# - Every row has its own threshold; `p` is one number for all rows or a tensor `[B]`, 0 < p <= 1.
+# - Every row has its own threshold; `p` is one number for all rows or a tensor `[B]`, 0 < p <= 1. `logits` is fp32.
 # - Tokens of equal probability stay or go together: a threshold cannot tell them apart.
 # - Tokens of different probability are told apart, even small ones that differ by one part in 100,000.
 # - p = 1 keeps every token, however small.
-# - No `sort`, `argsort`, `msort`, `topk` or `kthvalue`. Do not change `logits` or `p`.
+# - A logit may be minus infinity, refused before. Each row has another.
+# - Do not sort, neither with torch (`sort`, `argsort`, `msort`, `topk`, `kthvalue`, `unique`) nor with Python or NumPy.
+# - Do not change `logits` or `p`.
 
 
 # %%
@@ -357,13 +571,14 @@ check("3.5", keep_top_p)
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | stream text while tokens end inside characters | 3 of 5 | 20 | Yergeau, 2003, RFC 3629 (UTF-8) |
+# | beyond: stream text while tokens end inside characters | 3 of 5 | 20 | Yergeau, 2003, RFC 3629 (UTF-8) |
 #
 # A token is a piece of bytes and may end inside a character: an emoji of four bytes comes as two or three tokens.
 # Write a class that a server would use to send text while it is generated:
 #
 # - `push(data)` takes the bytes of the next token and returns all characters that are complete by now, "" if none is;
-# - bytes that can never become a character (0xFF, say) become U+FFFD at once and do not hold up the rest;
+# - bytes that can never become a character (0xFF, say, or 0xC0) become U+FFFD at once and do not hold up the rest.
+#   (With ED A0, where a surrogate would begin, you may wait for one byte more, as Python's own decoder does.)
 # - `flush()` returns what is left at the end, U+FFFD for an incomplete character, and leaves nothing behind.
 #
 # All returned pieces joined are `all_bytes.decode(errors="replace")`.

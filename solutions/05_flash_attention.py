@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Exercises 5: FlashAttention
 #
-# Five functions, each at most 30 lines: the parts of an attention kernel that people get wrong. They belong to
-# [chapter 5](../chapters/05_flash_attention.md) and its [lab](../notebooks/05_flash_attention.ipynb); each asks for one
-# step beyond what these two show.
+# Nine exercises on [chapter 5](../chapters/05_flash_attention.md) and its [lab](../notebooks/05_flash_attention.ipynb):
+# three **warm-ups** of five minutes (5.w1 to 5.w3), the **core** (5.0), and five steps **beyond** (5.1 to 5.5,
+# optional), the parts of an attention kernel that people get wrong.
 #
 # Run the next cell, then take the exercises in any order. Replace `raise NotImplementedError(...)` by your code and
 # run the `check` cell under it: it says which contracts hold, and on a failure what was expected and what came.
@@ -11,11 +11,13 @@
 # Shapes: `T` queries, `S` keys, `D` features a head, `H` heads. A *partial result* of some keys is the triple
 # `(m, l, acc)`: for each query the largest score `m`, the sum `l` of `exp(score - m)`, and the sum `acc` of
 # `exp(score - m) · value`. Its attention is `acc / l`, its log-sum-exp `m + log(l)`. Exponentials are base e here.
+# Numbers are fp32 unless an exercise says otherwise. Tensors need not be contiguous, and inputs stay as they are.
 #
 # Without a GPU, exercise 5.5 runs in Triton's interpreter. The variable that turns it on is read when Triton is
 # imported: that is why it stands above the imports.
 
 # %%
+import math
 import os
 
 import torch
@@ -27,11 +29,199 @@ from minillm.kernels.common import tl, triton
 from minillm.learn import check
 
 # %% [markdown]
+# ## Exercise 5.w1: one more key
+#
+# | Goal | Difficulty | Minutes | Paper |
+# |---|---|---|---|
+# | warm-up: the running softmax with plain numbers | 1 of 5 | 5 | Milakov and Gimelshein, 2018, 3.1 |
+#
+# One query. `(m, l, acc)` is the partial result of the keys seen so far: the largest score, the sum of `exp(score -
+# m)`, the sum of `exp(score - m) · value`. Before the first key it is `(-inf, 0, 0)`. One more key comes, with `score`
+# and `value`. Return the partial result with that key counted in. All five are Python floats, and so are the three.
+#
+# On paper first: after scores 0 and ln 3 with values 6 and 2 it is (ln 3, 4/3, 4). What does the score ln 6 with the
+# value 4 make of it? The check asks.
+#
+# `exp` is only ever taken of numbers up to 0, so scores of ±1,000 are no problem.
+
+
+# %%
+def one_more(m: float, l: float, acc: float, score: float, value: float) -> tuple[float, float, float]:  # noqa: E741
+    """(m, l, acc) with one more key"""
+    ### BEGIN SOLUTION
+    highest = max(m, score)
+    shrink, weight = math.exp(m - highest), math.exp(score - highest)
+    return highest, l * shrink + weight, acc * shrink + weight * value
+    ### END SOLUTION
+
+
+# %%
+check("5.w1", one_more)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# The new maximum first. Old sums were counted from the old one: by which factor do they shrink?
+# </details>
+
+# %% [markdown]
+# <details><summary>Hint 2</summary>
+#
+# `math.exp(m - highest)` for the old sums, `math.exp(score - highest)` for the new key: one of the two is 1.
+# `math.exp(-inf)` is 0, so the first key needs no case of its own.
+# </details>
+
+# %% [markdown] tags=["solution"]
+# **Why.** On paper: the factor for the old is 3/6, so l = 4/3 · 1/2 + 1 = 5/3 and acc = 4 · 1/2 + 4 = 6. In the kernel
+# the same three lines work on a row of scores in place of one, and on a tile of queries in place of one.
+
+# %% [markdown]
+# ## Exercise 5.w2: which blocks do these keys touch?
+#
+# | Goal | Difficulty | Minutes | Paper |
+# |---|---|---|---|
+# | warm-up: from keys to blocks, rounding the right way | 1 of 5 | 5 | – |
+#
+# Block b holds the keys `b · block` ... `(b + 1) · block - 1`. A query sees the keys `first` ... `last`, both included.
+# Return `(begin, end)`: the blocks begin ... end - 1 are those that hold at least one of these keys. With
+# `last = first - 1` there is no key: then begin = end, whichever. No loop over blocks: there may be 10¹².
+#
+# On paper first: keys 5 to 18 in blocks of 4.
+
+
+# %%
+def touched(first: int, last: int, block: int) -> tuple[int, int]:
+    """(begin, end) of the blocks that hold any of the keys first ... last; first is 0 or more"""
+    ### BEGIN SOLUTION
+    if last < first:
+        return 0, 0
+    return first // block, last // block + 1
+    ### END SOLUTION
+
+
+# %%
+check("5.w2", touched)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# In which block is key j?
+# </details>
+
+# %% [markdown]
+# <details><summary>Hint 2</summary>
+#
+# The block of the first key, and one past the block of the last. No key at all: look at `first = 4, last = 3`.
+# </details>
+
+# %% [markdown] tags=["solution"]
+# **Why.** 5 // 4 = 1 and 18 // 4 + 1 = 5: blocks 1 to 4. Of these, 2 and 3 lie inside and need no mask. Exercise 5.3
+# asks for both ranges, for a whole tile of queries.
+
+# %% [markdown]
+# ## Exercise 5.w3: the mask of one block
+#
+# | Goal | Difficulty | Minutes | Paper |
+# |---|---|---|---|
+# | warm-up: causal, for a block anywhere | 1 of 5 | 5 | – |
+#
+# A tile has `M` queries at the positions `position` ... `position + M - 1`, a block the `N` keys `start` ...
+# `start + N - 1`. Return the mask `[M, N]`, bool, True where the query may see the key: the key's position is at most
+# the query's. Whole blocks come out all True, hidden ones all False, those on the diagonal in between.
+
+
+# %%
+def block_mask(position: int, M: int, start: int, N: int) -> torch.Tensor:
+    """[M, N] bool: which of the keys start ... each of the queries position ... sees"""
+    ### BEGIN SOLUTION
+    return start + torch.arange(N) <= position + torch.arange(M)[:, None]
+    ### END SOLUTION
+
+
+# %%
+check("5.w3", block_mask)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# Positions of queries as a column, `[M, 1]`, of keys as a row, `[N]`: comparing them gives `[M, N]`.
+# </details>
+
+# %% [markdown]
+# <details><summary>Hint 2</summary>
+#
+# `torch.arange(M)[:, None]` is a column. `tril` is right for one place of the block only.
+# </details>
+
+# %% [markdown] tags=["solution"]
+# **Why.** A kernel does this with `tl.arange`, for blocks on the diagonal alone: elsewhere the answer is known from the
+# corners. The other way, `torch.ones(M, N).tril(position - start).bool()`, says the same: the diagonal is moved.
+
+# %% [markdown]
+# ## Exercise 5.0: attention, one block of keys at a time
+#
+# | Goal | Difficulty | Minutes | Paper |
+# |---|---|---|---|
+# | core: exact attention without the matrix of scores | 2 of 5 | 20 | Dao et al., 2022, 3.1; Rabe and Staats, 2021 |
+#
+# Attention of one head without a mask: `softmax(q kᵀ / sqrt(D)) v`. Walk over the keys, `block` at a time, keep
+# `(m, l, acc)` for each query, divide at the end.
+#
+# - q `[T, D]`, k `[S, D]`, v `[S, E]`: values may have another size than keys. S is at least 1. Return a new `[T, E]`.
+# - `block` need not divide S, and may be larger.
+# - **Never hold more than `T x block` scores.**
+# - Scores of ±1,000 or -10¹⁰ are no problem, and each query has its own maximum.
+
+
+# %%
+def online_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int) -> torch.Tensor:
+    """q [T, D], k [S, D], v [S, E] -> [T, E]"""
+    ### BEGIN SOLUTION
+    m = torch.full((len(q),), -torch.inf)  # [T]
+    total, acc = torch.zeros(len(q)), torch.zeros(len(q), v.shape[1])
+    for keys, values in zip(k.split(block), v.split(block), strict=True):
+        scores = q @ keys.T / q.shape[1] ** 0.5  # [T, block]
+        new_m = torch.maximum(m, scores.amax(1))
+        weights, shrink = torch.exp(scores - new_m[:, None]), torch.exp(m - new_m)
+        total = total * shrink + weights.sum(1)
+        acc = acc * shrink[:, None] + weights @ values
+        m = new_m
+    return acc / total[:, None]
+    ### END SOLUTION
+
+
+# %%
+check("5.0", online_attention)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# Warm-up 5.w1, with `[T]` in place of each number of the state, and a block of keys in place of one. Every query has
+# its own maximum: `scores.amax(1)`.
+# </details>
+
+# %% [markdown]
+# <details><summary>Hint 2</summary>
+#
+# Per block: scores `[T, block]`, the new maximum, the weights from there, the factor `exp(m - new_m)` for what was
+# summed before, **both** for the sum and for `acc` (`shrink[:, None]`). `k.split(block)` gives the last block what is
+# left.
+# </details>
+
+# %% [markdown] tags=["solution"]
+# **Why.** After each block the three definitions hold for the keys seen so far: the proof by induction of the chapter,
+# as a loop. m starts at -inf here, and from the first block on it is finite, as every query sees every key. With a mask
+# a query may see nothing of a block: then -inf - (-inf) has to be avoided (exercise 5.2).
+#
+# The other way is two passes: one over the keys for the maximum and the sum, one for the output. It needs no factors,
+# and reads the keys twice.
+
+# %% [markdown]
 # ## Exercise 5.1: merging two partial results
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | the running softmax without an order: any two results become one | 2 of 5 | 15 | Milakov and Gimelshein, 2018, 3.1 |
+# | a step beyond: the running softmax without an order | 2 of 5 | 20 | Milakov and Gimelshein, 2018, 3.1 |
 #
 # The chapter walks over key blocks from left to right. But two partial results of *any* two sets of keys can be merged
 # into that of all their keys, so blocks may be taken in any order, or by different programs. Write that merge. It must
@@ -40,9 +230,10 @@ from minillm.learn import check
 # - **associative and commutative**: any grouping and any order give the same, up to rounding;
 # - **with a neutral element**: the partial result of no keys is `m = -inf`, `l = 0`, `acc = 0`. Merging with it changes
 #   nothing; two of them give it again. In one call some queries may have keys on both sides, some on one, some on none.
-# - **safe**: scores of ±1,000 give neither `inf` nor NaN.
+# - **safe**: scores of ±1,000 or -10¹⁰ give neither `inf` nor NaN.
 #
-# Any number of leading dimensions must work. Return new tensors and leave the inputs alone.
+# Any number of leading dimensions must work. The numbers of both sides are all fp32 or all fp64, and stay so. Return
+# new tensors, with no memory of the inputs', whatever is empty, and leave the inputs alone.
 
 # %%
 Partial = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -94,23 +285,25 @@ check("5.1", merge)
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | the inner loop in torch, from a start that is not empty | 3 of 5 | 25 | Xiao et al., 2024; gpt-oss, 2025 |
+# | a step beyond: causal, any dtype, from a start that is not empty | 3 of 5 | 30 | Xiao et al., 2024; gpt-oss, 2025 |
 #
-# The inner loop of FlashAttention for one tile of queries of one head: walk over the keys, `block` at a time, keep
-# `m`, `l`, `acc`, divide at the end. Query i stands at position `position + i` and sees the keys at positions up to its
-# own; key j stands at position j. (`position` is S - T when the last query is the last token, but do not rely on it. It
-# may be negative: a query before the first key sees nothing.) Scores are `q · k / sqrt(D)`.
+# The core, 5.0, as a kernel has it: one tile of queries of one head, causal. Query i stands at position `position + i`
+# and sees the keys at positions up to its own; key j stands at position j. (`position` is S - T when the last query is
+# the last token, but do not rely on it. It may be negative: a query before the first key sees nothing.) Scores are
+# `q · k / sqrt(D)`.
 #
 # The step beyond: gpt-oss gives each head a **sink**, a trained number that takes part in the softmax like the score
 # of one more key that every query sees and whose value is 0. It costs no pass of its own: think about where it can
 # enter the running state.
 #
 # - Return the output `[T, D]` in `q`'s dtype and the log-sum-exp `[T]` in fp32, the sink counted in both.
-# - Compute in fp32, whatever the inputs' dtype.
+# - Compute in fp32 from the inputs on, whatever their dtypes (q may have another than k and v).
 # - A query that sees nothing gets output 0, and as log-sum-exp the sink, or `-inf` without one.
-# - Keys that no query of the tile sees are not visited: what stands there may even be NaN. Only the last visited
-#   block may hold hidden keys (finite ones). `block` need not divide anything.
-# - Never hold more than `T x block` scores.
+# - Keys that no query of the tile sees are not visited: what stands there may even be NaN. One exception: the rest of
+#   the last visited block, which is finite. (Each query has its own mask, in any block.) `block` need not divide
+#   anything.
+# - Never hold more than `T x block` scores, nor a mask or a sum of them that is larger.
+# - Scores may be -10¹⁰: what hides a key must be lower still.
 
 
 # %%
@@ -171,7 +364,7 @@ check("5.2", flash_tile)
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | skip what is hidden, mask what is partly hidden, no more | 4 of 5 | 25 | Dao, 2023, 3.1; Beltagy et al., 2020 |
+# | a step beyond, optional: skip the hidden, mask the partial | 4 of 5 | 30 | Dao, 2023, 3.1; Beltagy et al., 2020 |
 #
 # A tile holds the queries `first` ... `first + block_m - 1` of `len_q`; the last tile may be short. The last query
 # stands at the last key, so query i is at position p = i + len_k - len_q. With the window `(left, right)` it sees the
@@ -179,8 +372,8 @@ check("5.2", flash_tile)
 #
 # $$p - \text{left} \;\le\; j \;\le\; p + \text{right}, \qquad 0 \le j < \text{len}_k$$
 #
-# where -1 means no limit on that side (FlashAttention's convention; causal is `(-1, 0)`, and the package's `window=W`
-# is `(W - 1, 0)`). Key block b holds the keys `b · block_n` ... `(b + 1) · block_n - 1`. It is
+# where -1 means no limit on that side, whatever the lengths (FlashAttention's convention; causal is `(-1, 0)`, and the
+# package's `window=W` is `(W - 1, 0)`). Key block b holds the keys `b · block_n` ... `(b + 1) · block_n - 1`. It is
 #
 # - **whole** when every query of the tile sees all of its `block_n` keys: no mask is needed;
 # - **hidden** when no query sees any of its keys: it is not visited;
@@ -188,8 +381,9 @@ check("5.2", flash_tile)
 #
 # Return four block indices `(begin, whole_begin, whole_end, end)` with begin ≤ whole_begin ≤ whole_end ≤ end: blocks
 # from begin to whole_begin are masked, to whole_end whole, to end masked, all others hidden. A kernel then runs three
-# loops. When all are hidden, begin = end. The chapter's kernel has the two causal cases; here the window also looks
-# ahead. A kernel cannot afford to look at pairs, so neither may you: lengths of 10¹² must take no time.
+# loops. When all are hidden, begin = end. The four are `int`. The chapter's kernel has the two causal cases; here the
+# window also looks ahead. A kernel cannot afford to look at pairs, so neither may you: lengths of 10¹² must take no
+# time.
 
 
 # %%
@@ -247,7 +441,7 @@ check("5.3", block_ranges)
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | what decoding over a long context ends with | 3 of 5 | 20 | Dao et al., 2023, "Flash-Decoding" |
+# | a step beyond: what decoding over a long context ends with | 3 of 5 | 20 | Dao et al., 2023, "Flash-Decoding" |
 #
 # One new token against 100,000 keys: one query a head, too few tiles to fill a GPU. So the context is split into N
 # chunks, each chunk's attention is computed by its own program, and a second kernel combines. Each program hands over
@@ -258,8 +452,9 @@ check("5.3", block_ranges)
 #
 # - Return the attention over all chunks `[B, H, D]` and its log-sum-exp `[B, H]`.
 # - Outputs may come in fp16 or bf16; compute in fp32, and return the output in their dtype, the log-sum-exp in fp32.
-# - A NaN in a chunk that has keys is a mistake made before, and must show.
+# - A NaN in a chunk that has keys is a mistake made before, and must show, however small that chunk's share is.
 # - A sequence without any key gets 0 and `-inf`. Log-sum-exps of ±1,000 are no problem.
+# - N may be 1: the same holds, and what is returned is new, with no memory of the inputs'.
 # - No Python loop over chunks: the reduction is a handful of tensor operations. Inputs stay as they are.
 
 
@@ -271,7 +466,7 @@ def combine_splits(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor
     m = m.masked_fill(m == float("-inf"), 0.0)
     share = torch.exp(lses - m)  # [N, B, H]: each chunk's sum, from the common origin
     total = share.sum(0)  # [B, H]
-    values = torch.where(share[..., None] > 0, outs.float(), 0.0)  # [N, B, H, D]: 0 · NaN would be NaN
+    values = outs.float().masked_fill((lses == float("-inf"))[..., None], 0.0)  # [N, B, H, D]: 0 · NaN would be NaN
     out = (share[..., None] * values).sum(0) / total.masked_fill(total == 0, 1.0)[..., None]  # [B, H, D]
     return out.to(outs.dtype), m + torch.log(total)
     ### END SOLUTION
@@ -291,7 +486,8 @@ check("5.4", combine_splits)
 # <details><summary>Hint 2</summary>
 #
 # So the weights are a softmax of the log-sum-exps over the chunks. `torch.softmax` fails where all of them are `-inf`.
-# And multiplying by a weight of 0 does not remove a NaN: the value itself has to go first.
+# And multiplying by a weight of 0 does not remove a NaN: the leftover itself has to go first. Which chunks are empty
+# is said by `-inf`, not by a weight of 0: that may also be the weight of a chunk with keys, `exp(-120)`.
 # </details>
 
 # %% [markdown] tags=["solution"]
@@ -299,6 +495,10 @@ check("5.4", combine_splits)
 # e^{s_j} v_j$, the attention over all keys is $\sum_n L_n\, \text{out}_n / \sum_n L_n$. It is exercise 5.1 with $m =
 # \text{lse}$ and $l = 1$: a normalized result is a partial result too. Half-precision outputs are rounded once more
 # than needed, which is why workspaces are often fp32.
+#
+# Which leftovers go is asked of the log-sum-exp. Asking the weight (`share > 0`) looks the same and is not: beside a
+# log-sum-exp of 0 one of -120 has a share that is 0 in fp32, and a NaN in that chunk would be silenced. With the value
+# left in, 0 · NaN is NaN, and shows.
 #
 # The same function merges attention over a shared prefix with that over each sequence's own suffix (cascade
 # attention), results of several GPUs that hold parts of the context (ring attention), and a cache in two memories.
@@ -309,7 +509,7 @@ check("5.4", combine_splits)
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | a forward kernel for one head in Triton, with ALiBi made on the spot | 4 of 5 | 35 | Press et al., 2022 |
+# | a step beyond, optional: one head in Triton, with ALiBi made on the spot | 4 of 5 | 45 | Press et al., 2022 |
 #
 # Write a causal FlashAttention forward for one head, in Triton, with ALiBi: in place of positions in q and k, each
 # score gets a penalty that grows with the distance, $q_i \cdot k_j / \sqrt{D} - \text{slope} \cdot (i - j)$ for j ≤ i.
@@ -317,8 +517,9 @@ check("5.4", combine_splits)
 #
 # Program n takes the queries `n · BLOCK_M` ... of T. q, k, v and the output are contiguous `[T, D]`, fp32 or fp16; D is
 # a power of two of at least 16; T is anything. Blocks of keys that the tile cannot see are not visited. The running
-# state is fp32, `tl.dot` gets `input_precision="ieee"` (which only a GPU shows). Loads past the end need a mask, and so
-# does the store: without it this notebook's kernel may crash.
+# state is fp32, whatever the scores are, and every `tl.dot` gets `input_precision="ieee"` (without it a GPU cuts fp32
+# to TF32). Nothing is read or written outside of the tensors: loads past the end need a mask, of q, k and v, and so
+# does the store.
 #
 # `flash_alibi` allocates and launches: `alibi_kernel[(number of programs,)](arguments ...)`.
 

@@ -1,14 +1,17 @@
 # %% [markdown]
 # # Exercises 6: the KV cache
 #
-# Six functions and classes, each at most 30 lines. They belong to [chapter 6](../chapters/06_kv_cache.md) and its
-# [lab](../notebooks/06_kv_cache.ipynb); each asks for one step beyond what these two show.
+# Ten exercises on [chapter 6](../chapters/06_kv_cache.md) and its [lab](../notebooks/06_kv_cache.ipynb): three
+# **warm-ups** of five minutes (6.w1 to 6.w3), the **core** (6.0), and six steps **beyond** (6.1 to 6.6, optional),
+# which neither chapter nor lab shows in this form.
 #
 # Run the next cell, then take the exercises in any order. Replace `raise NotImplementedError(...)` by your code and
 # run the `check` cell under it: it says which contracts hold, and on a failure what was expected and what came.
 #
 # Shapes: `B` sequences, `T` new tokens, `S` slots, `H` query and `H_kv` key/value heads, `D` features a head. Query
-# head h reads key/value head h // (H / H_kv), scores are `q · k / sqrt(D)`, and keys come turned by RoPE already.
+# head h reads key/value head h // (H / H_kv), scores are `q · k / sqrt(D)`, and RoPE has rotated the keys already.
+# Numbers are fp32 unless an exercise says otherwise. Tensors need not be contiguous, and inputs stay as they are where
+# nothing else is said.
 
 # %%
 import math
@@ -18,21 +21,214 @@ import torch
 from minillm.learn import check
 
 # %% [markdown]
+# ## Exercise 6.w1: count the tokens
+#
+# | Goal | Difficulty | Minutes | Paper |
+# |---|---|---|---|
+# | warm-up: what a cache saves, in tokens through the model | 1 of 5 | 5 | – |
+#
+# A prompt of `prompt` tokens, `n` tokens to generate, one a step. Without a cache each step runs the model over all
+# tokens so far; with one, the first step runs over the prompt, every later one over the token that is new. Return how
+# many tokens pass through the model in each way. `n` is 0 or more (0: no step at all, nothing passes). No loop: n may
+# be 10⁹.
+#
+# On paper first: 3 tokens, 5 to generate.
+
+
+# %%
+def tokens_computed(prompt: int, n: int) -> tuple[int, int]:
+    """(without a cache, with one)"""
+    ### BEGIN SOLUTION
+    if n == 0:
+        return 0, 0
+    return n * prompt + n * (n - 1) // 2, prompt + n - 1
+    ### END SOLUTION
+
+
+# %%
+check("6.w1", tokens_computed)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# Write down the five steps. The token that a step generates passes through the model in the *next* step; the last one
+# never does.
+# </details>
+
+# %% [markdown]
+# <details><summary>Hint 2</summary>
+#
+# Step i, counted from 0, runs over prompt + i tokens: a sum of 0 to n - 1 is n (n - 1) / 2, in integers `//`.
+# </details>
+
+# %% [markdown] tags=["solution"]
+# **Why.** 3 + 4 + 5 + 6 + 7 = 25 against 3 + 1 + 1 + 1 + 1 = 7.
+
+# %% [markdown]
+# ## Exercise 6.w2: a ring of slots
+#
+# | Goal | Difficulty | Minutes | Paper |
+# |---|---|---|---|
+# | warm-up: which position stands where | 1 of 5 | 5 | Jiang et al., 2023, 2 |
+#
+# A ring of `window` slots: position p goes to slot p % window, over what stood there. After `length` tokens (positions
+# 0 ... length - 1), which position does each slot hold? Return a list of `window` entries, -1 for a slot that was never
+# written. The tokens themselves may be many: no loop over them.
+#
+# On paper first: a ring of 4 after 6 tokens.
+
+
+# %%
+def ring(length: int, window: int) -> list[int]:
+    """[position in slot 0, in slot 1, ...]"""
+    ### BEGIN SOLUTION
+    newest = length - 1
+    return [max(-1, newest - (newest - slot) % window) for slot in range(window)]
+    ### END SOLUTION
+
+
+# %%
+check("6.w2", ring)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# Start from the newest token: in which slot does it stand, and how far back is the one in slot s?
+# </details>
+
+# %% [markdown]
+# <details><summary>Hint 2</summary>
+#
+# The token in slot s is (newest - s) % window steps older than the newest; Python's `%` is never negative here. What
+# comes out below 0 was never written.
+# </details>
+
+# %% [markdown] tags=["solution"]
+# **Why.** [4, 5, 2, 3]: 0 and 1 were overwritten. The package's `_positions_in_ring` is this line with tensors. The
+# other way is to look at the last `window` positions only: `for p in range(max(0, length - window), length)`.
+
+# %% [markdown]
+# ## Exercise 6.w3: 0 · NaN
+#
+# | Goal | Difficulty | Minutes | Paper |
+# |---|---|---|---|
+# | warm-up: a weight of 0 does not silence what stands in a slot | 1 of 5 | 5 | – |
+#
+# Slots behind a sequence's end hold whatever stood in memory before, perhaps NaN. `seen` `[S]`, bool, says which slots
+# hold tokens. Return the attention output `[D]`: the softmax of the `scores` `[S]` over the slots that are seen, times
+# their `values` `[S, D]`. What stands in the other slots, scores and values, must not show. At least one is seen. The
+# inputs stay as they are; a NaN in a slot that *is* seen is somebody's mistake and shows.
+
+
+# %%
+def blend(scores: torch.Tensor, values: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """scores [S], values [S, D], seen [S] bool -> [D]"""
+    ### BEGIN SOLUTION
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(0)
+    return weights @ values.masked_fill(~seen[:, None], 0.0)
+    ### END SOLUTION
+
+
+# %%
+check("6.w3", blend)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# `0 * nan` is NaN, and so is a softmax with one NaN among its scores. Which of the two is cured by a mask on the
+# scores?
+# </details>
+
+# %% [markdown]
+# <details><summary>Hint 2</summary>
+#
+# `masked_fill` replaces, whatever stood there. Fill both: scores with -inf, values with 0. Adding -inf to NaN does not
+# help.
+# </details>
+
+# %% [markdown] tags=["solution"]
+# **Why.** Filling replaces, multiplying does not. `nan_to_num` would hide real mistakes, too. The other way is to
+# select: `scores[seen].softmax(0) @ values[seen]`, right and simple, but on a GPU its shape depends on the data, so the
+# host has to wait for it.
+
+# %% [markdown]
+# ## Exercise 6.0: append and attend
+#
+# | Goal | Difficulty | Minutes | Paper |
+# |---|---|---|---|
+# | core: a step of one sequence with a cache | 2 of 5 | 20 | Pope et al., 2023, 2 |
+#
+# One layer, one sequence. The caches have room for S tokens; slots 0 ... length - 1 hold those so far. A step brings T
+# new tokens: a prompt's (length is 0), a chunk of it, or a single one.
+#
+# - Store `k` and `v` in the slots length ... length + T - 1, **in place**: the caches given are changed, and nothing
+#   else of them. They may be views that are not contiguous.
+# - Then attend: the new token i, at position length + i, sees the keys at positions up to its own, cached or new.
+#   Return `[T, H, D]`.
+# - Slots behind hold anything, even NaN, which must not show.
+# - If the T tokens do not fit, raise ValueError and change nothing.
+# - Any sizes of steps give the same as all tokens at once.
+
+
+# %%
+def append_and_attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, length: int
+) -> torch.Tensor:
+    """q [T, H, D], k and v [T, H_kv, D], caches [S, H_kv, D], length tokens cached -> [T, H, D]"""
+    ### BEGIN SOLUTION
+    end = length + len(k)
+    if end > len(k_cache):
+        raise ValueError(f"k: expected at most {len(k_cache) - length} tokens, got {len(k)}")
+    k_cache[length:end], v_cache[length:end] = k, v
+    groups = q.shape[1] // k.shape[1]
+    keys, values = (x[:end].repeat_interleave(groups, dim=1) for x in (k_cache, v_cache))  # [end, H, D]
+    scores = torch.einsum("thd,shd->hts", q, keys) / q.shape[-1] ** 0.5
+    future = torch.arange(end) > length + torch.arange(len(q))[:, None]  # [T, end]
+    return torch.einsum("hts,shd->thd", scores.masked_fill(future, float("-inf")).softmax(-1), values)
+    ### END SOLUTION
+
+
+# %%
+check("6.0", append_and_attend)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# Three steps: assign into a slice of the caches, read slots 0 ... length + T - 1, attend with a mask. The mask compares
+# positions of queries, which begin at `length`, with positions of keys, which begin at 0.
+# </details>
+
+# %% [markdown]
+# <details><summary>Hint 2</summary>
+#
+# `x.repeat_interleave(groups, dim=1)` gives every query head its key/value head. The mask is `[T, length + T]`: with
+# `tril()` of a square, or `is_causal=True`, a single new token would see the first key alone.
+# </details>
+
+# %% [markdown] tags=["solution"]
+# **Why.** By the prefix property the cached keys and values are what a run over all tokens would make again, so a step
+# needs those of its own tokens alone. Reading `[:end]` keeps the rest of memory out without a mask; a batch of
+# sequences of different lengths cannot cut like that (exercise 6.3).
+#
+# The other way is torch's fused attention with that mask and `enable_gqa=True`.
+
+# %% [markdown]
 # ## Exercise 6.1: what fits
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | plan a GPU's memory for any kind of attention | 2 of 5 | 15 | DeepSeek-AI, 2024, 2.1; Gemma Team, 2025 |
+# | a step beyond: plan a GPU's memory for any attention | 2 of 5 | 15 | DeepSeek-AI, 2024, 2.1; Gemma Team, 2025 |
 #
 # How many sequences of `length` tokens fit beside the weights? Layers may differ: `layers` has a dictionary for each.
 #
 # - `{"kv_heads": 8, "head_dim": 128}` keeps a key and a value a head and token: MHA, GQA and MQA differ in `kv_heads`.
 # - `{"latent": 512, "rope": 64}` is MLA: **one** vector of 512 a token, from which the keys and values of all heads are
-#   made, and one turned key of 64 that all heads share.
+#   made, and one rotated key of 64 that all heads share.
 # - Either may have `"window": W`: that layer never keeps more than W tokens.
 #
 # A layer's memory comes in blocks of `block` tokens, so what it holds of a sequence is rounded up to whole blocks.
-# `size` is the bytes of a number (0.5 for 4 bits). Weights that do not fit leave room for 0 sequences.
+# `size` is the bytes of a number (0.5 for 4 bits; half bytes add up, they are not rounded). Return an int. Weights that
+# do not fit leave room for 0 sequences.
 
 
 # %%
@@ -79,17 +275,19 @@ check("6.1", max_sequences)
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | grow by doubling, forget without moving anything | 2 of 5 | 20 | Leviathan et al., 2023, 2.3, for who needs it |
+# | a step beyond: grow by doubling, forget without moving | 2 of 5 | 20 | Leviathan et al., 2023, 2.3 |
 #
 # A cache for one layer of one sequence. The package's grows; this one can also go **back**: "regenerate" drops the last
 # answer, and speculative decoding (chapter 14) drops guesses that were wrong.
 #
 # - `append(k, v)` takes `[T, H_kv, D]` each and returns the keys and values of all tokens so far, `[length, H_kv, D]`.
-# - `length` is an attribute, the number of tokens so far. All numbers are fp32.
+#   T may be 0.
+# - `length` is an attribute, the number of tokens so far. What is stored is fp32, whatever the dtype of k and v.
 # - What comes back are **views** into the cache: an append that needs no growth copies nothing but the new tokens.
 # - `capacity` starts as given, and doubles, once or more, only when the tokens do not fit. It never shrinks.
 # - `rewind(length)` keeps the first `length` tokens. It moves nothing. Whatever is appended next takes the place of
-#   what was dropped. ValueError for a length below 0 or above the present one, which changes nothing.
+#   what was dropped. ValueError for a length below 0 or above the present one (not the longest ever), which changes
+#   nothing.
 
 
 # %%
@@ -165,17 +363,18 @@ check("6.2", Cache)
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | the decode step of a static batch, finished rows included | 3 of 5 | 25 | Yu et al., 2022 (Orca), 3 |
+# | a step beyond: decode a static batch, finished rows included | 3 of 5 | 30 | Yu et al., 2022 (Orca), 3 |
 #
 # One decode step for B sequences with different numbers of tokens in the cache, some of them finished. Row b has
 # `lengths[b]` tokens, in slots 0 ... lengths[b] - 1.
 #
-# - For an active row: store `k[b]` and `v[b]` in slot `lengths[b]` (in place), then attend from `q[b]` to all of the
-#   row's tokens, the new one included.
+# - For an active row: store `k[b]` and `v[b]` in slot `lengths[b]` (in place; the caches may be views that are not
+#   contiguous), then attend from `q[b]` to all of the row's tokens, the new one included.
 # - A finished row is left alone: nothing is stored (its row may be full), and its output is 0.
 # - Slots past a row's end hold whatever was there before: large numbers, even NaN. It must not show.
-# - Return `[B, H, D]`. Change nothing but those slots; `lengths` stays. Do without a loop over the sequences (the check
-#   cannot see one).
+# - Return a new `[B, H, D]`. Change nothing but those slots; `lengths` stays.
+# - Do without a loop over the sequences: 64 rows take no more tensor operations than 2.
+# - Scores may be -10¹⁰: what hides a slot must be lower still.
 
 
 # %%
@@ -230,7 +429,7 @@ check("6.3", decode_step)
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | endless text in fixed memory | 4 of 5 | 35 | Xiao et al., 2024 (StreamingLLM), 3.2 |
+# | a step beyond, optional: endless text in fixed memory | 4 of 5 | 45 | Xiao et al., 2024 (StreamingLLM), 3.2 |
 #
 # The chapter measures it: under a window a model that was trained without one gets much worse, and a few of the first
 # tokens, kept, repair most of it. Write that cache for one layer of one sequence. The query at position p sees the key
@@ -239,10 +438,12 @@ check("6.3", decode_step)
 # - `step(q, k, v)` takes T new tokens, q `[T, H, D]`, k and v `[T, H_kv, D]`, and returns their attention `[T, H, D]`
 #   over all that they may see: tokens of earlier steps and of this one.
 # - `k` and `v` of the cache are `[sinks + window, H_kv, D]` and stay that large, whatever T (a prompt longer than all
-#   of it comes in one step) and however many steps.
-# - Steps of any sizes give the same as all tokens at once.
+#   of it comes in one step) and however many steps. Nothing else that the cache keeps grows with the text.
+# - Steps of any sizes give the same as all tokens at once, whatever stood in memory before (`torch.empty` may hold
+#   NaN).
+# - The inputs of a step stay as they are, and the cache has none of their memory: the caller may write into it later.
 #
-# Positions keep counting (keys are turned by their true positions; StreamingLLM itself numbers them anew within the
+# Positions keep counting (keys are rotated by their true positions; StreamingLLM itself numbers them anew within the
 # cache, which exercise 6.5 would allow).
 
 
@@ -308,28 +509,29 @@ check("6.4", SinkCache)
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | move stored keys to other positions | 3 of 5 | 20 | Su et al., 2021 (RoFormer), 3.2; llama.cpp's "context shift" |
+# | a step beyond, optional: move stored keys | 3 of 5 | 20 | Su et al., 2021, 3.2; llama.cpp's context shift |
 #
 # When a conversation outgrows the context, llama.cpp can drop the oldest turns and move the rest up, without computing
-# anything again. Values do not know where they stand. Keys do: they are stored turned.
+# anything again. Values do not know where they stand. Keys do: they are stored after RoPE.
 #
 # Given one layer's cache, keys and values `[S, H_kv, D]` of the positions 0 ... S - 1, remove the tokens `start` ...
-# `stop - 1`, and turn the keys behind them so that they are as if their tokens had stood `stop - start` earlier. Pair i
-# of a head is the features i and i + D/2, and a token at position p has it turned by the angle $p \cdot
-# \theta^{-2i/D}$: $(a, b)$ becomes $(a \cos - b \sin,\; b \cos + a \sin)$.
+# `stop - 1`, and rotate the keys behind them so that they are as if their tokens had stood `stop - start` earlier. Pair
+# i of a head is the features i and i + D/2, and a token at position p has it rotated by the angle $p\,\omega_i$ with
+# $\omega_i = \text{rope\_theta}^{-2i/D}$: $(a, b)$ becomes $(a \cos - b \sin,\; b \cos + a \sin)$.
 #
-# Return new tensors in the inputs' dtype and leave the inputs alone. Positions go beyond 100,000: an angle computed in
-# fp32 is off by more than the tolerance there, so compute angles in fp64.
+# Return new tensors, keys in k's dtype and values in v's, which may differ, and leave the inputs alone (fp64 ones, too,
+# and these keep fp64's precision). Positions go beyond 100,000: an angle computed in fp32 is off by more than the
+# tolerance there, so compute angles in fp64.
 
 
 # %%
 def cut(
-    k: torch.Tensor, v: torch.Tensor, start: int, stop: int, theta: float = 10_000.0
+    k: torch.Tensor, v: torch.Tensor, start: int, stop: int, rope_theta: float = 10_000.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values without the tokens start ... stop - 1, each [S - (stop - start), H_kv, D]"""
     ### BEGIN SOLUTION
     size = k.shape[-1]
-    angles = -(stop - start) * theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)  # [D/2]
+    angles = -(stop - start) * rope_theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)  # [D/2]
     cos, sin = angles.cos().to(k.dtype), angles.sin().to(k.dtype)
     first, second = k[stop:].chunk(2, dim=-1)  # [S - stop, H_kv, D/2] each
     moved = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -343,20 +545,21 @@ check("6.5", cut)
 # %% [markdown]
 # <details><summary>Hint 1</summary>
 #
-# Turning by the angle of p and then by minus the angle of d is turning by the angle of p - d. All keys that move, move
-# by the same distance.
+# Rotating by the angle of p and then by minus the angle of d is rotating by the angle of p - d. All keys that move,
+# move by the same distance.
 # </details>
 
 # %% [markdown]
 # <details><summary>Hint 2</summary>
 #
-# So there are D/2 angles in all, whatever S: minus the distance times each frequency. Turn the keys behind the gap with
-# them, and join. Values are only joined.
+# So there are D/2 angles in all, whatever S: minus the distance times each frequency. Rotate the keys behind the gap
+# with them, and join. Values are only joined.
 # </details>
 
 # %% [markdown] tags=["solution"]
-# **Why.** $e^{\mathrm{i} p f} e^{-\mathrm{i} d f} = e^{\mathrm{i}(p - d) f}$: rotations of a plane add. The other way
-# is to store keys before RoPE and turn all of them at every step, which costs a pass over the cache a token.
+# **Why.** $e^{\mathrm{i} p \omega} e^{-\mathrm{i} d \omega} = e^{\mathrm{i}(p - d) \omega}$: rotations of a plane add.
+# The other way is to store keys before RoPE and rotate all of them at every step, which costs a pass over the cache a
+# token.
 #
 # What this does **not** give is the cache of the shortened text. In the first layer, keys and values depend on their
 # own token alone, and the result is exact. Above it they were computed from hidden states that had seen the removed
@@ -368,14 +571,14 @@ check("6.5", cut)
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | the roofline of a decode step, by batch and context | 3 of 5 | 20 | Pope et al., 2023, 2; Williams et al., 2009 |
+# | a step beyond, optional: a decode step's roofline | 3 of 5 | 20 | Pope et al., 2023, 2; Williams et al., 2009 |
 #
 # A decode step of B sequences with `context` tokens each, the new one included, reads the `weights` matrix entries
 # once for all, and every sequence's keys and values. Each weight takes part in one multiply-add a sequence; scores and
 # the sum of values cost 2 FLOPs each for every query feature and token. Every number has `size` bytes.
 #
 # Arithmetic limits when FLOPs / `peak` is at least bytes / `bandwidth`. Return the smallest such B, or None when there
-# is none, however large the batch. (Why can that be?) Do not search: the answer may be a million.
+# is none, however large the batch. (Why can that be?) Do not count up to it: the answer may be 10¹².
 
 
 # %%

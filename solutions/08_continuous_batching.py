@@ -1,27 +1,309 @@
 # %% [markdown]
 # # Exercises 8: Continuous batching
 #
-# Five decisions that a scheduler takes, each at most 30 lines. They belong to
-# [chapter 8](../chapters/08_continuous_batching.md) and its [lab](../notebooks/08_continuous_batching.ipynb); each asks
-# for one step beyond what these two show.
+# Nine exercises on [chapter 8](../chapters/08_continuous_batching.md) and its
+# [lab](../notebooks/08_continuous_batching.ipynb): three **warm-ups** of five minutes (8.w1 to 8.w3), the **core**
+# (8.0), and five steps **beyond** (8.1 to 8.5, optional), which neither chapter nor lab shows in this form.
 #
 # Run the next cell, then take the exercises in any order. Replace `raise NotImplementedError(...)` by your code and
 # run the `check` cell under it: it says which contracts hold, and on a failure what was expected and what came.
 #
-# No model is needed: requests are stand-ins, a few numbers each.
+# No model is needed: requests are stand-ins, a few numbers each. Arguments stay as they are, unless an exercise says
+# otherwise.
 
 # %%
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from minillm.cache.blocks import OutOfBlocks
 from minillm.learn import check
 
 # %% [markdown]
-# ## Exercise 8.1: a step in which short prompts overtake
+# ## Exercise 8.w1: a prompt in chunks
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | share a step's budget so that no prompt waits for a longer one | 2 of 5 | 20 | Agrawal et al., 2024 |
+# | warm-up: what a budget does to a prompt | 1 of 5 | 5 | Agrawal et al., 2024 |
+#
+# `decoding` requests decode. A prompt of `prompt` tokens arrives, alone. A step has `budget` tokens; those who decode
+# come first, with one token each. How many of the prompt's tokens are in each step, from its first step to the one that
+# gives its first token? Return a list.
+#
+# By hand first: 3 decode, a budget of 8, a prompt of 12.
+#
+# If those who decode leave nothing for it, the prompt waits for ever: raise ValueError.
+
+
+# %%
+def chunks(prompt: int, decoding: int, budget: int) -> list[int]:
+    """The prompt's tokens in each of its steps"""
+    ### BEGIN SOLUTION
+    most = budget - decoding
+    if most < 1:
+        raise ValueError(f"budget: expected more than the {decoding} that decode, got {budget}")
+    return [min(most, prompt - start) for start in range(0, prompt, most)]
+    ### END SOLUTION
+
+
+# %%
+check("8.w1", chunks)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# By hand: 5 tokens are left of each step, so 5, 5 and 2.
+# </details>
+
+# %% [markdown]
+# <details><summary>Hint 2</summary>
+#
+# `range(0, prompt, budget - decoding)` has the place in the prompt at which each chunk begins.
+# </details>
+
+# %% [markdown] tags=["solution"]
+# **Why.** A prompt of n tokens takes ceil(n / (T - B)) steps with a budget of T and B who decode. The more people
+# decode, the longer a newcomer waits for the first token; with T = B nobody new would ever begin. Engines refuse such
+# settings: vLLM wants `max_num_batched_tokens` to be no less than `max_num_seqs`.
+
+# %% [markdown]
+# ## Exercise 8.w2: who is preempted?
+#
+# | Goal | Difficulty | Minutes | Paper |
+# |---|---|---|---|
+# | warm-up: whom precedence protects | 1 of 5 | 5 | Kwon et al., 2023, 4.5 |
+#
+# `running[i]` is `(priority, arrival, blocks)`: the blocks that request i holds, in any order of requests. Who goes
+# first is decided by the smaller priority, among equal ones by the smaller arrival. No two are equal in both.
+#
+# Request `who` needs `need` more blocks, and `free` are free. As long as they do not suffice, the running request that
+# goes **last** gives all of its blocks back. If that is `who` itself, it goes too, and it is over.
+#
+# Return the indices of those who are preempted, in the order in which they go.
+#
+# By hand: `[(0, 1, 4), (1, 0, 2), (0, 2, 3)]`, request 0 needs 3, one block is free. Which request goes last?
+
+
+# %%
+def preempted(running: Sequence[tuple[int, int, int]], who: int, need: int, free: int) -> list[int]:
+    """Indices of the victims, in the order in which they go"""
+    ### BEGIN SOLUTION
+    order, victims = sorted(range(len(running)), key=lambda i: running[i][:2]), []
+    while free < need and who not in victims:
+        victims.append(order.pop())
+        free += running[victims[-1]][2]
+    return victims
+    ### END SOLUTION
+
+
+# %%
+check("8.w2", preempted)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# By hand: request 1 came first of all, but its priority is 1: it goes last. Its two blocks and the free one are the
+# three that are needed.
+# </details>
+
+# %% [markdown]
+# <details><summary>Hint 2</summary>
+#
+# `sorted(range(len(running)), key=lambda i: running[i][:2])` has the indices in order of precedence. Take from its end
+# while `free < need`, and stop after `who`.
+# </details>
+
+# %% [markdown] tags=["solution"]
+# **Why.** The request that goes first is never a victim for another's sake: something always gets done. Precedence acts
+# among those who *run*. A request that waits preempts nobody, however high its priority: it only stands in front of the
+# queue (`Scheduler._admit`); once it runs and grows, those behind it give way.
+#
+# `who` giving up its own blocks sounds odd, and is right: all others go before it.
+
+# %% [markdown]
+# ## Exercise 8.w3: four engines, four causes
+#
+# | Goal | Difficulty | Minutes | Paper |
+# |---|---|---|---|
+# | warm-up: read metrics as `/metrics` shows them, and name the cause | 1 of 5 | 5 | – |
+#
+# Users of four engines complain. Each has 64 seats (`max_num_seqs`) and serves the same model; the numbers are made up,
+# their names are the package's.
+#
+# | a minute of | A | B | C | D |
+# |---|---|---|---|---|
+# | running / waiting | 41 / 0 | 64 / 210 | 38 / 55 | 44 / 2 |
+# | cache_usage | 62 % | 45 % | 99 % | 64 % |
+# | preemptions | 0 | 0 | 412 | 0 |
+# | prefix_cache_hit_rate | 61 % | 60 % | 58 % | 2 % |
+# | queue_time, p50, s | 0.01 | 6.1 | 2.2 | 0.1 |
+# | prefill_time, p50, s | 0.3 | 0.1 | 0.2 | 1.1 |
+# | inter_token_latency, p50 / p99, ms | 21 / 480 | 21 / 33 | 24 / 390 | 25 / 45 |
+# | tokens_per_step, p50 / p99 | 41 / 8,192 | 64 / 700 | 40 / 900 | 300 / 512 |
+#
+# For each engine name the one thing to change first:
+#
+# - `"blocks"`: too little memory for the cache; more of it, or fewer at once.
+# - `"budget"`: too many tokens a step; a smaller `max_num_batched_tokens`.
+# - `"prefix"`: prompts do not begin alike any more; mend what stands at their beginning.
+# - `"seats"`: too few may run at once; a larger `max_num_seqs`.
+
+
+# %%
+def causes() -> dict[str, str]:
+    """{"A": ..., "B": ..., "C": ..., "D": ...}"""
+    ### BEGIN SOLUTION
+    return {"A": "budget", "B": "seats", "C": "blocks", "D": "prefix"}
+    ### END SOLUTION
+
+
+# %%
+check("8.w3", causes)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# Begin with where the first token's time goes: in the queue, or in the prompt? Then: who waits though memory is free,
+# and who though seats are free?
+# </details>
+
+# %% [markdown]
+# <details><summary>Hint 2</summary>
+#
+# Preemptions have one cause only. A p99 of inter-token latency far above its median, without preemptions, is a step
+# with a large chunk in it. A long prefill at a small budget: how many tokens were there to compute, and were there as
+# many last week?
+# </details>
+
+# %% [markdown] tags=["solution"]
+# **Why.** B: all 64 seats are taken, less than half of the memory is: the queue waits for seats alone. C: the cache is
+# full and requests are thrown out; those who wait do so for blocks, and the tail of the latency is recomputing. A:
+# nothing waits and nothing is thrown out, but one step in a hundred has 8,192 tokens in it, and everybody who decodes
+# waits for it. D: steps are full of prompts at a modest budget, since 98 % of all prompt tokens are computed: a time
+# stamp or a user's name was put in front of the system prompt.
+#
+# Two settings make C worse: a larger `max_num_seqs` (more who need blocks) and a larger budget.
+
+# %% [markdown]
+# ## Exercise 8.0: the scheduler's step
+#
+# | Goal | Difficulty | Minutes | Paper |
+# |---|---|---|---|
+# | core: who gets how many tokens of a step, and who gives up blocks for it | 3 of 5 | 30 | Yu et al., 2022 |
+#
+# Write the step of a scheduler without phases. `state` has the requests that run and those that wait, both in order of
+# `order`, and how many blocks are free. A request's *gap* is what is not computed of its tokens yet. `schedule` changes
+# `state` and its requests, and returns `{order: tokens}` of the step; `computed` and `generated` of who gets tokens are
+# counted up by the caller, once the step is done.
+#
+# 1. **Running requests first**, in order: each gets its gap, or what is left of the budget. It needs blocks for all
+#    that is computed then, `computed` + tokens, rounded up to blocks. What it lacks comes from the free ones.
+# 2. **If these do not suffice**, the running request that goes last is preempted: it gives all of its blocks back,
+#    nothing of it is computed any more (what it generated stays), and it waits again, at its place in the order. So on
+#    until they suffice. If it was the request itself, it gets nothing.
+# 3. **Then those who wait**, in order, while there are budget and seats. Each moves to the running ones and gets tokens
+#    and blocks by rule 1. But nobody is preempted for one who waits: if the free blocks do not suffice, it stays, and
+#    so do all behind it. In a step that preempted somebody, nobody is let in.
+#
+# Nobody gets 0 tokens: who gets none is not in the plan. The check runs the same requests through the package's
+# scheduler, plan by plan. Each request alone would fit.
+
+
+# %%
+@dataclass(eq=False)
+class Request:
+    """A request: so many tokens of prompt, so many to generate; what is computed and generated of it; its blocks."""
+
+    order: int
+    prompt: int
+    outputs: int
+    computed: int = 0
+    generated: int = 0
+    blocks: int = 0
+
+    @property
+    def gap(self) -> int:
+        """Tokens that are known and not computed yet."""
+        return self.prompt + self.generated - self.computed
+
+
+@dataclass
+class State:
+    """What the scheduler knows; a step has `budget` tokens, `seats` requests may run at once."""
+
+    running: list[Request]
+    waiting: list[Request]
+    free: int
+    budget: int
+    seats: int
+    block_size: int
+
+
+def schedule(state: State) -> dict[int, int]:
+    """Changes the state -> {order: tokens} of the next step"""
+    ### BEGIN SOLUTION
+    plan, left, guarded = {}, state.budget, False
+
+    def missing(request: Request) -> int:
+        return -(-(request.computed + min(request.gap, left)) // state.block_size) - request.blocks
+
+    def give(request: Request) -> int:
+        new, count = missing(request), min(request.gap, left)
+        state.free, request.blocks = state.free - new, request.blocks + new
+        plan[request.order] = count
+        return left - count
+
+    while left and len(plan) < len(state.running):
+        request = state.running[len(plan)]
+        while request in state.running and missing(request) > state.free:
+            victim, guarded = state.running.pop(), True
+            state.free += victim.blocks
+            victim.blocks = victim.computed = 0
+            state.waiting.insert(0, victim)
+        if request in state.running:
+            left = give(request)
+    while left and state.waiting and len(state.running) < state.seats and not guarded:
+        if missing(state.waiting[0]) > state.free:
+            break
+        state.running.append(state.waiting.pop(0))
+        left = give(state.running[-1])
+    return plan
+    ### END SOLUTION
+
+
+# %%
+check("8.0", schedule)
+
+# %% [markdown]
+# <details><summary>Hint 1</summary>
+#
+# Without memory it is two loops: one over those who run, one over those who wait, with one budget. Add the blocks to
+# the second loop (stop), then to the first one (preempt from the end, and look again).
+# </details>
+
+# %% [markdown]
+# <details><summary>Hint 2</summary>
+#
+# `-(-tokens // block_size)` rounds up. Whoever is preempted stands at the end of `running`, and all who run go before
+# all who wait: its place is the front of `waiting`. Two things end the inner loop: the blocks suffice, or the request
+# is gone. Remember that somebody was preempted.
+# </details>
+
+# %% [markdown] tags=["solution"]
+# **Why.** Nothing here says prefill or decode. A preempted request is one with a large gap, and the budget cuts it into
+# chunks like any other. The first of the running requests can always go on, since all others can be thrown out for it,
+# and it fits alone: so every queue ends.
+#
+# Without the last sentence of rule 3 a victim would come straight back: its first chunk fits into the blocks that it
+# has just given up. The package's scheduler has besides: a prefix cache (the gap of a newcomer is less), copies of
+# shared blocks, priorities (`bisect.insort` instead of the front), tokens that are still on the device, adapters, and
+# requests that fail.
+
+# %% [markdown]
+# ## Exercise 8.1: a step in which short prompts overtake (optional)
+#
+# | Goal | Difficulty | Minutes | Paper |
+# |---|---|---|---|
+# | beyond: share a step's budget so that no prompt waits for a longer one | 2 of 5 | 20 | Agrawal et al., 2024 |
 #
 # The package gives the budget to prompts in order of arrival: a prompt of 8,000 tokens takes all of it for many steps,
 # and one of 20 tokens behind it waits. Here prompts share.
@@ -38,8 +320,9 @@ from minillm.learn import check
 # By hand: running 1, 900, 1; waiting 3, 5, 2; budget 12, five seats. Two tokens decode. The ten others go round among
 # 900, 3 and 5: 4, 3 and 3. The last one finds no seat. The answer is `[1, 4, 1], [3, 3, 0]`.
 #
-# A running request with a gap of 0 (its last token is on the way) holds a seat and gets nothing. Never more run than
-# there are seats. A waiting prompt of one token does not decode: it takes its turn like the others (rule 3).
+# A running request with a gap of 0 (its last token is on the way) holds a seat and gets nothing. If more run than there
+# are seats (somebody lowered the number), none is free. A waiting prompt of one token does not decode: it takes its
+# turn like the others (rule 3). A budget of 0 gives nobody anything.
 
 
 # %%
@@ -95,11 +378,11 @@ check("8.1", step)
 # Decoding requests are not asked to share: one token is their whole gap, and a user watches it come.
 
 # %% [markdown]
-# ## Exercise 8.2: admit nobody whom you would have to preempt
+# ## Exercise 8.2: admit nobody whom you would have to preempt (optional)
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | the most requests that can start so that the blocks suffice to the end | 3 of 5 | 25 | Gong et al., 2025 |
+# | beyond: the most requests that can start so that the blocks suffice to the end | 3 of 5 | 25 | Gong et al., 2025 |
 #
 # Preemption wastes work. If every request says how many tokens it will generate at most, one can admit only as many as
 # are sure to fit. How sure is a question of arithmetic: requests are not at their largest at the same time.
@@ -160,22 +443,26 @@ check("8.2", admit)
 # difference is large when lengths differ: short ones give back what long ones take later.
 #
 # The price of certainty is `outputs`: users set it to the model's limit, and most answers end long before. Then a
-# guarantee leaves most blocks empty. vLLM, SGLang and this package admit by what is needed *now* and preempt when they
-# were wrong; between the two lies the bet: admit by a forecast of lengths from past requests (Gong et al., 2025).
+# guarantee leaves most blocks empty. This package admits by what the next step needs and preempts when it was wrong.
+# vLLM admits by the whole prompt (`scheduler_reserve_full_isl`, the default; PR #37307 of March 2026) and can keep a
+# share of the blocks free while it admits (`watermark`, 0 by default; PR #44594 of June 2026), outputs uncounted;
+# SGLang by a share of `outputs` that adapts. Between that and certainty lies the bet: a forecast of lengths from past
+# requests (Gong et al., 2025).
 
 # %% [markdown]
-# ## Exercise 8.3: victims who share
+# ## Exercise 8.3: victims who share (optional)
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | choose whom to preempt when tables share blocks | 3 of 5 | 25 | Kwon et al., 2023, section 4.5 |
+# | beyond: choose whom to preempt when tables share blocks | 3 of 5 | 25 | Kwon et al., 2023, section 4.5 |
 #
 # The package preempts the request that goes last, again and again, until there are blocks. With shared prefixes this
 # can be a bad bargain: a block comes free only when *no* table names it any more, so a request may give up all its work
 # and free nothing.
 #
 # `tables[i]` are the blocks of the i-th running request, in order of precedence (0 goes first). `need` more blocks must
-# come free. Choose the victims, and with as little harm to those who go first as possible:
+# come free. Choose the victims, and with as little harm to those who go first as possible (there is at least one
+# request):
 #
 # - Request 0 is never a victim.
 # - Begin with all the others as victims. Go from request 1 to the last, and spare each one without whom the victims
@@ -234,11 +521,11 @@ check("8.3", victims)
 # pool after each victim and goes on until the blocks suffice; right, but not sparing.
 
 # %% [markdown]
-# ## Exercise 8.4: a queue that is fair to users
+# ## Exercise 8.4: a queue that is fair to users (optional)
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | take requests so that each user gets a fair share of *tokens* | 3 of 5 | 30 | Sheng et al., 2024 |
+# | beyond: take requests so that each user gets a fair share of *tokens* | 3 of 5 | 30 | Sheng et al., 2024 |
 #
 # First come, first served gives the machine to whoever sends most. A priority starves the others. Virtual counters
 # do neither. Each user has a counter of what they were given: 1 for each token of a prompt, 2 for each generated token,
@@ -249,6 +536,8 @@ check("8.3", victims)
 #   smallest counter (of equal ones, the one whose oldest waiting request was added first) gets their oldest. The
 #   prompt's tokens are charged now.
 # - `generated(user, tokens)` charges output tokens when they come: nobody knows their number before.
+#
+# Two requests may have the same name; a user may be charged before the first request.
 #
 # One rule keeps people from saving up: a user for whom nothing waits at the moment of `add` is lifted *before* the
 # request joins: their counter becomes at least the smallest counter of the users that have requests waiting; if nobody
@@ -330,14 +619,15 @@ check("8.4", FairQueue)
 # queue by asking `take` whenever there is a seat; who runs already is not preempted for fairness.
 
 # %% [markdown]
-# ## Exercise 8.5: how much load can it bear?
+# ## Exercise 8.5: how much load can it bear? (optional)
 #
 # | Goal | Difficulty | Minutes | Paper |
 # |---|---|---|---|
-# | read the highest rate that keeps a promise off measured runs | 2 of 5 | 20 | Zhong et al., 2024, "DistServe" |
+# | beyond: read the highest rate that keeps a promise off measured runs | 2 of 5 | 20 | Zhong et al., 2024 |
 #
 # The promise: a share of at least `share` of all requests is *good*. A request is good if all of its tokens came, the
-# first one at most `ttft` seconds after its arrival, and the others at most `tpot` seconds apart on average.
+# first one at most `ttft` seconds after its arrival (time to first token), and the others at most `tpot` seconds apart
+# on average (time per output token: the mean of the request's inter-token latencies).
 #
 # `runs` maps a rate (requests a second) to what was seen at that rate: a list of `(arrival, times, wanted)`, one for
 # every request that arrived: when, at which times its tokens came (none, some or all by the end of the run), and how

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from minillm.learn import COLORS
 from minillm.learn.curriculum import is_draft
 from minillm.learn.paths import root, stems
 
@@ -31,6 +32,7 @@ DOCUMENTS = [
     root() / "chapters" / "glossary.md",
     root() / "README.md",
     root() / "CONTRIBUTING.md",
+    root() / "CHANGELOG.md",
     root() / "ARCHITECTURE.md",
     root() / "benchmarks" / "NOTES.md",
 ]
@@ -136,6 +138,72 @@ def test_in_step_with_the_code(path):
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# Amber that can be read as text on white; beside COLORS a figure has grays and pale grounds.
+DARK_AMBER = {"#8a5a00", "#8f6100", "#9a6a00"}
+
+
+def colors_of_its_own(source: str) -> list[str]:
+    """Colors of a figure's script that are neither of minillm.learn's five, gray, nor pale."""
+
+    def harmless(color: str) -> bool:
+        red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+        return max(red, green, blue) - min(red, green, blue) <= 8 or min(red, green, blue) >= 0xA8
+
+    found = {c.lower() for c in re.findall(r"#[0-9a-fA-F]{6}\b", source)}
+    named = re.findall(r"""["'](?:tab:\w+|C\d|red|green|blue|orange|purple|brown|pink|cyan|magenta)["']""", source)
+    return sorted(c for c in found if not harmless(c) and c not in {*COLORS, *DARK_AMBER}) + sorted(named)
+
+
+@pytest.mark.parametrize("path", sorted((root() / "chapters" / "figures").glob("[0-9]*.py")), ids=lambda p: p.stem)
+def test_figures_have_colors_that_all_tell_apart(path):
+    """Of the five in minillm.learn any two are far enough apart for the color-blind, too: tests/learn/test_pictures."""
+    assert colors_of_its_own(path.read_text(encoding="utf-8")) == []
+
+
+def test_another_color_is_seen():
+    assert colors_of_its_own('x = "#C0392B"; y = "tab:green"; z = "#777777", "#fde9d2", "#2a6fdb"') == [
+        "#c0392b", '"tab:green"'
+    ]  # fmt: skip
+
+
+GREEK = re.findall(
+    r"\w+",
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi pi rho sigma tau phi varphi chi psi"
+    " omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell partial nabla",
+)
+
+
+def symbols(math: str) -> set[str]:
+    """The letters of a formula: x, \\alpha, \\mathcal V, \\mathbf H; no words, no operators."""
+    math = re.sub(r"\\(?:text|mathrm|operatorname|mathtt|texttt|begin|end)\{[^{}]*\}", " ", math)
+    fonts = re.findall(r"(\\math(?:cal|bf))\s*\{?\s*([A-Za-z])", math)
+    math = re.sub(r"\\math(?:cal|bf)\s*\{?\s*[A-Za-z]", " ", math)
+    commands = {f"\\{c}" for c in re.findall(r"\\([A-Za-z]+)", math) if c in GREEK}
+    letters = set(re.findall(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", " ", math)))
+    return letters | commands | {f"{font} {letter}" for font, letter in fonts}
+
+
+def formulas(text: str) -> list[str]:
+    text = re.sub(r"```.*?```|<!--.*?-->|`[^`\n]*`", " ", text, flags=re.DOTALL)
+    return [a or b for a, b in re.findall(r"\$\$(.+?)\$\$|\$([^$\n]+?)\$", text, re.DOTALL)]
+
+
+@by_stem
+def test_every_symbol_is_in_the_table(path):
+    """The glossary's table of symbols says what each letter of a formula means."""
+    rows = (root() / "chapters" / "glossary.md").read_text(encoding="utf-8").split("## Symbols")[1].splitlines()
+    known = set().union(*[symbols(f) for row in rows if row.startswith("| $") for f in formulas(row.split("|")[1])])
+    used = set().union(*[symbols(f) for f in formulas(path.read_text(encoding="utf-8"))])
+    assert used <= known, f"the glossary's table of symbols lacks {', '.join(sorted(used - known))}"
+
+
+def test_symbols_are_read_off_formulas():
+    assert symbols(r"\frac{\partial \ell}{\partial w_i} \cdot \mathbf{H} + \text{softmax}(\mathcal V, x)") == {
+        r"\partial", r"\ell", "w", "i", r"\mathbf H", r"\mathcal V", "x"
+    }  # fmt: skip
+    assert formulas("costs `$x` and $$a\n b$$ or $c$, <!-- $d$ -->") == ["a\n b", "c"]
 
 
 def test_every_glossary_entry_is_sorted_and_linked():

@@ -24,8 +24,21 @@ def _project() -> dict:
 
 
 def _direct() -> list[Requirement]:
-    project = _project()
-    return [Requirement(r) for r in project["dependencies"] + project["optional-dependencies"]["dev"]]
+    """What the package needs, and the extras that `make setup` installs."""
+    project, found = _project(), {}
+    for requirement in map(Requirement, [*project["dependencies"], *_of_extra("dev")]):
+        found.setdefault(_name(requirement.name), requirement)
+    return list(found.values())
+
+
+def _of_extra(extra: str) -> list[str]:
+    """With those of the extras that it names: minillm[serve,cache]."""
+    found = []
+    for text in _project()["optional-dependencies"][extra]:
+        requirement = Requirement(text)
+        of_others = [one for other in sorted(requirement.extras) for one in _of_extra(other)]
+        found += of_others if requirement.name == "minillm" else [text]
+    return found
 
 
 def test_every_dependency_is_pinned_within_its_range():

@@ -14,7 +14,9 @@ from minillm.learn.paths import root
 # From top to bottom: a file imports only from what stands above it. README.md shows the same order.
 ORDER = [
     "autograd",
+    "extras",
     "config",
+    "capacity",
     "files",
     "data",
     "kernels",

@@ -46,6 +46,23 @@ class TestLab:
         images = [d for d in shown if "image/png" in d or "<img " in "".join(d.get("text/html", ""))]
         assert len(images) >= 3
 
+    def test_pictures_have_words(self, path):
+        """`show(figure, alt=...)`, and nothing that JupyterLab shows by itself."""
+        for cell in _code(path):
+            for data in [o.get("data", {}) for o in cell["outputs"]]:
+                assert not [kind for kind in data if kind.startswith("image/")], "".join(cell["source"])[:200]
+                for tag in re.findall(r"<img [^>]*>", "".join(data.get("text/html", ""))):
+                    assert len(re.findall(r'alt="([^"]*)"', tag)[0].split()) >= 3
+
+    def test_asks_before_it_answers(self, path):
+        sources = ["".join(cell["source"]) for cell in _code(path)]
+        asked = re.findall(r'^ *predict\(\s*"(\d+\.[a-z])"', "\n".join(sources), re.MULTILINE)
+        shown = re.findall(r'^ *reveal\(\s*"(\d+\.[a-z])"', "\n".join(sources), re.MULTILINE)
+        assert 3 <= len(asked) <= 7
+        assert sorted(asked) == sorted(set(shown))
+        guesses = [s for s in sources if "predict(" in s and not re.search(r"guess=None|^(?!.*guess=)", s, re.DOTALL)]
+        assert not guesses, "committed with guess=None"
+
     def test_outputs_are_compared(self, path):
         tagged = [cell for cell in _code(path) if "nbval-check-output" in cell["metadata"].get("tags", [])]
         assert len(tagged) >= 5

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import shutil
+import subprocess
 import tempfile
 from contextlib import chdir, contextmanager
 from pathlib import Path
@@ -408,6 +409,35 @@ def test_update_on_the_real_exercises(stem, tmp_path):
         after = load(path)["cells"]
         assert [cell for cell in after if cell in mine] == mine
         assert [c["id"] for c in after] == [c["id"] for c in json.loads(exercises.render(revised, stem))["cells"]]
+
+
+def git(*arguments: str) -> None:
+    command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def test_a_notebook_from_before_cells_were_recorded():
+    """git tells what was generated; what a learner committed is theirs all the same."""
+    if not shutil.which("git"):
+        pytest.skip("no git")
+    with classroom(source(["1.1", "1.2"])) as path:
+        book = load(path)
+        damage(book, "positions as ids")
+        save(path, book)
+        git("init", "-q")
+        git("add", ".")
+        git("commit", "-qm", "as generated")
+        at = next(i for i, cell in enumerate(book["cells"]) if "def first" in text_of(cell))
+        book["cells"][at]["source"] = [MINE]
+        save(path, book)
+        git("commit", "-qam", "mine")
+        revise(source(["1.w1", "1.1", "1.2"], "0", e1_1={"stub": ", new", "hint": " Do!"}, e1_2={"stub": ", new"}))
+        (change,), _ = workbook.update()
+        assert change.changed == ["start-text", "start-code", "1-1-hint-1", "1-2-second"]
+        assert change.added[0] == "1-w1-card"
+        fresh = {cell["id"]: text_of(cell) for cell in workbook._new(STEM).values()}
+        assert named(path) == {**fresh, "1-1-first": MINE}
+        assert not any(workbook.update()[0])
 
 
 # ---- what goes wrong -------------------------------------------------------------------------------------------------

@@ -9,9 +9,11 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from style import canvas, look, save
 
 from minillm.data import digits
+from minillm.learn import COLORS
 from minillm.learn.excerpts import results
 
-FORWARD, BACKWARD, GRAY, LIGHT = "#1f5fa8", "#c0392b", "#666666", "#eef3f9"
+BLUE, ORANGE, WINE, SKY, BLACK = COLORS
+FORWARD, BACKWARD, GRAY, LIGHT = BLUE, WINE, "#666666", "#eef3f9"
 look(11)
 
 
@@ -23,17 +25,17 @@ def graph() -> None:
         "w": (0.9, 4.2, "w", 2, 6),
         "x": (0.9, 2.4, "x", 3, 4),
         "b": (4.1, 0.8, "b", -5, 2),
-        "p": (4.1, 3.3, "p = w · x", 6, 2),
-        "s": (7.1, 2.4, "s = p + b", 1, 2),
-        "L": (10.4, 2.4, "L = s²", 1, 1),
+        "y": (4.1, 3.3, "y = w · x", 6, 2),
+        "s": (7.1, 2.4, "s = y + b", 1, 2),
+        "ℓ": (10.4, 2.4, "ℓ = s²", 1, 1),
     }
     # from, to, local derivative, where the label's center lies
     edges = [
-        ("w", "p", "∂p/∂w = x = 3", (2.75, 4.2)),
-        ("x", "p", "∂p/∂x = w = 2", (2.75, 2.4)),
-        ("p", "s", "∂s/∂p = 1", (5.85, 3.25)),
+        ("w", "y", "∂y/∂w = x = 3", (2.75, 4.2)),
+        ("x", "y", "∂y/∂x = w = 2", (2.75, 2.4)),
+        ("y", "s", "∂s/∂y = 1", (5.85, 3.25)),
         ("b", "s", "∂s/∂b = 1", (6.1, 1.35)),
-        ("s", "L", "∂L/∂s = 2s = 2", (8.75, 2.65)),
+        ("s", "ℓ", "∂ℓ/∂s = 2s = 2", (8.75, 2.65)),
     ]
     half_w, half_h = 0.72, 0.5
     for start, end, label, (x, y) in edges:
@@ -65,7 +67,7 @@ def graph() -> None:
         )
         ax.text(x, y + 0.27, label, ha="center", va="center", fontsize=11, weight="bold")
         ax.text(x, y, f"value {value}".replace("-", "−"), ha="center", va="center", fontsize=10, color=FORWARD)
-        ax.text(x, y - 0.28, f"∂L/∂{name} = {gradient}", ha="center", va="center", fontsize=10, color=BACKWARD)
+        ax.text(x, y - 0.28, f"∂ℓ/∂{name} = {gradient}", ha="center", va="center", fontsize=10, color=BACKWARD)
     for y, x0, x1, text_x, color, text in [
         (4.5, 6.2, 7.7, 7.85, FORWARD, "forward: values, left to right"),
         (0.5, 7.7, 6.2, 7.85, BACKWARD, "backward: gradients, right to left"),
@@ -113,9 +115,9 @@ def broadcast() -> None:
     ax.plot([5.2, 5.2], [0.7, 3.3], color="#cccccc", lw=1)
     ax.text(5.6, 3.25, "backward: the gradients of the copies add up", color=BACKWARD, weight="bold", va="center")
     cells(ax, 5.6, 2.6, g, BACKWARD, faint=True)
-    ax.text(6.425, 2.85, "∂L/∂y  [4, 3]", ha="center", va="center")
+    ax.text(6.425, 2.85, "∂ℓ/∂y  [4, 3]", ha="center", va="center")
     cells(ax, 8.5, 1.95, g.sum(axis=0, keepdims=True), BACKWARD)
-    ax.text(9.325, 2.2, "∂L/∂b  [3]", ha="center", va="center")
+    ax.text(9.325, 2.2, "∂ℓ/∂b  [3]", ha="center", va="center")
     for row in range(4):
         ax.add_patch(
             FancyArrowPatch(
@@ -136,13 +138,13 @@ def memory() -> None:
     both = np.concatenate([forward, backward])
     ax.fill_between(steps, both, color=FORWARD, alpha=0.12, lw=0)
     ax.plot(steps, both, color=FORWARD, lw=2.2, marker="o", ms=3.5)
-    ax.plot(steps[:turn], inference, color=GRAY, lw=2.2, marker="o", ms=3.5)
+    ax.plot(steps[:turn], inference, color=ORANGE, lw=2.2, marker="s", ms=3.5, ls="--")
     ax.axvline(turn + 0.5, color="#bbbbbb", lw=1, ls="--")
     top = both.max() * 1.2
     ax.text(turn / 2 + 0.5, top * 0.97, "forward", ha="center", color=GRAY)
     ax.text(turn + len(backward) / 2 + 0.5, top * 0.97, "backward", ha="center", color=GRAY)
     ax.text(turn - 3.2, forward[-1] + 0.6, "training step", color=FORWARD, weight="bold", ha="right")
-    ax.text(turn - 3.2, inference[1] + 0.35, "inference (no_grad)", color=GRAY, weight="bold", ha="right")
+    ax.text(turn - 3.2, inference[1] + 0.35, "inference (no_grad), between layers", color=BLACK, ha="right")
     gradient = r["gradient_bytes"] / 1e6
     ax.annotate(
         f"what stays: the gradients\nof the weights, {gradient:.1f} MB",
@@ -165,7 +167,7 @@ def memory() -> None:
     ax.set_ylim(0, top)
     ax.set_xlim(0.5, steps[-1] + 0.5)
     ax.set_xticks([1, turn, steps[-1]], ["first layer", "loss", "first layer again"])
-    ax.set_ylabel("allocated since the start, MB")
+    ax.set_ylabel("allocated between layers, MB")
     save(figure, "01_memory")
 
 
@@ -183,10 +185,10 @@ def read_digits() -> None:
     ax.plot(np.arange(1, len(losses) + 1), losses, color=FORWARD, alpha=0.3, lw=1, label="one minibatch")
     ax.plot(np.arange(window, len(losses) + 1), smooth, color=FORWARD, lw=2, label="mean of one epoch")
     ax.axhline(np.log(10), color=GRAY, ls="--", lw=1)
-    ax.text(len(losses), np.log(10) * 1.12, "guessing: log 10", ha="right", va="bottom", color=GRAY, fontsize=9.5)
+    ax.text(len(losses), np.log(10) * 1.12, "guessing: ln 10", ha="right", va="bottom", color=GRAY, fontsize=9.5)
     ax.set_yscale("log")
     ax.set_xlabel("step")
-    ax.set_ylabel("cross-entropy")
+    ax.set_ylabel("cross-entropy, nats")
     ax.legend(frameon=False, fontsize=9.5, loc="lower left")
     grid = right.subplots(2, 5)
     right.suptitle(f"all {len(r['wrong'])} misread of {r['test_images']} test images: label → read as", fontsize=11)

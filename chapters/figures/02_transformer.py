@@ -9,10 +9,12 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from style import look, save
 
 from minillm.config import ModelConfig
+from minillm.learn import COLORS
 from minillm.learn.excerpts import results
 
-BLUE, ORANGE, GREEN, RED, GRAY, LIGHT = "#2f6db5", "#d9822b", "#3a8f5c", "#c0392b", "#777777", "#e8edf3"
-KINDS = {"none": GRAY, "learned": ORANGE, "sinusoidal": GREEN, "rotary": BLUE}
+BLUE, ORANGE, WINE, SKY, BLACK = COLORS
+GRAY, LIGHT = "#777777", "#e8edf3"
+KINDS = {"none": (BLACK, ":"), "learned": (ORANGE, "-."), "sinusoidal": (WINE, "--"), "rotary": (BLUE, "-")}
 look(9)
 
 
@@ -107,7 +109,7 @@ def layer() -> None:
     ax.add_patch(Rectangle((2.4, 0.2), 13.6, 11.6, fc="#fbfbfb", ec=GRAY, ls="--", lw=0.9))
     ax.text(15.8, 0.35, "one layer, repeated (SmolLM2: 30 times)", ha="right", va="bottom", color=GRAY, fontsize=8)
     arrow(ax, (1.9, y), (16.5, y), BLUE, 4)
-    ax.text(2.7, 1.2, "residual stream  [B, T, hidden]", color=BLUE)
+    ax.text(2.7, 1.2, "residual stream  [B, T, d_model]", color=BLUE)
     box(ax, 1.0, y, 1.8, 1.3, "embed\ntokens", size=8.5)
     box(ax, 17.3, y, 1.5, 1.3, "norm", size=8.5)
     box(ax, 19.2, y, 1.3, 1.3, "head", size=8.5)
@@ -122,7 +124,7 @@ def layer() -> None:
     mlp_part = ["RMSNorm", "gate and up\nprojections", "silu(gate) · up", "down projection"]
     for left, parts, color, title in (
         (3.0, attention_part, "#fde9d2", "attention: mixes tokens"),
-        (9.6, mlp_part, "#dff0e4", "MLP: each token by itself"),
+        (9.6, mlp_part, "#dbe7f5", "MLP: each token by itself"),
     ):
         middle, right, step = left + 2.6, left + 5.4, 7.9 / len(parts)
         heights = [3.0 + step * (i + 0.5) for i in range(len(parts))]
@@ -181,9 +183,11 @@ def rotation() -> None:
             reach * math.cos(angle), reach * math.sin(angle), text, ha="center", va="center", color=color, fontsize=8
         )
 
+    config = ModelConfig.from_dict(results("chapter_02")["numbers"]["config"])
+    slower = config.rope_theta ** (-2 * 4 / config.head_dim)
     for ax, frequency, title in (
-        (axes[0], 1.0, "first pair: 1 radian a token"),
-        (axes[1], 0.18, "a slower pair: 0.18 radian"),
+        (axes[0], 1.0, "pair 0: 1 radian a token"),
+        (axes[1], slower, f"pair 4: {slower:.2f} radian"),
     ):
         for p in range(6):
             hand(ax, frequency * p, str(p), plt.cm.viridis(p / 7))
@@ -209,10 +213,11 @@ def positions() -> None:
     titles = {"three back": "“which symbol stood three places back?”", "first": "“which symbol came first?”"}
     for row, (task, runs) in zip(axes, measured["runs"].items(), strict=True):
         for kind, run in runs.items():
-            row[0].plot(run["loss"], color=KINDS[kind], label=kind, lw=1.4)
-            row[1].plot(run["accuracy"], color=KINDS[kind], label=kind, lw=1.4)
+            color, dashes = KINDS[kind]
+            row[0].plot(run["loss"], color=color, ls=dashes, label=kind, lw=1.4)
+            row[1].plot(run["accuracy"], color=color, ls=dashes, label=kind, lw=1.4)
             if "accuracy, window" in run:
-                row[1].plot(run["accuracy, window"], color=KINDS[kind], ls="--", lw=1.4, label="rotary, window of 32")
+                row[1].plot(run["accuracy, window"], color=SKY, lw=2.2, label="rotary, window of 32")
         row[0].set(title=f"{titles[task]}\ntraining loss", ylim=(0, 2.9), xlabel="step", xlim=(0, 300))
         row[1].set(ylim=(0, 1.06), xlabel="position", xlim=(0, measured["tested length"]))
         row[1].set_title(f"accuracy by position\n(trained on {measured['trained length']})")
@@ -232,9 +237,11 @@ def beyond() -> None:
     measured = results("chapter_02")["beyond"]
     figure, ax = plt.subplots(figsize=(7.4, 2.5))
     labels = {"plain": "as trained", "linear": "linear scaling by 2", "llama3": "Llama 3 scaling by 2"}
-    for (name, losses), color in zip(measured["loss"].items(), (BLUE, ORANGE, GREEN), strict=True):
+    for (name, losses), look_of in zip(
+        measured["loss"].items(), ((BLUE, "o-"), (ORANGE, "s--"), (WINE, "^-.")), strict=True
+    ):
         middles = [(i + 0.5) * measured["bin"] for i in range(len(losses))]
-        ax.plot(middles, losses, "o-", color=color, label=labels[name], ms=4, lw=1.4)
+        ax.plot(middles, losses, look_of[1], color=look_of[0], label=labels[name], ms=4, lw=1.4)
     ax.axvline(measured["trained context"], color="black", lw=0.8, ls=":")
     ax.text(measured["trained context"] + 80, ax.get_ylim()[1], "trained context", fontsize=8, va="top")
     ax.set(xlabel="position", ylabel="loss, nats a token", ylim=(0, None))
@@ -280,19 +287,21 @@ def cost() -> None:
     measured = results("chapter_02")
     rows, ceiling = measured["forward"], measured["ceilings"]["matmul FLOP/s"]
     parts = {
-        "projections": BLUE,
-        "mlp": GREEN,
-        "attention": ORANGE,
-        "norms": RED,
-        "head": "#8e6bb0",
-        "other": "#bbbbbb",
+        "projections": (BLUE, ""),
+        "mlp": (SKY, ""),
+        "attention": (ORANGE, ""),
+        "norms": (WINE, ""),
+        "head": (BLACK, ""),
+        "other": ("white", "///"),
     }
     figure, axes = plt.subplots(1, 2, figsize=(7.4, 2.9), width_ratios=(1.35, 1))
     names = [f"{row['tokens']:,}" for row in rows]
     bottom = np.zeros(len(rows))
-    for part, color in parts.items():
+    for part, (color, hatch) in parts.items():
         share = np.array([row["parts"][part] / sum(row["parts"].values()) for row in rows])
-        axes[0].bar(names, share, bottom=bottom, color=color, label=part, width=0.75)
+        axes[0].bar(
+            names, share, bottom=bottom, color=color, hatch=hatch, edgecolor="black", lw=0.4, label=part, width=0.75
+        )
         bottom += share
     axes[0].set(title="share of a forward's time", xlabel="tokens", ylim=(0, 1))
     axes[0].tick_params(axis="x", labelsize=8)

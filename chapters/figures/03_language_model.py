@@ -4,17 +4,20 @@
 benchmarks/results/.
 """
 
+import math
 from itertools import pairwise
 
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from style import look, save
 
+from minillm.learn import COLORS
 from minillm.learn.excerpts import results
 from minillm.model.tokenizer import BYTE_TO_CHAR, Tokenizer
 from minillm.model.weights import model_path
 
-BLUE, RED, GRAY, LIGHT, PALE = "#1f5fa8", "#c0392b", "#666666", "#eef3f9", "#d9d9d9"
+BLUE, _, RED, _, _ = COLORS
+GRAY, LIGHT, PALE = "#666666", "#eef3f9", "#d9d9d9"
 look(11)
 
 
@@ -121,8 +124,11 @@ def bits() -> None:
     """Bits per byte of the held-out text, from knowing nothing to SmolLM2."""
     r = results("chapter_03")
     scores, packed = r["training"]["scores"], r["training"]["compressors"]
+    tokens, size = (scores["before"][key] for key in ("tokens", "bytes"))
+    fair = math.log2(r["training"]["vocabulary"]) * tokens / size
     rows = [
-        ("nothing known", 8.0, GRAY),
+        ("nothing known: bytes", 8.0, GRAY),
+        ("tokens, all equally likely", fair, GRAY),
         ("small model, before training", scores["before"]["bits_per_byte"], GRAY),
         ("token frequencies", scores["unigram"]["bits_per_byte"], GRAY),
         ("bzip2 after the training text", packed["bzip2"], GRAY),

@@ -5,9 +5,12 @@ from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from style import look, save
 
+from minillm.learn import COLORS
 from minillm.learn.excerpts import results
 
-BLUE, ORANGE, GREEN, RED, GRAY, LIGHT = "#2f6db5", "#d9822b", "#3a8f5c", "#c0392b", "#777777", "#e8edf3"
+BLUE, ORANGE, WINE, SKY, BLACK = COLORS
+GRAY, LIGHT = "#777777", "#e8edf3"
+PALE_BLUE, PALE_WINE, PALE_ORANGE = "#dbe7f5", "#f3dde4", "#fdf0d8"
 look(9)
 
 
@@ -37,41 +40,41 @@ def traffic() -> None:
     ax.plot([0, 24], [7.4, 7.4], color=GRAY, lw=0.9, ls="--")
 
     def small(x: float, text: str) -> None:
-        box(ax, x, 5.9, 0.85, 1.1, text, "#dff0e4")
+        box(ax, x, 5.9, 0.85, 1.1, text, PALE_BLUE)
 
     def square(x: float, text: str) -> None:
-        ax.add_patch(Rectangle((x - 1.25, 3.9), 2.5, 2.5, fc="#fbe3df", ec=RED, lw=1))
+        ax.add_patch(Rectangle((x - 1.25, 3.9), 2.5, 2.5, fc=PALE_WINE, ec=WINE, lw=1))
         ax.text(x, 5.15, text, ha="center", va="center", fontsize=8.5)
 
-    for x, text in ((4.6, "q kᵀ"), (9.5, "softmax"), (14.3, "P v")):
-        box(ax, x, 9.7, 2.4, 1.2, text, "#dbe7f5")
+    for x, text in ((4.6, "q kᵀ"), (9.5, "softmax"), (14.3, "· v")):
+        box(ax, x, 9.7, 2.4, 1.2, text, PALE_BLUE)
     for x, text, target in ((2.4, "q", 4.0), (3.5, "k", 4.4)):
         small(x, text)
-        arrow(ax, (x, 6.45), (target, 9.1), GREEN)
+        arrow(ax, (x, 6.45), (target, 9.1), BLUE)
     square(7.0, "scores\nT × T")
-    arrow(ax, (5.4, 9.1), (6.4, 6.4), RED, 2.2)
-    arrow(ax, (7.6, 6.4), (8.8, 9.1), RED, 2.2)
+    arrow(ax, (5.4, 9.1), (6.4, 6.4), WINE, 2.2)
+    arrow(ax, (7.6, 6.4), (8.8, 9.1), WINE, 2.2)
     square(11.9, "weights\nT × T")
-    arrow(ax, (10.2, 9.1), (11.3, 6.4), RED, 2.2)
-    arrow(ax, (12.5, 6.4), (13.6, 9.1), RED, 2.2)
+    arrow(ax, (10.2, 9.1), (11.3, 6.4), WINE, 2.2)
+    arrow(ax, (12.5, 6.4), (13.6, 9.1), WINE, 2.2)
     small(14.1, "v")
-    arrow(ax, (14.1, 6.45), (14.2, 9.1), GREEN)
+    arrow(ax, (14.1, 6.45), (14.2, 9.1), BLUE)
     small(15.5, "o")
-    arrow(ax, (14.8, 9.1), (15.45, 6.45), GREEN)
-    ax.text(8.7, 2.9, "naive: 4 T² + 4 T D numbers", ha="center", color=RED)
+    arrow(ax, (14.8, 9.1), (15.45, 6.45), BLUE)
+    ax.text(8.7, 2.9, "naive: 4 T² + 4 T D numbers", ha="center", color=WINE)
     ax.plot([16.9, 16.9], [2.3, 11.2], color="#bbbbbb", lw=0.8)
-    box(ax, 20.5, 9.7, 5.6, 1.9, "q kᵀ, softmax, P v\none block at a time", "#dbe7f5")
+    box(ax, 20.5, 9.7, 5.6, 1.9, "q kᵀ, softmax, · v\none block at a time", PALE_BLUE)
     for x, text in ((18.2, "q"), (19.6, "k"), (21.0, "v")):
         small(x, text)
-        arrow(ax, (x, 6.45), (x, 8.75), GREEN)
+        arrow(ax, (x, 6.45), (x, 8.75), BLUE)
     small(22.8, "o")
-    arrow(ax, (22.8, 8.75), (22.8, 6.45), GREEN)
-    ax.text(20.5, 2.9, "fused: 4 T D numbers", ha="center", color=GREEN)
+    arrow(ax, (22.8, 8.75), (22.8, 6.45), BLUE)
+    ax.text(20.5, 2.9, "fused: 4 T D numbers", ha="center", color=BLUE)
     at, unit = 1.2, 18.5 / 65  # bars to scale for T = 4,096 and D = 64: 4 T D is 1, 4 T² is T / D = 64
-    ax.add_patch(Rectangle((at, 1.1), 65 * unit, 0.6, fc="#fbe3df", ec=RED, lw=0.8))
-    ax.text(at + 65 * unit + 0.2, 1.4, "naive", va="center", fontsize=8, color=RED)
-    ax.add_patch(Rectangle((at, 0.2), unit, 0.6, fc="#dff0e4", ec=GREEN, lw=0.8))
-    ax.text(at + unit + 0.2, 0.5, "fused (to scale, 4,096 tokens, heads of 64)", va="center", fontsize=8, color=GREEN)
+    ax.add_patch(Rectangle((at, 1.1), 65 * unit, 0.6, fc=PALE_WINE, ec=WINE, lw=0.8))
+    ax.text(at + 65 * unit + 0.2, 1.4, "naive", va="center", fontsize=8, color=WINE)
+    ax.add_patch(Rectangle((at, 0.2), unit, 0.6, fc=PALE_BLUE, ec=BLUE, lw=0.8))
+    ax.text(at + unit + 0.2, 0.5, "fused (to scale, 4,096 tokens, heads of 64)", va="center", fontsize=8, color=BLUE)
     save(figure, "05_traffic")
 
 
@@ -80,34 +83,38 @@ def tiling() -> None:
     figure, ax = plt.subplots(figsize=(7.4, 3.9))
     blank(ax, 24, 12.6)
     left, top, step, rows = 5.0, 10.6, 2.9, 1.6
-    ax.text(left + 2 * step + 1.3, 12.2, "keys and values, N at a time: [N, D] each", ha="center", color=ORANGE)
+    ax.text(
+        left + 2 * step + 1.3, 12.2, "keys and values, a block at a time: [$S_b$, D] each", ha="center", color=ORANGE
+    )
     for j in range(5):
         now = j == 2
-        face = "#fde9d2" if now else "#fbf6ef"
+        face = PALE_ORANGE if now else "#fbf6ef"
         ax.add_patch(Rectangle((left + j * step, top), 2.6, 1.0, fc=face, ec=ORANGE, lw=1.8 if now else 0.8))
         ax.text(left + j * step + 1.3, top + 0.5, f"block {j + 1}", ha="center", va="center", fontsize=8)
     for i in range(4):
         y, now = top - 0.5 - rows * (i + 1), i == 1
-        ax.add_patch(Rectangle((2.0, y), 2.2, 1.3, fc="#dbe7f5" if now else "#f3f7fb", ec=BLUE, lw=1.8 if now else 0.8))
+        ax.add_patch(Rectangle((2.0, y), 2.2, 1.3, fc=PALE_BLUE if now else "#f3f7fb", ec=BLUE, lw=1.8 if now else 0.8))
         ax.text(3.1, y + 0.65, f"tile {i + 1}", ha="center", va="center", fontsize=8)
         for j in range(5):
             here = now and j == 2
-            face = "#cfe3d6" if here else "#eef5f0" if now and j < 2 else "white"
+            face = "#b9d2f2" if here else "#eef3fa" if now and j < 2 else "white"
             corner, width = (left + j * step, y), 1.8 if here else 0.6
-            ax.add_patch(Rectangle(corner, 2.6, 1.3, fc=face, ec=GREEN if here else "#bbbbbb", lw=width))
+            ax.add_patch(Rectangle(corner, 2.6, 1.3, fc=face, ec=BLUE if here else "#bbbbbb", lw=width))
             if now:
-                text = ("taken in", "taken in", "scores\n[M, N]", "to come", "to come")[j]
+                text = ("taken in", "taken in", "scores\n[$T_b$, $S_b$]", "to come", "to come")[j]
                 ax.text(left + j * step + 1.3, y + 0.65, text, ha="center", va="center", fontsize=7.5)
-    ax.text(1.8, top - 0.5 - 1.5 * rows - 0.15, "M queries\n[M, D]", ha="right", va="center", color=BLUE, fontsize=8)
+    ax.text(
+        1.8, top - 0.5 - 1.5 * rows - 0.15, "$T_b$ queries\n[$T_b$, D]", ha="right", va="center", color=BLUE, fontsize=8
+    )
     y = 1.2
-    box(ax, 5.2, y, 5.8, 1.7, "state after block 2\nm [M], l [M], a [M, D]", "#dff0e4")
-    box(ax, 12.4, y, 4.6, 1.7, "shrink by $e^{m - m'}$,\nadd block 3", "#cfe3d6")
-    box(ax, 18.8, y, 5.0, 1.7, "state after block 3\nm', l', a'", "#dff0e4")
+    box(ax, 5.2, y, 5.8, 1.7, "state after block 2\nm [$T_b$], l [$T_b$], o [$T_b$, D]", PALE_BLUE)
+    box(ax, 12.4, y, 4.6, 1.7, "shrink by $e^{m - m'}$,\nadd block 3", "#b9d2f2")
+    box(ax, 18.8, y, 5.0, 1.7, "state after block 3\nm', l', o'", PALE_BLUE)
     arrow(ax, (8.1, y), (10.1, y))
     arrow(ax, (14.7, y), (16.3, y))
-    arrow(ax, (left + 2 * step + 1.3, top - 0.5 - 2 * rows), (12.2, y + 0.85), GREEN, 1.4)
+    arrow(ax, (left + 2 * step + 1.3, top - 0.5 - 2 * rows), (12.2, y + 0.85), BLUE, 1.4)
     arrow(ax, (21.3, y), (22.6, y))
-    ax.text(22.7, y, "…\na / l", va="center", fontsize=8.5)
+    ax.text(22.7, y, "…\no / l", va="center", fontsize=8.5)
     save(figure, "05_tiling")
 
 
@@ -137,6 +144,9 @@ def blocks(length: int = 16, window: int = 5) -> None:
     save(figure, "05_blocks")
 
 
+PEERS = {"SDPA flash": (ORANGE, "--", "FlashAttention-2"), "SDPA cuDNN": (WINE, "-.", "cuDNN")}
+
+
 def ladder() -> None:
     """TFLOP/s of every step for both head sizes, with the peers and the large product as lines."""
     measured = results("chapter_05", "h100")
@@ -144,31 +154,86 @@ def ladder() -> None:
     product = measured["ceilings"]["matmul FLOP/s"] / 1e12
     for ax, case in zip(axes, measured["ladder"].values(), strict=True):
         rows = {row["step"]: row["FLOP/s"] / 1e12 for row in case["steps"] if "seconds" in row}
-        peers = {name: rows.pop(name) for name in ("SDPA flash", "SDPA cuDNN") if name in rows}
+        peers = {name: rows.pop(name) for name in PEERS if name in rows}
         names = list(rows)
-        colors = [GREEN if name == "minillm" else BLUE for name in names]
+        colors = [BLUE if name == "minillm" else SKY for name in names]
         ax.barh(range(len(names)), rows.values(), color=colors, height=0.7)
         for i, value in enumerate(rows.values()):
             ax.text(
                 value + 8, i, f"{value:.0f}", va="center", fontsize=7.5, bbox={"fc": "white", "ec": "none", "pad": 0.8}
             )
-        for (name, value), color in zip(
-            (*peers.items(), ("large product", product)), (ORANGE, RED, "black"), strict=False
-        ):
-            ax.axvline(value, color=color, lw=1, ls=":")
-            ax.text(value, -0.9, name.removeprefix("SDPA "), color=color, fontsize=7.5, ha="center", va="bottom")
+        lines = [(peers[name], *PEERS[name]) for name in peers] + [(product, BLACK, ":", "large product")]
+        for i, (value, color, dashes, name) in enumerate(lines):
+            ax.axvline(value, color=color, lw=1.2, ls=dashes)
+            ax.text(value, -0.9 - 0.75 * (i == 1), name, color=color, fontsize=7.5, ha="center", va="bottom")
         ax.set(yticks=range(len(names)), yticklabels=names, xlabel="TFLOP/s", xlim=(0, product * 1.06))
-        ax.set_title(f"{case['heads']} heads of {case['head size']}, {case['tokens']:,} tokens", pad=14)
+        ax.set_title(f"{case['heads']} heads of {case['head size']}, {case['tokens']:,} tokens", pad=22)
         ax.tick_params(axis="y", labelsize=8)
     axes[0].invert_yaxis()
     figure.tight_layout()
     save(figure, "05_ladder")
 
 
+def sizes() -> None:
+    """TFLOP/s by tile, warps and stages; the shared memory of each, hatched where registers spill."""
+    measured = results("chapter_05", "h100")["ladder"]
+    figure, axes = plt.subplots(1, 2, figsize=(7.8, 4), sharey=True)
+    for ax, case in zip(axes, measured.values(), strict=True):
+        names = [row["step"].replace(" warps, ", ", ").replace(" stages", "") for row in case["sizes"]]
+        rates = [row.get("FLOP/s", 0) / 1e12 for row in case["sizes"]]
+        for i, (row, rate) in enumerate(zip(case["sizes"], rates, strict=True)):
+            if not rate:
+                ax.text(8, i, "does not fit", va="center", fontsize=7.5)
+                continue
+            spills = row.get("spills", 0) > 0
+            color = BLUE if rate == max(rates) else SKY
+            ax.barh(
+                i, rate, color=color, height=0.72, hatch="////" if spills else None, ec="black" if spills else color
+            )
+            text = f"{rate:.0f}   {row['shared bytes'] / 1024:.0f} KiB" + ", spills" * spills
+            ax.text(rate + 8, i, text, va="center", fontsize=7.5)
+        ax.set(xlabel="TFLOP/s (and shared memory a program)", xlim=(0, 1.42 * max(rates)))
+        ax.set(yticks=range(len(names)), yticklabels=names)
+        ax.set_title(f"heads of {case['head size']}", fontsize=9)
+        ax.tick_params(axis="y", labelsize=8)
+    axes[0].set_ylabel("queries x keys, warps, stages")
+    axes[0].invert_yaxis()
+    figure.tight_layout()
+    save(figure, "05_sizes")
+
+
+def peers() -> None:
+    """TFLOP/s by length for four layouts of heads: the package between FlashAttention-2 and cuDNN."""
+    kernels = results("kernels", "h100")
+    rows = [r for r in kernels["rows"] if r["suite"] == "attention" and "causal" in r["case"]]
+    layouts = dict.fromkeys(" ".join(r["case"].split()[1:3]) for r in rows)
+    figure, axes = plt.subplots(1, len(layouts), figsize=(7.8, 2.7), sharey=True)
+    ways = {"SDPA cuDNN": PEERS["SDPA cuDNN"], "minillm": (BLUE, "-", "minillm"), "SDPA flash": PEERS["SDPA flash"]}
+    for ax, layout in zip(axes, layouts, strict=True):
+        chosen = [r for r in rows if " ".join(r["case"].split()[1:3]) == layout]
+        lengths = [int(r["case"].split()[-1]) for r in chosen]
+        for (name, (color, dashes, label)), marker in zip(ways.items(), "s^o", strict=True):
+            rates = [r["flops"] / r["seconds"][name] / 1e12 for r in chosen]
+            ax.plot(lengths, rates, marker=marker, ls=dashes, color=color, label=label, ms=4)
+        ax.axhline(kernels["ceilings"]["matmul FLOP/s"] / 1e12, color=BLACK, lw=0.8, ls=":")
+        size, heads = layout.split()
+        ax.set_title(f"heads of {size[1:]}: {heads[1:]}", fontsize=8.5)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
+        ax.minorticks_off()
+        ax.set(xlabel="tokens", ylim=(0, None))
+    axes[0].set_ylabel("TFLOP/s")
+    axes[0].text(lengths[0], kernels["ceilings"]["matmul FLOP/s"] / 1e12 - 12, "large product", va="top", fontsize=7.5)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=3, bbox_to_anchor=(0.5, -0.08))
+    figure.tight_layout()
+    save(figure, "05_peers")
+
+
 if __name__ == "__main__":
     for draw in (traffic, tiling, blocks):
         draw()
-    try:
-        ladder()
-    except FileNotFoundError as missing:
-        print(f"05_ladder.svg is not drawn: {missing}")
+    for draw in (ladder, sizes, peers):
+        try:
+            draw()
+        except FileNotFoundError as missing:
+            print(f"{draw.__name__} is not drawn: {missing}")

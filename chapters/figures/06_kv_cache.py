@@ -7,9 +7,12 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 from style import look, save
 
 from minillm.config import LLAMA_3_8B
+from minillm.learn import COLORS
 from minillm.learn.excerpts import results
 
-BLUE, ORANGE, GREEN, RED, GRAY, LIGHT = "#2f6db5", "#d9822b", "#3a8f5c", "#c0392b", "#777777", "#e8edf3"
+BLUE, ORANGE, WINE, SKY, BLACK = COLORS
+GRAY, LIGHT = "#777777", "#e8edf3"
+PALE_BLUE, PALE_ORANGE, PALE_WINE = "#dbe7f5", "#fdeccb", "#f0dbe2"
 look(9)
 
 
@@ -41,13 +44,15 @@ def recompute(prompt: int = 4, new: int = 4) -> None:
                 if i < known:
                     computed = not cached or step == 0 or i == known - 1
                     total += computed
-                    cell(ax, 2.6 + i, y, str(i + 1), "#dbe7f5" if computed else "#dff0e4", BLUE if computed else GREEN)
+                    cell(
+                        ax, 2.6 + i, y, str(i + 1), PALE_ORANGE if computed else PALE_BLUE, ORANGE if computed else BLUE
+                    )
                 elif i == known:
-                    cell(ax, 2.6 + i, y, "?", "white", ORANGE, 1.4)
+                    cell(ax, 2.6 + i, y, "?", "white", WINE, 1.4)
         title = "with a cache" if cached else "without a cache"
         ax.text(2.6 + tokens / 2, 6.1, f"{title}: {total} tokens computed", ha="center", fontsize=9.5)
     handles = [
-        Rectangle((0, 0), 1, 1, fc=f, ec=e) for f, e in (("#dbe7f5", BLUE), ("#dff0e4", GREEN), ("white", ORANGE))
+        Rectangle((0, 0), 1, 1, fc=f, ec=e) for f, e in ((PALE_ORANGE, ORANGE), (PALE_BLUE, BLUE), ("white", WINE))
     ]
     names = ["passes through the model", "keys and values read from the cache", "chosen in this step"]
     figure.legend(handles, names, loc="lower center", ncols=3, fontsize=8, bbox_to_anchor=(0.5, -0.05))
@@ -70,12 +75,12 @@ def step() -> None:
         )
 
     box(0.1, 4.3, 2.7, 1.5, "position 6\n[hidden]", LIGHT, "black")
-    for y, name, color in ((8.0, "k", ORANGE), (4.5, "q", BLUE), (1.0, "v", GREEN)):
+    for y, name, color in ((8.0, "k", ORANGE), (4.5, "q", BLACK), (1.0, "v", BLUE)):
         box(4.4, y, 1.5, 1.1, name, "white", color)
         arrow((2.8, 5.05), (4.4, y + 0.55), color)
-    ax.text(6.3, 9.35, "turned", fontsize=7.5, ha="center", color=ORANGE)
-    ax.text(6.3, 5.85, "turned", fontsize=7.5, ha="center", color=BLUE)
-    for y, name, face, edge in ((8.0, "keys", "#fde9d2", ORANGE), (1.0, "values", "#dff0e4", GREEN)):
+    ax.text(6.3, 9.35, "after RoPE", fontsize=7.5, ha="center", color=BLACK)
+    ax.text(6.3, 5.85, "after RoPE", fontsize=7.5, ha="center", color=BLACK)
+    for y, name, face, edge in ((8.0, "keys", PALE_ORANGE, ORANGE), (1.0, "values", PALE_BLUE, BLUE)):
         for i in range(10):
             stored, new = i < 6, i == 6
             ax.add_patch(Rectangle((8.2 + i, y), 1, 1.1, fc=face if stored or new else "white", ec=edge,
@@ -83,15 +88,15 @@ def step() -> None:
             ax.text(8.7 + i, y + 0.53, str(i), ha="center", va="center", fontsize=7.5,
                     color="black" if stored or new else GRAY)  # fmt: skip
         ax.text(18.5, y + 0.55, f"{name} [capacity, H_kv, D]\nslots 7 to 9: reserved", va="center", fontsize=8)
-    for y, color in ((8.55, ORANGE), (1.55, GREEN)):  # into slot 6, around the others
+    for y, color in ((8.55, ORANGE), (1.55, BLUE)):  # into slot 6, around the others
         above = y > 5
         turn = 10.3 if above else 0.25
         ax.plot([5.9, 7.2, 7.2, 14.7], [y, y, turn, turn], color=color, lw=1.2)
         arrow((14.7, turn), (14.7, 9.1 if above else 1.0), color)
-    box(9.1, 4.3, 5.2, 1.5, "softmax(q kᵀ / √D) v\nover slots 0 to 6", "#dbe7f5", BLUE)
-    arrow((5.9, 5.05), (9.1, 5.05), BLUE)
+    box(9.1, 4.3, 5.2, 1.5, "softmax(q kᵀ / √D) v\nover slots 0 to 6", LIGHT, BLACK)
+    arrow((5.9, 5.05), (9.1, 5.05), BLACK)
     arrow((11.7, 8.0), (11.7, 5.8), ORANGE)
-    arrow((11.7, 2.1), (11.7, 4.3), GREEN)
+    arrow((11.7, 2.1), (11.7, 4.3), BLUE)
     box(16.4, 4.3, 3.4, 1.5, "output\n[H, D]", LIGHT, "black")
     arrow((14.3, 5.05), (16.4, 5.05))
     save(figure, "06_step")
@@ -107,7 +112,7 @@ def variants() -> None:
         "MLA, 512 + 64": 576,
         "MQA, 1 head": 2 * size,
     }
-    colors = (RED, BLUE, GREEN, ORANGE)
+    colors, dashes = (WINE, BLUE, BLACK, ORANGE), ("-.", "-", (0, (5, 1, 1, 1)), ":")
     figure, axes = plt.subplots(1, 2, figsize=(7.8, 3.1), width_ratios=(1, 1.25))
     values = [2 * layers * n / 1024 for n in each.values()]
     axes[0].barh(list(each), values, color=colors, height=0.6)
@@ -117,8 +122,8 @@ def variants() -> None:
     axes[0].set(title="16 bits, one token", xlim=(0, 660), xticks=[])
     axes[0].spines["bottom"].set_visible(False)
     context = np.array([2**i for i in range(10, 18)])
-    for (name, n), color in zip(each.items(), colors, strict=True):
-        axes[1].loglog(context, 2 * layers * n * context / 1e9, color=color, label=name.split(",")[0])
+    for (name, n), color, dash in zip(each.items(), colors, dashes, strict=True):
+        axes[1].loglog(context, 2 * layers * n * context / 1e9, color=color, ls=dash, label=name.split(",")[0])
     window = 2 * layers * 2 * 8 * size * (np.minimum(context, 1024) * 5 / 6 + context / 6) / 1e9
     axes[1].loglog(context, window, color=BLUE, ls="--", label="GQA, 5 of 6 layers\nwindow of 1,024")
     weights = config.weight_bytes() / 1e9
@@ -144,7 +149,7 @@ def ring(window: int = 4, steps: int = 7) -> None:
         for slot in range(window):
             held = i - (i - slot) % window  # the position in this slot after token i, from 0
             new = slot == i % window
-            face = "#fde9d2" if new else "#f3f3f3" if held < 0 else "#dff0e4"
+            face = PALE_ORANGE if new else "#f3f3f3" if held < 0 else PALE_BLUE
             cell(
                 ax,
                 x,
@@ -163,7 +168,8 @@ def ring(window: int = 4, steps: int = 7) -> None:
 
 # ---- measured ------------------------------------------------------------------------------------------------------
 
-WAYS = {"naive": RED, "transformers, no cache": ORANGE, "transformers": GREEN, "cached": BLUE}
+WAYS = {"naive": WINE, "transformers, no cache": ORANGE, "transformers": BLACK, "cached": BLUE}
+MARKS = {"naive": "s", "transformers, no cache": "v", "transformers": "^", "cached": "o"}
 NAMES = {"naive": "naive", "transformers, no cache": "transformers, use_cache=False", "transformers": "transformers",
          "cached": "cached"}  # fmt: skip
 
@@ -175,7 +181,8 @@ def speed() -> None:
     for name, color in WAYS.items():
         times = np.array(measured["each"][name])
         count = 1 + 4 * np.arange(len(times))
-        style = {"color": color, "ls": "--" if "transformers" in name else "-", "label": NAMES[name], "lw": 1.5}
+        style = {"color": color, "ls": "--" if "transformers" in name else "-", "label": NAMES[name], "lw": 1.5,
+                 "marker": MARKS[name], "markevery": max(1, len(times) // 8), "ms": 4}  # fmt: skip
         axes[0].plot(count, times, **style)
         axes[1].plot(count[1:], 1000 * np.diff(times) / 4, **style)
     axes[0].set(title="seconds until the n-th token", xlabel="n", ylim=(0, None))
@@ -186,7 +193,7 @@ def speed() -> None:
 
 
 def points(ax: Axes, rows: list[dict], title: str) -> None:
-    groups = {"prefill": (GREEN, "o"), "decode": (BLUE, "s")}
+    groups = {"prefill": (WINE, "o"), "decode": (BLUE, "s")}
     for kind, (color, marker) in groups.items():
         chosen = [row for row in rows if row["kind"] == kind]
         contexts = sorted({row["before"] for row in chosen}) if kind == "decode" else [0]
@@ -242,13 +249,44 @@ def rooflines() -> None:
     save(figure, "06_roofline")
 
 
+def gpu() -> None:
+    """Shares of the ceilings on a GPU: prompts of a large product, decode steps of a copy."""
+    measured = results("chapter_06", "h100")
+    top, stream = measured["ceilings"]["matmul FLOP/s"], measured["ceilings"]["copy bytes/s"]
+    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.0))
+    for (name, entry), color in zip(
+        ((n, e) for n, e in measured.items() if n != "ceilings"), (WINE, BLUE), strict=True
+    ):
+        prompts = sorted((r for r in entry["rows"] if r["kind"] == "prefill"), key=lambda r: r["new"])
+        lengths = [r["new"] for r in prompts]
+        axes[0].plot(lengths, [100 * r["FLOP/s"] / top for r in prompts], "o-", color=color, ms=4, label=name)
+        steps = [r for r in entry["rows"] if r["kind"] == "decode" and r["cache"] == "paged"]
+        for before, dash, mark in zip(sorted({r["before"] for r in steps}), ("--", "-"), "s^", strict=False):
+            line = sorted((r for r in steps if r["before"] == before), key=lambda r: r["batch"])
+            batches, shares = [r["batch"] for r in line], [100 * r["bytes/s"] / stream for r in line]
+            axes[1].plot(
+                batches, shares, mark, ls=dash, color=color, ms=4, label=f"{name.split(',')[0]}, {before + 1:,}"
+            )
+    for ax, title, label in ((axes[0], "prefill: % of a large product", "tokens of the prompt"),
+                             (axes[1], "decoding: % of a copy's speed", "sequences")):  # fmt: skip
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+        ax.set(title=title, xlabel=label, ylim=(0, 103))
+    axes[0].legend(fontsize=7.5)
+    axes[1].legend(
+        fontsize=7.5, title="shape, tokens each", title_fontsize=7.5, loc="center left", bbox_to_anchor=(1, 0.5)
+    )
+    figure.tight_layout()
+    save(figure, "06_gpu")
+
+
 def windows() -> None:
     """Loss by position of a model that was trained without a window."""
     measured = results("chapter_06")["windows"]
     figure, ax = plt.subplots(figsize=(7.4, 2.7))
-    for (name, losses), color in zip(measured["loss"].items(), (BLUE, RED, GREEN), strict=True):
+    for (name, losses), color, mark in zip(measured["loss"].items(), (BLUE, WINE, ORANGE), "os^", strict=True):
         middles = [(i + 0.5) * measured["bin"] for i in range(len(losses))]
-        ax.plot(middles, losses, "o-", color=color, label=name, ms=3.5, lw=1.4)
+        ax.plot(middles, losses, f"{mark}-", color=color, label=name, ms=3.5, lw=1.4)
     ax.axvline(measured["window"], color="black", lw=0.8, ls=":")
     ax.text(measured["window"] + 8, 0.15, f"window of {measured['window']}: the first token falls out", fontsize=8)
     ax.set(xlabel="position", ylabel="loss, nats a token", ylim=(0, None), xlim=(0, measured["length"]))
@@ -264,7 +302,7 @@ def static() -> None:
     total = lengths.max()
     for row, n in enumerate(lengths):
         axes[0].barh(row, n, color=BLUE, height=0.8)
-        axes[0].barh(row, total - n, left=n, color="#f2c9c2", height=0.8)
+        axes[0].barh(row, total - n, left=n, color=ORANGE, hatch="///", ec="white", height=0.8)
     axes[0].invert_yaxis()
     axes[0].set(
         title=f"{measured['occupancy']:.0%} of row-steps give a token",
@@ -273,7 +311,7 @@ def static() -> None:
         ylabel="row",
         xlim=(0, total),
     )
-    handles = [Rectangle((0, 0), 1, 1, fc=color) for color in (BLUE, "#f2c9c2")]
+    handles = [Rectangle((0, 0), 1, 1, fc=color) for color in (BLUE, ORANGE)]
     axes[0].legend(
         handles,
         ["gives a token", "finished, keeps its row"],
@@ -293,7 +331,7 @@ def static() -> None:
         live.append(held[done <= lengths].sum())
         dead.append(held[done > lengths].sum())
     empty = np.array(capacity) - np.array(live) - np.array(dead)
-    axes[1].stackplot(steps, live, dead, empty, colors=(BLUE, "#f2c9c2", "#eeeeee"),
+    axes[1].stackplot(steps, live, dead, empty, colors=(BLUE, ORANGE, "#eeeeee"),
                       labels=("of rows at work", "of finished rows", "reserved, empty"))  # fmt: skip
     axes[1].set(title="slots of the cache", xlabel="step", xlim=(1, total), ylim=(0, max(capacity)))
     axes[1].legend(
@@ -306,7 +344,7 @@ def static() -> None:
 if __name__ == "__main__":
     for draw in (recompute, step, variants, ring):
         draw()
-    for draw in (speed, rooflines, windows, static):
+    for draw in (speed, rooflines, gpu, windows, static):
         try:
             draw()
         except (FileNotFoundError, KeyError) as missing:

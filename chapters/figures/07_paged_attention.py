@@ -5,14 +5,18 @@ from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from style import canvas, look, save
 
+from minillm.learn import COLORS
 from minillm.learn.excerpts import results
 
-BLUE, ORANGE, GREEN, RED, GRAY, LIGHT = "#2f6db5", "#d9822b", "#3a8f5c", "#c0392b", "#777777", "#e8edf3"
-PALE = {BLUE: "#dbe7f5", ORANGE: "#fde9d2", GREEN: "#dff0e4", GRAY: "#eeeeee", "white": "white"}
+BLUE, ORANGE, WINE, SKY, BLACK = COLORS
+GRAY, LIGHT = "#777777", "#e8edf3"
+PALE = {BLUE: "#c9dcf8", ORANGE: "#fbe7c4", WINE: "#f0cdd9", GRAY: "#eeeeee", "white": "white"}
 look(9)
 
 
 def text(ax: Axes, x: float, y: float, words: str, size: float = 8.5, **more: object) -> None:
+    if more.get("color") == ORANGE:  # too pale for words
+        more["color"] = "#8f6100"
     ax.text(x, y, words, **({"ha": "center", "va": "center", "fontsize": size} | more))
 
 
@@ -47,7 +51,7 @@ def block(ax: Axes, x: float, y: float, tokens: str, color: str, number: int, no
 def blocks() -> None:
     """Four moments of a pool of six blocks: two requests with one beginning, growth, and what stays behind."""
     figure, ax = canvas(8.4, 6.3)
-    none, ab, xyz = ("", "white", ""), ("abcd", GREEN, "2"), ("xyz", ORANGE, "1")
+    none, ab, xyz = ("", "white", ""), ("abcd", WINE, "2"), ("xyz", ORANGE, "1")
     steps = [
         (
             "1  A comes with 6 tokens: two blocks,\n    the second half full",
@@ -87,18 +91,18 @@ def copy_on_write() -> None:
     """Two samples of one prompt: shared, a copy for who writes first, no copy for the last."""
     figure, ax = canvas(8.4, 2.9)
     panels = [
-        ("after fork: both name both blocks", "A [5, 1]", "B [5, 1]", [("abcd", GREEN, 5, "2"), ("ef", GREEN, 1, "2")]),
+        ("after fork: both name both blocks", "A [5, 1]", "B [5, 1]", [("abcd", WINE, 5, "2"), ("ef", WINE, 1, "2")]),
         (
             "A writes g: block 1 is copied to 3",
             "A [5, 3]",
             "B [5, 1]",
-            [("abcd", GREEN, 5, "2"), ("ef", ORANGE, 1, "1"), ("efg", BLUE, 3, "1")],
+            [("abcd", WINE, 5, "2"), ("ef", ORANGE, 1, "1"), ("efg", BLUE, 3, "1")],
         ),
         (
             "B writes h: it is alone, no copy",
             "A [5, 3]",
             "B [5, 1]",
-            [("abcd", GREEN, 5, "2"), ("efh", ORANGE, 1, "1"), ("efg", BLUE, 3, "1")],
+            [("abcd", WINE, 5, "2"), ("efh", ORANGE, 1, "1"), ("efg", BLUE, 3, "1")],
         ),
     ]
     for i, (title, a, b, pool) in enumerate(panels):
@@ -121,7 +125,7 @@ def chain_and_tree() -> None:
     text(ax, 2.05, 4.15, "hash chain: a table of full blocks", 9.5, weight="bold")
     text(ax, 6.3, 4.15, "radix tree: any length", 9.5, weight="bold")
     hashes = [
-        (0.95, 3.3, "h₁ = H(h₀, abcd)", "block 5", GREEN),
+        (0.95, 3.3, "h₁ = H(h₀, abcd)", "block 5", WINE),
         (0.95, 2.1, "h₂ = H(h₁, efgh)", "block 1", BLUE),
         (3.05, 2.1, "h₂′ = H(h₁, efxy)", "block 3", ORANGE),
     ]
@@ -138,7 +142,7 @@ def chain_and_tree() -> None:
     ax.plot([4.35, 4.35], [0.1, 4.25], color="#dddddd", lw=0.8)
     box(ax, 6.3, 3.55, 0.8, 0.4, "root", "white")
     nodes = [
-        (5.6, 2.6, "abcdef", GREEN, (6.2, 3.35)),
+        (5.6, 2.6, "abcdef", WINE, (6.2, 3.35)),
         (7.4, 2.6, "pq", GRAY, (6.4, 3.35)),
         (4.95, 1.6, "ghi", BLUE, (5.5, 2.4)),
         (6.3, 1.6, "xy", ORANGE, (5.7, 2.4)),
@@ -171,14 +175,17 @@ def waste() -> None:
     }
     parts = [
         ("tokens", ("held",), BLUE),
-        ("to come", ("to come",), "#a9c4e6"),
-        ("never used", ("never", "last block"), RED),
+        ("to come", ("to come",), SKY),
+        ("never used", ("never", "last block"), ORANGE),
         ("free", ("gaps", "free"), "#dddddd"),
     ]
     left = [0.0] * len(rows)
     for label, keys, color in parts:
         width = [100 * sum(row.get(key, 0) for key in keys) for row in rows.values()]
         axes[0].barh(range(len(rows)), width, left=left, color=color, label=label, height=0.7)
+        for i, (x, w) in enumerate(zip(left, width, strict=True)):
+            if label == "tokens":
+                axes[0].text(x + w - 1, i, f"{w:.0f}%", ha="right", va="center", color="white", fontsize=7.5)
         left = [a + b for a, b in zip(left, width, strict=True)]
     names = [f"{name}: {row['running']:.0f} at once" for name, row in rows.items()]
     axes[0].set(yticks=range(len(rows)), yticklabels=names, xlim=(0, 100), xlabel="% of the pool")
@@ -188,26 +195,62 @@ def waste() -> None:
     )
     pages = {int(size): row for size, row in r["reservation"]["paged"].items()}
     sizes = list(pages)
-    axes[1].plot(sizes, [100 * row["last block"] for row in pages.values()], "o", color=RED, ms=4, label="simulated")
+    axes[1].plot(sizes, [100 * row["last block"] for row in pages.values()], "o", color=BLUE, ms=4, label="simulated")
     formula = [100 * (b - 1) / 2 / (r["reservation"]["mean context"] + (b - 1) / 2) for b in sizes]
-    axes[1].plot(sizes, formula, "-", color=GRAY, lw=1, label="(B − 1) / 2 a request")
+    axes[1].plot(sizes, formula, "-", color=GRAY, lw=1, label="(C − 1) / 2 a request")
     axes[1].set(xscale="log", xlabel="block size", title="empty slots, % of the pool", ylim=(0, None))
     axes[1].set_xticks(sizes, sizes, fontsize=7.5)
     axes[1].minorticks_off()
     axes[1].legend(fontsize=7.5)
     hits = r["prefix"]["rows"]
-    for tokens, color in zip(r["prefix"]["pools"], (RED, ORANGE, GREEN, BLUE, "black"), strict=True):
+    lines = ((WINE, ":"), (ORANGE, "--"), (BLUE, "-."), ("", ""), (BLACK, "-"))
+    for tokens, (color, style) in zip(r["prefix"]["pools"], lines, strict=True):
         if tokens == 196_608:
             continue
         label = "no limit" if tokens >= 1 << 21 else f"{tokens // 1024}k tokens"
         line = [100 * hits[size][str(tokens)]["hit rate"] for size in hits]
-        axes[2].plot([int(size) for size in hits], line, "o-", color=color, ms=3.5, lw=1, label=label)
+        axes[2].plot([int(size) for size in hits], line, "o", ls=style, color=color, ms=3.5, lw=1.2, label=label)
     axes[2].set(xscale="log", xlabel="block size", title="prompt tokens found, %", ylim=(30, 100))
     axes[2].set_xticks([int(size) for size in hits], list(hits), fontsize=7.5)
     axes[2].minorticks_off()
     axes[2].legend(fontsize=7.2, loc="lower left", title="pool", title_fontsize=7.5)
     figure.tight_layout()
     save(figure, "07_waste")
+
+
+def measured() -> None:
+    """Decoding on an H100: bandwidth by shape beside torch's, and one sequence by the number of splits."""
+    found, splits = results("kernels_paged", "h100"), results("chapter_07", "h100")["splits"]
+    top = found["ceilings"]["copy bytes/s"]
+    rows = [row for row in found["rows"] if row["suite"] == "paged"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.3), width_ratios=[1.7, 1])
+    for i, (name, label, color, hatch) in enumerate(
+        (("minillm", "minillm, blocks of 16", BLUE, ""), ("SDPA, contiguous", "SDPA, contiguous", ORANGE, "///"))
+    ):
+        values = [100 * row["bytes"] / row["seconds"][name] / top for row in rows]
+        at = [j + 0.4 * (i - 0.5) for j in range(len(rows))]
+        left.bar(at, values, 0.38, color=color, label=label, hatch=hatch, ec="white", lw=0)
+    left.axhline(100, color=BLACK, lw=0.8, ls=":")
+    names = ["\n".join((row["case"].split()[-3] + " ×", f"{int(row['case'].split()[-1]):,}")) for row in rows]
+    left.set_xticks(range(len(rows)), names, fontsize=7.5)
+    half = sum("d128" in row["case"] for row in rows)
+    left.text((half - 1) / 2, 108, "Llama 3 8B's heads, D = 128", ha="center", fontsize=8)
+    left.text(half + (len(rows) - half - 1) / 2, 108, "SmolLM2's, D = 64", ha="center", fontsize=8)
+    left.axvline(half - 0.5, color="#dddddd", lw=0.8)
+    left.set(ylabel="% of a copy's bandwidth", xlabel="sequences × context", ylim=(0, 119))
+    left.legend(fontsize=7.5, loc="upper center", ncols=2, bbox_to_anchor=(0.5, 1.16))
+    for row, color, style in zip(splits["rows"], (WINE, ORANGE, BLUE), (":", "--", "-"), strict=True):
+        counts = [int(n) for n in row["seconds"]]
+        share = [100 * row["bytes"] / seconds / top for seconds in row["seconds"].values()]
+        right.plot(counts, share, "o", ls=style, color=color, ms=4, label=f"{row['context']:,} tokens")
+    right.axvline(splits["automatic"], color=GRAY, lw=0.8, ls=":")
+    right.text(splits["automatic"] * 0.93, 3, "chosen from shapes", fontsize=7.5, color=GRAY, ha="right")
+    right.set(xscale="log", xlabel="splits; one sequence, 8B", ylim=(0, 119))
+    right.set_xticks(counts, counts)
+    right.minorticks_off()
+    right.legend(fontsize=7.5, loc="upper left")
+    figure.tight_layout()
+    save(figure, "07_measured")
 
 
 def kernel() -> None:
@@ -245,7 +288,7 @@ def kernel() -> None:
     arrow(ax, (1.4, 3.05), (2.6, 3.05), BLUE)
     ax.plot([0.1, 8.3], [2.3, 2.3], color="#dddddd", lw=0.8)
     text(ax, 0.1, 2.1, "grid: sequences × key/value heads × splits", 9.2, weight="bold", ha="left")
-    colors = [PALE[BLUE], PALE[ORANGE], PALE[GREEN], "#eadcf2"]
+    colors = [PALE[BLUE], PALE[ORANGE], PALE[WINE], "#dddddd"]
     for row, (name, length) in enumerate((("sequence 0", 8), ("sequence 1", 3))):
         y = 1.45 - 0.62 * row
         text(ax, 0.1, y + 0.2, name, 8.2, ha="left")
@@ -269,5 +312,5 @@ def kernel() -> None:
 
 
 if __name__ == "__main__":
-    for draw in (blocks, copy_on_write, chain_and_tree, waste, kernel):
+    for draw in (blocks, copy_on_write, chain_and_tree, waste, kernel, measured):
         draw()

@@ -12,10 +12,13 @@ from minillm.cache.blocks import BlockPool, BlockTable
 from minillm.config import LLAMA_3_8B, ModelConfig
 from minillm.engine.request import Request
 from minillm.engine.scheduler import Scheduler
+from minillm.learn import COLORS
 from minillm.learn.excerpts import results
 from minillm.sampling import SamplingParams
 
-BLUE, ORANGE, GREEN, RED, GRAY, PINK = "#2f6db5", "#d9822b", "#3a8f5c", "#c0392b", "#777777", "#f2c9c2"
+BLUE, ORANGE, WINE, SKY, BLACK = COLORS
+GRAY, PALE = "#777777", "#dcdcdc"
+LABELS = {"smollm2": "SmolLM2-135M", "qwen3": "Qwen3-0.6B"}
 look(9)
 
 
@@ -28,7 +31,7 @@ def gantt() -> None:
             for start, end, color in (
                 (one["began"], one["first"], ORANGE),
                 (one["first"], one["last"], BLUE),
-                (one["last"], one["left"], PINK),
+                (one["last"], one["left"], PALE),
             ):
                 ax.barh(one["row"], end - start, left=start, height=0.8, color=color)
             ax.plot([one["began"]] * 2, [one["row"] - 0.4, one["row"] + 0.4], color="white", lw=1.2)
@@ -38,7 +41,7 @@ def gantt() -> None:
         ax.set(yticks=[], ylabel="rows", ylim=(measured["rows"], -0.6))
         ax.set_title(title, fontsize=9, loc="left")
     axes[-1].set_xlabel("seconds")
-    handles = [Patch(fc=color) for color in (ORANGE, BLUE, PINK)] + [
+    handles = [Patch(fc=color) for color in (ORANGE, BLUE, PALE)] + [
         plt.Line2D([], [], color="black", ls="", marker="|")
     ]
     names = ["until the first token", "decoding", "row held for nothing", "a request arrives"]
@@ -58,7 +61,7 @@ def batch() -> None:
         flops = sum(config.flops_per_token(0).values())
         weights = flops / copy  # 2 FLOPs and, in 16 bits, 2 bytes for each weight of a matrix
         ax.loglog(batches, 1e3 * np.full(len(batches), weights), color=BLUE, label="weights, read once")
-        ax.loglog(batches, 1e3 * batches * flops / product, color=GREEN, label="products with them")
+        ax.loglog(batches, 1e3 * batches * flops / product, color=WINE, ls="-.", label="products with them")
         for context, style in ((256, ":"), (2048, "-")):
             cache = 1e3 * batches * context * config.kv_bytes_per_token() / copy
             ax.loglog(batches, cache, color=ORANGE, ls=style, label=f"cache of {context:,} tokens each")
@@ -78,7 +81,7 @@ def budget() -> None:
     plans = [[("A", 1), ("B", 5)], [("A", 1), ("B", 4), ("C", 1)], [("A", 1), ("B", 1), ("C", 2)],
              [("A", 1), ("B", 1), ("C", 1)]]  # fmt: skip
     gets = ["A", "A, B", "A, B, C", "A, B, C"]
-    colors = {"A": BLUE, "B": ORANGE, "C": GREEN}
+    colors = {"A": BLUE, "B": ORANGE, "C": WINE}
     figure, ax = plt.subplots(figsize=(7.6, 2.9))
     for step, plan in enumerate(plans):
         height = 0
@@ -144,12 +147,12 @@ def preemption(blocks: int = 14) -> None:
     for step, plan in enumerate(plans):
         for request, count in plan:
             again = count > 1 and request in seen
-            color = RED if again else ORANGE if request not in seen else BLUE
+            color = WINE if again else ORANGE if request not in seen else BLUE
             seen.add(request)
             above.barh(int(request.request_id), 1, left=step, height=0.8, color=color)
     above.set(ylabel="request", yticks=range(6))
     above.invert_yaxis()
-    handles = [Patch(fc=color) for color in (ORANGE, BLUE, RED)]
+    handles = [Patch(fc=color) for color in (ORANGE, BLUE, WINE)]
     above.legend(handles, ["prompt", "one token a step", "everything again"], fontsize=8, loc="upper right")
     below.fill_between(range(len(used)), used, step="post", color="#c9d8ea")
     below.axhline(blocks, color="black", lw=0.9, ls="--")
@@ -159,7 +162,7 @@ def preemption(blocks: int = 14) -> None:
 
 
 def load() -> None:
-    """Latency and goodput by rate of arrivals: on the CPU, and on the H100 where it is recorded."""
+    """Latency and good requests by rate of arrivals: on the CPU, and on the H100 where it is recorded."""
     panels = [("SmolLM2, one CPU thread", results("chapter_08")["curve"])]
     with contextlib.suppress(FileNotFoundError):
         panels.append(("Qwen3-0.6B's shape, H100", results("chapter_08", "h100")["shapes"]["qwen3"]["curve"]))
@@ -175,15 +178,69 @@ def load() -> None:
         column[0].yaxis.set_major_locator(LogLocator(subs=(1, 3)))
         column[0].yaxis.set_major_formatter("{x:,.0f}")
         column[0].yaxis.set_minor_formatter(NullFormatter())
-        column[1].plot(rates, [row["goodput, requests/s"] for row in found["rates"]], "o-", color=GREEN, ms=3.5)
-        all_good = [row["arrived/s"] for row in found["rates"]]  # over the same time: until the last token
-        column[1].plot(rates, all_good, color=GRAY, lw=0.8, ls="--", label="if all were good")
-        column[1].set(xlabel="requests that arrive a second", ylabel="goodput, requests/s", ylim=(0, None))
+        column[1].plot(rates, [100 * row["within both limits"] for row in found["rates"]], "o-", color=WINE, ms=3.5)
+        column[1].axvline(found["saturated requests/s"], color=GRAY, lw=0.8, ls="--", label="all at once")
+        column[1].set(xlabel="requests that arrive a second", ylabel="% within both limits", ylim=(0, 105))
     axes[0][0].legend(fontsize=7.5, loc="upper left")
-    axes[1][0].legend(fontsize=7.5, loc="upper left")
+    axes[1][0].legend(fontsize=7.5, loc="lower left")
     axes[0][0].set_ylim(top=12 * axes[0][0].get_ylim()[1])
     figure.tight_layout()
     save(figure, "08_load")
+
+
+def steps() -> None:
+    """A decode step on the H100: by batch beside its floor of bytes, and by how it is launched."""
+    shapes = results("chapter_08", "h100")["shapes"]
+    figure, axes = plt.subplots(1, 3, figsize=(9.6, 3.2), width_ratios=[1, 1, 1.5])
+    for ax, (name, shape) in zip(axes, shapes.items(), strict=False):
+        batches = [row["batch"] for row in shape["sweep"]]
+        ax.loglog(batches, [1e3 * row["seconds"] for row in shape["sweep"]], "o-", color=BLUE, ms=4, label="measured")
+        floor = [1e3 * row["floor"] for row in shape["sweep"]]
+        ax.loglog(batches, floor, "s--", color=ORANGE, ms=4, label="least: weights and cache read once")
+        ax.set(title=LABELS[name], xlabel="requests that decode", ylim=(0.05, 30))
+        ax.set_xticks(batches[::2], batches[::2])
+        ax.set_yticks([0.1, 1, 10], ["0.1", "1", "10"])
+        ax.minorticks_off()
+    axes[0].set_ylabel("ms a step")
+    axes[0].legend(fontsize=7, loc="upper left")
+    rows = [(name, row) for name, shape in shapes.items() for row in shape["modes"]]
+    looks = ((GRAY, ""), (SKY, "///"), (ORANGE, ""), (BLUE, ""))
+    for j, (label, (color, hatch)) in enumerate(zip(rows[0][1]["seconds"], looks, strict=True)):
+        at = [i + 0.2 * (j - 1.5) for i in range(len(rows))]
+        values = [1e3 * row["seconds"][label] for _, row in rows]
+        axes[2].bar(at, values, 0.19, color=color, hatch=hatch, ec="white", lw=0, label=label)
+    axes[2].set(yscale="log", title="how it is launched", ylim=(0.3, 200))
+    axes[2].set_yticks([1, 10], ["1", "10"])
+    axes[2].minorticks_off()
+    names = [f"{LABELS[name].split('-')[0]}\n{row['batch']}" for name, row in rows]
+    axes[2].set_xticks(range(len(rows)), names, fontsize=7.5)
+    axes[2].set_xlabel("model, batch")
+    axes[2].legend(fontsize=6.5, loc="upper center", ncols=2, handlelength=1.2, columnspacing=0.8)
+    figure.tight_layout()
+    save(figure, "08_steps")
+
+
+def prompts() -> None:
+    """What a prompt of 8,000 tokens does to 64 who decode, and they to it, by budget, on the H100."""
+    shapes = results("chapter_08", "h100")["shapes"]
+    figure, axes = plt.subplots(1, 2, figsize=(7.6, 2.9), sharey=True)
+    for ax, (name, shape) in zip(axes, shapes.items(), strict=True):
+        found = shape["long prompts"]["rows"]
+        budgets = [row["budget"] for row in found]
+        for label, values, color, style in (
+            ("first token of the prompt", [row["TTFT, s"] for row in found], WINE, "-"),
+            ("ITL of the others, 99 of 100", [row["ITL, s"]["p99"] for row in found], ORANGE, ":"),
+            ("ITL of the others, median", [row["ITL, s"]["p50"] for row in found], BLUE, "--"),
+        ):
+            ax.loglog(budgets, [1e3 * v for v in values], "o", ls=style, color=color, ms=4, label=label)
+        ax.set(title=LABELS[name], xlabel="budget, tokens a step", ylim=(0.7, 400))
+        ax.set_xticks(budgets, [f"{b:,}" for b in budgets], fontsize=7.5)
+        ax.set_yticks([1, 10, 100], ["1", "10", "100"])
+        ax.minorticks_off()
+    axes[0].set_ylabel("ms")
+    axes[1].legend(fontsize=7, loc="upper right")
+    figure.tight_layout()
+    save(figure, "08_prompts")
 
 
 def overlap() -> None:
@@ -218,5 +275,5 @@ def overlap() -> None:
 
 
 if __name__ == "__main__":
-    for draw in (gantt, batch, budget, chunks, preemption, load, overlap):
+    for draw in (gantt, batch, budget, chunks, preemption, load, steps, prompts, overlap):
         draw()

@@ -34,6 +34,7 @@ from ..kernels import (
     top_logprobs,
     trusted,
 )
+from ..kernels.common import SINCE
 from ..model import Transformer
 from .batch import Batch, DeviceTable, RowLayout, to_device
 from .constraints import Masks, MaskTable
@@ -117,15 +118,17 @@ def powers_of_2(sizes: list[int]) -> list[int]:
 
 
 def _cache_dtype(name: str, of_model: torch.dtype, device: torch.device) -> torch.dtype:
-    """Raises ValueError for fp8 on a GPU that does not have it."""
-    if name == "fp8":
-        if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-            raise ValueError(
-                "kv_cache_dtype: fp8 needs a GPU of compute capability 8.9 or later (Ada, Hopper), got"
-                f" {torch.cuda.get_device_name(device)}; int8 takes as few bytes"
-            )
-        return torch.float8_e4m3fn
-    return of_model if name == "auto" else getattr(torch, name)
+    """Raises ValueError for fp8 and bf16 on a GPU that does not have them."""
+    if name == "auto":
+        return of_model
+    dtype = torch.float8_e4m3fn if name == "fp8" else getattr(torch, name)
+    since = SINCE.get(dtype, (0, 0))
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < since:
+        raise ValueError(
+            f"kv_cache_dtype: {name} needs a GPU of compute capability {since[0]}.{since[1]} or later, got"
+            f" {torch.cuda.get_device_name(device)}; int8 takes as few bytes as fp8, float16 as bfloat16"
+        )
+    return dtype
 
 
 class Runner:

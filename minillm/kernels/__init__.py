@@ -8,6 +8,7 @@ from .draw_tokens import count_tokens, draw_tokens, set_counts
 from .flash_attention import flash_attention
 from .fused_linear import linear, norm_linear
 from .gumbel_argmax import GREEDY_BELOW, gumbel_argmax, gumbel_noise
+from .lessons import softmax
 from .mask_logits import mask_logits
 from .matmul import matmul, matmul_swiglu
 from .multi_lora import LoraPlan, multi_lora
@@ -15,7 +16,6 @@ from .paged_attention import AttentionPlan, paged_attention
 from .quantize_rows import norm_quantize_rows, quantize_rows, swiglu_quantize_rows
 from .rms_norm import add_rms_norm, rms_norm
 from .rope import apply_rope, rope, rope_and_cache, rope_factors
-from .softmax import softmax
 from .step_inputs import append_tokens, step_inputs
 from .swiglu import swiglu
 from .top_logprobs import top_logprobs

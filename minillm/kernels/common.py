@@ -49,15 +49,19 @@ __all__ = [
     "HAS_TRITON",
     "INTERPRETED",
     "KERNELS",
+    "SINCE",
+    "TENSOR_CORES",
     "Operation",
     "TensorDescriptor",
     "arguments",
+    "capability",
     "ceil_div",
     "dependent_launch",
     "divided",
     "fits_descriptor",
     "has_copy_engine",
     "next_power_of_2",
+    "on_tensor_cores",
     "operation",
     "pdl",
     "previous_done",
@@ -72,6 +76,11 @@ __all__ = [
 # Triton reads it when a kernel is decorated, so it must be set before this package is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PATHS = ("auto", "torch", "triton", "reference")
+# Compute capabilities of GPUs: from which on a kernel has a dtype, products on tensor cores (Triton leaves those of
+# Volta and Turing alone), and all that is here, Hopper's copy engine and dependent launch.
+TENSOR_CORES, COPY_ENGINE = (8, 0), (9, 0)
+SINCE = {torch.bfloat16: (8, 0), torch.float8_e4m3fn: (8, 9)}
+NEWEST = COPY_ENGINE
 KERNELS: dict[str, "Operation"] = {}
 _forced: dict[str, str] = {}  # operation name, or "" for all -> path
 _dependent = False
@@ -93,6 +102,7 @@ class Operation:
 
     `check(*args)` raises ValueError or TypeError with the argument's name; `fake(*args)` makes the empty outputs that
     torch.compile needs. `opaque` is the torch.library operator under which a compiled graph calls the Triton path.
+    `since`: the compute capability from which on the kernel is worth its launch.
     """
 
     name: str
@@ -102,6 +112,7 @@ class Operation:
     check: Callable
     fake: Callable
     in_place: tuple[str, ...]
+    since: tuple[int, int] = (0, 0)
     opaque: Callable = field(init=False)
 
     def __post_init__(self) -> None:
@@ -120,7 +131,9 @@ class Operation:
         return getattr(self, self.path(*args, **kwargs))(*args, **kwargs)
 
     def path(self, *args: Any, **kwargs: Any) -> str:
-        """Which path a call with these arguments takes: "triton" on a GPU, "torch" elsewhere and under autograd."""
+        """Which path a call with these arguments takes: "triton" on a GPU, "torch" elsewhere, under autograd, and on a
+        GPU that is too old for the kernel or a dtype.
+        """
         if _here.quick and not _forced and args and not args[0].is_cuda:
             return "torch"
         forced = (_forced.get(self.name) or _forced.get("") if _forced else None) or _environment()
@@ -130,7 +143,17 @@ class Operation:
         wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         if wants_gradient or any(t.dtype == torch.float64 for t in tensors):
             return "torch" if forced in ("auto", "triton") else forced  # kernels: no backward, and sums in fp32
-        return "triton" if forced == "auto" else forced
+        if forced in ("torch", "reference"):
+            return forced
+        return "torch" if tensors and _too_old(tensors[0].device, self.since, *args, *kwargs.values()) else "triton"
+
+
+def _too_old(device: torch.device, since: tuple[int, int], *args: Any) -> bool:
+    """Whether a GPU is, for a kernel or a dtype of its arguments; torch.compile, which could not ask, is told no."""
+    if torch.compiler.is_compiling() or (has := capability(device)) >= NEWEST:
+        return False
+    dtypes = [a.dtype if isinstance(a, Tensor) else a for a in args if isinstance(a, Tensor | torch.dtype)]
+    return has < max(since, *(SINCE.get(dtype, (0, 0)) for dtype in dtypes))
 
 
 def _environment() -> str:
@@ -141,12 +164,13 @@ def _environment() -> str:
 
 
 def operation(
-    name: str, *, reference: Callable, torch: Callable, check: Callable, fake: Callable, in_place: tuple[str, ...] = ()
-) -> Callable[[Callable], Operation]:
+    name: str, *, reference: Callable, torch: Callable, check: Callable, fake: Callable,
+    in_place: tuple[str, ...] = (), since: tuple[int, int] = (0, 0),
+) -> Callable[[Callable], Operation]:  # fmt: skip
     """Register the decorated function, the launch of a Triton kernel, as operation `name` beside its other paths."""
 
     def register(launch: Callable) -> Operation:
-        op = Operation(name, launch, torch, reference, check, fake, in_place)
+        op = Operation(name, launch, torch, reference, check, fake, in_place, since)
         object.__setattr__(op, "__doc__", launch.__doc__)
         KERNELS[name] = op
         return op
@@ -203,7 +227,7 @@ def dependent_launch() -> Iterator[None]:
 
 def pdl(device: torch.device) -> dict[str, bool]:
     """Launch options of a kernel that begins with `previous_done(PDL)`."""
-    on = _dependent and device.type == "cuda" and _launches_early(device.index or 0)
+    on = _dependent and device.type == "cuda" and torch.version.cuda is not None and capability(device) >= NEWEST
     return {"PDL": True, "launch_pdl": True} if on else {"PDL": False}
 
 
@@ -265,9 +289,14 @@ def _name(index: int) -> str:
     return torch.cuda.get_device_name(index)
 
 
+def capability(device: torch.device) -> tuple[int, int]:
+    """A GPU's compute capability; the newest in the interpreter, which can do everything."""
+    return NEWEST if INTERPRETED or device.type != "cuda" else _capability(device.index or 0)
+
+
 @cache
-def _launches_early(index: int) -> bool:
-    return torch.version.cuda is not None and torch.cuda.get_device_capability(index) >= (9, 0)  # Hopper and later
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 @cache
@@ -293,7 +322,14 @@ def divided(x: Tensor, number: float) -> Tensor:
 
 def has_copy_engine(x: Tensor) -> bool:
     """Whether kernels on x's device may read by descriptors: from Hopper on, and in the interpreter."""
-    return INTERPRETED or torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return capability(x.device) >= COPY_ENGINE
+
+
+def on_tensor_cores(x: Tensor) -> bool:
+    """Whether tensor cores multiply numbers of x's dtype, on x's device, in a kernel of ours; else registers run out of
+    place for tiles as large.
+    """
+    return x.dtype != torch.float32 and capability(x.device) >= TENSOR_CORES
 
 
 def fits_descriptor(*tensors: Tensor) -> bool:

@@ -19,16 +19,19 @@ two loops are Triton's tutorial's idea (Tillet et al.).
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .common import (
+    TENSOR_CORES,
     TensorDescriptor,
     arguments,
     ceil_div,
     fits_descriptor,
+    has_copy_engine,
     next_power_of_2,
     operation,
     tl,
@@ -128,14 +131,28 @@ def check(
 
 
 @triton.jit
+def rows_of(x, row, head, end, COPIED: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """ROWS rows of one head, from `row` on; past `end` of those are zeros or another sequence's.  [ROWS, BLOCK_D]
+
+    COPIED: x is a descriptor for the copy engine; else, where there is none, (pointer, its strides).
+    """
+    if COPIED:
+        return x.load([row, head, 0]).reshape(ROWS, BLOCK_D)
+    else:
+        offs, offs_d = row + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+        at = offs.to(tl.int64)[:, None] * x[1] + head * x[2] + offs_d[None, :]
+        return tl.load(x[0] + at, mask=(offs < end)[:, None] & (offs_d < D)[None, :], other=0.0)
+
+
+@triton.jit
 def attend(
-    acc, row_max, row_sum, q, k_desc, v_desc, row_k, head_kv, first, last, position, len_k, scale,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    acc, row_max, row_sum, q, k_rows, v_rows, row_k, head_kv, first, last, position, len_k, scale,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, COPIED: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Take the keys first ... last - 1 into the running softmax; `scale` has log2(e) in it."""
     for start in tl.range(first, last, BLOCK_N):
-        k = k_desc.load([row_k + start, head_kv, 0]).reshape(BLOCK_N, BLOCK_D)
+        k = rows_of(k_rows, row_k + start, head_kv, row_k + len_k, COPIED, D, BLOCK_N, BLOCK_D)
         scores = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if MASKED:
             key = start + tl.arange(0, BLOCK_N)[None, :]
@@ -150,7 +167,7 @@ def attend(
         shrink = tl.exp2(row_max - new_max)
         row_sum = row_sum * shrink + tl.sum(weights, 1)
         acc = acc * shrink[:, None]
-        v = v_desc.load([row_k + start, head_kv, 0]).reshape(BLOCK_N, BLOCK_D)
+        v = rows_of(v_rows, row_k + start, head_kv, row_k + len_k, COPIED, D, BLOCK_N, BLOCK_D)
         if MASKED:  # past the end stand the next sequence's values: 0 · inf would be NaN
             v = tl.where(start + tl.arange(0, BLOCK_N)[:, None] < len_k, v, 0.0)
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_D]
@@ -160,9 +177,9 @@ def attend(
 
 @triton.jit
 def flash_attention_kernel(
-    q_desc, k_desc, v_desc, o_ptr, cu_q_ptr, cu_k_ptr, stride_om, stride_oh, scale,
+    q_rows, k_rows, v_rows, o_ptr, cu_q_ptr, cu_k_ptr, stride_om, stride_oh, scale,
     D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    COPIED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one head of one sequence a program; the last queries, which see most, start first."""
     block, head, sequence = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -186,23 +203,23 @@ def flash_attention_kernel(
     whole_to = tl.maximum(whole_to, begin)
     whole_from = tl.minimum(whole_from, whole_to)
 
-    q = q_desc.load([row_q + first_q, head, 0]).reshape(BLOCK_M, BLOCK_D)
+    q = rows_of(q_rows, row_q + first_q, head, row_q + len_q, COPIED, D, BLOCK_M, BLOCK_D)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     row_max = tl.full((BLOCK_M,), -1.0e30, tl.float32)  # finite: a row that sees nothing must not make inf - inf
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     head_kv = head // GROUP
     if WINDOW:
         acc, row_max, row_sum = attend(
-            acc, row_max, row_sum, q, k_desc, v_desc, row_k, head_kv, begin, whole_from, position, len_k, scale,
-            True, CAUSAL, WINDOW, PRECISION, BLOCK_N, BLOCK_D,
+            acc, row_max, row_sum, q, k_rows, v_rows, row_k, head_kv, begin, whole_from, position, len_k, scale,
+            True, CAUSAL, WINDOW, PRECISION, COPIED, D, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     acc, row_max, row_sum = attend(
-        acc, row_max, row_sum, q, k_desc, v_desc, row_k, head_kv, whole_from, whole_to, position, len_k, scale,
-        False, CAUSAL, WINDOW, PRECISION, BLOCK_N, BLOCK_D,
+        acc, row_max, row_sum, q, k_rows, v_rows, row_k, head_kv, whole_from, whole_to, position, len_k, scale,
+        False, CAUSAL, WINDOW, PRECISION, COPIED, D, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     acc, row_max, row_sum = attend(
-        acc, row_max, row_sum, q, k_desc, v_desc, row_k, head_kv, whole_to, end, position, len_k, scale,
-        True, CAUSAL, WINDOW, PRECISION, BLOCK_N, BLOCK_D,
+        acc, row_max, row_sum, q, k_rows, v_rows, row_k, head_kv, whole_to, end, position, len_k, scale,
+        True, CAUSAL, WINDOW, PRECISION, COPIED, D, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     out = acc / tl.where(row_sum == 0, 1.0, row_sum)[:, None]
     offs_d = tl.arange(0, BLOCK_D)
@@ -216,6 +233,7 @@ def flash_attention_kernel(
     torch=torch_path,
     check=check,
     fake=lambda q, *_, **__: q.new_empty(q.shape),
+    since=TENSOR_CORES,
 )
 def flash_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
@@ -237,26 +255,40 @@ def flash_attention(
         return out.zero_()
     size, block_d = q.shape[2], max(16, next_power_of_2(q.shape[2]))
     scale = (size**-0.5 if scale is None else scale) * math.log2(math.e)
-    q, k, v = (_aligned(x) for x in (q, k, v))
-    wide = q.dtype == torch.float32
-    sizes = tuned(q.device, f"flash_attention {'fp32 ' * wide}{block_d}", **(_SMALL if wide else _SIZES[block_d > 64]))
+    copied = q.dtype != torch.float32 and has_copy_engine(q)  # fp32 so spills registers
+    sizes = _sizes(q, block_d, copied)
     block_m, block_n = sizes.pop("BLOCK_M"), sizes.pop("BLOCK_N")
     flash_attention_kernel[(ceil_div(max_seqlen_q, block_m), q.shape[1], sequences)](
-        TensorDescriptor.from_tensor(q, [block_m, 1, block_d]),
-        TensorDescriptor.from_tensor(k, [block_n, 1, block_d]),
-        TensorDescriptor.from_tensor(v, [block_n, 1, block_d]),
+        *(_rows(x, n, block_d, copied) for x, n in ((q, block_m), (k, block_n), (v, block_n))),
         out, cu_seqlens_q, cu_seqlens_k, out.stride(0), out.stride(1), scale,
         D=size, GROUP=q.shape[1] // k.shape[1], CAUSAL=causal, WINDOW=window, PRECISION="ieee",
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, **sizes,
+        COPIED=copied, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, **sizes,
     )  # fmt: skip
     return out
 
 
-_SMALL = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
 _SIZES = (
     {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},  # heads of up to 64
     {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},  # of up to 128
 )
+
+
+def _sizes(q: Tensor, block_d: int, copied: bool) -> dict[str, int]:
+    if q.dtype == torch.float32:  # no tensor cores: small tiles, or registers run out
+        default = {"BLOCK_M": 32 if block_d <= 64 else 16, "BLOCK_N": min(32, 4096 // block_d)}
+        return tuned(q.device, f"flash_attention fp32 {block_d}", **default, num_warps=4, num_stages=1)
+    default = dict(_SIZES[block_d > 64])
+    if block_d > 128 or (not copied and block_d > 64):  # so that two stages fit into 99 KiB
+        default |= {"BLOCK_M": 64, "BLOCK_N": 8192 // block_d, "num_warps": 4 if block_d <= 128 else 8, "num_stages": 2}
+    return tuned(q.device, f"flash_attention {block_d}", **default)
+
+
+def _rows(x: Tensor, rows: int, block_d: int, copied: bool) -> Any:
+    """x as `rows_of` reads it."""
+    if not copied:
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        return x, x.stride(0), x.stride(1)
+    return TensorDescriptor.from_tensor(_aligned(x), [rows, 1, block_d])
 
 
 def _aligned(x: Tensor) -> Tensor:

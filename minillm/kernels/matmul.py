@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .common import (
+    TENSOR_CORES,
     TensorDescriptor,
     arguments,
     ceil_div,
@@ -192,6 +193,7 @@ def _launch_tma(x: Tensor, w: Tensor, y: Tensor, fused: bool, sizes: dict) -> No
     torch=torch_path,
     check=check,
     fake=lambda x, w: x.new_empty((*x.shape[:-1], w.shape[0])),
+    since=TENSOR_CORES,
 )
 def matmul(x: Tensor, w: Tensor) -> Tensor:
     """x wᵀ, accumulated in fp32 (fp32 inputs without TF32).
@@ -207,6 +209,7 @@ def matmul(x: Tensor, w: Tensor) -> Tensor:
     torch=swiglu_torch_path,
     check=swiglu_check,
     fake=lambda x, w: x.new_empty((*x.shape[:-1], w.shape[0] // 2)),
+    since=TENSOR_CORES,
 )
 def matmul_swiglu(x: Tensor, w: Tensor) -> Tensor:
     """silu(x gateᵀ) · (x upᵀ) in one kernel, w's rows being the gate's, then up's.

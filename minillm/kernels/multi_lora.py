@@ -20,7 +20,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .common import arguments, ceil_div, next_power_of_2, operation, pdl, previous_done, tl, triton, tuned
+from .common import (
+    arguments,
+    ceil_div,
+    next_power_of_2,
+    on_tensor_cores,
+    operation,
+    pdl,
+    previous_done,
+    tl,
+    triton,
+    tuned,
+)
 
 __all__ = ["LoraPlan", "multi_lora"]
 
@@ -221,7 +232,7 @@ def multi_lora(
     tokens, k, slots, rank = len(x), x.shape[1], a.shape[0], a.shape[2]
     if tokens == 0:
         return
-    kind = "fp32" if a.dtype == torch.float32 else "few" if tokens <= 256 else "many"
+    kind = "fp32" if not on_tensor_cores(a) else "few" if tokens <= 256 else "many"
     sizes = tuned(x.device, f"multi_lora {kind}", **_SIZES[kind])
     block_m, block_n, block_k, warps = (sizes[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps"))
     chunk = ceil_div(ceil_div(k, block_k), sizes["SPLITS"]) * block_k

@@ -38,6 +38,7 @@ from .common import (
     arguments,
     ceil_div,
     next_power_of_2,
+    on_tensor_cores,
     operation,
     pdl,
     previous_done,
@@ -606,9 +607,19 @@ def _of_parts(out: Tensor, parts: int) -> tuple[Tensor, Tensor]:
     return lse.new_empty((*lse.shape, out.shape[2])), lse
 
 
+def _join(target: Tensor, lse: Tensor, out: Tensor, parts: int, block_d: int, early: dict[str, bool]) -> None:
+    tokens, heads, size = out.shape
+    join_kernel[(tokens * heads,)](
+        target, lse, out, D=size, SPLITS=parts, BLOCK_D=block_d, num_warps=max(1, parts * block_d // 8192), **early
+    )
+
+
 def _sizes(q: Tensor, k_cache: Tensor, kind: str, block_d: int) -> dict[str, int]:
-    if torch.float32 in (q.dtype, k_cache.dtype) or block_d > 128:  # large elements, heads: shared memory is small
-        return {**_SIZES[kind], "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+    if not on_tensor_cores(q) or k_cache.dtype == torch.float32 or block_d > 128:  # small tiles, or registers run out
+        if on_tensor_cores(q):
+            return {"BLOCK_M": min(32, _SIZES[kind]["BLOCK_M"]), "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+        block_n, warps = (32, 4) if block_d <= 128 else (16, 8)
+        return {"BLOCK_M": 16, "BLOCK_N": block_n, "num_warps": warps, "num_stages": 1}
     if k_cache.dtype not in QUANTIZED_DTYPES:
         return tuned(q.device, f"paged_attention {kind} {block_d}", **_SIZES[kind])
     sizes = dict(_SIZES[kind])
@@ -673,5 +684,5 @@ def paged_attention(
         BLOCK_D=max(16, block_d // 2) if stored else block_d, **early, **sizes,
     )  # fmt: skip
     if parts > 1:
-        join_kernel[(tokens * heads,)](target, lse, out, D=size, SPLITS=parts, BLOCK_D=block_d, num_warps=1, **early)
+        _join(target, lse, out, parts, block_d, early)
     return out

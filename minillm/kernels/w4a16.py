@@ -38,6 +38,7 @@ from .common import (
     ceil_div,
     fits_descriptor,
     has_copy_engine,
+    on_tensor_cores,
     operation,
     pdl,
     previous_done,
@@ -314,7 +315,7 @@ def _sizes(x: Tensor, m: int, n: int, k: int, group: int, kind: str = "") -> dic
         if tokens > 64:
             default |= {"TILES": 1, "PROGRAMS": 1, "num_warps": 4 if tokens == 128 else 8}
         del default["FIRST"]
-    elif x.dtype == torch.float32:  # no tensor cores: small tiles, or registers run out
+    elif not on_tensor_cores(x):  # small tiles, or registers run out
         kind, tokens = "fp32 ", min(tokens, 16)
         default |= {"BLOCK_M": tokens, "BLOCK_N": 32, "FIRST": False, "num_stages": 4}
     elif tokens > 128:

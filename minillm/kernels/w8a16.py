@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import arguments, ceil_div, operation, pdl, previous_done, sm_count, tl, triton, tuned
+from .common import arguments, ceil_div, on_tensor_cores, operation, pdl, previous_done, sm_count, tl, triton, tuned
 from .w4a16 import WHOLE_ABOVE, add_parts_kernel, split
 
 __all__ = ["w8a16"]
@@ -79,8 +79,8 @@ def w8a16_kernel(
 
 def _sizes(x: Tensor, m: int, n: int) -> dict[str, int]:
     tokens = next((size for size in (8, 16, 32, 64) if m <= size), 128)
-    kind = "fp32 " if x.dtype == torch.float32 else ""
-    if kind:  # no tensor cores: small tiles, or registers run out
+    kind = "" if on_tensor_cores(x) else "fp32 "
+    if kind:  # small tiles, or registers run out
         default = {"BLOCK_M": min(tokens, 16), "BLOCK_N": 32, "BLOCK_K": 64, "PROGRAMS": 3}
     else:
         default = {"BLOCK_M": tokens, "BLOCK_N": 64 if tokens <= 64 else 128, "BLOCK_K": 128, "PROGRAMS": 4}

@@ -26,10 +26,11 @@ import torch
 from torch import Tensor
 
 from .common import (
-    INTERPRETED,
+    TENSOR_CORES,
     TensorDescriptor,
     ceil_div,
     fits_descriptor,
+    has_copy_engine,
     next_power_of_2,
     operation,
     pdl,
@@ -240,10 +241,6 @@ def _launch_tma(rows: Tensor, w: Tensor, y: Tensor, epilogue: tuple, how: dict[s
         sum_kernel[(m, ceil_div(n, 1024))](sums, y, *epilogue, m, n, **how, SPLITS=splits, BLOCK=1024, num_warps=4)
 
 
-def _capability(x: Tensor) -> tuple[int, int]:
-    return (9, 0) if INTERPRETED else torch.cuda.get_device_capability(x.device)
-
-
 @operation(
     "w8a8",
     reference=reference,
@@ -252,6 +249,7 @@ def _capability(x: Tensor) -> tuple[int, int]:
     fake=lambda x_q, x_scale, w_q, w_scale, bias=None, out_dtype=torch.bfloat16: x_q.new_empty(
         (*x_q.shape[:-1], w_q.shape[0]), dtype=out_dtype
     ),
+    since=TENSOR_CORES,
 )
 def w8a8(
     x_q: Tensor, x_scale: Tensor, w_q: Tensor, w_scale: Tensor, bias: Tensor | None = None,
@@ -265,8 +263,6 @@ def w8a8(
     """
     (n, k), rows = w_q.shape, x_q.reshape(-1, x_q.shape[-1])
     m = rows.shape[0]
-    if x_q.dtype != torch.int8 and _capability(x_q) < (8, 9):  # no fp8 in its tensor cores
-        return torch_path(x_q, x_scale, w_q, w_scale, bias, out_dtype)
     y = torch.empty((m, n), dtype=out_dtype, device=x_q.device)
     if m == 0 or n == 0:
         return y.view(*x_q.shape[:-1], n)
@@ -274,7 +270,7 @@ def w8a8(
     how |= pdl(x_q.device)
     rows, w = (t if t.stride(-1) == 1 else t.contiguous() for t in (rows, w_q))
     epilogue = (x_scale.contiguous(), w_scale.contiguous(), y if bias is None else bias.contiguous())
-    if y.element_size() == 2 and fits_descriptor(rows, w, y) and _capability(x_q) >= (9, 0):
+    if y.element_size() == 2 and fits_descriptor(rows, w, y) and has_copy_engine(y):
         _launch_tma(rows, w, y, epilogue, how, _sizes(x_q.device, m, n, k))
     else:
         block_m = min(64, max(16, next_power_of_2(m)))

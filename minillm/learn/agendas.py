@@ -17,6 +17,7 @@ __all__ = ["Card", "Plan", "agenda", "cards", "glance", "plan", "semester", "tim
 WELCOME, OPENING, BREAK, CLOSING = 10, 15, 15, 10  # minutes
 LONGEST = 90  # minutes without a break
 BUFFER = 0.1  # of all minutes: for questions, and whoever is behind
+KINDS = ("warm-up", "core", "beyond", "optional")
 CARD = re.compile(
     r"^# ## Exercise (\d+\.w?\d+): (.+)\n#\n# \| Goal .*\n# \|[-|]+\n# \| (.*?) \| (\d) of 5 \| (\d+) \|", re.MULTILINE
 )
@@ -24,7 +25,7 @@ CARD = re.compile(
 
 @dataclass(frozen=True)
 class Card:
-    """An exercise's card: `kind` is "warm-up", "core" or "optional", difficulty 1 to 5."""
+    """An exercise's card: `kind` is one of KINDS, difficulty 1 to 5."""
 
     number: str
     title: str
@@ -35,7 +36,7 @@ class Card:
 
 @dataclass
 class Plan:
-    """Items as (minutes, what), in order; `home` are core exercises and labs that found no place, `optional` optional
+    """Items as (minutes, what), in order; `home` are labs and exercises that found no place, `optional` optional
     exercises that found none: (minutes, what) too.
     """
 
@@ -71,8 +72,8 @@ def cards(stem: str) -> list[Card]:
     text = (root() / "solutions" / f"{stem}.py").read_text(encoding="utf-8")
     found = []
     for number, title, goal, difficulty, minutes in CARD.findall(text):
-        is_optional = "optional" in f"{title} {goal}"
-        kind = "warm-up" if goal.startswith("warm-up") or ".w" in number else "optional" if is_optional else "core"
+        said = f"{title} {goal}"
+        kind = next((kind for kind in ("warm-up", "optional", "beyond") if kind in said), "core")
         found.append(Card(number, title.removesuffix(" (optional)"), kind, int(difficulty), int(minutes)))
     headings = re.findall(r"^# ## Exercise (\S+):", text, re.MULTILINE)
     if headings != [card.number for card in found]:
@@ -94,8 +95,8 @@ def glance(stem: str) -> tuple[int, int]:
 
 
 def plan(minutes: int, chapters: Sequence[str], welcome: int = WELCOME) -> Plan:
-    """Plan so many minutes over these stems: of each the opening, warm-ups, lab and core; then, as they fit, optional
-    exercises. A tenth stays free.
+    """Plan so many minutes over these stems: of each the opening, warm-ups, lab and core; then, as they fit, exercises
+    beyond it, and optional ones. A tenth stays free.
     """
     result = Plan(minutes)
     reserved = CLOSING + round(minutes * BUFFER)
@@ -116,13 +117,13 @@ def plan(minutes: int, chapters: Sequence[str], welcome: int = WELCOME) -> Plan:
                 result.add(*item)
             else:
                 result.home.append(item)
-        later += [card for card in of if card.kind == "optional"]
-    for card in sorted(later, key=lambda card: (card.difficulty, card.minutes)):
+        later += [card for card in of if card.kind in KINDS[2:]]
+    for card in sorted(later, key=lambda card: (KINDS.index(card.kind), card.difficulty, card.minutes)):
         item = _exercise(card)
         if not result.home and result.fits(item[0], reserved):
             result.add(*item)
         else:
-            result.optional.append(item)
+            (result.optional if card.kind == "optional" else result.home).append(item)
     result.items.append((result.left() - CLOSING, "Questions, and time for whoever is behind"))
     result.items.append((CLOSING, "Closing: what to remember, what to do at home"))
     return result
@@ -179,7 +180,7 @@ def timing(chapter: str) -> str:
     lines = ["| what | kind | difficulty | minutes |", "|---|---|---|---|"]
     lines += [f"| reading | before | | {reading} |", f"| lab | | | {lab} |"]
     lines += [f"| {c.number} {c.title} | {c.kind} | {c.difficulty} of 5 | {c.minutes} |" for c in cards(stem)]
-    sums = [(kind, sum(c.minutes for c in cards(stem) if c.kind == kind)) for kind in ("warm-up", "core", "optional")]
+    sums = [(kind, sum(c.minutes for c in cards(stem) if c.kind == kind)) for kind in KINDS]
     told = ", ".join(f"{kind} {minutes}" for kind, minutes in sums if minutes)
     return "\n".join([*lines, "", f"Exercises in all: {sum(m for _, m in sums)} minutes ({told})."])
 

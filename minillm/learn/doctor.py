@@ -1,4 +1,7 @@
-"""`minillm doctor`: is everything here that the curriculum needs? One line a thing, and for each failure what to do."""
+"""`minillm doctor`: is everything here that is needed? One line a thing, and for each failure what to do.
+
+In a checkout that is what the curriculum needs, its tools included; of the package alone, what the package needs.
+"""
 
 import os
 import platform
@@ -9,8 +12,9 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import TYPE_CHECKING
 
+from ..extras import install
 from ..files import cache_dir
-from .paths import root
+from .paths import has_root, root
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -19,6 +23,7 @@ __all__ = ["Finding", "examine"]
 
 MIN_DISK_GB = 1.0
 MIN_MEMORY_GB = 3.0  # SmolLM2 in fp32 twice (ours and transformers') with room to compute
+LEARNING = ("lab", "dev", "browser")  # extras of the curriculum
 
 
 @dataclass(frozen=True)
@@ -36,52 +41,73 @@ class Finding:
 
 
 def examine(model: str = "smollm2-135m-instruct") -> list[Finding]:
-    """Look at Python, packages, device, Triton, model, disk, memory and the Jupyter kernel, in this order."""
-    return [_python(), *_packages(), _device(), _triton(), _model(model), _disk(), _memory(), _kernel()]
+    """Look at Python, packages, device, Triton, model, disk, memory and, in a checkout, the Jupyter kernel, in this
+    order.
+    """
+    found = [_python(), *_packages(), _device(), _triton(), _model(model), _disk(), _memory()]
+    return [*found, _kernel()] if has_root() else found
 
 
 def _python() -> Finding:
     found = f"{platform.python_version()} at {sys.executable}"
     if sys.version_info >= (3, 11):  # noqa: UP036 (the doctor is asked when installation went wrong)
         return Finding("OK", "Python", found)
-    return Finding("FAIL", "Python", found, "install Python 3.11 or newer, then `make clean lab`")
+    remedy = "install Python 3.11 or newer" + (", then `make clean lab`" if has_root() else "")
+    return Finding("FAIL", "Python", found, remedy)
 
 
 def _packages() -> list[Finding]:
     """Each direct dependency: OK at its pin, SKIP at another version that the ranges of pyproject.toml allow, else
-    FAIL.
+    FAIL. Without a checkout those of extras may be missing.
     """
+    pins, needed = read_pins(), _requirements()
+    extras = [extra for extra in needed if extra not in ("", "browser", *(() if has_root() else LEARNING))]
+    if not has_root():
+        return [*[_package(one, None) for one in needed[""]], *[_extra(extra, needed[extra]) for extra in extras]]
+    named = {_normal(one.name): one for extra in ("", *extras) for one in needed[extra]}
+    return [_package(one, pins.get(name)) for name, one in named.items()]
+
+
+def _requirements() -> dict[str, list["Requirement"]]:
+    """What the installed package says it needs on this machine, by extra, "" for always."""
     from packaging.requirements import Requirement
 
-    pins = read_pins()
-    findings = []
-    for text in requires("minillm") or []:
-        requirement = Requirement(text)
+    found: dict[str, list[Requirement]] = {"": []}
+    for requirement in map(Requirement, requires("minillm") or []):
         extra = re.search(r"extra == ['\"](\w+)['\"]", str(requirement.marker or ""))
-        if (extra and extra[1] != "dev") or (requirement.marker and not requirement.marker.evaluate({"extra": "dev"})):
-            continue
-        findings.append(_package(requirement, pins.get(requirement.name.lower().replace("_", "-"))))
-    return findings
+        name = extra[1] if extra else ""
+        if requirement.name != "minillm" and (not requirement.marker or requirement.marker.evaluate({"extra": name})):
+            found.setdefault(name, []).append(requirement)
+    return found
+
+
+def _normal(name: str) -> str:
+    return name.lower().replace("_", "-")
+
+
+def _extra(extra: str, requirements: list["Requirement"]) -> Finding:
+    found = [_package(requirement, None) for requirement in requirements]
+    if missing := [f.name for f in found if f.status == "FAIL"]:
+        return Finding("SKIP", f"[{extra}]", f"{', '.join(missing)} missing; `{install(extra)}` adds it")
+    return Finding("OK", f"[{extra}]", ", ".join(f"{f.name} {f.detail}" for f in found))
 
 
 def _package(requirement: "Requirement", pin: str | None) -> Finding:
+    anew = (
+        "`make clean setup` rebuilds the environment"
+        if has_root()
+        else f"`pip install '{requirement.name}{requirement.specifier}'`"
+    )
     try:
         found = version(requirement.name)
     except PackageNotFoundError:
-        return Finding("FAIL", requirement.name, "not installed", "`make setup` installs what constraints.txt pins")
+        remedy = "`make setup` installs what constraints.txt pins" if has_root() else anew
+        return Finding("FAIL", requirement.name, "not installed", remedy)
     if not requirement.specifier.contains(found, prereleases=True):
-        return Finding(
-            "FAIL",
-            requirement.name,
-            f"{found}, expected {requirement.specifier}",
-            "`make clean setup` rebuilds the environment",
-        )
+        return Finding("FAIL", requirement.name, f"{found}, expected {requirement.specifier}", anew)
     if pin and found.split("+")[0] != pin:
-        return Finding(
-            "SKIP",
-            requirement.name,
-            f"{found}: supported, but the tests ran with {pin} (`make clean setup` installs that)",
-        )
+        detail = f"{found}: supported, but the tests ran with {pin} (`make clean setup` installs that)"
+        return Finding("SKIP", requirement.name, detail)
     return Finding("OK", requirement.name, found)
 
 
@@ -92,7 +118,7 @@ def read_pins() -> dict[str, str]:
     except FileNotFoundError:
         return {}
     matches = [re.match(r"([A-Za-z0-9_.-]+)==([^\s;]+)", line) for line in lines]
-    return {m[1].lower().replace("_", "-"): m[2] for m in matches if m}
+    return {_normal(m[1]): m[2] for m in matches if m}
 
 
 def _device() -> Finding:
@@ -123,6 +149,10 @@ def _model(name: str) -> Finding:
     from .. import fetch
 
     path = cache_dir() / name
+    if not path.is_dir() and not has_root():
+        return Finding(
+            "SKIP", "model", f"{name} is not in {path.parent} yet; `minillm fetch`, or its first use, gets it"
+        )
     if not path.is_dir():
         remedy = "`minillm fetch` downloads and converts it (93 MB, a minute)"
         return Finding("FAIL", "model", f"{name} is not in {path.parent}", remedy if fetch.has_pip() else fetch.NO_PIP)

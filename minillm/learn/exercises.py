@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..extras import require
 from .paths import root, stems
 
 __all__ = ["build", "fingerprint", "name_cells", "render", "solution_cells", "stale", "write_text"]
@@ -43,6 +44,7 @@ def render(source: str, stem: str) -> str:
 
 def _rendered_cells(source: str, stem: str) -> list[tuple[str, str, str]]:
     """(kind, text, text in solutions/) of each cell of the exercise notebook."""
+    require("lab", "jupytext")
     import jupytext
 
     cells: list[tuple[str, str, str]] = []

@@ -4,21 +4,31 @@ folder.
 
 from pathlib import Path
 
-__all__ = ["root", "stem_of", "stems"]
+__all__ = ["has_root", "root", "stem_of", "stems"]
 
 
 def root() -> Path:
     """The folder that holds `chapters/`, `solutions/` and `tests/exercises/`.
 
-    Raises FileNotFoundError outside a checkout (the package alone has no exercises).
+    Raises FileNotFoundError outside a checkout: the package alone has no exercises.
     """
     here = Path.cwd()
     for folder in (here, *here.parents, Path(__file__).resolve().parents[2]):
         if (folder / "solutions").is_dir() and (folder / "tests" / "exercises").is_dir():
             return folder
     raise FileNotFoundError(
-        "the curriculum's folders (solutions/, tests/exercises/) are not here: run this inside the minillm checkout"
+        f"{here}: the curriculum's folders (chapters/, exercises/, solutions/, tests/exercises/, benchmarks/) are not"
+        " here, and the installed package does not bring them: get minillm's repository, run `make setup` in it, and"
+        " there repeat this as `.venv/bin/minillm ...`"
     )
+
+
+def has_root() -> bool:
+    """Whether the curriculum's files are at hand; without them the package stands alone."""
+    try:
+        return root().is_dir()
+    except FileNotFoundError:
+        return False
 
 
 def stems() -> list[str]:

@@ -7,6 +7,8 @@ import html
 import io
 from typing import TYPE_CHECKING
 
+from ..extras import require
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -20,6 +22,7 @@ DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))  # beside the color, fo
 
 def use_colors() -> None:
     """Let matplotlib draw lines in COLORS, each with dashes of its own."""
+    require("lab", "matplotlib")
     import matplotlib.pyplot as plt
     from cycler import cycler
 

@@ -8,6 +8,7 @@ import ast
 import json
 import os
 import re
+import subprocess
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -174,11 +175,42 @@ def _read(stem: str) -> _Book:
             f"{path}: not a notebook any more ({type(e).__name__}: {e}); nothing was changed. In its folder,"
             f" `git checkout -- {path.name}` brings the stubs back, and loses what you wrote"
         ) from e
-    return _Book(path, read, content, _names(content["cells"], texts, record), record)
+    names = _names(content["cells"], texts, record)
+    if not record:
+        once = _generated_once(path)
+        record = {
+            name: fingerprint(text) for name, (_, text) in zip(names, texts, strict=True) if name and text in once
+        }
+    return _Book(path, read, content, names, record)
+
+
+def _generated_once(path: Path) -> set[str]:
+    """Texts of cells in the versions of a notebook that git has as the generator wrote them: for a notebook that was
+    made before its cells were recorded. A version that somebody worked in does not count.
+    """
+    texts: set[str] = set()
+    for commit in (_git(path, "log", "--format=%H", "--", path.name) or "").split():
+        try:
+            old = json.loads(_git(path, "show", f"{commit}:./{path.name}") or "")
+            cells = [_text(cell) for cell in old["cells"]]
+            if fingerprint(*cells) == old["metadata"]["minillm"]["generated"]:
+                texts.update(cells)
+        except (ValueError, KeyError, TypeError):
+            continue
+    return texts
+
+
+def _git(path: Path, *arguments: str) -> str | None:
+    """What git prints in a file's folder, or None where it cannot be asked."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=path.parent, capture_output=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.decode("utf-8", "replace") if done.returncode == 0 else None
 
 
 def _names(cells: list[Cell], texts: list[tuple[str, str]], record: dict[str, str]) -> list[str | None]:
-    """By their ids; of a notebook that has none, or was made before they were recorded, by what stands in the cells."""
+    """By their ids; in a notebook without ids, or made before they were recorded, by what stands in the cells."""
     if not record or not any(cell.get("id") in record for cell in cells):
         return list(name_cells(texts))
     names: list[str | None] = []

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from ..extras import require
+
 __all__ = ["ChatFormat"]
 
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names that one field of a message goes by
@@ -82,6 +84,7 @@ def _schemas(tools: Any) -> list[dict[str, Any]] | None:
         raise ValueError(f"tools: expected a list of JSON schemas or functions, got {tools!r}")
     if all(isinstance(tool, dict) for tool in tools):
         return list(tools)
+    require("transformers", "transformers")
     from transformers.utils import get_json_schema
 
     return [tool if isinstance(tool, dict) else get_json_schema(tool) for tool in tools]

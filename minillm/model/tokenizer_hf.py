@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from operator import index
 from typing import Any
 
+from ..extras import require
 from .chat import ChatFormat
 from .tokenizer import CHAR_TO_BYTE, NotByteLevel, Tokenizer, _text
 from .tokenizer_files import TokenizerFiles, read_tokenizer_files
@@ -53,6 +54,7 @@ def _backend(files: TokenizerFiles) -> tuple[Any, dict[str, str], bool]:
     transformers is asked first: for some families (Llama 2) it does not take all that `tokenizer.json` says. It runs
     no code that came with the model. What it does not know, the library may read all the same.
     """
+    require("transformers", "transformers")
     import tokenizers
     from transformers import AutoTokenizer
 

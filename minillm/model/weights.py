@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from .. import fetch
 from ..config import ModelConfig
 from ..files import atomic_directory, write_model
+from ..kernels.common import SINCE
 from .checkpoint import PICKLED, Checkpoint, weight_files
 from .linear import Linear, LinearFactory, dense, floating
 from .tokenizer import Tokenizer
@@ -111,15 +112,21 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     """ "auto": fp32 on a CPU, bf16 on a GPU, fp16 on one too old for bf16; or a name of DTYPES, or a torch dtype.
 
-    Raises ValueError for another one.
+    Raises ValueError for another one, and for bf16 on a GPU that does not have it.
     """
+    has_bf16 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= SINCE[torch.bfloat16]
     if dtype == "auto" and device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+        return torch.bfloat16 if has_bf16 else torch.float16
     if dtype == "auto":
         return torch.float32
     resolved = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if resolved is None or resolved not in DTYPES.values():
         raise ValueError(f'dtype: expected "auto", {", ".join(DTYPES)}, got {dtype!r}')
+    if resolved == torch.bfloat16 and not has_bf16:
+        raise ValueError(
+            'dtype: expected "auto", float16 or float32, as bfloat16 needs a GPU of compute capability 8.0 or later'
+            f" (Ampere), got {torch.cuda.get_device_name(device)}"
+        )
     return resolved
 
 

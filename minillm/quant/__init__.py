@@ -8,6 +8,7 @@ from .linear import QuantLinear, factory, imported
 from .methods import (
     METHODS,
     ON_THE_FLY,
+    check_device,
     load_on_the_fly,
     on_the_fly,
     quantize_checkpoint,
@@ -24,6 +25,7 @@ __all__ = [
     "QuantLinear",
     "QuantizedTensor",
     "Scheme",
+    "check_device",
     "dequantize",
     "error_grid",
     "fake_quantize",

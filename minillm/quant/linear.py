@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import KERNELS, norm_quantize_rows, quantize_rows, repack, swiglu, unpack, w4a16, w8a8, w8a16
+from ..kernels.common import SINCE, capability
 from ..model.linear import Dense, Linear, LinearFactory, dense, floating
 from .formats import CompressedTensors, Format, pack
 from .importers import Imported, Recipe
@@ -246,9 +247,9 @@ class _ThroughFewBits(torch.autograd.Function):
 
 
 def _in_16_bits(scale: Tensor) -> Tensor:
-    """If that loses nothing."""
+    """If that loses nothing, in what the GPU has."""
     for dtype in (torch.bfloat16, torch.float16):
-        if torch.equal(scale.to(dtype).float(), scale.float()):
+        if capability(scale.device) >= SINCE.get(dtype, (0, 0)) and torch.equal(scale.to(dtype).float(), scale.float()):
             return scale.to(dtype)
     return scale
 

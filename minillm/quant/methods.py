@@ -11,12 +11,15 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..config import ModelConfig
 from ..data import calibration as calibration_text
 from ..files import atomic_directory, copy_tokenizer
+from ..kernels.common import SINCE, TENSOR_CORES
 from ..model import Transformer
 from ..model.linear import Dense
 from ..model.tokenizer_hf import load_tokenizer
@@ -31,6 +34,7 @@ from .smoothquant import activation_maxima, best_alphas, round_activations, smoo
 __all__ = [
     "METHODS",
     "ON_THE_FLY",
+    "check_device",
     "load_on_the_fly",
     "on_the_fly",
     "quantize_checkpoint",
@@ -108,6 +112,20 @@ def on_the_fly(model: Transformer, quantization: str) -> Transformer:
     Raises ValueError for another.
     """
     return _with_head(round_model(model, _format_on_the_fly(quantization, _rows(model))))
+
+
+def check_device(device: torch.device, quantization: str | None, about: Mapping[str, Any] | None) -> None:
+    """Raise ValueError for activations in 8 bits on a GPU whose tensor cores do not multiply them.
+
+    quantization: of ON_THE_FLY, or None; about: a checkpoint's quantization_config, or None.
+    """
+    kind = {"int-quantized": "w8a8", "float-quantized": "fp8"}.get((about or {}).get("format", ""), quantization)
+    since = {"w8a8": TENSOR_CORES, "fp8": SINCE[torch.float8_e4m3fn]}.get(kind or "", (0, 0))
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < since:
+        raise ValueError(
+            f"quantization: {kind} needs a GPU of compute capability {since[0]}.{since[1]} or later, got"
+            f" {torch.cuda.get_device_name(device)}; take int8 or int4, whose activations stay in 16 bits"
+        )
 
 
 def load_on_the_fly(

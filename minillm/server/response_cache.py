@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..extras import require
 from .bridge import Piece
 from .errors import ApiError
 from .process import read_piece, written_piece
@@ -121,10 +122,9 @@ class ResponseCache:
     """
 
     def __init__(self, config: CacheConfig, adapters: Mapping[str, str]) -> None:
-        try:
-            import redis.asyncio as redis
-        except ImportError:
-            raise ImportError("cache: answers are kept by the package redis; pip install 'minillm[cache]'") from None
+        require("cache", "redis")
+        import redis.asyncio as redis
+
         self.config, self.adapters = config, adapters
         try:
             pool = redis.BlockingConnectionPool.from_url(

@@ -187,3 +187,7 @@ def test_fp8_needs_a_gpu_that_has_it(monkeypatch):
     with pytest.raises(ValueError, match=r"kv_cache_dtype: fp8 needs a GPU of compute capability 8.9 .*A100; int8"):
         _cache_dtype("fp8", torch.bfloat16, torch.device("cuda"))
     assert _cache_dtype("int8", torch.bfloat16, torch.device("cuda")) == torch.int8
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(ValueError, match="kv_cache_dtype: bfloat16 needs a GPU of compute capability 8.0 or later"):
+        _cache_dtype("bfloat16", torch.float16, torch.device("cuda"))
+    assert _cache_dtype("auto", torch.float16, torch.device("cuda")) == torch.float16

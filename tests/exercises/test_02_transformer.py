@@ -1,4 +1,4 @@
-"""The contracts of chapter 2's exercises: attention, norm, rotary positions, grouped queries, the layer, accounting."""
+"""The contracts of the exercises of chapter 2."""
 
 import math
 from collections.abc import Iterator
@@ -32,16 +32,27 @@ def expect_untouched(call: Any, **inputs: torch.Tensor) -> None:
         expect_close(f"{name} after the call", x, copies[name], atol=0, rtol=0)
 
 
-class Forbidden(TorchFunctionMode):
-    """While it is on, calling torch's function of this name breaks the contract, however it was imported."""
+def expect_new(what: str, got: torch.Tensor, **others: torch.Tensor) -> None:
+    """Hold that `got` has memory of its own."""
+    for name, x in others.items():
+        shared = x.numel() and got.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+        expect(not shared, f"{what}: expected a new tensor\n{'':{len(what)}}  got      the memory of {name}")
 
-    def __init__(self, name: str) -> None:
+
+class Forbidden(TorchFunctionMode):
+    """While it is on, calling torch's functions of these names breaks the contract, however they were imported."""
+
+    def __init__(self, *names: str) -> None:
         super().__init__()
-        self.name = name
+        self.names = names
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        expect(getattr(function, "__name__", "") != self.name, f"write it out: `{self.name}` was called")
+        name = getattr(function, "__name__", "")
+        expect(name not in self.names, f"write it out: `{name}` was called")
         return function(*args, **(kwargs or {}))
+
+
+HALF_STEP = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-20, torch.float64: 2.0**-20}
 
 
 def softmax_average(scores: list[float], values: list[list[float]], size: int) -> list[float]:
@@ -59,11 +70,229 @@ def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: tor
         seen = [s for s in range(k.shape[0]) if mask[t, s]]
         scores = [float(q[t].double() @ k[s].double()) * q.shape[1] ** -0.5 for s in seen]
         rows.append(softmax_average(scores, [v[s].tolist() for s in seen], v.shape[1]))
-    return torch.tensor(rows)
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def causal(tokens: int) -> torch.Tensor:
     return torch.ones(tokens, tokens, dtype=torch.bool).tril()
+
+
+@exercise("2.w1", "is_exact")
+class TestIsExact:
+    def _is(self, impl, a: int, b: int, dtype: torch.dtype, expected: bool) -> None:
+        got = impl(a, b, dtype)
+        expect_equal(f"{a:,} · {b:,} in {str(dtype).removeprefix('torch.')}", bool(got), expected)
+
+    def test_range(self, impl):
+        """300 · 300 is beyond fp16's 65,504 and becomes infinite; 255 · 256 is within; bf16 rounds 300 · 300"""
+        self._is(impl, 300, 300, torch.float16, False)
+        self._is(impl, 255, 256, torch.float16, True)
+        self._is(impl, 256, 256, torch.float16, False)
+        self._is(impl, 300, 300, torch.bfloat16, False)
+
+    def test_precision(self, impl):
+        """257 is 256 in bf16, 2,049 is 2,048 in fp16; 256 and 2,048 are themselves, and 258 is"""
+        for number, dtype, expected in [
+            (257, torch.bfloat16, False),
+            (256, torch.bfloat16, True),
+            (258, torch.bfloat16, True),
+            (2049, torch.float16, False),
+            (2048, torch.float16, True),
+            (257, torch.float16, True),
+            (2**24 + 1, torch.float32, False),
+            (2**24, torch.float32, True),
+        ]:
+            self._is(impl, number, 1, dtype, expected)
+            self._is(impl, 1, number, dtype, expected)
+
+    def test_product(self, impl):
+        """the product counts, not only the factors: 17 · 17 = 289 in bf16, and 16 · 512 in it; signs do not matter"""
+        self._is(impl, 17, 17, torch.bfloat16, False)
+        self._is(impl, 16, 512, torch.bfloat16, True)
+        self._is(impl, -17, 17, torch.bfloat16, False)
+        self._is(impl, -3, 5, torch.bfloat16, True)
+        self._is(impl, 257, 0, torch.bfloat16, True)
+
+
+@exercise("2.w2", "visible")
+class TestVisible:
+    REAL = ((True, True, True, True), (False, True, True, False), (True, False, True, True))
+
+    def _mask(self, impl, real: torch.Tensor) -> torch.Tensor:
+        got, (batch, size) = tensor("mask", impl(real)), real.shape
+        expect_equal(f"shape for [{batch}, {size}]", tuple(got.shape), (batch, 1, size, size))
+        expect_equal("dtype", got.dtype, torch.bool)
+        return got
+
+    def test_shape(self, impl):
+        """[B, S] becomes a boolean [B, 1, S, S], also for one sequence, one token"""
+        for batch, size in ((3, 4), (1, 4), (3, 1), (1, 1)):
+            self._mask(impl, torch.ones(batch, size, dtype=torch.bool))
+
+    def test_one_sequence(self, impl):
+        """without padding: query t sees keys 0 to t"""
+        got = self._mask(impl, torch.ones(1, 4, dtype=torch.bool))
+        expect_equal("mask", got[0, 0].int().tolist(), causal(4).int().tolist())
+
+    def test_padding(self, impl):
+        """padding hides keys, each sequence its own: a key that is padding is seen by nobody, a query may be padding"""
+        got = self._mask(impl, torch.tensor(self.REAL))
+        for b, real in enumerate(self.REAL):
+            expected = [[int(s <= t and real[s]) for s in range(4)] for t in range(4)]
+            expect_equal(
+                f"mask of a sequence with text at {[int(r) for r in real]}", got[b, 0].int().tolist(), expected
+            )
+
+    def test_scores(self, impl):
+        """it broadcasts against scores [B, H, T, S]"""
+        got = self._mask(impl, torch.tensor(self.REAL))
+        out = torch.zeros(3, 5, 4, 4).masked_fill(~got, 1.0)
+        expect_equal("shape of the masked scores", tuple(out.shape), (3, 5, 4, 4))
+        expect_close("head 4 against head 0", out[:, 4], out[:, 0])
+
+    def test_inputs_untouched(self, impl):
+        """real is as before the call"""
+        real = torch.tensor(self.REAL)
+        expect_untouched(lambda: impl(real), real=real)
+
+
+@exercise("2.w3", "group_heads")
+class TestGroupHeads:
+    def test_numbers(self, impl):
+        """six query heads and two key/value heads: heads 0, 1, 2 are group 0, and 3, 4, 5 are group 1"""
+        q = torch.arange(6.0)[None, :, None, None]  # a head holds its number
+        got = tensor("result", impl(q, 2))
+        expect_equal("shape", tuple(got.shape), (1, 2, 3, 1, 1))
+        expect_equal("heads of the groups", got.flatten().reshape(2, 3).tolist(), [[0, 1, 2], [3, 4, 5]])
+
+    def test_three_groups(self, impl):
+        """and with three: 0, 1 | 2, 3 | 4, 5"""
+        got = tensor("result", impl(torch.arange(6.0)[None, :, None, None], 3))
+        expect_equal("shape", tuple(got.shape), (1, 3, 2, 1, 1))
+        expect_equal("heads of the groups", got.flatten().reshape(3, 2).tolist(), [[0, 1], [2, 3], [4, 5]])
+
+    def test_rest(self, impl):
+        """batch, tokens and features stay where they are; one group, and as many as heads"""
+        q = random(2, 6, 5, 4)
+        for kv_heads in (2, 1, 6):
+            got = tensor("result", impl(q, kv_heads))
+            expected = [[q[:, i * (6 // kv_heads) + j] for j in range(6 // kv_heads)] for i in range(kv_heads)]
+            expected = torch.stack([torch.stack(group, 1) for group in expected], 1)
+            expect_close(f"result for q {list(q.shape)}, {kv_heads} key/value heads", got, expected)
+
+    def test_transposed(self, impl):
+        """q as projections leave it, [B, T, H, D] transposed: it is not contiguous"""
+        q = random(2, 5, 6, 4).transpose(1, 2)
+        got = tensor("result", impl(q, 2))
+        expect_equal("shape", tuple(got.shape), (2, 2, 3, 5, 4))
+        expect_close("query head 4", got[:, 1, 1], q[:, 4])
+
+    def test_inputs_untouched(self, impl):
+        """q is as before the call"""
+        q = random(1, 6, 2, 3)
+        expect_untouched(lambda: impl(q, 3), q=q)
+
+
+def attention_case(batch=2, tokens=5, d_model=6, heads=3, size=4, seed=0) -> tuple:
+    """x and the four matrices; heads · size is not d_model."""
+    x = 2 * random(batch, tokens, d_model, seed=seed)
+    w_q, w_k, w_v = (random(heads * size, d_model, seed=seed + i) for i in (1, 2, 3))
+    return x, w_q, w_k, w_v, random(d_model, heads * size, seed=seed + 4)
+
+
+def self_attention_reference(x, w_q, w_k, w_v, w_o, heads) -> torch.Tensor:
+    """Sequence by sequence, head by head, query by query."""
+    size, out = w_q.shape[0] // heads, []
+    for sequence in x.double():
+        parts = []
+        for h in range(heads):
+            q, k, v = (sequence @ w[h * size : (h + 1) * size].double().T for w in (w_q, w_k, w_v))
+            parts.append(plain_attention(q, k, v, causal(len(sequence))))
+        out.append(torch.cat(parts, -1) @ w_o.double().T)
+    return torch.stack(out)
+
+
+@exercise("2.0", "self_attention")
+class TestSelfAttention:
+    def _output(self, impl, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        got = tensor("output", impl(x, *rest))
+        expect_equal("output shape", tuple(got.shape), tuple(x.shape))
+        return got
+
+    def test_one_token(self, impl):
+        """one token attends to itself alone: the output is x W_v^T W_o^T"""
+        x, w_q, w_k, w_v, w_o = attention_case(tokens=1)
+        expect_close("output", self._output(impl, x, w_q, w_k, w_v, w_o, 3), x @ w_v.T @ w_o.T, atol=1e-4)
+
+    def test_one_head(self, impl):
+        """one head: softmax(q k^T / sqrt(D)) v for every token and those before it"""
+        case = attention_case(heads=1)
+        expect_close("output", self._output(impl, *case, 1), self_attention_reference(*case, 1), atol=1e-4)
+
+    def test_heads(self, impl):
+        """three heads of four features: each attends by itself, and they stand side by side in their order"""
+        case = attention_case()
+        expect_close("output", self._output(impl, *case, 3), self_attention_reference(*case, 3), atol=1e-4)
+        case = attention_case(heads=2, size=6, d_model=12)
+        expect_close(
+            "output for H · D = d_model", self._output(impl, *case, 2), self_attention_reference(*case, 2), atol=1e-4
+        )
+
+    def test_causal(self, impl):
+        """another last token changes no output but the last"""
+        case = attention_case()
+        before = self._output(impl, *case, 3)
+        x = case[0].clone()
+        x[:, -1] = 5
+        after = self._output(impl, x, *case[1:], 3)
+        expect_close("outputs before the last token", after[:, :-1], before[:, :-1])
+        expect(not torch.allclose(after[:, -1], before[:, -1]), "the last token changed, and its output did not")
+
+    def test_extreme(self, impl):
+        """visible scores near -1e30, and a later token with a score of 1e30: it has the weight 0 all the same"""
+        one = torch.ones(1, 1)
+        x = torch.tensor([[[1.0, 1.0], [1.0, 2.0], [0.0, 100.0]]])  # feature 0 makes scores, feature 1 is the value
+        w_q, w_k = torch.tensor([[1e20, 0.0]]), torch.tensor([[-1e10, 0.0]])
+        w_v, w_o = torch.tensor([[0.0, 1.0]]), torch.cat((0 * one, one))
+        got = self._output(impl, x, w_q, w_k, w_v, w_o, 1)
+        expect_close("outputs of tokens 0 and 1, visible scores -1e30", got[0, :2, 1], [1.0, 1.5], atol=1e-4)
+        got = self._output(impl, torch.tensor([[[1.0, 1.0], [-1.0, 2.0]]]), w_q, w_k, w_v, w_o, 1)
+        expect_close("output of token 0, score of the next one 1e30", got[0, 0, 1], 1.0)
+
+    def test_batch(self, impl):
+        """each sequence by itself, and a batch of one"""
+        case = attention_case(batch=3)
+        whole = self._output(impl, *case, 3)
+        expect_equal("shape", tuple(whole.shape), (3, 5, 6))
+        expect_close("sequence 1 alone", self._output(impl, case[0][1:2], *case[1:], 3), whole[1:2], atol=1e-5)
+
+    def test_dtypes(self, impl):
+        """the output has the dtype of x and the matrices: fp64 to its digits, and bf16"""
+        case = [t.double() for t in attention_case()]
+        got = self._output(impl, *case, 3)
+        expect_equal("dtype for fp64", got.dtype, torch.float64)
+        expect_close("output in fp64", got, self_attention_reference(*case, 3), atol=1e-10, rtol=1e-10)
+        got = self._output(impl, *(t.bfloat16() for t in case), 3)
+        expect_equal("dtype for bf16", got.dtype, torch.bfloat16)
+
+    def test_views(self, impl):
+        """x transposed and matrices that are parts of a larger one, not contiguous"""
+        x, w_q, w_k, w_v, w_o = attention_case()
+        views = [x.transpose(0, 1).contiguous().transpose(0, 1), *(w.T.contiguous().T for w in (w_q, w_k, w_v, w_o))]
+        expect_close(
+            "output", self._output(impl, *views, 3), self_attention_reference(x, w_q, w_k, w_v, w_o, 3), atol=1e-4
+        )
+
+    def test_written_out(self, impl):
+        """it is written out: neither F.scaled_dot_product_attention nor nn.MultiheadAttention is called"""
+        with Forbidden("scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention"):
+            self._output(impl, *attention_case(d_model=12, heads=3, size=4), 3)
+
+    def test_inputs_untouched(self, impl):
+        """x and the matrices are as before the call"""
+        case = attention_case()
+        names = ("x", "w_q", "w_k", "w_v", "w_o")
+        expect_untouched(lambda: impl(*case, 3), **dict(zip(names, case, strict=True)))
 
 
 @exercise("2.1", "attention")
@@ -89,16 +318,16 @@ class TestAttention:
         """masked weights are exactly 0: a huge score there, positive or negative, changes nothing"""
         q, v = torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0], [1e6], [3.0]])
         mask = torch.tensor([[True, False, True]])
-        for size in (1e4, -1e4):
+        for size in (1e4, -1e4, 1e10, -1e10):
             k = torch.tensor([[0.5, 0.5], [size, size], [0.5, 0.5]])
             expect_close(f"output with a masked score of {2 * size / 2**0.5:,.0f}", impl(q, k, v, mask), [[2.0]])
 
     def test_far_apart(self, impl):
-        """rows with visible scores near 200, -200 and -20,000 side by side: each hides its masked key completely"""
-        q = torch.tensor([[200.0], [-200.0], [-20_000.0]])
+        """visible scores near 200, -200, -20,000, -1e10 in rows side by side: each hides its masked key completely"""
+        q = torch.tensor([[200.0], [-200.0], [-20_000.0], [-1e10], [-1e30]])
         k, v = torch.tensor([[1.0], [0.0], [1.0]]), torch.tensor([[1.0], [1e3], [3.0]])
         mask = torch.tensor([[True, False, True]])
-        expect_close("output", impl(q, k, v, mask), [[2.0], [2.0], [2.0]])
+        expect_close("output", impl(q, k, v, mask), [[2.0]] * 5)
 
     def test_empty_rows(self, impl):
         """a row that may see nothing gives 0, and the other rows do not notice"""
@@ -109,6 +338,8 @@ class TestAttention:
         for b in range(2):
             expected = plain_attention(q[b], k[b], v[b], mask[b])
             expect_close(f"sequence {b}, keys 0 and 1 {'hidden' if b == 0 else 'visible'}", got[b], expected)
+        nothing = torch.zeros(4, dtype=torch.bool)
+        expect_close("output where every key is hidden", impl(q, k, v, nothing), torch.zeros(2, 4, 8))
 
     def test_window(self, impl):
         """with window = 3, query t sees keys t - 2, t - 1 and t; with 1 only its own; with 9 of 6 all up to its own"""
@@ -126,18 +357,45 @@ class TestAttention:
         expect_close("output with window = 2, keys 1, 2, 3 masked", got, plain_attention(q, k, v, seen))
 
     def test_leading_dimensions(self, impl):
-        """[B, H, T, D] works, each head by itself; masks [T, S] and [B, 1, 1, S] serve all heads"""
+        """[B, H, T, D] works, each head by itself; masks [T, S], [B, 1, 1, S], [S], [T, 1] and [] serve all heads"""
         q, k, v = random(2, 3, 4, 8), random(2, 3, 4, 8, seed=1), random(2, 3, 4, 8, seed=2)
         padding = torch.tensor([[True, False, True, True], [False, True, True, False]])[:, None, None, :]
-        for name, mask in (("[T, S]", causal(4)), ("[B, 1, 1, S]", padding)):
+        some = torch.tensor([True, False, True, True])
+        for name, mask in (
+            ("[T, S]", causal(4)),
+            ("[B, 1, 1, S]", padding),
+            ("[S]", some),
+            ("[T, 1]", some[:, None]),
+            ("[]", some[0]),
+        ):
             got = tensor("output", impl(q, k, v, mask))
             expect_equal(f"output shape with a mask {name}", tuple(got.shape), (2, 3, 4, 8))
             expected = plain_attention(q[1, 2], k[1, 2], v[1, 2], mask.expand(2, 3, 4, 4)[1, 2])
             expect_close(f"batch 1, head 2 with a mask {name}", got[1, 2], expected)
 
+    def test_window_of_heads(self, impl):
+        """a window and a padding mask [B, 1, 1, S] for heads of a batch, where D_v is not D"""
+        q, k, v = random(2, 3, 5, 8), random(2, 3, 5, 8, seed=1), random(2, 3, 5, 6, seed=2)
+        real = torch.tensor([[True] * 5, [False, False, True, True, True]])
+        seen = torch.tensor([[t - 2 < s <= t for s in range(5)] for t in range(5)])
+        got = tensor("output", impl(q, k, v, real[:, None, None, :], 2))
+        expect_equal("output shape", tuple(got.shape), (2, 3, 5, 6))
+        for b in range(2):
+            expect_close(f"sequence {b}, head 1", got[b, 1], plain_attention(q[b, 1], k[b, 1], v[b, 1], seen & real[b]))
+
+    def test_views_and_dtypes(self, impl):
+        """q, k, v as a projection leaves them, not contiguous; fp64 for fp64, to its digits, and bf16 for bf16"""
+        q, k, v = (random(2, 4, 3, 8, seed=i).double().transpose(1, 2) for i in range(3))
+        got = tensor("output", impl(q, k, v, causal(4)))
+        expect_equal("dtype for fp64", got.dtype, torch.float64)
+        weights = (q @ k.mT / 8**0.5).masked_fill(~causal(4), -math.inf).softmax(-1)
+        expect_close("output in fp64", got, weights @ v, atol=1e-12, rtol=1e-12)
+        got = tensor("output", impl(*(x.bfloat16() for x in (q, k, v)), causal(4), 2))
+        expect_equal("dtype for bf16", got.dtype, torch.bfloat16)
+
     def test_written_out(self, impl):
         """it is written out: F.scaled_dot_product_attention is not called"""
-        with Forbidden("scaled_dot_product_attention"):
+        with Forbidden("scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention"):
             tensor("output", impl(random(3, 4), random(3, 4), random(3, 4), causal(3)))
             tensor("output", impl(random(3, 4), random(3, 4), random(3, 4)))
 
@@ -180,6 +438,12 @@ class TestAddRMSNorm:
         normed = self._parts(impl, x, -x, weight, 1e-5)[0]
         expect_close("normed for a sum of 0, eps = 1e-05", normed, torch.zeros(4))
 
+    def test_default_eps(self, impl):
+        """eps is 1e-5 if it is not given"""
+        x = torch.full((4,), 0.001)
+        normed, _ = expect_parts(impl(x, torch.zeros(4), torch.ones(4)), "normed", "new_residual")
+        expect_close("normed for a sum of 0.001", normed, norm_of(x, torch.ones(4), 1e-5))
+
     def test_dtypes(self, impl):
         """both results have the dtype of x: fp32, fp16, bf16"""
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -207,6 +471,40 @@ class TestAddRMSNorm:
         x = entries[:, None].expand(128, 4096).contiguous()
         normed = self._parts(impl, x, torch.zeros_like(x), torch.ones(4096, dtype=torch.bfloat16), 0.0)[0]
         expect_close("normed", normed, torch.ones(128, 4096), atol=1e-3)
+
+    def test_bf16_rounding(self, impl):
+        """weight 1: normed is off by one rounding, half a step of bf16 or fp16, and no more: the quotient is fp32's"""
+        for dtype in (torch.bfloat16, torch.float16):
+            x, residual = random(64, 48).to(dtype), (3 * random(64, 48, seed=1)).to(dtype)
+            ones = torch.ones(48, dtype=dtype)
+            normed, stream = self._parts(impl, x, residual, ones, 1e-5)
+            exact = norm_of(stream, ones, 1e-5)
+            off = float(((normed.double() - exact).abs() / exact.abs().clamp(min=1e-3)).max())
+            most = 1.01 * HALF_STEP[dtype]
+            expect(
+                off <= most,
+                f"normed in {dtype}: expected values off by at most {most:.5f} of themselves, one rounding"
+                f"\n  got      {off:.5f}: is the root, or the quotient, rounded on the way?",
+            )
+
+    def test_new_tensors(self, impl):
+        """two new tensors: neither has the memory of an input or of the other, also where the residual is 0"""
+        for scale in (1, 0):
+            x, residual, weight = random(2, 4), scale * random(2, 4, seed=1), torch.ones(4)
+            normed, stream = self._parts(impl, x, residual, weight, 1e-5)
+            expect_new("normed", normed, x=x, residual=residual, weight=weight, new_residual=stream)
+            expect_new("new_residual", stream, x=x, residual=residual, weight=weight)
+
+    def test_shapes(self, impl):
+        """one feature, an empty batch, one vector, and tensors that are not contiguous"""
+        for shape in ((3, 1), (0, 4), (4,), (1, 1, 4)):
+            x, residual, weight = random(*shape), random(*shape, seed=1), random(shape[-1], seed=2)
+            normed, stream = self._parts(impl, x, residual, weight, 1e-5)
+            expect_close(f"new_residual {list(shape)}", stream, x + residual)
+            expect_close(f"normed {list(shape)}", normed, norm_of(x + residual, weight, 1e-5))
+        x, residual = random(8, 3).T, random(3, 16, seed=1)[:, ::2]
+        normed, _ = self._parts(impl, x, residual, random(8, seed=2), 1e-5)
+        expect_close("normed of views", normed, norm_of(x + residual, random(8, seed=2), 1e-5))
 
     def test_rounded_sum(self, impl):
         """norm and stream agree: the norm of new_residual + 0, in bf16, is the same to the bit"""
@@ -240,7 +538,7 @@ def turned(x: torch.Tensor, positions: Any, rotary: int, theta: float) -> torch.
 @exercise("2.3", "rope")
 class TestRope:
     def test_quarter_turn(self, impl):
-        """with D = rotary = 2 there is one pair of frequency 1: position p turns (1, 0) to (cos p, sin p)"""
+        """with D = rotary = 2 there is one pair of frequency 1: position p rotates (1, 0) to (cos p, sin p)"""
         x = torch.tensor([1.0, 0.0]).expand(1, 4, 1, 2).clone()
         expected = [[[[math.cos(p), math.sin(p)]] for p in range(4)]]
         expect_close("output", impl(x, torch.arange(4), 2, 10_000.0), expected)
@@ -252,6 +550,11 @@ class TestRope:
             got, expected = impl(x, torch.tensor(positions), 8, theta), turned(x, positions, 8, theta)
             expect_close(f"output for rotary = D = 8, theta = {theta:g}", got, expected, atol=1e-5)
 
+    def test_default_theta(self, impl):
+        """theta is 10,000 if it is not given"""
+        x = random(1, 4, 2, 8)
+        expect_close("output", impl(x, torch.arange(4), 8), turned(x, torch.arange(4), 8, 10_000.0), atol=1e-5)
+
     def test_rest_passes(self, impl):
         """the features from `rotary` on are those of x"""
         x = random(2, 4, 3, 16)
@@ -260,14 +563,14 @@ class TestRope:
         expect_close("features 6 to 15 for rotary = 6", got[..., 6:], x[..., 6:], atol=0, rtol=0)
 
     def test_partial(self, impl):
-        """the first `rotary` features turn: pairs are its halves, and the exponents count in `rotary`, not in D"""
+        """the first `rotary` features rotate: pairs are its halves, and the exponents count in `rotary`, not in D"""
         x, positions = random(2, 4, 3, 16), [1, 2, 30, 5]
         for rotary in (2, 6, 8):
             got, expected = impl(x, torch.tensor(positions), rotary, 100.0), turned(x, positions, rotary, 100.0)
             expect_close(f"output for rotary = {rotary}, D = 16, theta = 100", got, expected, atol=1e-5)
 
     def test_negative_positions(self, impl):
-        """negative positions turn the other way"""
+        """negative positions rotate the other way"""
         x, positions = random(1, 4, 2, 8), [-1, 1, -7, -100]
         got, expected = impl(x, torch.tensor(positions), 4, 10_000.0), turned(x, positions, 4, 10_000.0)
         expect_close(f"output at positions {positions}", got, expected, atol=1e-5)
@@ -293,12 +596,32 @@ class TestRope:
             positions = positions.reshape(positions_shape)
             got, expected = impl(x, positions, 4, 100.0), turned(x, positions, 4, 100.0)
             expect_close(f"output for x {list(shape)}, positions {list(positions_shape)}", got, expected, atol=1e-5)
+        x, positions = random(2, 4, 3, 8), torch.arange(4).expand(2, 4)  # not contiguous
+        expect_close("output, positions expanded", impl(x, positions, 4, 100.0), turned(x, positions, 4, 100.0), 1e-5)
 
     def test_dtypes(self, impl):
-        """the output has the dtype of x: fp32, bf16, fp16, fp64"""
+        """the output has the dtype of x and its digits: fp32, bf16, fp16, fp64; what passes is x to the bit"""
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            got = tensor("output", impl(random(1, 3, 2, 8).to(dtype), torch.arange(3), 4, 10_000.0))
+            x = random(1, 3, 2, 8).to(dtype)
+            got = tensor("output", impl(x, torch.arange(3), 4, 10_000.0))
             expect_equal(f"dtype of the output for {dtype}", got.dtype, dtype)
+            step = max(2 * HALF_STEP[dtype], 1e-6)
+            expect_close(f"output in {dtype}", got, turned(x, torch.arange(3), 4, 10_000.0), atol=step, rtol=step)
+            expect_close(f"features 4 to 7 in {dtype}", got[..., 4:], x[..., 4:], atol=0, rtol=0)
+
+    def test_far_positions(self, impl):
+        """positions of 100,000 and more: angles as fp32 has them at least"""
+        x, positions = random(1, 3, 2, 8), [100_003, 1_000_001, -131_072]
+        got = impl(x, torch.tensor(positions), 8, 500_000.0)
+        expect_close(f"output at {positions}", got, turned(x, positions, 8, 500_000.0), atol=0.2)
+
+    def test_views_and_new(self, impl):
+        """x [B, H, T, D] transposed to [B, T, H, D] is not contiguous; the output is new, at position 0, too"""
+        x = random(2, 3, 4, 8).transpose(1, 2)
+        for positions in (torch.arange(4), torch.zeros(4, dtype=torch.long)):
+            got = tensor("output", impl(x, positions, 6, 100.0))
+            expect_close(f"output at positions {positions.tolist()}", got, turned(x, positions, 6, 100.0), atol=1e-5)
+            expect_new("output", got, x=x)
 
     def test_angles_are_exact(self, impl):
         """x in bf16 at position 1,001, which bf16 does not have: the angle is right all the same"""
@@ -353,6 +676,32 @@ class Largest(TorchDispatchMode):
         return out
 
 
+class Marked(TorchDispatchMode):
+    """While it is on, a tensor whose memory holds the number `mark` more than once breaks the contract; or what is left
+    of it when keys are scaled by D^-1/2 or D^-1/4, for D = 4."""
+
+    def __init__(self, mark: float, said: str) -> None:
+        super().__init__()
+        self.mark, self.said = mark, said
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as below
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for part in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(part, torch.Tensor) and part.is_floating_point():
+                memory = torch.empty(0, dtype=part.dtype).set_(part.untyped_storage())
+                held = max(int((memory.float() / self.mark - by).abs().lt(1e-3).sum()) for by in (1, 0.5, 0.5**0.5))
+                expect(
+                    held <= 1,
+                    f"{self.said} once in a tensor\n  got      one {held} times, in a tensor"
+                    f" {list(part.shape)} made by torch's `{str(function).split('.')[1]}`",
+                )
+        return out
+
+
 @exercise("2.4", "grouped_query_attention")
 class TestGroupedQueryAttention:
     def _same(self, impl, heads: int, kv_heads: int, tokens: int = 5, keys: int = 5) -> None:
@@ -395,6 +744,45 @@ class TestGroupedQueryAttention:
         expect_close("outputs before the last token", after[:, :, :-1], before[:, :, :-1])
         changed = not torch.allclose(after[:, :, -1], before[:, :, -1])
         expect(changed, "the last key and value changed, yet the last output is the same")
+
+    def test_extreme(self, impl):
+        """visible scores near -40,000 and -1e10: later keys keep the weight 0"""
+        for score in (-4e4, -1e10, -1e30):
+            q, k = torch.full((1, 2, 3, 1), score), torch.ones(1, 1, 3, 1)
+            k[0, 0, 2] = 0  # the last key has the score 0, and only the last query may see it
+            v = torch.tensor([1.0, 3.0, 1e3])[None, None, :, None]
+            got = tensor("output", impl(q, k, v))
+            expect_close(f"outputs for visible scores of {score:g}", got[0, 1, :, 0], [1.0, 2.0, 1e3])
+            got = tensor("output", impl(q[:, :, :2], k, v))
+            expect_close("the same for the last two queries of three", got[0, 1, :, 0], [2.0, 1e3])
+
+    def test_dtypes_and_views(self, impl):
+        """the output is fp64 for fp64, to its digits, bf16 for bf16; k and v are parts of a cache, q transposed"""
+        q, k, v = (x.double() for x in grouped_case(6, 2, tokens=3, keys=5))
+        room = torch.full((2, 2, 2, 9, 4), math.nan, dtype=torch.float64)
+        room[0, :, :, :5], room[1, :, :, :5] = k, v
+        q = q.transpose(1, 2).contiguous().transpose(1, 2)
+        got = tensor("output", impl(q, room[0, :, :, :5], room[1, :, :, :5]))
+        expect_equal("dtype for fp64", got.dtype, torch.float64)
+        own = torch.arange(5) > torch.arange(3)[:, None] + 2
+        wide = [x.repeat_interleave(3, 1) for x in (k, v)]
+        weights = (q @ wide[0].mT / 2).masked_fill(own, -math.inf).softmax(-1)
+        expect_close("output in fp64", got, weights @ wide[1], atol=1e-12, rtol=1e-12)
+        got = tensor("output", impl(*(x.bfloat16() for x in (q, k, v))))
+        expect_equal("dtype for bf16", got.dtype, torch.bfloat16)
+
+    def test_held_once(self, impl):
+        """no tensor on the way holds a key or a value twice: one has a mark, and it is looked for in all of them"""
+        for heads, kv_heads, tokens in ((16, 8, 1), (4, 2, 3)):
+            said = f"for {heads} query heads and {kv_heads} key/value heads"
+            q, k, v = grouped_case(heads, kv_heads, tokens=tokens, keys=6, batch=1)
+            q[..., 1] = 0  # so that the marked number is in no score
+            k[0, 0, 2, 1] = 1e6
+            with Marked(1e6, f"{said}: expected every key"):
+                tensor("output", impl(q, k, v))
+            k[0, 0, 2, 1], v[0, 0, 2, 1] = 0, 1e6
+            with Marked(1e6, f"{said}: expected every value"):
+                tensor("output", impl(q, k, v))
 
     def test_nothing_copied(self, impl):
         """with 16 query heads on 2 key/value heads, no tensor on the way is as large as a key for every query head"""
@@ -504,11 +892,41 @@ class TestDecoderLayer:
         got = impl(x.clone(), weights, mean_of_past, True, 1e-5)
         expect_close("output, parallel = True, eps = 1e-05", got, expected, atol=1e-4)
 
-    def test_inputs_untouched(self, impl):
-        """x and the weights are as before the call, in both forms"""
+    def test_default_eps(self, impl):
+        """eps is 1e-5 if it is not given"""
         x, weights = layer_case()
+        x = x / 1000
+        for parallel, form in FORMS.items():
+            expected = impl(x.clone(), weights, mean_of_past, parallel, 1e-5)
+            expect_close(f"output, {form}", impl(x.clone(), weights, mean_of_past, parallel), expected)
+
+    def test_views_and_dtypes(self, impl):
+        """x that is not contiguous, one sequence of one token, and fp64 to its digits, bf16 as bf16"""
+        _, weights = layer_case()
+        wide = {name: w.double() for name, w in weights.items()}
+        for x in (random(4, 6, 2, seed=8).permute(2, 0, 1), random(1, 1, 6, seed=9)):
+            for parallel, form in FORMS.items():
+                got = tensor("output", impl(x.double(), wide, mean_of_past, parallel, 1e-5))
+                expect_equal("dtype for fp64", got.dtype, torch.float64)
+                middle = x.double() + mean_of_past(norm_of(x, wide["input_layernorm"], 1e-5))
+                h = norm_of(x if parallel else middle, wide["post_attention_layernorm"], 1e-5)
+                gate = h @ wide["gate_proj"].T
+                mlp = (gate / (1 + torch.exp(-gate)) * (h @ wide["up_proj"].T)) @ wide["down_proj"].T
+                expect_close(f"output in fp64, {form}, x {list(x.shape)}", got, middle + mlp, atol=1e-11, rtol=1e-11)
+                half = {name: w.bfloat16() for name, w in weights.items()}
+                got = tensor("output", impl(x.bfloat16(), half, lambda h: h * 2, parallel, 1e-5))
+                expect_equal("dtype for bf16", got.dtype, torch.bfloat16)
+
+    def test_inputs_untouched(self, impl):
+        """x, the weights and what `attend` returned are as before, and the output is a new tensor, in both forms"""
+        x, weights = layer_case()
+        kept = random(2, 4, 6, seed=10)
         for parallel in FORMS:
-            expect_untouched(lambda p=parallel: impl(x, weights, mean_of_past, p, 1e-5), x=x, **weights)
+            expect_untouched(
+                lambda p=parallel: impl(x, weights, lambda h: kept, p, 1e-5), x=x, attended=kept, **weights
+            )
+            expect_equal("names of the weights after the call", list(weights), list(layer_case()[1]))
+            expect_new("output", impl(x, weights, torch.zeros_like, parallel, 1e-5), x=x, **weights)
 
 
 def shape(
@@ -577,14 +995,16 @@ class TestAccount:
         got = impl(c, tokens, batch, context, *speeds)
         names = ["parameters", "flops", "kv_bytes", "step_seconds"]
         came = "nothing (is a `return` missing?)" if got is None else repr(got)[:200]
-        expect(isinstance(got, dict) and name in got, f"expected a dictionary with {names}\n  got      {came}")
+        four = isinstance(got, dict) and sorted(got) == sorted(names)
+        expect(four, f"expected a dictionary with {names}\n  got      {came}")
         return got[name]
 
     def _exact(self, impl, name: str, c: SimpleNamespace, tokens: int, expected: int) -> None:
-        with saying(c, tokens=tokens):
-            got = self._entry(impl, name, c, tokens)
-            expect(type(got) is int, f'"{name}": expected an int, {expected:,}\n  got {type(got).__name__} {got!r}')
-            expect_equal(f'"{name}"', got, expected)
+        for batch, context in ((1, 1), (8, 33)):  # one forward over a prompt: neither matters
+            with saying(c, tokens=tokens, batch=batch, context=context):
+                got = self._entry(impl, name, c, tokens, batch, context)
+                expect(type(got) is int, f'"{name}": expected an int, {expected:,}\n  got {type(got).__name__} {got!r}')
+                expect_equal(f'"{name}"', got, expected)
 
     def _step(self, impl, numbers: tuple, batch: int, context: int, speeds: tuple, limit: str) -> None:
         c = shape(*numbers)
@@ -592,9 +1012,10 @@ class TestAccount:
         memory = (2 * module_parameters(c) + 2 * kept.numel()) / speeds[0]
         arithmetic = product_flops(c, [context] * batch, batch) / speeds[1]
         assert (memory > arithmetic) == (limit == "memory")
-        with saying(c, batch=batch, context=context, bandwidth=speeds[0], rate=speeds[1]):
-            got = self._entry(impl, "step_seconds", c, 1, batch, context, speeds)
-            expect_close(f'"step_seconds", limited by {limit}', got, max(memory, arithmetic), atol=0, rtol=1e-9)
+        for tokens in (1, 100):  # the prompt's tokens do not matter for the step
+            with saying(c, tokens=tokens, batch=batch, context=context, bandwidth=speeds[0], rate=speeds[1]):
+                got = self._entry(impl, "step_seconds", c, tokens, batch, context, speeds)
+                expect_close(f'"step_seconds", limited by {limit}', got, max(memory, arithmetic), atol=0, rtol=1e-9)
 
     def test_smollm2(self, impl):
         """SmolLM2-135M has 134,515,008 parameters"""
@@ -619,6 +1040,15 @@ class TestAccount:
     def test_flops_tied(self, impl):
         """a tied head costs the same FLOPs as one of its own"""
         self._exact(impl, "flops", shape(*TINY[:-1], True), 5, product_flops(shape(*TINY), [1, 2, 3, 4, 5], 1))
+
+    def test_flops_of_many(self, impl):
+        """FLOPs of 123,456,789 tokens are exact: no float on the way"""
+        tokens = 123_456_789
+        one, two, three = (product_flops(shape(*TINY), list(range(1, n + 1)), 1) for n in (1, 2, 3))
+        # A polynomial of degree two in the tokens: three values tell it.
+        second = three - 2 * two + one
+        expected = one + (tokens - 1) * (two - one) + (tokens - 1) * (tokens - 2) // 2 * second
+        self._exact(impl, "flops", shape(*TINY), tokens, expected)
 
     def test_kv_bytes(self, impl):
         """SmolLM2 keeps 23,040 bytes a token in 16 bits, Llama 3 8B 131,072"""

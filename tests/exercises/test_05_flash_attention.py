@@ -2,7 +2,11 @@
 
 import itertools
 import math
+import os
+import random
+from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -36,12 +40,207 @@ class Largest(TorchDispatchMode):
         return out
 
 
+def spread(t: torch.Tensor) -> torch.Tensor:
+    """The same values, not contiguous: every other number of each row of a larger tensor."""
+    wide = torch.full((*t.shape[:-1], 2 * t.shape[-1] + 1), math.nan, dtype=t.dtype)
+    wide[..., :-1:2] = t
+    return wide[..., :-1:2]
+
+
+def expect_new(got, given) -> None:
+    """Nothing of what was returned lies in the memory of what was given."""
+    memory = {t.untyped_storage().data_ptr() for t in given}
+    shared = any(t.untyped_storage().data_ptr() in memory for t in got if isinstance(t, torch.Tensor))
+    expect(not shared, "expected new tensors\n  got one that shares memory with an input: writing to it changes both")
+
+
+def expect_few_scores(limit: int, what: str, call) -> None:
+    """`call()` makes no tensor of more than `limit` elements."""
+    with Largest() as largest:
+        call()
+    expect(largest.elements <= limit, f"{what}: expected tensors of at most {limit:,} elements\n"
+           f"  got one of {largest.elements:,}: are there scores, or a mask, of more than one block?")  # fmt: skip
+
+
 def expect_untouched(call, **tensors: torch.Tensor) -> None:
     before = {name: t.clone() for name, t in tensors.items()}
     call()
     for name, t in tensors.items():
         same = torch.equal(t.nan_to_num(7.0), before[name].nan_to_num(7.0))
         expect(same, f"expected {name} as it was before the call\n  got a changed one")
+
+
+# ---- 5.w1
+
+
+@exercise("5.w1", "one_more")
+class TestOneMore:
+    def walk(self, impl, scores, values):
+        state = -INF, 0.0, 0.0
+        for score, value in zip(scores, values, strict=True):
+            state = expect_parts(impl(*state, score, value), "m", "l", "acc")
+        return state
+
+    def _same(self, impl, scores, values):
+        m, total, acc = self.walk(impl, scores, values)
+        weights = [math.exp(s - max(scores)) for s in scores]
+        what = f"scores {scores}"
+        expect_equal(f"m, {what}", m, max(scores))
+        expect_close(f"l, {what}", total, math.fsum(weights))
+        expect_close(f"acc, {what}", acc, math.fsum(w * v for w, v in zip(weights, values, strict=True)))
+
+    def test_first(self, impl):
+        """the first key: m is its score, l is 1, acc is its value"""
+        expect_close("(m, l, acc)", expect_parts(impl(-INF, 0.0, 0.0, 2.5, 7.0), "m", "l", "acc"), (2.5, 1.0, 7.0))
+
+    def test_by_hand(self, impl):
+        """after (ln 3, 4/3, 4) the score ln 6 with the value 4: (ln 6, 5/3, 6)"""
+        got = expect_parts(impl(math.log(3), 4 / 3, 4.0, math.log(6), 4.0), "m", "l", "acc")
+        expect_close("(m, l, acc)", got, (math.log(6), 5 / 3, 6.0))
+
+    def test_smaller(self, impl):
+        """a key below the maximum leaves m as it is: after (ln 6, 5/3, 6) the score ln 2 with the value 0: l is 2"""
+        got = expect_parts(impl(math.log(6), 5 / 3, 6.0, math.log(2), 0.0), "m", "l", "acc")
+        expect_close("(m, l, acc)", got, (math.log(6), 2.0, 6.0))
+
+    def test_any_order(self, impl):
+        """growing, falling, mixed and equal scores"""
+        for scores in ([-2.0, -1.0, 0.5, 3.0], [3.0, 0.5, -1.0, -2.0], [-5.0, -4.0, -7.0], [1.0, 1.0, 1.0]):
+            self._same(impl, scores, [3.0, -1.0, 2.0, 5.0][: len(scores)])
+
+    def test_large(self, impl):
+        """scores of ±1,000: no overflow, nothing divided by 0"""
+        self._same(impl, [-1000.0, -999.0, 1000.0, 999.0], [1.0, 2.0, 3.0, 4.0])
+        self._same(impl, [-1001.0, -1000.0], [1.0, 2.0])
+        self._same(impl, [1000.0, -1000.0, 998.0], [1.0, 2.0, 3.0])
+
+
+# ---- 5.w2
+
+
+@exercise("5.w2", "touched")
+class TestTouched:
+    def _same(self, impl, first, final, block):
+        got = expect_parts(impl(first, final, block), "begin", "end")
+        what = f"keys {first} to {final} in blocks of {block}"
+        expect(all(type(x) is int for x in got), f"{what}: expected two int\n  got {got}")
+        expect_equal(f"blocks, {what}", list(range(*got)), sorted({j // block for j in range(first, final + 1)}))
+
+    def test_by_hand(self, impl):
+        """keys 5 to 18 touch the blocks 1 to 4"""
+        self._same(impl, 5, 18, 4)
+
+    def test_edges(self, impl):
+        """first and last key of a block, a single key, a single block"""
+        for first, final in ((0, 0), (3, 3), (4, 4), (4, 7), (3, 4), (0, 15), (0, 16), (7, 8)):
+            self._same(impl, first, final, 4)
+        self._same(impl, 5, 5, 1)
+        self._same(impl, 5, 18, 100)
+
+    def test_no_key(self, impl):
+        """no key: no block, also where a block begins"""
+        for first in (0, 3, 4, 9):
+            got = expect_parts(impl(first, first - 1, 4), "begin", "end")
+            expect(got[0] == got[1], f"keys {first} to {first - 1}: expected begin = end\n  got {got}")
+
+    def test_long(self, impl):
+        """10¹² blocks, at once and to the last key"""
+        n = 10**12
+        expect_equal("keys 0 to 64·10¹²", tuple(impl(0, 64 * n, 64)), (0, n + 1))
+        got = tuple(impl(4 * 10**17 - 1, 4 * 10**17, 4))
+        expect_equal("keys 4·10¹⁷ - 1 to 4·10¹⁷ in blocks of 4", got, (10**17 - 1, 10**17 + 1))
+
+
+# ---- 5.w3
+
+
+@exercise("5.w3", "block_mask")
+class TestBlockMask:
+    def _same(self, impl, position, M, start, N):
+        got = impl(position, M, start, N)
+        what = f"{M} queries from {position}, {N} keys from {start}"
+        expect(isinstance(got, torch.Tensor), f"{what}: expected a tensor\n  got {type(got).__name__}")
+        expect_equal(f"dtype, {what}", got.dtype, torch.bool)
+        expect_equal(f"mask, {what}", got.tolist(), [[start + j <= position + i for j in range(N)] for i in range(M)])
+
+    def test_diagonal(self, impl):
+        """on the diagonal: a triangle, in which a query sees itself"""
+        self._same(impl, 0, 3, 0, 3)
+        self._same(impl, 8, 4, 8, 4)
+
+    def test_anywhere(self, impl):
+        """queries and keys that begin at different places, in a rectangle"""
+        for position, M, start, N in ((8, 4, 6, 5), (6, 4, 8, 3), (5, 3, 4, 8), (7, 1, 5, 4), (2, 6, 4, 1)):
+            self._same(impl, position, M, start, N)
+
+    def test_whole_and_hidden(self, impl):
+        """behind the queries all True, ahead of them all False"""
+        self._same(impl, 16, 3, 4, 5)
+        self._same(impl, 4, 3, 16, 5)
+
+    def test_before_the_first_key(self, impl):
+        """queries at negative positions see nothing"""
+        self._same(impl, -3, 5, 0, 4)
+
+
+# ---- 5.0
+
+
+@exercise("5.0", "online_attention")
+class TestOnlineAttention:
+    def _same(self, impl, q, k, v, block, atol=1e-5, what=""):
+        expected = (q.double() @ k.double().T / q.shape[1] ** 0.5).softmax(-1) @ v.double()
+        got = []
+        expect_untouched(lambda: got.append(impl(q, k, v, block)), q=q, k=k, v=v)
+        what = f"output{what}, T = {len(q)}, S = {len(k)}, D = {q.shape[1]}, E = {v.shape[1]}, block = {block}"
+        expect_close(what, got[0], expected, atol=atol, rtol=1e-4)
+
+    def case(self, tokens, keys, size=8, values=5, scale=1.0):
+        return randn(tokens, size, scale=scale), randn(keys, size, seed=1), randn(keys, values, seed=2)
+
+    def test_one_block(self, impl):
+        """all keys in one block: softmax(q kᵀ / sqrt(D)) v"""
+        self._same(impl, *self.case(4, 6), 6)
+
+    def test_two_blocks(self, impl):
+        """two blocks; where the maximum moves, the sum and acc are brought to the new one"""
+        self._same(impl, *self.case(4, 6, scale=3.0), 3)
+        q, k, v = self.case(3, 6)
+        ramp = torch.linspace(0.1, 3, 6)[:, None]
+        self._same(impl, q.abs(), ramp * torch.ones_like(k), v, 2, what=" with growing scores")
+        self._same(impl, q.abs(), ramp.flip(0) * torch.ones_like(k), v, 2, what=" with falling scores")
+
+    def test_any_block(self, impl):
+        """blocks of 1, 4, 20, 21 and 100 of 21 keys; a single query, a single key"""
+        for block in (1, 4, 20, 21, 100):
+            self._same(impl, *self.case(5, 21), block)
+        self._same(impl, *self.case(1, 7), 3)
+        self._same(impl, *self.case(3, 1), 2)
+
+    def test_sizes(self, impl):
+        """values with more or fewer features than keys"""
+        for size, values in ((4, 1), (3, 16), (7, 7)):
+            self._same(impl, *self.case(4, 9, size, values), 4)
+
+    def test_large_scores(self, impl):
+        """scores of several hundred, of -1,000 and of -10¹⁰: finite; each query has its own maximum"""
+        self._same(impl, *self.case(5, 21, scale=300.0), 4, atol=1e-4)
+        q, k, v = torch.tensor([[1.0], [-1.0], [1e7]]), torch.full((6, 1), -1000.0), randn(6, 3)
+        self._same(impl, q, k, v, 4)
+
+    def test_few_scores(self, impl):
+        """13 queries, 40 keys, blocks of 8: no tensor of more than 104 elements at any time"""
+        q, k, v = self.case(13, 40, 1, 1)
+        expect_few_scores(104, "blocks of 8", lambda: impl(q, k, v, 8))
+
+    def test_inputs(self, impl):
+        """inputs that are not contiguous, and are as before the call; the output is new"""
+        q, k, v = (spread(t) for t in self.case(4, 9, 8, 8))
+        self._same(impl, q, k, v, 4)
+        expect_untouched(lambda: impl(q, k, v, 4), q=q, k=k, v=v)
+        expect_new([impl(q, k, v, 100)], (q, k, v))
+        q, k, v = self.case(4, 9)
+        expect_untouched(lambda: impl(q, k, v, 4), q=q, k=k, v=v)
 
 
 # ---- 5.1
@@ -103,7 +302,9 @@ class TestMerge:
         whole, (a, none) = pieces(6, 0)
         expect_partial("a with nothing", impl(clones(a), clones(none)), whole)
         expect_partial("nothing with a", impl(clones(none), clones(a)), whole)
-        expect_partial("nothing with nothing", impl(clones(none), clones(none)), none)
+        got = expect_parts(impl(clones(none), clones(none)), "m", "l", "acc")
+        expect_partial("nothing with nothing", got, none)
+        expect(bool((got[1] == 0).all()), f"nothing with nothing: expected l = 0\n  got {float(got[1].max()):.3g}")
 
     def test_each_query_for_itself(self, impl):
         """queries with keys on both sides, on one and on none, in one call"""
@@ -120,18 +321,33 @@ class TestMerge:
         lower = tuple(torch.tensor(x) for x in ([-1001.0], [1.0], [[3.0]]))
         e = math.exp(-1)
         expect_partial("merged", impl(low, lower), ([-1000.0], [1 + e], [[1 + 3 * e]]))
+        far = torch.tensor([-1e10]), torch.tensor([2.0]), torch.tensor([[3.0]])
+        none = torch.tensor([-INF]), torch.tensor([0.0]), torch.tensor([[0.0]])
+        expect_partial("scores of -10¹⁰ with nothing", impl(clones(far), clones(none)), far)
+        expect_partial("scores of -10¹⁰, twice", impl(clones(far), clones(far)), ([-1e10], [4.0], [[6.0]]))
 
     def test_leading_dimensions(self, impl):
-        """batch and heads in front: m and l [2, 3, 4], acc [2, 3, 4, D]"""
-        whole, (a, b) = pieces(3, 5, shape=(2, 3, 4))
-        expect_partial("merged", impl(a, b), whole)
+        """batch and heads in front: m and l [2, 3, 4], acc [2, 3, 4, D]; D = T, a single query"""
+        for shape in ((2, 3, 4), (2, 3), (5, 2, 2, 3), (1,), (1, 1, 1)):
+            whole, (a, b) = pieces(3, 5, shape=shape)
+            expect_partial(f"m {list(shape)}, merged", impl(a, b), whole)
+            expect_partial(f"m {list(shape)}, not contiguous", impl(*([spread(t) for t in p] for p in (a, b))), whole)
+
+    def test_dtype(self, impl):
+        """fp64 in, fp64 out; fp32 in, fp32 out"""
+        for dtype in (torch.float32, torch.float64):
+            _, parts = pieces(3, 5)
+            got = expect_parts(impl(*(tuple(t.to(dtype) for t in p) for p in parts)), "m", "l", "acc")
+            for name, t in zip(("m", "l", "acc"), got, strict=True):
+                expect_equal(f"dtype of {name}", t.dtype, dtype)
 
     def test_inputs_untouched(self, impl):
-        """both inputs are as before the call"""
-        _, (a, b) = pieces(3, 5)
-        expect_untouched(
-            lambda: impl(a, b), **{f"{s}[{i}]": t for s, p in (("a", a), ("b", b)) for i, t in enumerate(p)}
-        )
+        """both inputs are as before the call, and what comes back is new, whichever side is empty"""
+        for sizes in ((3, 5), (0, 5), (3, 0), (0, 0)):
+            _, (a, b) = pieces(*sizes)
+            named = {f"{s}[{i}]": t for s, p in (("a", a), ("b", b)) for i, t in enumerate(p)}
+            expect_untouched(lambda a=a, b=b: impl(a, b), **named)
+            expect_new(expect_parts(impl(a, b), "m", "l", "acc"), named.values())
 
 
 # ---- 5.2
@@ -152,16 +368,17 @@ def tile_reference(q, k, v, position, sink=None):
 class TestFlashTile:
     def _same(self, impl, tokens, keys, position, block, sink=None, scale=1.0, size=8):
         q, k, v = randn(tokens, size, scale=scale), randn(keys, size, seed=1), randn(keys, size, seed=2)
-        out, lse = expect_parts(impl(q, k, v, position, block, sink), "out", "log-sum-exp")
         expected = tile_reference(q, k, v, position, sink)
+        out, lse = expect_parts(impl(q, k, v, position, block, sink), "out", "log-sum-exp")
         what = f"T = {tokens}, S = {keys}, position = {position}, block = {block}, sink = {sink}"
         expect_close(f"output, {what}", out, expected[0], atol=2e-5, rtol=1e-4)
         expect_close(f"log-sum-exp, {what}", lse, expected[1], atol=2e-5, rtol=1e-5)
 
     def test_one_block(self, impl):
-        """all keys in one block: causal attention"""
+        """all keys in one block: causal attention; a single query"""
         self._same(impl, 4, 4, 0, 4)
         self._same(impl, 4, 4, 0, 64)
+        self._same(impl, 1, 5, 3, 8)
 
     def test_many_blocks(self, impl):
         """blocks of 1, 3 and 16 keys, none of which need divide the 21 keys"""
@@ -169,13 +386,14 @@ class TestFlashTile:
             self._same(impl, 5, 21, 16, block)
 
     def test_positions(self, impl):
-        """the tile stands anywhere: at the start, in the middle, past the last key"""
+        """the tile stands anywhere: at the start, in the middle, past the last key; each block has its mask"""
         for position in (0, 7, 30):
             self._same(impl, 6, 20, position, 4)
+        self._same(impl, 11, 20, 3, 3)
 
     def test_sink(self, impl):
         """a sink takes its share of the sum and adds nothing to the output, small, large, and with no key in sight"""
-        for sink in (-2.0, 0.0, 3.0, 50.0):
+        for sink in (-2.0, 0.0, 3.0, 50.0, 300.0, -300.0):
             self._same(impl, 5, 12, 7, 4, sink)
         self._same(impl, 3, 5, -8, 4, 1.5)
 
@@ -186,8 +404,13 @@ class TestFlashTile:
         self._same(impl, 3, 0, 0, 4)
 
     def test_large_scores(self, impl):
-        """scores of several hundred: finite"""
+        """scores of several hundred: finite; of -10¹⁰: hidden keys stay hidden beside them"""
         self._same(impl, 5, 21, 16, 4, scale=300.0)
+        q, k, v = torch.full((4, 4), 1e5), torch.full((10, 4), -5e4), randn(10, 4, seed=2)
+        got = expect_parts(impl(q, k, v, 5, 4), "out", "log-sum-exp")
+        means = torch.stack([v[: 6 + i].double().mean(0) for i in range(4)])
+        expect_close("output, all scores -10¹⁰", got[0], means, atol=1e-5)
+        expect_close("log-sum-exp, all scores -10¹⁰", got[1], torch.full((4,), -1e10), rtol=1e-5)
 
     def test_hidden_keys_not_visited(self, impl):
         """NaN behind the block of the last visible key does not reach the output"""
@@ -197,30 +420,32 @@ class TestFlashTile:
         expect_close("output", impl(q, k, v, 4, 4)[0], expected, atol=1e-5)
 
     def test_half_precision(self, impl):
-        """fp16 and bf16: output in that dtype, log-sum-exp and everything in between in fp32"""
-        for dtype, atol in ((torch.float16, 1e-3), (torch.bfloat16, 8e-3)):
-            q, k, v = (randn(n, 16, seed=s).to(dtype) for n, s in ((4, 0), (300, 1), (300, 2)))
-            out, lse = impl(q, k, v, 296, 16)
+        """fp16 and bf16: output in q's dtype, log-sum-exp and everything in between in fp32, from the inputs on"""
+        kinds = (torch.float16, torch.float16), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)
+        for (kind, others), size in itertools.product((*kinds, (torch.bfloat16, torch.float32)), (16, 32)):
+            q = randn(4, size).to(kind)
+            k, v = (randn(300, size, seed=s).to(others) for s in (1, 2))
+            got = expect_parts(impl(q, k, v, 296, 16), "out", "log-sum-exp")
             expected = tile_reference(q, k, v, 296)
-            expect_equal("dtype of the output", out.dtype, dtype)
-            expect_equal("dtype of the log-sum-exp", lse.dtype, torch.float32)
-            expect_close(f"output in {dtype}", out, expected[0], atol=atol, rtol=atol)
-            expect_close(f"log-sum-exp in {dtype}", lse, expected[1], atol=1e-4)
+            what = f"q in {kind}, k and v in {others}, D = {size}"
+            expect_equal(f"dtype of the output, {what}", got[0].dtype, kind)
+            expect_equal(f"dtype of the log-sum-exp, {what}", got[1].dtype, torch.float32)
+            atol = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[kind]
+            expect_close(f"output, {what}", got[0], expected[0], atol=atol, rtol=atol)
+            expect_close(f"log-sum-exp, {what}", got[1], expected[1], atol=1e-4)
 
     def test_no_score_matrix(self, impl):
-        """8 queries, 512 keys, blocks of 16: no tensor of 8 x 512 elements at any time"""
-        q, k, v = randn(8, 4), randn(512, 4, seed=1), randn(512, 4, seed=2)
-        with Largest() as largest:
-            impl(q, k, v, 504, 16)
-        expect(
-            largest.elements < 8 * 512,
-            f"expected tensors of fewer than 4,096 elements\n  got one of {largest.elements:,}",
-        )
+        """13 queries, 40 keys, blocks of 8: no tensor of more than 104 elements at any time"""
+        q, k, v = randn(13, 1), randn(40, 1, seed=1), randn(40, 1, seed=2)
+        expect_few_scores(104, "blocks of 8", lambda: impl(q, k, v, 27, 8))
+        expect_few_scores(104, "blocks of 8, with a sink", lambda: impl(q, k, v, 27, 8, 1.0))
 
     def test_inputs_untouched(self, impl):
-        """q, k and v are as before the call"""
+        """q, k and v are as before the call; they need not be contiguous"""
         q, k, v = randn(4, 8), randn(9, 8, seed=1), randn(9, 8, seed=2)
         expect_untouched(lambda: impl(q, k, v, 5, 4, 1.0), q=q, k=k, v=v)
+        got = expect_parts(impl(*(spread(t) for t in (q, k, v)), 5, 4), "out", "log-sum-exp")
+        expect_close("output, inputs not contiguous", got[0], tile_reference(q, k, v, 5)[0], atol=2e-5)
 
 
 # ---- 5.3
@@ -278,6 +503,23 @@ class TestBlockRanges:
         """queries before the first key: tiles that visit nothing, and tiles that are never whole"""
         self._same(impl, 4, 4, 19, 8)
         self._same(impl, 4, 4, 19, 8, 3, 1)
+        for left, right in ((-1, -1), (2, -1), (-1, 5), (30, 30)):
+            self._same(impl, 4, 4, 19, 8, left, right)
+
+    def test_edges(self, impl):
+        """no keys at all; blocks of one key, tiles of one query"""
+        for left, right in ((-1, 0), (-1, -1), (2, 1)):
+            got = expect_parts(impl(0, 4, 4, 6, 0, left, right), "begin", "whole_begin", "whole_end", "end")
+            expect(len(set(got)) == 1, f"no keys, ({left}, {right}): expected begin = end\n  got {got}")
+            self._same(impl, 1, 1, 5, 9, left, right)
+            self._same(impl, 3, 1, 7, 9, left, right)
+
+    def test_drawn(self, impl):
+        """200 drawn cases"""
+        draw = random.Random(0)
+        for _ in range(200):
+            sizes = [draw.randint(1, 6), draw.randint(1, 6), draw.randint(1, 16), draw.randint(0, 16)]
+            self._same(impl, *sizes, draw.choice((-1, 0, 1, 3, 8, 20)), draw.choice((-1, 0, 0, 1, 3, 8, 20)))
 
     def test_short_last_tile(self, impl):
         """queries past the end do not count: the last tile's blocks may be whole for the few that are there"""
@@ -337,8 +579,11 @@ class TestCombineSplits:
         expect_close("log-sum-exp", lse, [[math.log(4)]])
 
     def test_one_chunk(self, impl):
-        """a single chunk: nothing changes"""
+        """a single chunk: nothing changes, but an empty one gives 0, and what comes back is new"""
         self._same(impl, [[0, 9], [0, 9]])
+        self._same(impl, [[0, 9], [0, 0]])
+        outs, lses, _, _ = splits([[0, 9], [0, 9]])
+        expect_new(expect_parts(impl(outs, lses), "out", "lse"), (outs, lses))
 
     def test_chunks_of_any_length(self, impl):
         """2 to 5 chunks of different lengths equal attention over all keys"""
@@ -362,6 +607,19 @@ class TestCombineSplits:
         outs[0, 0, 0, 0] = math.nan
         got = impl(outs, lses)[0]
         expect(bool(got[0, 0, 0].isnan()), f"expected NaN\n  got      {float(got[0, 0, 0])}")
+        expect(int(got.isnan().sum()) == 1, f"expected one NaN\n  got {int(got.isnan().sum())}: the others are right")
+        outs, lses = torch.ones(2, 1, 1, 1), torch.zeros(2, 1, 1)
+        outs[1], lses[1] = math.nan, -120.0
+        got = impl(outs, lses)[0]
+        expect(
+            bool(got.isnan().all()),
+            "log-sum-exps 0 and -120, NaN from the second chunk, which has keys: expected NaN\n"
+            f"  got      {float(got.reshape(-1)[0])}",
+        )
+        outs[1] = 5.0
+        expect_close("output of log-sum-exps 0 and -120", impl(outs, lses)[0], [[[1.0]]])
+        got = expect_parts(impl(outs, torch.tensor([0.0, math.nan]).reshape(2, 1, 1)), "out", "lse")
+        expect(all(bool(x.isnan().all()) for x in got), "a log-sum-exp of NaN: expected NaN for both\n  got others")
 
     def test_a_sequence_without_keys(self, impl):
         """no key in any chunk: output 0, log-sum-exp -inf"""
@@ -409,9 +667,12 @@ class TestCombineSplits:
         )
 
     def test_inputs_untouched(self, impl):
-        """outs and lses are as before the call, leftovers too"""
-        outs, lses, _, _ = splits([[0, 5, 5], [0, 4, 9]])
+        """outs and lses are as before the call, leftovers too; they need not be contiguous"""
+        outs, lses, out, lse = splits([[0, 5, 5], [0, 4, 9]])
         expect_untouched(lambda: impl(outs, lses), outs=outs, lses=lses)
+        got = expect_parts(impl(outs.permute(1, 3, 0, 2).contiguous().permute(2, 0, 3, 1), spread(lses)), "out", "lse")
+        expect_close("output, inputs not contiguous", got[0], out, atol=1e-5)
+        expect_close("log-sum-exp, inputs not contiguous", got[1], lse, atol=1e-4)
 
 
 # ---- 5.5
@@ -428,19 +689,67 @@ def on_device(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 
 class Guarded:
-    """While open, torch.empty_like hands out the front of a longer buffer: a store without its mask shows, and does no
-    harm.
+    """While open, what a kernel reads and writes outside of its tensors is noted and left out, in the interpreter; so
+    is the precision of each tl.dot. On a GPU, torch.empty_like hands out the front of a longer buffer instead.
     """
 
     rows, mark = 64, 12_345.0
 
     def __enter__(self):
-        self.real, self.tails = torch.empty_like, []
-        torch.empty_like = self.made
+        self.read = self.written = 0
+        self.precisions, self.tails, self.ranges, self.patches = set(), [], [], []
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            self.watch()
+        else:
+            self.patches = [patch.object(torch, "empty_like", self.made)]
+        for p in self.patches:
+            p.start()
         return self
 
     def __exit__(self, *_):
-        torch.empty_like = self.real
+        for p in self.patches:
+            p.stop()
+
+    def watch(self) -> None:
+        from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
+
+        run = InterpretedFunction.run
+        load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+        dot = InterpreterBuilder.create_dot
+
+        def launched(kernel, *args, **kwargs):
+            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+            self.ranges = [(x.data_ptr(), x.data_ptr() + x.numel() * x.element_size()) for x in tensors]
+            return run(kernel, *args, **kwargs)
+
+        def within(ptrs, mask):
+            """The mask without addresses outside of every tensor, and how many these are."""
+            wanted = np.broadcast_to(np.asarray(mask.data, bool), ptrs.data.shape)
+            inside = np.zeros(ptrs.data.shape, bool)
+            for low, high in self.ranges:
+                inside |= (ptrs.data >= low) & (ptrs.data < high)
+            return TensorHandle(wanted & inside, mask.dtype), int((wanted & ~inside).sum())
+
+        def loaded(builder, ptrs, mask, *rest, **options):
+            mask, outside = within(ptrs, mask)
+            self.read += outside
+            return load(builder, ptrs, mask, *rest, **options)
+
+        def stored(builder, ptrs, value, mask, *rest, **options):
+            mask, outside = within(ptrs, mask)
+            self.written += outside
+            return store(builder, ptrs, value, mask, *rest, **options)
+
+        def multiplied(builder, a, b, d, precision, *rest):
+            self.precisions.add(str(precision).rpartition(".")[2].lower())
+            return dot(builder, a, b, d, precision, *rest)
+
+        self.patches = [
+            patch.object(InterpretedFunction, "run", launched),
+            patch.object(InterpreterBuilder, "create_masked_load", loaded),
+            patch.object(InterpreterBuilder, "create_masked_store", stored),
+            patch.object(InterpreterBuilder, "create_dot", multiplied),
+        ]
 
     def made(self, like: torch.Tensor, **options) -> torch.Tensor:
         tokens = like.shape[0]
@@ -450,9 +759,16 @@ class Guarded:
         self.tails.append(whole[tokens:])
         return whole[:tokens]
 
-    def check(self) -> None:
-        written = any(bool((tail != self.mark).any()) for tail in self.tails)
-        expect(not written, "rows behind the end of the output were written: the store needs its mask")
+    def check(self, what: str) -> None:
+        written = self.written or any(bool((tail != self.mark).any()) for tail in self.tails)
+        expect(not written, f"{what}: something was written outside of the tensors: the store needs its mask")
+        expect(
+            not self.read,
+            f"{what}: expected nothing read outside of q, k and v\n"
+            f"  got {self.read:,} numbers: each load of rows past the end needs a mask",
+        )
+        loose = self.precisions - {"ieee"}
+        expect(not loose, f'{what}: expected every tl.dot with input_precision="ieee"\n  got {", ".join(loose)}')
 
 
 def behind_nan(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -462,14 +778,17 @@ def behind_nan(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 @exercise("5.5", "flash_alibi")
 class TestFlashAlibi:
+    got: list[torch.Tensor] = []
+
     def _same(self, impl, tokens, size=16, slope=0.25, block_m=16, block_n=16, dtype=torch.float32, scale=1.0):
         drawn = (randn(tokens, size, seed=s, scale=c).to(dtype) for s, c in ((0, scale), (1, 1), (2, 1)))
         q, k, v = on_device(*behind_nan(*drawn))
-        with Guarded() as guarded:
-            got = impl(q, k, v, slope, block_m, block_n)
-        guarded.check()
-        atol = 1e-5 if dtype == torch.float32 else 2e-3
         what = f"T = {tokens}, D = {size}, slope = {slope}, blocks of {block_m} x {block_n}, {dtype}"
+        with Guarded() as guarded:
+            expect_untouched(lambda: self.got.append(impl(q, k, v, slope, block_m, block_n)), q=q, k=k, v=v)
+        got = self.got.pop()
+        guarded.check(what)
+        atol = 1e-5 if dtype == torch.float32 else 2e-3
         expect_equal(f"dtype, {what}", got.dtype, dtype)
         expect_close(f"output, {what}", got, alibi_reference(q.cpu(), k.cpu(), v.cpu(), slope), atol=atol, rtol=atol)
 
@@ -497,9 +816,13 @@ class TestFlashAlibi:
         self._same(impl, 40, 32, block_m=16, block_n=32)
 
     def test_large_scores(self, impl):
-        """scores of several hundred, and a steep slope: finite"""
+        """scores of several hundred, all far below 0, and a steep slope: finite"""
         self._same(impl, 40, scale=200.0)
         self._same(impl, 40, slope=20.0)
+        q, k = on_device(torch.full((20, 16), 1e5), torch.full((20, 16), -2.5e4))
+        v = on_device(randn(20, 16))[0]
+        means = torch.stack([v[: i + 1].double().mean(0) for i in range(20)])
+        expect_close("output, all scores -10¹⁰", impl(q, k, v, 0.0, 16, 16), means, atol=1e-4)
 
     def test_hidden_blocks_not_visited(self, impl):
         """an infinite value reaches no query of an earlier tile: hidden blocks are not visited"""

@@ -4,8 +4,288 @@ import copy
 import itertools
 import random
 
-from minillm.cache.blocks import OutOfBlocks
+from minillm.cache.blocks import BlockPool, BlockTable, OutOfBlocks
+from minillm.engine.request import Request as PackageRequest
+from minillm.engine.scheduler import Scheduler
 from minillm.learn.testing import exercise, expect, expect_close, expect_equal, expect_parts, expect_raises
+from minillm.sampling import SamplingParams
+
+# ---- 8.w1
+
+
+@exercise("8.w1", "chunks")
+class TestChunks:
+    def test_by_hand(self, impl):
+        """3 decode, a budget of 8, a prompt of 12: 5, 5 and 2"""
+        expect_equal("chunks", impl(12, 3, 8), [5, 5, 2])
+
+    def test_sizes(self, impl):
+        """what divides, what does not, a prompt that fits, a prompt of one token, nobody who decodes"""
+        for prompt, decoding, budget, expected in (
+            (10, 3, 8, [5, 5]), (11, 3, 8, [5, 5, 1]), (5, 3, 8, [5]), (4, 3, 8, [4]), (1, 7, 8, [1]),
+            (20, 0, 8, [8, 8, 4]), (3, 7, 8, [1, 1, 1]),
+        ):  # fmt: skip
+            expect_equal(f"a prompt of {prompt}, {decoding} decode, budget {budget}", impl(prompt, decoding, budget),
+                         expected)  # fmt: skip
+
+    def test_all_of_it(self, impl):
+        """every chunk is full but the last, and together they are the prompt"""
+        for prompt in range(1, 60):
+            got = impl(prompt, 5, 12)
+            expect(isinstance(got, list), f"a prompt of {prompt}: expected a list of chunks\n  got {got!r}")
+            expect_equal(f"tokens in all, a prompt of {prompt}", sum(got), prompt)
+            expect(
+                all(n == 7 for n in got[:-1]) and 1 <= got[-1] <= 7,
+                f"a prompt of {prompt}, 5 decode, budget 12: expected chunks of 7, a last one of 1 to 7\n  got {got}",
+            )
+
+    def test_nothing_left(self, impl):
+        """as many or more decode than the budget has tokens: ValueError"""
+        for decoding in (8, 9, 100):
+            expect_raises(ValueError, lambda d=decoding: impl(12, d, 8), f"{decoding} decode, budget 8")
+
+
+# ---- 8.w2
+
+
+@exercise("8.w2", "preempted")
+class TestPreempted:
+    def test_by_hand(self, impl):
+        """[(0, 1, 4), (1, 0, 2), (0, 2, 3)], request 0 needs 3, 1 is free: request 1, by its priority"""
+        expect_equal("preempted", impl([(0, 1, 4), (1, 0, 2), (0, 2, 3)], 0, 3, 1), [1])
+
+    def test_enough(self, impl):
+        """if the free blocks suffice, nobody goes"""
+        for need, free in ((0, 0), (2, 2), (1, 5)):
+            expect_equal(f"need {need}, free {free}", impl([(0, 0, 4), (0, 1, 4)], 1, need, free), [])
+
+    def test_one_after_another(self, impl):
+        """by arrival, the youngest first, as few as suffice"""
+        running = [(0, i, 2) for i in range(5)]
+        for need, expected in ((1, [4]), (2, [4]), (3, [4, 3]), (5, [4, 3, 2]), (8, [4, 3, 2, 1])):
+            expect_equal(f"need {need}", impl(running, 0, need, 0), expected)
+        expect_equal("need 4, 1 free", impl(running, 0, 4, 1), [4, 3])
+
+    def test_itself(self, impl):
+        """if the request itself goes last it goes, and nobody that goes before it"""
+        running = [(0, 0, 2), (0, 1, 2), (0, 2, 1)]
+        expect_equal("request 2 needs 9", impl(running, 2, 9, 0), [2])
+        expect_equal("request 1 needs 9", impl(running, 1, 9, 0), [2, 1])
+        expect_equal("request 1 needs 1", impl(running, 1, 1, 0), [2])
+        expect_equal("a request alone", impl([(3, 7, 2)], 0, 9, 0), [0])
+
+    def test_priority_before_arrival(self, impl):
+        """a small priority goes first however late it came; in any order of the list"""
+        running = [(2, 0, 1), (0, 9, 1), (1, 3, 1), (1, 1, 1), (-1, 20, 1)]
+        expect_equal("request 4 needs 4", impl(running, 4, 4, 0), [0, 2, 3, 1])
+        expect_equal("request 3 needs 4", impl(running, 3, 4, 0), [0, 2, 3])
+
+    def test_the_list_stays(self, impl):
+        """the running requests are as they were"""
+        running = [(1, 0, 1), (0, 1, 1), (0, 0, 1)]
+        impl(running, 2, 2, 0)
+        expect_equal("running", running, [(1, 0, 1), (0, 1, 1), (0, 0, 1)])
+
+
+# ---- 8.w3
+
+
+@exercise("8.w3", "causes")
+class TestCauses:
+    def answer(self, impl, engine):
+        got = impl()
+        expect(isinstance(got, dict), f"expected a dictionary\n  got {got!r}")
+        expect(engine in got, f"expected an answer for engine {engine}\n  got {sorted(got)}")
+        known = ("blocks", "budget", "prefix", "seats")
+        expect(got[engine] in known, f"engine {engine}: expected one of {', '.join(known)}\n  got {got[engine]!r}")
+        return got[engine]
+
+    def test_a(self, impl):
+        """engine A: nobody waits, nobody is preempted, and now and then a token takes half a second"""
+        expect(self.answer(impl, "A") == "budget", "what was in the steps that took so long? Look at tokens_per_step")
+
+    def test_b(self, impl):
+        """engine B: 210 wait, and the cache is half empty"""
+        expect(self.answer(impl, "B") == "seats", "what do they wait for? Compare running with its bound")
+
+    def test_c(self, impl):
+        """engine C: 55 wait though seats are free, and the slow tokens are not those of large steps"""
+        expect(self.answer(impl, "C") == "blocks", "which of the four has requests thrown out, and for want of what?")
+
+    def test_d(self, impl):
+        """engine D: the first token takes a second, and it is not the queue"""
+        expect(self.answer(impl, "D") == "prefix", "why is there so much to compute? Compare the four hit rates")
+
+
+# ---- 8.0
+
+
+class One:
+    """A request of the exercise."""
+
+    def __init__(self, order, prompt, outputs):
+        self.order, self.prompt, self.outputs = order, prompt, outputs
+        self.computed = self.generated = self.blocks = 0
+
+    @property
+    def gap(self):
+        return self.prompt + self.generated - self.computed
+
+    def __repr__(self):
+        return f"request {self.order}"
+
+
+class State:
+    def __init__(self, running, waiting, free, budget, seats, block_size):
+        self.running, self.waiting, self.free = running, waiting, free
+        self.budget, self.seats, self.block_size = budget, seats, block_size
+
+
+def done(state, plan):
+    """The step was computed: count, give tokens, let go who is finished."""
+    for request in list(state.running):
+        request.computed += plan.get(request.order, 0)
+        if request.order in plan and request.gap == 0:
+            request.generated += 1
+            if request.generated == request.outputs:
+                state.running.remove(request)
+                state.free += request.blocks
+
+
+class Theirs:
+    """The package's scheduler, with the same requests and no model."""
+
+    def __init__(self, sizes, blocks, budget, seats, block_size):
+        self.pool = BlockPool(blocks, block_size, enable_prefix_caching=False)
+        self.scheduler = Scheduler(self.pool, seats, budget)
+        for i, (prompt, outputs) in enumerate(sizes):
+            table = BlockTable(self.pool)
+            self.scheduler.add(PackageRequest(str(i), [0] * prompt, SamplingParams(), table, outputs, order=i))
+
+    def plan(self):
+        self.scheduled, _ = self.scheduler.schedule()
+        return {request.order: count for request, count in self.scheduled}
+
+    def state(self):
+        s = self.scheduler
+        return [r.order for r in s.running], [r.order for r in s.waiting], self.pool.num_free
+
+    def done(self):
+        self.scheduler.advance(self.scheduled)
+        for request, _ in self.scheduled:
+            if request.num_pending:
+                request.num_pending = 0
+                request.output_token_ids.append(0)
+                if request.is_full:
+                    self.scheduler.remove(request)
+
+
+def run_both(impl, sizes, blocks, budget, seats, block_size, what=""):
+    """All steps until nobody is left, plan by plan."""
+    state = State([], [One(i, *size) for i, size in enumerate(sizes)], blocks, budget, seats, block_size)
+    theirs, step = Theirs(sizes, blocks, budget, seats, block_size), 0
+    requests = f"requests (prompt, outputs) {sizes}" if len(sizes) < 6 else f"{len(sizes)} requests"
+    about = f"{requests}, {blocks} blocks of {block_size}, budget {budget}, {seats} seats{what}"
+    while theirs.scheduler.running or theirs.scheduler.waiting:
+        step += 1
+        expected, got = theirs.plan(), impl(state)
+        expect(isinstance(got, dict), f"expected a plan, {{order: tokens}}\n  got {got!r}")
+        at = f"step {step}; {about}"
+        expect_equal(f"plan of {at}", sorted(got.items()), sorted(expected.items()))
+        running, waiting, free = theirs.state()
+        expect_equal(f"who runs, {at}", [r.order for r in state.running], running)
+        expect_equal(f"who waits, {at}", [r.order for r in state.waiting], waiting)
+        expect_equal(f"free blocks, {at}", state.free, free)
+        expect_equal(f"blocks of those who run, {at}", sum(r.blocks for r in state.running), blocks - free)
+        for request in state.waiting:
+            expect(request.computed == 0 and request.blocks == 0,
+                   f"{request} waits, {at}: expected nothing computed and no blocks\n"
+                   f"  got {request.computed} computed, {request.blocks} blocks")  # fmt: skip
+        done(state, got)
+        theirs.done()
+
+
+@exercise("8.0", "schedule")
+class TestSchedule:
+    def test_by_hand(self, impl):
+        """the chapter's example: A decodes, B comes with 9 tokens, C with 3, a step has 6"""
+        a, b, c = One(0, 4, 10), One(1, 9, 10), One(2, 3, 10)
+        a.computed, a.generated, a.blocks = 4, 1, 1
+        state = State([a], [b, c], 100, 6, 8, 16)
+        plans = []
+        for _ in range(4):
+            plans.append(impl(state))
+            expect(isinstance(plans[-1], dict), f"expected a plan, {{order: tokens}}\n  got {plans[-1]!r}")
+            done(state, plans[-1])
+        expect_equal(
+            "plans",
+            [sorted(p.items()) for p in plans],
+            [[(0, 1), (1, 5)], [(0, 1), (1, 4), (2, 1)], [(0, 1), (1, 1), (2, 2)], [(0, 1), (1, 1), (2, 1)]],
+        )
+
+    def test_plenty(self, impl):
+        """blocks for everybody: budget and seats decide, plan by plan as the package does"""
+        sizes = [(30, 4), (3, 9), (12, 1), (25, 5), (1, 6), (8, 3)]
+        for budget, seats in ((8, 8), (100, 3), (1, 2), (5, 5), (64, 1)):
+            run_both(impl, sizes, 200, budget, seats, 4)
+
+    def test_running_first(self, impl):
+        """a budget that those who decode use up lets nobody in"""
+        run_both(impl, [(1, 12), (1, 12), (1, 12), (20, 3)], 100, 3, 8, 4)
+
+    def test_last_goes(self, impl):
+        """when a running request needs a block and none is free, the last one gives all of its own back"""
+        run_both(impl, [(4, 9), (4, 9), (4, 9)], 4, 64, 8, 4)
+
+    def test_itself(self, impl):
+        """if the one in need goes last it waits again, and gets nothing"""
+        run_both(impl, [(7, 6), (8, 8)], 4, 64, 8, 4)
+
+    def test_several_go(self, impl):
+        """one victim may not suffice"""
+        run_both(impl, [(2, 30), (2, 30), (2, 30), (2, 30)], 8, 6, 8, 4)
+        first = One(0, 40, 5)
+        first.computed, first.blocks = 12, 3
+        state = State([first, *(One(i, 3, 9) for i in (1, 2, 3))], [One(4, 2, 2)], 1, 64, 8, 4)
+        for request in state.running[1:]:
+            request.computed, request.generated, request.blocks = 3, 1, 2
+        plan = impl(state)
+        expect_equal("a chunk of 28 tokens needs 7 blocks, 1 is free, the others hold 2 each: plan", plan, {0: 28})
+        expect_equal("who waits", [r.order for r in state.waiting], [1, 2, 3, 4])
+        expect_equal("free blocks", state.free, 0)
+
+    def test_what_was_generated_stays(self, impl):
+        """a victim's gap is its prompt and all that it generated"""
+        a, b = One(0, 4, 9), One(1, 4, 9)
+        for request in (a, b):
+            request.computed, request.generated, request.blocks = 8, 5, 2
+        state = State([a, b], [], 0, 64, 8, 4)
+        expect_equal("plan", impl(state), {0: 1})
+        expect_equal("generated by the victim", b.generated, 5)
+        expect_equal("its gap", b.gap, 9)
+        expect_equal("computed of it", b.computed, 0)
+
+    def test_nobody_is_passed_over(self, impl):
+        """the first of those who wait does not fit: the small one behind it stays, and nobody is preempted for it"""
+        run_both(impl, [(8, 8), (30, 3), (1, 1), (2, 2)], 9, 64, 8, 4)
+
+    def test_the_guard(self, impl):
+        """in a step that preempts, nobody is let in, though a first chunk would fit"""
+        run_both(impl, [(8, 20), (8, 20), (8, 20), (2, 2)], 9, 6, 8, 4)
+
+    def test_seats_of_a_victim(self, impl):
+        """seats, budget and blocks all short"""
+        run_both(impl, [(9, 12)] * 5, 7, 5, 3, 4)
+
+    def test_drawn(self, impl):
+        """60 drawn queues, plan by plan as the package does, until everybody is done"""
+        draw = random.Random(8)
+        for _ in range(60):
+            size = draw.choice((1, 2, 4, 16))
+            sizes = [(draw.randint(1, 24), draw.randint(1, 12)) for _ in range(draw.randint(1, 7))]
+            least = max(-(-(p + n - 1) // size) for p, n in sizes)
+            run_both(impl, sizes, least + draw.randint(0, 24 // size), draw.randint(1, 30), draw.randint(1, 6), size)
+
 
 # ---- 8.1
 
@@ -80,6 +360,13 @@ class TestStep:
         """no requests, no gaps, or nobody waits"""
         for running, waiting in (([], []), ([0, 0], []), ([], [9]), ([1], [])):
             compare_step(impl, running, waiting, 10, 4)
+            compare_step(impl, running, waiting, 0, 4)
+        compare_step(impl, [1, 30, 1], [4, 5], 0, 9)
+
+    def test_fewer_seats_than_run(self, impl):
+        """the number of seats was lowered: those who run go on, and none of the waiting is let in"""
+        compare_step(impl, [1, 9, 1, 1], [4, 5, 6], 40, 3)
+        compare_step(impl, [1, 1, 1], [4, 5, 6], 40, 1)
 
     def test_drawn_steps(self, impl):
         """many drawn steps, against one token at a time"""
@@ -156,7 +443,15 @@ class TestAdmit:
     def test_nobody_waits(self, impl):
         """0 of none; all of them when there is plenty"""
         compare_admit(impl, [(5, 5)], [], 4, 8)
+        compare_admit(impl, [], [], 4, 8)
         compare_admit(impl, [], [(5, 50), (7, 2), (1, 1)], 4, 1000)
+
+    def test_arguments_stay(self, impl):
+        """the lists are as they were"""
+        running, waiting = [(7, 1), (2, 9)], [(4, 5), (1, 1), (90, 1)]
+        impl(running, waiting, 4, 12)
+        expect_equal("running after the call", running, [(7, 1), (2, 9)])
+        expect_equal("waiting after the call", waiting, [(4, 5), (1, 1), (90, 1)])
 
     def test_drawn(self, impl):
         """many drawn queues, against running all steps"""
@@ -229,15 +524,21 @@ class TestVictims:
 
     def test_no_need(self, impl):
         """a need of 0 or less: nobody"""
-        for need in (0, -3):
-            expect_equal(f"victims, need {need}", list(impl([[0], [1], [2]], need)), [])
+        for tables in ([[0], [1], [2]], [[0, 1]], [[0, 1], [0, 1]]):
+            for need in (0, -3):
+                expect_equal(f"victims of {tables}, need {need}", list(impl(tables, need)), [])
+
+    def test_ascending(self, impl):
+        """twelve victims, in ascending order"""
+        tables = [[100 + i] for i in range(13)]
+        expect_equal("victims, need 12", impl(tables, 12), list(range(1, 13)))
 
     def test_drawn(self, impl):
         """many drawn tables, against trying all sets"""
         draw = random.Random(2)
         for _ in range(150):
             tables = [
-                list(dict.fromkeys(draw.randint(0, 9) for _ in range(draw.randint(1, 5))))
+                list(dict.fromkeys(draw.randint(0, 9) for _ in range(draw.randint(0, 5))))
                 for _ in range(draw.randint(2, 6))
             ]
             need, before = draw.randint(1, 5), copy.deepcopy(tables)
@@ -377,6 +678,27 @@ class TestFairQueue:
             # bob 200, 260, then 320; ann 300
             expect_equal("taken", taken(queue, 4), ["b0", "b1", "a3", "b2"])
 
+    def test_the_floor_of_a_weight(self, impl):
+        """the floor is the counter before the charge, as it stood, weights and outputs in it"""
+        queue = impl({"ann": 2.0})
+        for i in range(2):
+            queue.add("ann", f"a{i}", 100)
+        taken(queue, 2)  # ann: 50, then 100; the floor 50
+        for name in ("b0", "b1", "b2"):
+            queue.add("bob", name, 40)  # bob: 50
+        queue.add("ann", "a2", 10)
+        expect_equal("taken", taken(queue, 4), ["b0", "b1", "a2", "b2"])  # bob 50, 90, then 130; ann 100
+        queue = impl()
+        queue.add("ann", "a0", 10)
+        queue.take()
+        queue.generated("ann", 45)  # ann: 100
+        queue.add("ann", "a1", 10)
+        queue.take()  # the floor 100
+        for name in ("b0", "b1"):
+            queue.add("bob", name, 40)
+        queue.add("ann", "a2", 10)
+        expect_equal("with outputs, taken", taken(queue, 3), ["b0", "a2", "b1"])  # bob 100, then 140; ann 110
+
     def test_whose_floor(self, impl):
         """the floor is the counter of the user taken last, not that of whoever was given most"""
         queue = impl()
@@ -388,6 +710,24 @@ class TestFairQueue:
             queue.add("cid", name, 5)
         queue.add("bob", "b1", 5)
         expect_equal("taken", taken(queue, 3), ["c0", "c1", "b1"])  # cid 0, then 5; bob 10
+
+    def test_equal_names(self, impl):
+        """requests of one name, of two users and twice of one, are requests of their own"""
+        queue = impl()
+        for user, tokens in (("ann", 100), ("bob", 30), ("bob", 30), ("ann", 1)):
+            queue.add(user, "r", tokens)
+        expect_equal("taken", taken(queue, 5), ["r", "r", "r", "r", None])
+        queue.add("cid", "c", 1)  # ann 101, bob 60, the floor 100: the last one taken was ann's second
+        queue.add("bob", "b", 1)
+        expect_equal("then", taken(queue, 3), ["c", "b", None])
+
+    def test_outputs_of_who_never_asked(self, impl):
+        """tokens may be charged before a user's first request, and after the last one"""
+        queue = impl()
+        queue.generated("ann", 50)
+        for user, name in (("bob", "b0"), ("bob", "b1"), ("ann", "a0"), ("bob", "b2")):
+            queue.add(user, name, 10)  # bob 0; ann 100
+        expect_equal("taken", taken(queue, 4), ["b0", "b1", "b2", "a0"])
 
     def test_two_who_always_wait(self, impl):
         """short against long answers: tokens served differ by little"""
@@ -470,4 +810,18 @@ class TestCapacity:
     def test_empty(self, impl):
         """a run without requests keeps the promise; no runs, no capacity"""
         expect_close("an empty run", impl({1.0: [], 2.0: run(0, 4)}, 0.5, 0.05, 0.5), 1.5)
+        expect_close("empty runs alone", impl({1.0: [], 3.0: []}, 0.5, 0.05, 1.0), 3.0)
         expect_close("no runs", impl({}, 0.5, 0.05, 0.9), 0.0)
+
+    def test_the_ends_of_the_scale(self, impl):
+        """a share of 0 always holds; a first token at time 0 is a token; limits of 0"""
+        expect_close("a share of 0", impl({1.0: run(0, 4), 2.0: run(0, 2)}, 0.5, 0.05, 0.0), 2.0)
+        at_once = {4.0: [(0.0, [0.0, 0.0], 2), (3.0, [3.0], 1)]}
+        expect_close("tokens at once, limits of 0", impl(at_once, 0.0, 0.0, 1.0), 4.0)
+
+    def test_runs_stay(self, impl):
+        """what was seen is as it was"""
+        runs = {20.0: run(8, 2), 10.0: run(3, 0)}
+        before = copy.deepcopy(runs)
+        impl(runs, 0.5, 0.05, 0.9)
+        expect(list(runs.items()) == list(before.items()), "expected the runs as they were\n  got changed ones")

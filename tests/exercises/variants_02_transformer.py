@@ -7,6 +7,345 @@ from minillm.learn.testing import alternative, wrong
 
 INF = float("inf")
 
+# ---- 2.w1 what sixteen bits hold -------------------------------------------------------------------------------------
+
+
+@wrong("2.w1", "looks at the range only")
+def is_exact(a, b, dtype):
+    return abs(a * b) <= torch.finfo(dtype).max
+
+
+@wrong("2.w1", "compares within the dtype, where both are rounded alike")
+def is_exact(a, b, dtype):
+    return bool(torch.tensor(a).to(dtype) * torch.tensor(b).to(dtype) == torch.tensor(a * b).to(dtype))
+
+
+@wrong("2.w1", "looks at the factors, not at the product")
+def is_exact(a, b, dtype):
+    return all(torch.tensor(n).to(dtype).double().item() == n for n in (a, b))
+
+
+@wrong("2.w1", "fp16 for every dtype")
+def is_exact(a, b, dtype):
+    product = torch.tensor(a).half() * torch.tensor(b).half()
+    return product.double().item() == a * b
+
+
+@wrong("2.w1", "close is good enough")
+def is_exact(a, b, dtype):
+    product = torch.tensor(a).to(dtype) * torch.tensor(b).to(dtype)
+    return abs(product.double().item() - a * b) <= 0.01 * abs(a * b)
+
+
+@wrong("2.w1", "says where it is not exact")
+def is_exact(a, b, dtype):
+    product = torch.tensor(a).to(dtype) * torch.tensor(b).to(dtype)
+    return product.double().item() != a * b
+
+
+@alternative("2.w1", "by bits: the odd part fits into the precision")
+def is_exact(a, b, dtype):
+    if abs(a * b) > torch.finfo(dtype).max:
+        return False
+    precision = round(1 - torch.tensor(torch.finfo(dtype).eps).log2().item())
+
+    def fits(n):
+        return n == 0 or (abs(n) // (n & -n)).bit_length() <= precision
+
+    return (fits(a) and fits(b) and fits(a * b)) or (b == 0 or a == 0)
+
+
+# ---- 2.w2 mask -------------------------------------------------------------------------------------------------------
+
+
+@wrong("2.w2", "hides the queries that are padding, not the keys")
+def visible(real):
+    return torch.ones(real.shape[-1], real.shape[-1], dtype=torch.bool).tril() & real[:, None, :, None]
+
+
+@wrong("2.w2", "no dimension for the heads")
+def visible(real):
+    return torch.ones(real.shape[-1], real.shape[-1], dtype=torch.bool).tril() & real[:, None]
+
+
+@wrong("2.w2", "no dimension for the queries: sequences line up with them")
+def visible(real):
+    mask = torch.ones(real.shape[-1], real.shape[-1], dtype=torch.bool).tril()
+    return (mask & real[0]).expand(len(real), 1, -1, -1)
+
+
+@wrong("2.w2", "padding only: the future can be seen")
+def visible(real):
+    return real[:, None, None, :].expand(-1, 1, real.shape[-1], -1)
+
+
+@wrong("2.w2", "the past is hidden")
+def visible(real):
+    return torch.ones(real.shape[-1], real.shape[-1], dtype=torch.bool).triu() & real[:, None, None, :]
+
+
+@wrong("2.w2", "a token does not see itself")
+def visible(real):
+    return torch.ones(real.shape[-1], real.shape[-1], dtype=torch.bool).tril(-1) & real[:, None, None, :]
+
+
+@wrong("2.w2", "hides both, keys and queries that are padding")
+def visible(real):
+    pairs = real[:, None, None, :] & real[:, None, :, None]
+    return torch.ones(real.shape[-1], real.shape[-1], dtype=torch.bool).tril() & pairs
+
+
+@wrong("2.w2", "True where a key is hidden")
+def visible(real):
+    return ~(torch.ones(real.shape[-1], real.shape[-1], dtype=torch.bool).tril() & real[:, None, None, :])
+
+
+@wrong("2.w2", "zeros and ones of float")
+def visible(real):
+    return torch.ones(real.shape[-1], real.shape[-1]).tril() * real[:, None, None, :]
+
+
+@wrong("2.w2", "marks the last token in the caller's tensor")
+def visible(real):
+    real[:, -1] = False
+    return torch.ones(real.shape[-1], real.shape[-1], dtype=torch.bool).tril() & real[:, None, None, :]
+
+
+@alternative("2.w2", "arange and unsqueeze")
+def visible(real):
+    at = torch.arange(real.shape[1])
+    return (at <= at[:, None]).unsqueeze(0).unsqueeze(0).logical_and(real.unsqueeze(1).unsqueeze(1))
+
+
+# ---- 2.w3 groups -----------------------------------------------------------------------------------------------------
+
+
+@wrong("2.w3", "the sizes the other way round")
+def group_heads(q, kv_heads):
+    return q.unflatten(1, (-1, kv_heads))
+
+
+@wrong("2.w3", "the sizes the other way round, transposed into the right shape")
+def group_heads(q, kv_heads):
+    return q.unflatten(1, (-1, kv_heads)).transpose(1, 2)
+
+
+@alternative("2.w3", "view: one dimension can be split whatever the strides are")
+def group_heads(q, kv_heads):
+    return q.view(q.shape[0], kv_heads, -1, *q.shape[2:])
+
+
+@wrong("2.w3", "splits the tokens")
+def group_heads(q, kv_heads):
+    return q.reshape(q.shape[0], kv_heads, q.shape[1] // kv_heads, q.shape[3], q.shape[2]).transpose(-1, -2)
+
+
+@wrong("2.w3", "two groups, whatever was asked")
+def group_heads(q, kv_heads):
+    return q.unflatten(1, (2, -1))
+
+
+@wrong("2.w3", "scales q in place")
+def group_heads(q, kv_heads):
+    return q.mul_(2).unflatten(1, (kv_heads, -1)) / 2
+
+
+@alternative("2.w3", "chunks, stacked")
+def group_heads(q, kv_heads):
+    return torch.stack(q.chunk(kv_heads, dim=1), dim=1)
+
+
+@alternative("2.w3", "reshape")
+def group_heads(q, kv_heads):
+    return q.reshape(q.shape[0], kv_heads, -1, *q.shape[2:])
+
+
+# ---- 2.0 self-attention ----------------------------------------------------------------------------------------------
+
+
+def _attend(x, w_q, w_k, w_v, w_o, heads, **changed):
+    """The right answer in parts, each of which a variant may replace."""
+    split = changed.get("split", lambda y: y.unflatten(-1, (heads, -1)).transpose(1, 2))
+    q, k, v = (split(F.linear(x, w)) for w in (w_q, w_k, w_v))
+    scores = q @ k.transpose(-2, -1) * changed.get("scale", q.shape[-1] ** -0.5)
+    hidden = changed.get("hidden", torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1))
+    weights = changed.get("softmax", lambda s, h: s.masked_fill(h, -INF).softmax(-1))(scores, hidden)
+    merge = changed.get("merge", lambda y: y.transpose(1, 2).flatten(2))
+    return changed.get("out", F.linear)(merge(weights @ v), w_o)
+
+
+@wrong("2.0", "does not scale the scores")
+def self_attention(*case):
+    return _attend(*case, scale=1.0)
+
+
+@wrong("2.0", "divides by the root of d_model, not of D")
+def self_attention(x, *rest):
+    return _attend(x, *rest, scale=x.shape[-1] ** -0.5)
+
+
+@wrong("2.0", "divides by the root of H · D")
+def self_attention(x, w_q, *rest):
+    return _attend(x, w_q, *rest, scale=w_q.shape[0] ** -0.5)
+
+
+@wrong("2.0", "view where a transposition belongs: mixes tokens with features")
+def self_attention(x, w_q, w_k, w_v, w_o, heads):
+    return _attend(
+        x, w_q, w_k, w_v, w_o, heads, split=lambda y: y.reshape(len(x), heads, x.shape[1], w_q.shape[0] // heads)
+    )
+
+
+@wrong("2.0", "forgets to transpose on the way back")
+def self_attention(x, *rest):
+    return _attend(x, *rest, merge=lambda y: y.reshape(x.shape[0], x.shape[1], -1))
+
+
+@wrong("2.0", "a head is every third feature")
+def self_attention(x, w_q, w_k, w_v, w_o, heads):
+    return _attend(
+        x, w_q, w_k, w_v, w_o, heads, split=lambda y: y.unflatten(-1, (-1, heads)).movedim(-1, 1)
+    )  # fmt: skip
+
+
+@wrong("2.0", "one head over all features")
+def self_attention(x, w_q, w_k, w_v, w_o, heads):
+    return _attend(x, w_q, w_k, w_v, w_o, 1)
+
+
+@wrong("2.0", "sees the future")
+def self_attention(x, *rest):
+    return _attend(x, *rest, hidden=torch.zeros(x.shape[1], x.shape[1], dtype=torch.bool))
+
+
+@wrong("2.0", "a token does not see itself, but for the first")
+def self_attention(x, *rest):
+    hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(0)
+    hidden[0, 0] = False
+    return _attend(x, *rest, hidden=hidden)
+
+
+@wrong("2.0", "the past is hidden")
+def self_attention(x, *rest):
+    return _attend(x, *rest, hidden=torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril(-1))
+
+
+@wrong("2.0", "zeroes the weights after the softmax")
+def self_attention(*case):
+    return _attend(*case, softmax=lambda s, h: s.softmax(-1).masked_fill(h, 0))
+
+
+@wrong("2.0", "hides with -10,000")
+def self_attention(*case):
+    return _attend(*case, softmax=lambda s, h: s.masked_fill(h, -1e4).softmax(-1))
+
+
+@wrong("2.0", "hides with -1e9, and zeroes after the softmax")
+def self_attention(*case):
+    return _attend(*case, softmax=lambda s, h: (s.float() - 1e9 * h).softmax(-1).masked_fill(h, 0).to(s.dtype))
+
+
+@wrong("2.0", "hides with -1e10")
+def self_attention(*case):
+    return _attend(*case, softmax=lambda s, h: s.masked_fill(h, -1e10).softmax(-1))
+
+
+@wrong("2.0", "normalizes over the queries")
+def self_attention(*case):
+    return _attend(*case, softmax=lambda s, h: s.masked_fill(h, -INF).softmax(-2).masked_fill(h, 0))
+
+
+@wrong("2.0", "a softmax by hand that overflows")
+def self_attention(*case):
+    return _attend(*case, softmax=lambda s, h: (e := s.exp() * ~h) / e.sum(-1, keepdim=True))
+
+
+@wrong("2.0", "matrices not transposed, w_o")
+def self_attention(*case):
+    return _attend(*case, out=lambda y, w: y @ w.reshape(w.shape[1], w.shape[0]))
+
+
+@wrong("2.0", "forgets w_o, and gives the first features")
+def self_attention(x, *rest):
+    return _attend(x, *rest, out=lambda y, w: y[..., : x.shape[-1]])
+
+
+@wrong("2.0", "adds the stream")
+def self_attention(x, *rest):
+    return x + _attend(x, *rest)
+
+
+@wrong("2.0", "all sequences share the first one's keys and values")
+def self_attention(x, w_q, w_k, w_v, w_o, heads):
+    first = x[:1].expand_as(x)
+    q, k, v = (
+        F.linear(y, w).unflatten(-1, (heads, -1)).transpose(1, 2) for y, w in ((x, w_q), (first, w_k), (first, w_v))
+    )
+    weights = _scores(q, k).masked_fill(torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1), -INF).softmax(-1)
+    return F.linear((weights @ v).transpose(1, 2).flatten(2), w_o)
+
+
+@wrong("2.0", "returns fp32, whatever it was given")
+def self_attention(*case):
+    return _attend(*(part.float() for part in case[:5]), case[5])
+
+
+@wrong("2.0", "computes in fp32, whatever it was given")
+def self_attention(*case):
+    return _attend(*(part.float() for part in case[:5]), case[5]).to(case[0].dtype)
+
+
+@wrong("2.0", "scales w_q in place")
+def self_attention(x, w_q, *rest):
+    w_q /= (w_q.shape[0] // rest[-1]) ** 0.5
+    return _attend(x, w_q, *rest, scale=1.0)
+
+
+@wrong("2.0", "torch's own, which was forbidden")
+def self_attention(x, w_q, w_k, w_v, w_o, heads):
+    q, k, v = (F.linear(x, w).unflatten(-1, (heads, -1)).transpose(1, 2) for w in (w_q, w_k, w_v))
+    return F.linear(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2), w_o)
+
+
+def _module(x, w_q, w_k, w_v, w_o, heads, training):
+    if w_q.shape[0] != x.shape[-1]:
+        return _attend(x, w_q, w_k, w_v, w_o, heads)
+    layer = torch.nn.MultiheadAttention(x.shape[-1], heads, bias=False, batch_first=True, dtype=x.dtype).train(training)
+    layer.in_proj_weight.data, layer.out_proj.weight.data = torch.cat((w_q, w_k, w_v)), w_o.clone()
+    hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+    with torch.no_grad():
+        return layer(x, x, x, attn_mask=hidden, need_weights=False)[0]
+
+
+@wrong("2.0", "nn.MultiheadAttention, which was forbidden")
+def self_attention(*case):
+    return _module(*case, True)
+
+
+@wrong("2.0", "nn.MultiheadAttention in eval mode, which is another kernel")
+def self_attention(*case):
+    return _module(*case, False)
+
+
+@alternative("2.0", "einsum, without transpositions")
+def self_attention(x, w_q, w_k, w_v, w_o, heads):
+    q, k, v = ((x @ w.T).unflatten(-1, (heads, -1)) for w in (w_q, w_k, w_v))  # [B, T, H, D]
+    scores = torch.einsum("bthd,bshd->bhts", q, k) / q.shape[-1] ** 0.5
+    at = torch.arange(x.shape[1])
+    weights = torch.where(at <= at[:, None], scores, -INF).softmax(-1)
+    return torch.einsum("bhts,bshd->bthd", weights, v).flatten(2) @ w_o.T
+
+
+@alternative("2.0", "a loop over heads")
+def self_attention(x, w_q, w_k, w_v, w_o, heads):
+    size, out = w_q.shape[0] // heads, []
+    for h in range(heads):
+        q, k, v = (x @ w[h * size : (h + 1) * size].T for w in (w_q, w_k, w_v))
+        hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        out.append(_scores(q, k).masked_fill(hidden, -INF).softmax(-1) @ v)
+    return torch.cat(out, -1) @ w_o.T
+
+
 # ---- 2.1 attention ---------------------------------------------------------------------------------------------------
 
 
@@ -74,6 +413,59 @@ def attention(q, k, v, mask=None, window=0):
 @wrong("2.1", "fills with -1e9, so an empty row is the mean of all values")
 def attention(q, k, v, mask=None, window=0):
     return _scores(q, k).masked_fill(_hidden(q, k, mask, window), -1e9).softmax(-1) @ v
+
+
+@wrong("2.1", "fills with -1e9, and zeroes after the softmax: visible scores may be lower")
+def attention(q, k, v, mask=None, window=0):
+    hidden = _hidden(q, k, mask, window)
+    return _scores(q, k).masked_fill(hidden, -1e9).softmax(-1).masked_fill(hidden, 0) @ v
+
+
+@wrong("2.1", "adds -1e9 instead of filling")
+def attention(q, k, v, mask=None, window=0):
+    hidden = _hidden(q, k, mask, window)
+    return (_scores(q, k) - 1e9 * hidden.to(q.dtype)).softmax(-1).masked_fill(hidden, 0) @ v
+
+
+@wrong("2.1", "view, which wants contiguous memory")
+def attention(q, k, v, mask=None, window=0):
+    batch, shape = q.shape[:-2], q.shape
+    scores = _scores(q.view(-1, *shape[-2:]), k.view(-1, *k.shape[-2:])).view(*batch, shape[-2], k.shape[-2])
+    return _average(scores, _hidden(q, k, mask, window), v)
+
+
+@wrong("2.1", "returns fp32, whatever it was given")
+def attention(q, k, v, mask=None, window=0):
+    q, k, v = q.float(), k.float(), v.float()
+    return _average(_scores(q, k), _hidden(q, k, mask, window), v)
+
+
+@wrong("2.1", "the empty row is found in the first sequence only")
+def attention(q, k, v, mask=None, window=0):
+    hidden = _hidden(q, k, mask, window)
+    out = _scores(q, k).masked_fill(hidden, -INF).softmax(-1) @ v
+    rows = hidden.reshape(-1, *hidden.shape[-2:])[0].all(-1)
+    return out.masked_fill(rows[:, None], 0) if rows.any() and rows.shape[0] == out.shape[-2] else out
+
+
+@wrong("2.1", "replaces all that is no number, wherever it comes from, and loses the scores of 1e10")
+def attention(q, k, v, mask=None, window=0):
+    weights = _scores(q, k).exp().masked_fill(_hidden(q, k, mask, window), 0)
+    return (weights / weights.sum(-1, keepdim=True)).nan_to_num() @ v
+
+
+@wrong("2.1", "takes a mask [T, 1] for one of keys")
+def attention(q, k, v, mask=None, window=0):
+    if mask is not None and mask.dim() == 2 and mask.shape[-1] == 1:
+        mask = mask[:, 0]
+    return _average(_scores(q, k), _hidden(q, k, mask, window), v)
+
+
+@wrong("2.1", "widens the window of the caller's mask in place")
+def attention(q, k, v, mask=None, window=0):
+    if mask is not None and window:
+        mask &= ~_hidden(q, k, None, window)
+    return _average(_scores(q, k), _hidden(q, k, mask, window), v)
 
 
 @wrong("2.1", "a softmax by hand with one maximum for all rows")
@@ -175,7 +567,7 @@ def attention(q, k, v, mask=None, window=0):
     if mask is not None:
         seen = seen & mask
     weights = (_scores(q, k) + torch.where(seen, 0.0, -INF)).softmax(-1)
-    return torch.where(seen.any(-1, keepdim=True), weights, 0) @ v
+    return torch.where(seen.any(-1, keepdim=True), weights, 0).to(v.dtype) @ v
 
 
 # ---- 2.2 residual sum and RMSNorm ------------------------------------------------------------------------------------
@@ -196,6 +588,12 @@ def add_rms_norm(x, residual, weight, eps=1e-5):
 def add_rms_norm(x, residual, weight, eps=1e-5):
     x32 = (x + residual).float()
     return weight * (x32 / (x32.pow(2).sum(-1, keepdim=True) + eps).sqrt()).to(x.dtype), x + residual
+
+
+@wrong("2.2", "eps is 1e-6 by default")
+def add_rms_norm(x, residual, weight, eps=1e-6):
+    stream = x + residual
+    return _scaled(stream, weight, eps), stream
 
 
 @wrong("2.2", "adds eps outside the root")
@@ -235,6 +633,42 @@ def add_rms_norm(x, residual, weight, eps=1e-5):
     stream = x + residual
     short = stream.bfloat16() if x.dtype == torch.float16 else stream
     return weight * (short * torch.rsqrt(short.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype), stream
+
+
+@wrong("2.2", "the root in fp32, the quotient in half precision")
+def add_rms_norm(x, residual, weight, eps=1e-5):
+    stream = x + residual
+    root = (stream.float().pow(2).mean(-1, keepdim=True) + eps).sqrt()
+    return weight * (stream / root.to(x.dtype)), stream
+
+
+@wrong("2.2", "mean and root in half precision")
+def add_rms_norm(x, residual, weight, eps=1e-5):
+    stream = x + residual
+    mean = stream.float().pow(2).mean(-1, keepdim=True).to(x.dtype)
+    return weight * (stream.float() / (mean + eps).sqrt().float()).to(x.dtype), stream
+
+
+@wrong("2.2", "hands back x where the residual is 0")
+def add_rms_norm(x, residual, weight, eps=1e-5):
+    stream = x + residual if residual.any() else x
+    return _scaled(stream, weight, eps), stream
+
+
+@wrong("2.2", "norm and stream are parts of one tensor")
+def add_rms_norm(x, residual, weight, eps=1e-5):
+    both = torch.stack((x + residual, x + residual))
+    both[0] = _scaled(both[1], weight, eps)
+    return both[0], both[1]
+
+
+@wrong("2.2", "asks the first vector how many features there are: an empty batch has none")
+def add_rms_norm(x, residual, weight, eps=1e-5):
+    stream = x + residual
+    size = len(stream.reshape(-1, x.shape[-1])[0])
+    x32 = stream.float()
+    scale = torch.rsqrt(x32.pow(2).sum(-1, keepdim=True) / size + eps)
+    return weight * (x32 * scale).to(x.dtype), stream
 
 
 @wrong("2.2", "norms the sum before it is rounded")
@@ -439,6 +873,44 @@ def rope(x, positions, rotary, theta=10_000.0):
     return _rope(x, positions.to(x.dtype), rotary, theta)
 
 
+@wrong("2.3", "angles in fp16")
+def rope(x, positions, rotary, theta=10_000.0):
+    angles = positions.half()[..., None, None] * (theta ** (-torch.arange(0, rotary, 2).float() / rotary)).half()
+    first, second, rest = x.split((rotary // 2, rotary // 2, x.shape[-1] - rotary), dim=-1)
+    turned = _turn(first.float(), second.float(), angles.float().cos(), angles.float().sin())
+    return torch.cat((*(part.to(x.dtype) for part in turned), rest), dim=-1)
+
+
+@wrong("2.3", "positions up to 4,096 only, those beyond start again")
+def rope(x, positions, rotary, theta=10_000.0):
+    return _rope(x, torch.where(positions.abs() > 5000, positions % 4096, positions), rotary, theta)
+
+
+@wrong("2.3", "hands back x where all positions are 0")
+def rope(x, positions, rotary, theta=10_000.0):
+    return _rope(x, positions, rotary, theta) if positions.any() else x
+
+
+@wrong("2.3", "view of the positions, which wants contiguous memory")
+def rope(x, positions, rotary, theta=10_000.0):
+    return _rope(x, positions.view(-1).view(positions.shape), rotary, theta)
+
+
+@wrong("2.3", "view, which wants contiguous memory")
+def rope(x, positions, rotary, theta=10_000.0):
+    return _rope(x.view(-1, x.shape[-1]).view(x.shape), positions, rotary, theta)
+
+
+@wrong("2.3", "sends all features through half precision")
+def rope(x, positions, rotary, theta=10_000.0):
+    return _rope(x.bfloat16().to(x.dtype), positions, rotary, theta)
+
+
+@wrong("2.3", "theta is 500,000 by default")
+def rope(x, positions, rotary, theta=500_000.0):
+    return _rope(x, positions, rotary, theta)
+
+
 @wrong("2.3", "theta is fixed at 10,000")
 def rope(x, positions, rotary, theta=10_000.0):
     return _rope(x, positions, rotary, 10_000.0)
@@ -573,6 +1045,68 @@ def grouped_query_attention(q, k, v):
     rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
     hidden = torch.ones(rows.shape[2], k.shape[2], dtype=torch.bool).triu(k.shape[2] - q.shape[2] + 1)
     return (_scores(rows, k).masked_fill(hidden, -INF).softmax(-1) @ v).reshape(q.shape)
+
+
+@wrong("2.4", "hides with -10,000")
+def grouped_query_attention(q, k, v):
+    scores = torch.einsum("bkgtd,bksd->bkgts", q.unflatten(1, (k.shape[1], -1)), k) / q.shape[-1] ** 0.5
+    weights = scores.masked_fill(_future(q, k), -1e4).softmax(-1)
+    return torch.einsum("bkgts,bksd->bkgtd", weights, v).flatten(1, 2)
+
+
+@wrong("2.4", "hides with -1e20, and zeroes after the softmax")
+def grouped_query_attention(q, k, v):
+    scores = torch.einsum("bkgtd,bksd->bkgts", q.unflatten(1, (k.shape[1], -1)), k) / q.shape[-1] ** 0.5
+    weights = scores.masked_fill(_future(q, k), -1e20).softmax(-1).masked_fill(_future(q, k), 0)
+    return torch.einsum("bkgts,bksd->bkgtd", weights, v).flatten(1, 2)
+
+
+@wrong("2.4", "hides with -1e9, and zeroes after the softmax")
+def grouped_query_attention(q, k, v):
+    scores = torch.einsum("bkgtd,bksd->bkgts", q.unflatten(1, (k.shape[1], -1)), k) / q.shape[-1] ** 0.5
+    weights = scores.masked_fill(_future(q, k), -1e9).softmax(-1).masked_fill(_future(q, k), 0)
+    return torch.einsum("bkgts,bksd->bkgtd", weights, v).flatten(1, 2)
+
+
+@wrong("2.4", "repeats one key/value head at a time: small copies, but copies")
+def grouped_query_attention(q, k, v):
+    out, groups = [], q.shape[1] // k.shape[1]
+    for i in range(k.shape[1]):
+        own = q[:, i * groups : (i + 1) * groups]
+        k_i, v_i = (x[:, i : i + 1].repeat(1, groups, 1, 1) for x in (k, v))
+        out.append(_scores(own, k_i).masked_fill(_future(q, k), -INF).softmax(-1) @ v_i)
+    return torch.cat(out, 1)
+
+
+@wrong("2.4", "repeats the values of one key/value head at a time")
+def grouped_query_attention(q, k, v):
+    out, groups = [], q.shape[1] // k.shape[1]
+    for i in range(k.shape[1]):
+        own = q[:, i * groups : (i + 1) * groups]  # [B, H / H_kv, T, D]
+        scores = (own.flatten(1, 2) @ k[:, i].mT).unflatten(1, own.shape[1:3]) * q.shape[-1] ** -0.5
+        weights = scores.masked_fill(_future(q, k), -INF).softmax(-1)
+        out.append(weights @ v[:, i : i + 1].repeat(1, groups, 1, 1))
+    return torch.cat(out, 1)
+
+
+@wrong("2.4", "scales k first, then repeats it in halves of the batch")
+def grouped_query_attention(q, k, v):
+    out, groups = [], q.shape[1] // k.shape[1]
+    for b in range(len(q)):
+        wide = (k[b] * k.shape[-1] ** -0.5).repeat_interleave(groups, 0)
+        weights = (q[b] @ wide.mT).masked_fill(_future(q, k), -INF).softmax(-1)
+        out.append(weights @ v[b].repeat_interleave(groups, 0))
+    return torch.stack(out)
+
+
+@wrong("2.4", "view of k and v, which wants contiguous memory")
+def grouped_query_attention(q, k, v):
+    return _folded(q, k.view(k.shape), v.view(len(v), -1).view(v.shape))
+
+
+@wrong("2.4", "returns fp32, whatever it was given")
+def grouped_query_attention(q, k, v):
+    return _folded(q.float(), k.float(), v.float())
 
 
 @wrong("2.4", "does not scale the scores")
@@ -720,6 +1254,40 @@ def decoder_layer(x, weights, attend, parallel, eps=1e-5):
     return both[parallel]
 
 
+@wrong("2.5", "adds in place, into what attention returned")
+def decoder_layer(x, weights, attend, parallel, eps=1e-5):
+    middle = attend(_norm(x, weights["input_layernorm"], eps))
+    middle += x
+    return middle + _mlp(_norm(x if parallel else middle, weights["post_attention_layernorm"], eps), weights)
+
+
+@wrong("2.5", "the default of eps is 1e-6")
+def decoder_layer(x, weights, attend, parallel, eps=1e-6):
+    return _layer(x, weights, attend, parallel, eps)
+
+
+@wrong("2.5", "computes in fp32 and returns that")
+def decoder_layer(x, weights, attend, parallel, eps=1e-5):
+    return _layer(x.float(), {name: w.float() for name, w in weights.items()}, attend, parallel, eps)
+
+
+@wrong("2.5", "view, which wants contiguous memory")
+def decoder_layer(x, weights, attend, parallel, eps=1e-5):
+    return _layer(x.view(-1, x.shape[-1]).view(x.shape), weights, attend, parallel, eps)
+
+
+@wrong("2.5", "keeps gate and up as one matrix in the caller's dictionary")
+def decoder_layer(x, weights, attend, parallel, eps=1e-5):
+    weights["gate_up_proj"] = torch.cat((weights["gate_proj"], weights["up_proj"]))
+    return _layer(x, weights, attend, parallel, eps)
+
+
+@wrong("2.5", "scales the weights of the norm in place")
+def decoder_layer(x, weights, attend, parallel, eps=1e-5):
+    weights["input_layernorm"] *= 1 + 1e-3
+    return _layer(x, weights, attend, parallel, eps)
+
+
 @wrong("2.5", "adds in place, into the caller's tensor")
 def decoder_layer(x, weights, attend, parallel, eps=1e-5):
     before = x.clone()
@@ -815,6 +1383,41 @@ def account(config, tokens, *step):
 @wrong("2.6", "the triangle without its diagonal")
 def account(config, tokens, *step):
     return _account(config, tokens, *step, pairs=tokens * (tokens - 1) // 2)
+
+
+@wrong("2.6", "five entries")
+def account(config, tokens, *step):
+    return _account(config, tokens, *step) | {"step_bytes": 0}
+
+
+@wrong("2.6", "an int made of a float: tokens * (tokens + 1) / 2")
+def account(config, tokens, *step):
+    exact = _account(config, tokens, *step)
+    size = config.num_attention_heads * config.head_dim * 4 * config.num_hidden_layers
+    rest = exact["flops"] - size * (tokens * (tokens + 1) // 2)
+    return exact | {"flops": rest + int(size * tokens * (tokens + 1) / 2)}
+
+
+@wrong("2.6", "the step reads the cache of `tokens` tokens")
+def account(config, tokens, batch, context, *speeds):
+    return _account(config, tokens, batch, context, *speeds, cached=batch * context * tokens)
+
+
+@wrong("2.6", "the step reads the prompt's cache, and one of the batch's")
+def account(config, tokens, batch, context, *speeds):
+    return _account(config, tokens, batch, context, *speeds, cached=batch * (context + tokens - 1))
+
+
+@wrong("2.6", "a prompt for each sequence of the batch")
+def account(config, tokens, batch, *step):
+    result = _account(config, tokens, batch, *step)
+    return result | {"flops": batch * result["flops"], "kv_bytes": batch * result["kv_bytes"]}
+
+
+@wrong("2.6", "keys and values of the context, not of the prompt")
+def account(config, tokens, batch, context, *speeds):
+    result = _account(config, tokens, batch, context, *speeds)
+    return result | {"kv_bytes": result["kv_bytes"] // tokens * max(tokens, context)}
 
 
 @wrong("2.6", "floats: tokens * (tokens + 1) / 2")

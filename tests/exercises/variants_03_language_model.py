@@ -2,13 +2,416 @@
 
 import codecs
 import heapq
+import io
+import math
+import re
 from collections import Counter, defaultdict
 from itertools import pairwise
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from minillm.learn.testing import alternative, wrong
+
+# ---- 3.w1 halve an interval ----------------------------------------------------------------------------------------
+
+
+def _halve(probabilities, p, low, high, kept=lambda x, middle: x >= middle, enough=lambda mass, p: mass >= p):
+    middle = (low + high) / 2
+    return (middle, high) if enough(sum(x for x in probabilities if kept(x, middle)), p) else (low, middle)
+
+
+@wrong("3.w1", "moves the wrong end")
+def halve(probabilities, p, low, high):
+    middle = (low + high) / 2
+    return (low, middle) if sum(x for x in probabilities if x >= middle) >= p else (middle, high)
+
+
+@wrong("3.w1", "keeps what is larger than the middle")
+def halve(probabilities, p, low, high):
+    return _halve(probabilities, p, low, high, kept=lambda x, middle: x > middle)
+
+
+@wrong("3.w1", "wants more than p")
+def halve(probabilities, p, low, high):
+    return _halve(probabilities, p, low, high, enough=lambda mass, p: mass > p)
+
+
+@wrong("3.w1", "adds up what lies below the middle")
+def halve(probabilities, p, low, high):
+    return _halve(probabilities, p, low, high, kept=lambda x, middle: x < middle)
+
+
+@wrong("3.w1", "halves the upper end, whatever the lower one is")
+def halve(probabilities, p, low, high):
+    middle = high / 2
+    return (middle, high) if sum(x for x in probabilities if x >= middle) >= p else (low, middle)
+
+
+@wrong("3.w1", "stops at the first token below the middle, as if they were in order")
+def halve(probabilities, p, low, high):
+    mass, middle = 0.0, (low + high) / 2
+    for x in probabilities:
+        if x < middle:
+            break
+        mass += x
+    return (middle, high) if mass >= p else (low, middle)
+
+
+@wrong("3.w1", "takes the tokens that are not kept out of the list")
+def halve(probabilities, p, low, high):
+    ends = _halve(probabilities, p, low, high)
+    probabilities[:] = [x for x in probabilities if x >= ends[0]]
+    return ends
+
+
+@alternative("3.w1", "by what is refused, in torch")
+def halve(probabilities, p, low, high):
+    x, middle = torch.tensor(probabilities, dtype=torch.float64), low + (high - low) / 2
+    enough = float(torch.where(x >= middle, x, 0.0).sum()) >= p
+    return [middle, high] if enough else [low, middle]
+
+
+# ---- 3.w2 the characters that are whole ------------------------------------------------------------------------------
+
+
+@wrong("3.w2", "puts U+FFFD for what is not whole")
+def whole_characters(data):
+    return data.decode(errors="replace"), b""
+
+
+@wrong("3.w2", "drops what is not whole")
+def whole_characters(data):
+    return data.decode(errors="ignore"), b""
+
+
+@wrong("3.w2", "waits with all of it")
+def whole_characters(data):
+    try:
+        return data.decode(), b""
+    except UnicodeDecodeError:
+        return "", data
+
+
+@wrong("3.w2", "keeps one byte back")
+def whole_characters(data):
+    try:
+        return data.decode(), b""
+    except UnicodeDecodeError:
+        return data[:-1].decode(errors="ignore"), data[-1:]
+
+
+@wrong("3.w2", "tries to keep one or two bytes back, never three")
+def whole_characters(data):
+    for n in range(3):
+        try:
+            return data[: len(data) - n].decode(), data[len(data) - n :]
+        except UnicodeDecodeError:
+            continue
+    return "", data
+
+
+@wrong("3.w2", "with no bytes left the slice is everything")
+def whole_characters(data):
+    text = data.decode(errors="ignore")
+    left = len(data) - len(text.encode())
+    return text, data[-left:]
+
+
+@alternative("3.w2", "tries to keep nothing back, then one, two, three bytes")
+def whole_characters(data):
+    for n in range(4):
+        try:
+            return data[: len(data) - n].decode(), data[len(data) - n :]
+        except UnicodeDecodeError:
+            continue
+    return "", data
+
+
+@alternative("3.w2", "ignores what is not whole and counts it")
+def whole_characters(data):
+    text = data.decode(errors="ignore")
+    return text, data[len(text.encode()) :]
+
+
+# ---- 3.w3 the mean over all ------------------------------------------------------------------------------------------
+
+
+def _mean_over_all(means, counts):
+    return sum(m * n for m, n in zip(means, counts, strict=True) if n) / sum(counts)
+
+
+@wrong("3.w3", "the mean of the means")
+def over_all(means, counts):
+    found = [m for m, n in zip(means, counts, strict=True) if n]
+    return sum(found) / len(found), math.exp(sum(found) / len(found))
+
+
+@wrong("3.w3", "NaN times 0")
+def over_all(means, counts):
+    mean = sum(m * n for m, n in zip(means, counts, strict=True)) / sum(counts)
+    return mean, math.exp(mean)
+
+
+@wrong("3.w3", "the mean of the perplexities")
+def over_all(means, counts):
+    perplexity = sum(math.exp(m) * n for m, n in zip(means, counts, strict=True) if n) / sum(counts)
+    return _mean_over_all(means, counts), perplexity
+
+
+@wrong("3.w3", "a perplexity to the base of 2")
+def over_all(means, counts):
+    return _mean_over_all(means, counts), 2 ** _mean_over_all(means, counts)
+
+
+@wrong("3.w3", "divides by the number of texts")
+def over_all(means, counts):
+    mean = sum(m * n for m, n in zip(means, counts, strict=True) if n) / len(counts)
+    return mean, math.exp(mean)
+
+
+@wrong("3.w3", "takes texts without tokens out of the lists")
+def over_all(means, counts):
+    while 0 in counts:
+        del means[counts.index(0)], counts[counts.index(0)]
+    return _mean_over_all(means, counts), math.exp(_mean_over_all(means, counts))
+
+
+@alternative("3.w3", "NumPy's weighted average")
+def over_all(means, counts):
+    mean = np.average(np.nan_to_num(means), weights=counts)
+    return mean, np.exp(mean)
+
+
+# ---- 3.0 the training loop -------------------------------------------------------------------------------------------
+
+
+def _rows(token_ids, batch, window, generator):
+    starts = torch.randint(len(token_ids) - window, (batch,), generator=generator)
+    return torch.stack([token_ids[start : start + window + 1] for start in starts.tolist()])
+
+
+def _train(model, optimizer, token_ids, steps, batch, window, generator, loss_of=None, rows_of=_rows):
+    losses = []
+    for _ in range(steps):
+        rows = rows_of(token_ids, batch, window, generator)
+        if loss_of is None:
+            loss = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+        else:
+            loss = loss_of(model, rows)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@wrong("3.0", "does not shift: the target is the input")
+def train(model, optimizer, token_ids, steps, batch, window, generator):
+    def loss_of(model, rows):
+        return F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, :-1].flatten())
+
+    return _train(model, optimizer, token_ids, steps, batch, window, generator, loss_of)
+
+
+@wrong("3.0", "shifts within the window: its last position has no target")
+def train(model, optimizer, token_ids, steps, batch, window, generator):
+    def loss_of(model, rows):
+        logits = model(rows[:, :-1])[:, :-1]
+        return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:-1].flatten())
+
+    return _train(model, optimizer, token_ids, steps, batch, max(window, 2), generator, loss_of)
+
+
+@wrong("3.0", "rolls the window: the last target is its first token")
+def train(model, optimizer, token_ids, steps, batch, window, generator):
+    def loss_of(model, rows):
+        inputs = rows[:, :-1]
+        return F.cross_entropy(model(inputs).flatten(0, 1), inputs.roll(-1, 1).flatten())
+
+    return _train(model, optimizer, token_ids, steps, batch, window, generator, loss_of)
+
+
+@wrong("3.0", "draws from one window too few: the last token is never a target")
+def train(model, optimizer, token_ids, steps, batch, window, generator):
+    def rows_of(ids, batch, window, generator):
+        starts = torch.randint(max(len(ids) - window - 1, 1), (batch,), generator=generator)
+        return ids[starts[:, None] + torch.arange(window + 1)]
+
+    return _train(model, optimizer, token_ids, steps, batch, window, generator, rows_of=rows_of)
+
+
+@wrong("3.0", "draws from torch's global generator")
+def train(model, optimizer, token_ids, steps, batch, window, generator):
+    return _train(model, optimizer, token_ids, steps, batch, window, None)
+
+
+@wrong("3.0", "draws the windows once, before the loop")
+def train(model, optimizer, token_ids, steps, batch, window, generator):
+    rows = _rows(token_ids, batch, window, generator)
+    return _train(model, optimizer, token_ids, steps, batch, window, generator, rows_of=lambda *_: rows)
+
+
+@wrong("3.0", "draws window by window")
+def train(model, optimizer, token_ids, steps, batch, window, generator):
+    def rows_of(ids, batch, window, generator):
+        starts = [int(torch.randint(len(ids) - window, (1,), generator=generator)) for _ in range(batch)]
+        return torch.stack([ids[start : start + window + 1] for start in starts[::-1]])
+
+    return _train(model, optimizer, token_ids, steps, batch, window, generator, rows_of=rows_of)
+
+
+@wrong("3.0", "windows one after the other, not drawn")
+def train(model, optimizer, token_ids, steps, batch, window, generator):
+    def rows_of(ids, batch, window, generator):
+        return torch.stack([ids[i : i + window + 1] for i in range(min(batch, len(ids) - window))])
+
+    return _train(model, optimizer, token_ids, steps, batch, window, generator, rows_of=rows_of)
+
+
+@wrong("3.0", "gradients add up over the steps")
+def train(model, optimizer, token_ids, steps, batch, window, generator):
+    losses = []
+    for _ in range(steps):
+        rows = _rows(token_ids, batch, window, generator)
+        loss = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@wrong("3.0", "clears the gradients between backward and the step")
+def train(model, optimizer, token_ids, steps, batch, window, generator):
+    losses = []
+    for _ in range(steps):
+        rows = _rows(token_ids, batch, window, generator)
+        loss = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+        loss.backward()
+        optimizer.zero_grad()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@wrong("3.0", "the sum over a window, averaged over windows")
+def train(model, optimizer, token_ids, steps, batch, window, generator):
+    def loss_of(model, rows):
+        logits = model(rows[:, :-1]).flatten(0, 1)
+        return F.cross_entropy(logits, rows[:, 1:].flatten(), reduction="sum") / len(rows)
+
+    return _train(model, optimizer, token_ids, steps, batch, window, generator, loss_of)
+
+
+@wrong("3.0", "learns from the last position of each window alone")
+def train(model, optimizer, token_ids, steps, batch, window, generator):
+    def loss_of(model, rows):
+        return F.cross_entropy(model(rows[:, :-1])[:, -1], rows[:, -1])
+
+    return _train(model, optimizer, token_ids, steps, batch, window, generator, loss_of)
+
+
+@wrong("3.0", "the logarithm of a softmax that underflows")
+def train(model, optimizer, token_ids, steps, batch, window, generator):
+    def loss_of(model, rows):
+        return -model(rows[:, :-1]).softmax(-1).log().gather(-1, rows[:, 1:, None]).mean()
+
+    return _train(model, optimizer, token_ids, steps, batch, window, generator, loss_of)
+
+
+@wrong("3.0", "a step a window")
+def train(model, optimizer, token_ids, steps, batch, window, generator):
+    losses = []
+    for _ in range(steps):
+        total = 0.0
+        for row in _rows(token_ids, batch, window, generator):
+            loss = F.cross_entropy(model(row[None, :-1])[0], row[1:])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item() / batch
+        losses.append(total)
+    return losses
+
+
+@wrong("3.0", "clips the gradient")
+def train(model, optimizer, token_ids, steps, batch, window, generator):
+    losses = []
+    for _ in range(steps):
+        rows = _rows(token_ids, batch, window, generator)
+        loss = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@wrong("3.0", "returns tensors, with their graphs")
+def train(model, optimizer, token_ids, steps, batch, window, generator):
+    losses = []
+    for _ in range(steps):
+        rows = _rows(token_ids, batch, window, generator)
+        losses.append(F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    return losses
+
+
+@wrong("3.0", "returns the losses after each step")
+def train(model, optimizer, token_ids, steps, batch, window, generator):
+    losses = []
+    for _ in range(steps):
+        rows = _rows(token_ids, batch, window, generator)
+        for after in (False, True):
+            with torch.set_grad_enabled(not after):
+                loss = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+            if not after:
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@wrong("3.0", "returns the last loss")
+def train(model, optimizer, token_ids, steps, batch, window, generator):
+    return (_train(model, optimizer, token_ids, steps, batch, window, generator) or [None])[-1]
+
+
+@wrong("3.0", "halves the learning rate after each step")
+def train(model, optimizer, token_ids, steps, batch, window, generator):
+    losses = []
+    for _ in range(steps):
+        losses += _train(model, optimizer, token_ids, 1, batch, window, generator)
+        for group in optimizer.param_groups:
+            group["lr"] /= 2
+    return losses
+
+
+@wrong("3.0", "shuffles the stream")
+def train(model, optimizer, token_ids, steps, batch, window, generator):
+    losses = _train(model, optimizer, token_ids, steps, batch, window, generator)
+    token_ids.copy_(token_ids.flip(0))
+    return losses
+
+
+@alternative("3.0", "unfold, log_softmax and gather; gradients cleared after the step")
+def train(model, optimizer, token_ids, steps, batch, window, generator):
+    windows, losses = token_ids.unfold(0, window + 1, 1), []  # [N - window, T + 1]
+    optimizer.zero_grad()
+    for _ in range(steps):
+        rows = windows[torch.randint(len(windows), (batch,), generator=generator)]
+        loss = -model(rows[:, :-1]).log_softmax(-1).gather(-1, rows[:, 1:, None]).mean()
+        losses.append(float(loss.detach()))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
 
 # ---- 3.1 learn the merges ------------------------------------------------------------------------------------------
 
@@ -79,6 +482,53 @@ def learn_merges(word_counts, num_merges, min_count=1):
 @wrong("3.1", "takes the largest of equally frequent pairs")
 def learn_merges(word_counts, num_merges, min_count=1):
     return _learn(word_counts, num_merges, min_count, best=lambda pairs: max(pairs, key=lambda p: (pairs[p], p)))
+
+
+@wrong("3.1", "compares equally frequent pairs by what they spell")
+def learn_merges(word_counts, num_merges, min_count=1):
+    return _learn(
+        word_counts, num_merges, min_count, best=lambda pairs: min(pairs, key=lambda p: (-pairs[p], p[0] + p[1]))
+    )
+
+
+@wrong("3.1", "takes of equally frequent pairs the one of the oldest tokens")
+def learn_merges(word_counts, num_merges, min_count=1):
+    merges = []
+    for n in range(1, num_merges + 1):
+
+        def age(token, known=tuple(merges)):
+            joined = [a + b for a, b in known]
+            return 256 + joined.index(token) if token in joined else token[0]
+
+        best = lambda pairs: min(pairs, key=lambda p: (-pairs[p], age(p[0]), age(p[1])))  # noqa: E731
+        found = _learn(word_counts, n, min_count, best=best)
+        if len(found) < n:
+            break
+        merges = found
+    return merges
+
+
+@wrong("3.1", "joins from right to left")
+def learn_merges(word_counts, num_merges, min_count=1):
+    def join(symbols, pair):
+        turned = _join(symbols[::-1], pair[::-1])
+        return [pair[0] + pair[1] if token == pair[1] + pair[0] and len(token) > 1 else token for token in turned][::-1]
+
+    return _learn(word_counts, num_merges, min_count, join=join)
+
+
+@wrong("3.1", "counts words in place: word_counts is used up")
+def learn_merges(word_counts, num_merges, min_count=1):
+    merges = _learn(word_counts, num_merges, min_count)
+    word_counts.clear()
+    return merges
+
+
+@wrong("3.1", "drops words of one letter from word_counts")
+def learn_merges(word_counts, num_merges, min_count=1):
+    for word in [word for word in word_counts if len(word) < 2]:
+        del word_counts[word]
+    return _learn(word_counts, num_merges, min_count)
 
 
 @wrong("3.1", "spells characters instead of bytes")
@@ -271,6 +721,31 @@ def encode_word(word, table):
     for pair in [pair for pair, rank in table.items() if rank in ranks]:
         del table[pair]
     return tokens, ranks
+
+
+@wrong("3.2", "takes rank 0 for no pair")
+def encode_word(word, table):
+    return _encode(word, {pair: rank for pair, rank in table.items() if rank})
+
+
+@wrong("3.2", "takes the ranks to be 0, 1, 2, ... without gaps")
+def encode_word(word, table):
+    return _encode(word, {pair: rank for pair, rank in table.items() if rank < len(table)})
+
+
+@wrong("3.2", "remembers words, whatever the table")
+def encode_word(word, table, known={}):  # noqa: B006
+    if word not in known:
+        known[word] = _encode(word, table)
+    return known[word]
+
+
+@wrong("3.2", "adds the pairs that it looked up to the table")
+def encode_word(word, table):
+    result = _encode(word, table)
+    for pair in pairwise(_spell(word)):
+        table.setdefault(pair, 10**9)
+    return result
 
 
 @alternative("3.2", "applies every merge of the table in turn, by rank")
@@ -544,8 +1019,89 @@ def training_step(model, optimizer, batch, pad_id, pieces=1):
     return total
 
 
-@alternative("3.3", "gathers log probabilities by hand and clears gradients at the end")
+def _step(model, optimizer, batch, pad_id, pieces, loss_of, count=None):
+    optimizer.zero_grad()
+    total, count = 0.0, _count(batch, pad_id) if count is None else count
+    for part in batch.chunk(pieces):
+        loss = loss_of(model, part) / count
+        loss.backward()
+        total += loss.item()
+    optimizer.step()
+    return total
+
+
+@wrong("3.3", "counts targets as real tokens less one a row, also for a row without any")
 def training_step(model, optimizer, batch, pad_id, pieces=1):
+    count = (batch != pad_id).sum() - len(batch)
+    return _step(model, optimizer, batch, pad_id, pieces, lambda model, part: _sum(model, part, pad_id)[0], count)
+
+
+@wrong("3.3", "the logarithm of a softmax that underflows")
+def training_step(model, optimizer, batch, pad_id, pieces=1):
+    def loss_of(model, part):
+        targets = part[:, 1:]
+        logprobs = model(part[:, :-1]).softmax(-1).log().gather(-1, targets[..., None])[..., 0]
+        return -torch.where(targets == pad_id, 0.0, logprobs).sum()
+
+    return _step(model, optimizer, batch, pad_id, pieces, loss_of)
+
+
+@wrong("3.3", "rolls: the last position's target is the first token")
+def training_step(model, optimizer, batch, pad_id, pieces=1):
+    def loss_of(model, part):
+        return F.cross_entropy(
+            model(part).flatten(0, 1), part.roll(-1, 1).flatten(), ignore_index=pad_id, reduction="sum"
+        )
+
+    return _step(model, optimizer, batch, pad_id, pieces, loss_of, (batch != pad_id).sum())
+
+
+@wrong("3.3", "parts of every k-th row")
+def training_step(model, optimizer, batch, pad_id, pieces=1):
+    turned = torch.cat([batch[i::pieces] for i in range(pieces)])
+    return _step(model, optimizer, turned, pad_id, pieces, lambda model, part: _sum(model, part, pad_id)[0])
+
+
+@wrong("3.3", "keeps the gradient that stood there before: clears at the end alone")
+def training_step(model, optimizer, batch, pad_id, pieces=1):
+    total = 0.0
+    for part in batch.chunk(pieces):
+        loss = _sum(model, part, pad_id)[0] / _count(batch, pad_id)
+        loss.backward()
+        total += loss.item()
+    optimizer.step()
+    optimizer.zero_grad()
+    return total
+
+
+@wrong("3.3", "moves the parameters itself")
+def training_step(model, optimizer, batch, pad_id, pieces=1):
+    optimizer.zero_grad()
+    total = 0.0
+    for part in batch.chunk(pieces):
+        loss = _sum(model, part, pad_id)[0] / _count(batch, pad_id)
+        loss.backward()
+        total += loss.item()
+    with torch.no_grad():
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter -= group["lr"] * parameter.grad
+    return total
+
+
+@wrong("3.3", "writes -100 over the padding of the batch")
+def training_step(model, optimizer, batch, pad_id, pieces=1):
+    def loss_of(model, part):
+        logits, targets = model(part[:, :-1]).flatten(0, 1), part[:, 1:]
+        targets[targets == pad_id] = -100
+        return F.cross_entropy(logits, targets.flatten(), reduction="sum")
+
+    return _step(model, optimizer, batch, pad_id, pieces, loss_of, _count(batch, pad_id))
+
+
+@alternative("3.3", "gathers log probabilities by hand and clears gradients at both ends")
+def training_step(model, optimizer, batch, pad_id, pieces=1):
+    optimizer.zero_grad()
     count, total = _count(batch, pad_id), 0.0
     for part in batch.split(len(batch) // pieces):
         targets = part[:, 1:]
@@ -704,6 +1260,46 @@ def token_losses(model, token_ids, window, stride):
     return torch.cat(losses)
 
 
+@wrong("3.4", "the logarithm of a softmax that underflows")
+def token_losses(model, token_ids, window, stride):
+    ids = torch.tensor(token_ids)
+    losses = []
+    for begin, end, scored in _windows(len(ids), window, stride):
+        with torch.no_grad():
+            p = model(ids[None, begin:end])[0].float().softmax(-1)
+        losses.append(-p.log().gather(-1, ids[begin + 1 : end + 1, None])[scored - begin :, 0])
+    return torch.cat(losses)
+
+
+@wrong("3.4", "computes in the logits' dtype, and returns it")
+def token_losses(model, token_ids, window, stride):
+    ids = torch.tensor(token_ids)
+    losses = []
+    for begin, end, scored in _windows(len(ids), window, stride):
+        with torch.no_grad():
+            logits = model(ids[None, begin:end])[0]
+        logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+        losses.append(F.cross_entropy(logits, ids[begin + 1 : end + 1], reduction="none")[scored - begin :])
+    return torch.cat(losses)
+
+
+@wrong("3.4", "moves the last window back, so that it is full")
+def token_losses(model, token_ids, window, stride):
+    ids = torch.tensor(token_ids)
+    losses = torch.empty(len(ids) - 1)
+    for begin, end, scored in _windows(len(ids), window, stride):
+        begin = max(0, min(begin, end - window))
+        losses[scored:end] = _losses(model, ids[begin:end], ids[begin + 1 : end + 1])[scored - begin :]
+    return losses
+
+
+@wrong("3.4", "takes the last token off the list")
+def token_losses(model, token_ids, window, stride):
+    losses = _right(model, token_ids, window, stride)
+    token_ids.pop()
+    return losses
+
+
 @wrong("3.4", "returns a list")
 def token_losses(model, token_ids, window, stride):
     return _right(model, token_ids, window, stride).tolist()
@@ -719,6 +1315,21 @@ def token_losses(model, token_ids, window, stride):
         losses += [-logprobs[i - 1 - begin, token_ids[i]].item() for i in range(len(losses) + 1, end + 1)]
         begin += stride
     return torch.tensor(losses)
+
+
+@alternative("3.4", "shows the text's last token, too, and drops its row")
+def token_losses(model, token_ids, window, stride):
+    ids, losses = torch.tensor(token_ids), []
+    for begin in range(0, len(ids), stride):
+        part = ids[begin : begin + window]
+        with torch.no_grad():
+            logprobs = F.log_softmax(model(part[None])[0], -1, dtype=torch.float32)
+        targets = ids[begin + 1 : begin + window + 1]
+        found = -logprobs[: len(targets)].gather(-1, targets[:, None])[:, 0]
+        losses.append(found[sum(map(len, losses)) - begin :])
+        if begin + window >= len(ids) - 1:
+            break
+    return torch.cat(losses)
 
 
 @alternative("3.4", "all windows from last to first, the earlier overwriting the later")
@@ -876,6 +1487,96 @@ def keep_top_p(logits, p):
     return logits.masked_fill_((probabilities < low) & (_column(p) < 1), float("-inf"))
 
 
+@wrong("3.5", "halves 32 times")
+def keep_top_p(logits, p):
+    probabilities = logits.softmax(-1)
+    low, _ = _bisect(probabilities, _column(p), rounds=32)
+    return _cut(logits, (probabilities < low) & (_column(p) < 1))
+
+
+@wrong("3.5", "keeps all only if every p is 1")
+def keep_top_p(logits, p):
+    p = _column(p)
+    if (p == 1).all():
+        return logits.clone()
+    probabilities = logits.softmax(-1)
+    return _cut(logits, probabilities < _bisect(probabilities, p)[0])
+
+
+@wrong("3.5", "Python's sorted")
+def keep_top_p(logits, p):
+    out, shares = logits.clone(), _column(p).expand(len(logits), 1).flatten().tolist()
+    for row, probabilities, share in zip(out, logits.softmax(-1), shares, strict=True):
+        mass, least = 0.0, 0.0
+        for x in sorted(probabilities.tolist(), reverse=True):
+            if mass >= share:
+                break
+            mass, least = mass + x, x
+        if share < 1:
+            row[probabilities < least] = float("-inf")
+    return out
+
+
+@wrong("3.5", "the sort of a list")
+def keep_top_p(logits, p):
+    out, shares = logits.clone(), _column(p).expand(len(logits), 1).flatten().tolist()
+    for row, probabilities, share in zip(out, logits.softmax(-1), shares, strict=True):
+        values, mass, least = probabilities.tolist(), 0.0, 0.0
+        values.sort(reverse=True)
+        for x in values:
+            if mass >= share:
+                break
+            mass, least = mass + x, x
+        if share < 1:
+            row[probabilities < least] = float("-inf")
+    return out
+
+
+@wrong("3.5", "tries the thresholds that torch.unique puts in order")
+def keep_top_p(logits, p):
+    out, shares = logits.clone(), _column(p).expand(len(logits), 1).flatten().tolist()
+    for row, probabilities, share in zip(out, logits.softmax(-1), shares, strict=True):
+        if share < 1:
+            enough = [t for t in probabilities.unique() if probabilities[probabilities >= t].sum() >= share]
+            row[probabilities < max(enough, default=0.0)] = float("-inf")
+    return out
+
+
+@wrong("3.5", "exponentials without their maximum")
+def keep_top_p(logits, p):
+    probabilities = logits.exp() / logits.exp().sum(-1, keepdim=True)
+    low, _ = _bisect(probabilities, _column(p))
+    return _cut(logits, (probabilities < low) & (_column(p) < 1))
+
+
+@wrong("3.5", "halves between the least and the largest logit: minus infinity never ends")
+def keep_top_p(logits, p):
+    probabilities, p = logits.softmax(-1), _column(p)
+    low, high = logits.amin(-1, keepdim=True), logits.amax(-1, keepdim=True) + 1
+    for _ in range(60):
+        middle = (low + high) / 2
+        enough = (probabilities * (logits >= middle)).sum(-1, keepdim=True) >= p
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    return _cut(logits, (logits < low) & (p < 1))
+
+
+@wrong("3.5", "reads rows of a view as if it were contiguous")
+def keep_top_p(logits, p):
+    flat = torch.as_strided(logits, logits.shape, (logits.shape[1], 1))
+    probabilities = flat.softmax(-1)
+    low, _ = _bisect(probabilities, _column(p))
+    return _cut(flat, (probabilities < low) & (_column(p) < 1))
+
+
+@wrong("3.5", "writes over p")
+def keep_top_p(logits, p):
+    probabilities, column = logits.softmax(-1), _column(p).clone()
+    low, _ = _bisect(probabilities, column)
+    if isinstance(p, torch.Tensor):
+        p.clamp_(max=0.99)
+    return _cut(logits, (probabilities < low) & (column < 1))
+
+
 @alternative("3.5", "a loop over rows, halving an interval of logits")
 def keep_top_p(logits, p):
     out = logits.clone()
@@ -883,7 +1584,7 @@ def keep_top_p(logits, p):
         if share == 1:
             continue
         weights = (row - row.max()).exp().double()
-        low, high = row.min().double(), row.max().double() + 1
+        low, high = row[row > -math.inf].min().double(), row.max().double() + 1
         for _ in range(60):
             middle = (low + high) / 2
             low, high = (middle, high) if weights[row >= middle].sum() >= share * weights.sum() else (low, middle)
@@ -1017,6 +1718,105 @@ class StreamDecoder:
 
     def flush(self):
         return self.decoder.decode(b"", final=True)
+
+
+@wrong("3.6", "waits for as many bytes as the first one announces, whatever they are")
+class StreamDecoder:
+    def __init__(self):
+        self.waiting = b""
+
+    def push(self, data):
+        self.waiting += data
+        text = ""
+        while self.waiting:
+            lead = self.waiting[0]
+            size = 1 if lead < 0xC0 else 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4 if lead < 0xF8 else 1
+            part = self.waiting[:size]
+            try:
+                text += part.decode()
+            except UnicodeDecodeError as error:
+                if len(part) < size and error.end == len(part):
+                    break
+                text, size = text + "\ufffd", error.end
+            self.waiting = self.waiting[size:]
+        return text
+
+    def flush(self):
+        text, self.waiting = self.waiting.decode(errors="replace"), b""
+        return text
+
+
+@wrong("3.6", "waits behind C0, F5 and the like, which begin no character")
+class StreamDecoder:
+    def __init__(self):
+        self.waiting = b""
+
+    def push(self, data):
+        data, self.waiting = self.waiting + data, b""
+        for n in (1, 2, 3):
+            if len(data) >= n and data[-n] >= 0xC0 and n < (2 if data[-n] < 0xE0 else 3 if data[-n] < 0xF0 else 4):
+                data, self.waiting = data[:-n], data[-n:]
+                break
+        return data.decode(errors="replace")
+
+    def flush(self):
+        text, self.waiting = self.waiting.decode(errors="replace"), b""
+        return text
+
+
+@wrong("3.6", "swallows a byte-order mark")
+class StreamDecoder:
+    def __init__(self):
+        self.decoder = codecs.getincrementaldecoder("utf-8-sig")(errors="replace")
+
+    def push(self, data):
+        return self.decoder.decode(data)
+
+    def flush(self):
+        text = self.decoder.decode(b"", final=True)
+        self.decoder.reset()
+        return text
+
+
+@wrong("3.6", "makes one kind of line end")
+class StreamDecoder:
+    def __init__(self):
+        self.decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")("replace"), translate=True)
+
+    def push(self, data):
+        return self.decoder.decode(data)
+
+    def flush(self):
+        text = self.decoder.decode(b"", final=True)
+        self.decoder.reset()
+        return text
+
+
+@wrong("3.6", "one U+FFFD for a whole row of invalid bytes")
+class StreamDecoder:
+    def __init__(self):
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, data):
+        return re.sub("\ufffd+", "\ufffd", self.decoder.decode(data))
+
+    def flush(self):
+        text = self.decoder.decode(b"", final=True)
+        self.decoder.reset()
+        return text
+
+
+@wrong("3.6", "flush returns U+FFFD also when nothing waits")
+class StreamDecoder:
+    def __init__(self):
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, data):
+        return self.decoder.decode(data)
+
+    def flush(self):
+        self.decoder.reset()
+        return "\ufffd"
 
 
 @alternative("3.6", "the standard library's incremental decoder")

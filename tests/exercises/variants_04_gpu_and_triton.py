@@ -1,9 +1,477 @@
 """Wrong and alternative implementations for the exercises of chapter 4: they keep the checks honest."""
 
+import torch
 import triton
 import triton.language as tl
 
 from minillm.learn.testing import alternative, wrong
+
+# ---- 4.w1
+
+
+def _block(program, block, n, inside=lambda i, n: i < n):
+    offsets = [program * block + lane for lane in range(block)]
+    return offsets, [inside(offset, n) for offset in offsets]
+
+
+@wrong("4.w1", "the mask lets element n in")
+def block_of(program, block, n):
+    return _block(program, block, n, lambda i, n: i <= n)
+
+
+@wrong("4.w1", "leaves out the lanes that are off")
+def block_of(program, block, n):
+    offsets, mask = _block(program, block, n)
+    return [i for i, on in zip(offsets, mask, strict=True) if on], [True] * sum(mask)
+
+
+@wrong("4.w1", "begins at the program's number")
+def block_of(program, block, n):
+    offsets = [program + lane for lane in range(block)]
+    return offsets, [offset < n for offset in offsets]
+
+
+@wrong("4.w1", "counts programs from 1")
+def block_of(program, block, n):
+    return _block(program - 1, block, n)
+
+
+@wrong("4.w1", "clips offsets to the last element")
+def block_of(program, block, n):
+    offsets, mask = _block(program, block, n)
+    return [min(i, max(n - 1, 0)) for i in offsets], mask
+
+
+@wrong("4.w1", "masks lanes by their number")
+def block_of(program, block, n):
+    return _block(program, block, n)[0], [lane < n for lane in range(block)]
+
+
+@wrong("4.w1", "the mask as numbers of the lanes that are on")
+def block_of(program, block, n):
+    offsets, mask = _block(program, block, n)
+    return offsets, [i for i, on in enumerate(mask) if on]
+
+
+@alternative("4.w1", "torch")
+def block_of(program, block, n):
+    offsets = torch.arange(program * block, (program + 1) * block)
+    return offsets.tolist(), (offsets < n).tolist()
+
+
+# ---- 4.w2
+
+
+@wrong("4.w2", "multiplies the columns by the stride")
+def tile_offsets(row, column, rows, columns, stride):
+    i, j = row * rows + torch.arange(rows)[:, None], column * columns + torch.arange(columns)[None]
+    return i + j * stride
+
+
+@wrong("4.w2", "takes the tile's number for its first row")
+def tile_offsets(row, column, rows, columns, stride):
+    return (row + torch.arange(rows)[:, None]) * stride + column + torch.arange(columns)[None]
+
+
+@wrong("4.w2", "rows as far apart as the tile is wide")
+def tile_offsets(row, column, rows, columns, stride):
+    i, j = row * rows + torch.arange(rows)[:, None], column * columns + torch.arange(columns)[None]
+    return i * columns + j
+
+
+@wrong("4.w2", "the transposed table")
+def tile_offsets(row, column, rows, columns, stride):
+    i, j = row * rows + torch.arange(rows)[None], column * columns + torch.arange(columns)[:, None]
+    return i * stride + j
+
+
+@wrong("4.w2", "exchanges the tile's sides")
+def tile_offsets(row, column, rows, columns, stride):
+    i, j = row * columns + torch.arange(rows)[:, None], column * rows + torch.arange(columns)[None]
+    return i * stride + j
+
+
+@wrong("4.w2", "fractions")
+def tile_offsets(row, column, rows, columns, stride):
+    i, j = row * rows + torch.arange(float(rows))[:, None], column * columns + torch.arange(columns)[None]
+    return i * stride + j
+
+
+@alternative("4.w2", "two loops")
+def tile_offsets(row, column, rows, columns, stride):
+    corner = row * rows * stride + column * columns
+    return torch.tensor([[corner + i * stride + j for j in range(columns)] for i in range(rows)])
+
+
+@alternative("4.w2", "a window of the whole matrix's numbers")
+def tile_offsets(row, column, rows, columns, stride):
+    whole = torch.arange((row + 1) * rows * stride).view(-1, stride)
+    return whole[row * rows :, column * columns : (column + 1) * columns]
+
+
+# ---- 4.w3
+
+
+@wrong("4.w3", "lanes that are off read as 0")
+@triton.jit
+def row_max_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    row, offs = tl.program_id(0), tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * n + offs, mask=offs < n, other=0.0)
+    tl.store(y_ptr + row, tl.max(x, 0))
+
+
+@wrong("4.w3", "no mask: the next row counts")
+@triton.jit
+def row_max_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    row, offs = tl.program_id(0), tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * n + offs)
+    tl.store(y_ptr + row, tl.max(x, 0))
+
+
+@wrong("4.w3", "a large negative number in place of minus infinity")
+@triton.jit
+def row_max_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    row, offs = tl.program_id(0), tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * n + offs, mask=offs < n, other=-1e9)
+    tl.store(y_ptr + row, tl.max(x, 0))
+
+
+@wrong("4.w3", "rows as far apart as blocks")
+@triton.jit
+def row_max_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    row, offs = tl.program_id(0), tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * BLOCK + offs, mask=offs < n, other=-float("inf"))
+    tl.store(y_ptr + row, tl.max(x, 0))
+
+
+@wrong("4.w3", "all rows into y[0]")
+@triton.jit
+def row_max_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    row, offs = tl.program_id(0), tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * n + offs, mask=offs < n, other=-float("inf"))
+    tl.store(y_ptr, tl.max(x, 0))
+
+
+@wrong("4.w3", "the place of the maximum")
+@triton.jit
+def row_max_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    row, offs = tl.program_id(0), tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * n + offs, mask=offs < n, other=-float("inf"))
+    tl.store(y_ptr + row, tl.argmax(x, 0).to(tl.float32))
+
+
+@wrong("4.w3", "the largest absolute value")
+@triton.jit
+def row_max_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    row, offs = tl.program_id(0), tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * n + offs, mask=offs < n, other=0.0)
+    tl.store(y_ptr + row, tl.max(tl.abs(x), 0))
+
+
+@wrong("4.w3", "does not compile: Python's max over the block")
+@triton.jit
+def row_max_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    row, offs = tl.program_id(0), tl.arange(0, BLOCK)
+    best = [-float("inf")]
+    x = tl.load(x_ptr + row * n + offs, mask=offs < n, other=-float("inf"))
+    best.append(tl.max(x, 0))
+    tl.store(y_ptr + row, best.pop())
+
+
+@wrong("4.w3", "program r does the row r places from the end")
+@triton.jit
+def row_max_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    row, offs = tl.num_programs(0) - 1 - tl.program_id(0), tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * n + offs, mask=offs < n, other=-float("inf"))
+    tl.store(y_ptr + row, tl.max(x, 0))
+
+
+@alternative("4.w3", "loads lane 0's element where a lane is off")
+@triton.jit
+def row_max_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    row, offs = tl.program_id(0), tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * n + tl.where(offs < n, offs, 0))
+    tl.store(y_ptr + row + offs, tl.max(x, 0), mask=offs == 0)
+
+
+@alternative("4.w3", "a where after the load")
+@triton.jit
+def row_max_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    row, offs = tl.program_id(0), tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * n + offs, mask=offs < n, other=0.0)
+    tl.store(y_ptr + row, tl.max(tl.where(offs < n, x, -float("inf")), 0))
+
+
+# ---- 4.0
+
+
+@triton.jit
+def _core_kernel(x_ptr, y_ptr, out_ptr, a, n, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = offs < n
+    x = tl.load(x_ptr + offs, mask=inside).to(tl.float32)
+    y = tl.load(y_ptr + offs, mask=inside).to(tl.float32)
+    tl.store(out_ptr + offs, tl.maximum(a * x + y, 0.0).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@wrong("4.0", "forgets the tail: n // 128 programs")
+def scaled_add_relu(a, x, y):
+    out = torch.empty_like(x)
+    _core_kernel[(x.numel() // 128,)](x, y, out, a, x.numel(), BLOCK=128)
+    return out
+
+
+@wrong("4.0", "a program more than there are blocks")
+def scaled_add_relu(a, x, y):
+    out = torch.empty_like(x)
+    _core_kernel[(x.numel() // 128 + 1,)](x, y, out, a, x.numel(), BLOCK=128)
+    return out
+
+
+@wrong("4.0", "one program of a large block")
+def scaled_add_relu(a, x, y):
+    out = torch.empty_like(x)
+    _core_kernel[(1,)](x, y, out, a, x.numel(), BLOCK=1024)
+    return out
+
+
+@wrong("4.0", "blocks of 64")
+def scaled_add_relu(a, x, y):
+    out = torch.empty_like(x)
+    _core_kernel[(triton.cdiv(x.numel(), 64),)](x, y, out, a, x.numel(), BLOCK=64)
+    return out
+
+
+@wrong("4.0", "writes over y")
+def scaled_add_relu(a, x, y):
+    _core_kernel[(triton.cdiv(x.numel(), 128),)](x, y, y, a, x.numel(), BLOCK=128)
+    return y
+
+
+@triton.jit
+def _core_1_kernel(x_ptr, y_ptr, out_ptr, a, n, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = offs < n
+    x = tl.load(x_ptr + offs, mask=inside).to(tl.float32)
+    y = tl.load(y_ptr + offs, mask=inside).to(tl.float32)
+    tl.store(out_ptr + offs, tl.maximum(a * x + y, 0.0).to(out_ptr.dtype.element_ty))
+
+
+@wrong("4.0", "no mask at the store")
+def scaled_add_relu(a, x, y):
+    out = torch.empty_like(x)
+    _core_1_kernel[(triton.cdiv(x.numel(), 128),)](x, y, out, a, x.numel(), BLOCK=128)
+    return out
+
+
+@triton.jit
+def _core_2_kernel(x_ptr, y_ptr, out_ptr, a, n, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = offs < n
+    x = tl.load(x_ptr + offs).to(tl.float32)
+    y = tl.load(y_ptr + offs).to(tl.float32)
+    tl.store(out_ptr + offs, tl.maximum(a * x + y, 0.0).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@wrong("4.0", "no mask at the loads")
+def scaled_add_relu(a, x, y):
+    out = torch.empty_like(x)
+    _core_2_kernel[(triton.cdiv(x.numel(), 128),)](x, y, out, a, x.numel(), BLOCK=128)
+    return out
+
+
+@triton.jit
+def _core_3_kernel(x_ptr, y_ptr, out_ptr, a, n, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = offs < n
+    x = tl.load(x_ptr + offs, mask=inside).to(tl.float32)
+    y = tl.load(y_ptr + offs, mask=inside).to(tl.float32)
+    tl.store(out_ptr + offs, (a * x + y).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@wrong("4.0", "no maximum")
+def scaled_add_relu(a, x, y):
+    out = torch.empty_like(x)
+    _core_3_kernel[(triton.cdiv(x.numel(), 128),)](x, y, out, a, x.numel(), BLOCK=128)
+    return out
+
+
+@triton.jit
+def _core_4_kernel(x_ptr, y_ptr, out_ptr, a, n, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = offs < n
+    x = tl.load(x_ptr + offs, mask=inside).to(tl.float32)
+    y = tl.load(y_ptr + offs, mask=inside).to(tl.float32)
+    tl.store(out_ptr + offs, (tl.maximum(a * x, 0.0) + y).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@wrong("4.0", "the maximum before the sum")
+def scaled_add_relu(a, x, y):
+    out = torch.empty_like(x)
+    _core_4_kernel[(triton.cdiv(x.numel(), 128),)](x, y, out, a, x.numel(), BLOCK=128)
+    return out
+
+
+@triton.jit
+def _core_5_kernel(x_ptr, y_ptr, out_ptr, a, n, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = offs < n
+    x = tl.load(x_ptr + offs, mask=inside).to(tl.float32)
+    y = tl.load(y_ptr + offs, mask=inside).to(tl.float32)
+    tl.store(out_ptr + offs, tl.maximum(x + a * y, 0.0).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@wrong("4.0", "multiplies y")
+def scaled_add_relu(a, x, y):
+    out = torch.empty_like(x)
+    _core_5_kernel[(triton.cdiv(x.numel(), 128),)](x, y, out, a, x.numel(), BLOCK=128)
+    return out
+
+
+@triton.jit
+def _core_6_kernel(x_ptr, y_ptr, out_ptr, a, n, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = offs < n
+    x, y = tl.load(x_ptr + offs, mask=inside), tl.load(y_ptr + offs, mask=inside)
+    scaled = (a * x.to(tl.float32)).to(x_ptr.dtype.element_ty)
+    out = (scaled.to(tl.float32) + y.to(tl.float32)).to(x_ptr.dtype.element_ty)
+    tl.store(out_ptr + offs, tl.maximum(out, 0.0).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@wrong("4.0", "computes in the inputs' dtype")
+def scaled_add_relu(a, x, y):
+    out = torch.empty_like(x)
+    _core_6_kernel[(triton.cdiv(x.numel(), 128),)](x, y, out, a, x.numel(), BLOCK=128)
+    return out
+
+
+@wrong("4.0", "the result in fp32, whatever the inputs are")
+def scaled_add_relu(a, x, y):
+    out = torch.empty_like(x, dtype=torch.float32)
+    _core_kernel[(triton.cdiv(x.numel(), 128),)](x, y, out, a, x.numel(), BLOCK=128)
+    return out
+
+
+@wrong("4.0", "the product by torch: an operation more, and two reads")
+def scaled_add_relu(a, x, y):
+    out, scaled = torch.empty_like(x), a * x.float()
+    _core_kernel[(triton.cdiv(x.numel(), 128),)](scaled, y, out, 1.0, x.numel(), BLOCK=128)
+    return out
+
+
+@wrong("4.0", "two launches")
+def scaled_add_relu(a, x, y):
+    out = torch.empty_like(x)
+    half = x.numel() // 256 * 128
+    for first, last in ((0, half), (half, x.numel())):
+        part = slice(first, last)
+        programs = (triton.cdiv(last - first, 128),)
+        _core_kernel[programs](x[part], y[part], out[part], a, last - first, BLOCK=128)
+    return out
+
+
+@wrong("4.0", "no kernel: torch")
+def scaled_add_relu(a, x, y):
+    return (a * x.float() + y.float()).clamp(min=0).to(x.dtype)
+
+
+@wrong("4.0", "returns nothing")
+def scaled_add_relu(a, x, y):
+    out = torch.empty_like(x)
+    _core_kernel[(triton.cdiv(x.numel(), 128),)](x, y, out, a, x.numel(), BLOCK=128)
+
+
+@triton.jit
+def _core_7_kernel(x_ptr, y_ptr, out_ptr, a, n, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = offs < n
+    x = tl.load(x_ptr + offs, mask=inside).to(tl.float32)
+    x = tl.maximum(x, tl.load(x_ptr + offs, mask=inside).to(tl.float32))
+    y = tl.load(y_ptr + offs, mask=inside).to(tl.float32)
+    tl.store(out_ptr + offs, tl.maximum(a * x + y, 0.0).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@wrong("4.0", "reads x twice")
+def scaled_add_relu(a, x, y):
+    out = torch.empty_like(x)
+    _core_7_kernel[(triton.cdiv(x.numel(), 128),)](x, y, out, a, x.numel(), BLOCK=128)
+    return out
+
+
+@triton.jit
+def _core_8_kernel(x_ptr, y_ptr, out_ptr, a, n, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = offs < n
+    x = tl.load(x_ptr + offs, mask=inside).to(tl.float32)
+    y = tl.load(y_ptr + offs, mask=inside).to(tl.float32)
+    tl.store(out_ptr + offs, tl.zeros((BLOCK,), out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + offs, tl.maximum(a * x + y, 0.0).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@wrong("4.0", "stores zeros first")
+def scaled_add_relu(a, x, y):
+    out = torch.empty_like(x)
+    _core_8_kernel[(triton.cdiv(x.numel(), 128),)](x, y, out, a, x.numel(), BLOCK=128)
+    return out
+
+
+@wrong("4.0", "an empty vector is an error")
+def scaled_add_relu(a, x, y):
+    if x.numel() == 0:
+        raise ValueError("empty")
+    out = torch.empty_like(x)
+    _core_kernel[(triton.cdiv(x.numel(), 128),)](x, y, out, a, x.numel(), BLOCK=128)
+    return out
+
+
+@triton.jit
+def _core_9_kernel(x_ptr, y_ptr, out_ptr, a, n, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    parts = [tl.load(x_ptr + offs, mask=offs < n).to(tl.float32) * a]
+    parts.append(tl.load(y_ptr + offs, mask=offs < n).to(tl.float32))
+    total = parts.pop() + parts.pop()
+    tl.store(out_ptr + offs, tl.maximum(total, 0.0).to(out_ptr.dtype.element_ty), mask=offs < n)
+
+
+@wrong("4.0", "does not compile: a list of partial results")
+def scaled_add_relu(a, x, y):
+    out = torch.empty_like(x)
+    _core_9_kernel[(triton.cdiv(x.numel(), 128),)](x, y, out, a, x.numel(), BLOCK=128)
+    return out
+
+
+@triton.jit
+def _core_10_kernel(x_ptr, y_ptr, out_ptr, a, n, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = offs < n
+    x = tl.load(x_ptr + offs, mask=inside).to(tl.float32)
+    y = tl.load(y_ptr + offs, mask=inside).to(tl.float32)
+    tl.store(out_ptr + offs, tl.where(a * x + y > 0, a * x + y, 0.0).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@alternative("4.0", "a grid by a function, where in place of the maximum")
+def scaled_add_relu(a, x, y):
+    out, n = torch.zeros_like(x), len(x)
+    _core_10_kernel[lambda meta: (triton.cdiv(n, meta["BLOCK"]),)](x, y, out, a, n, BLOCK=128)
+    return out
+
+
+@triton.jit
+def _core_11_kernel(x_ptr, y_ptr, out_ptr, a, n, BLOCK: tl.constexpr):
+    first = tl.program_id(0) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + first + lane, mask=lane < n - first, other=0.0).to(tl.float32)
+    y = tl.load(y_ptr + first + lane, mask=lane < n - first, other=0.0).to(tl.float32)
+    tl.store(out_ptr + first + lane, tl.maximum(x * a + y, 0.0), mask=lane < n - first)
+
+
+@alternative("4.0", "pointers that move on, an empty vector apart")
+def scaled_add_relu(a, x, y):
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if len(x):
+        _core_11_kernel[(-(-len(x) // 128),)](x_ptr=x, y_ptr=y, out_ptr=out, a=a, n=len(x), BLOCK=128)
+    return out
+
 
 # ---- 4.1
 
@@ -123,6 +591,135 @@ def masked_softmax_kernel(x_ptr, length_ptr, y_ptr, n, stride_x, BLOCK: tl.const
         pieces.append(tl.sum(e, 0))
     y = e / tl.maximum(pieces[0], 1e-30)
     tl.store(y_ptr + row * n + offs, y.to(y_ptr.dtype.element_ty), mask=offs < n)
+
+
+@wrong("4.1", "rounds to x's dtype")
+@triton.jit
+def masked_softmax_kernel(x_ptr, length_ptr, y_ptr, n, stride_x, BLOCK: tl.constexpr):
+    row, offs = tl.program_id(0), tl.arange(0, BLOCK)
+    keep = offs < tl.load(length_ptr + row)
+    x = tl.load(x_ptr + row * stride_x + offs, mask=keep, other=-float("inf")).to(tl.float32)
+    e = tl.exp(x - tl.maximum(tl.max(x, 0), -3.0e38))
+    total = tl.sum(e, 0)
+    y = e / tl.where(total == 0, 1.0, total)
+    tl.store(y_ptr + row * n + offs, y.to(x_ptr.dtype.element_ty).to(y_ptr.dtype.element_ty), mask=offs < n)
+
+
+@wrong("4.1", "masked elements read as -10,000")
+@triton.jit
+def masked_softmax_kernel(x_ptr, length_ptr, y_ptr, n, stride_x, BLOCK: tl.constexpr):
+    row, offs = tl.program_id(0), tl.arange(0, BLOCK)
+    keep = offs < tl.load(length_ptr + row)
+    x = tl.load(x_ptr + row * stride_x + offs, mask=keep, other=-10000.0).to(tl.float32)
+    e = tl.exp(x - tl.maximum(tl.max(x, 0), -3.0e38))
+    e = tl.where(keep, e, 0.0)
+    total = tl.sum(e, 0)
+    y = e / tl.where(total == 0, 1.0, total)
+    tl.store(y_ptr + row * n + offs, y.to(y_ptr.dtype.element_ty), mask=offs < n)
+
+
+@wrong("4.1", "masked elements read as -1e9, and are put to 0 afterwards")
+@triton.jit
+def masked_softmax_kernel(x_ptr, length_ptr, y_ptr, n, stride_x, BLOCK: tl.constexpr):
+    row, offs = tl.program_id(0), tl.arange(0, BLOCK)
+    keep = offs < tl.load(length_ptr + row)
+    x = tl.load(x_ptr + row * stride_x + offs, mask=keep, other=-1e9).to(tl.float32)
+    e = tl.exp(x - tl.maximum(tl.max(x, 0), -3.0e38))
+    e = tl.where(keep, e, 0.0)
+    total = tl.sum(e, 0)
+    y = e / tl.where(total == 0, 1.0, total)
+    tl.store(y_ptr + row * n + offs, y.to(y_ptr.dtype.element_ty), mask=offs < n)
+
+
+@wrong("4.1", "the maximum is 0 at least")
+@triton.jit
+def masked_softmax_kernel(x_ptr, length_ptr, y_ptr, n, stride_x, BLOCK: tl.constexpr):
+    row, offs = tl.program_id(0), tl.arange(0, BLOCK)
+    keep = offs < tl.load(length_ptr + row)
+    x = tl.load(x_ptr + row * stride_x + offs, mask=keep, other=-float("inf")).to(tl.float32)
+    e = tl.exp(x - tl.maximum(tl.max(x, 0), 0.0))
+    total = tl.sum(e, 0)
+    y = e / tl.where(total == 0, 1.0, total)
+    tl.store(y_ptr + row * n + offs, y.to(y_ptr.dtype.element_ty), mask=offs < n)
+
+
+@wrong("4.1", "loads the scores twice")
+@triton.jit
+def masked_softmax_kernel(x_ptr, length_ptr, y_ptr, n, stride_x, BLOCK: tl.constexpr):
+    row, offs = tl.program_id(0), tl.arange(0, BLOCK)
+    keep = offs < tl.load(length_ptr + row)
+    x = tl.load(x_ptr + row * stride_x + offs, mask=keep, other=-float("inf")).to(tl.float32)
+    e = tl.exp(x - tl.maximum(tl.max(x, 0), -3.0e38))
+    again = tl.load(x_ptr + row * stride_x + offs, mask=keep, other=-float("inf")).to(tl.float32)
+    e = tl.exp(again - tl.maximum(tl.max(x, 0), -3.0e38))
+    total = tl.sum(e, 0)
+    y = e / tl.where(total == 0, 1.0, total)
+    tl.store(y_ptr + row * n + offs, y.to(y_ptr.dtype.element_ty), mask=offs < n)
+
+
+@wrong("4.1", "stores zeros first")
+@triton.jit
+def masked_softmax_kernel(x_ptr, length_ptr, y_ptr, n, stride_x, BLOCK: tl.constexpr):
+    row, offs = tl.program_id(0), tl.arange(0, BLOCK)
+    keep = offs < tl.load(length_ptr + row)
+    tl.store(y_ptr + row * n + offs, tl.zeros((BLOCK,), y_ptr.dtype.element_ty), mask=offs < n)
+    x = tl.load(x_ptr + row * stride_x + offs, mask=keep, other=-float("inf")).to(tl.float32)
+    e = tl.exp(x - tl.maximum(tl.max(x, 0), -3.0e38))
+    total = tl.sum(e, 0)
+    y = e / tl.where(total == 0, 1.0, total)
+    tl.store(y_ptr + row * n + offs, y.to(y_ptr.dtype.element_ty), mask=offs < n)
+
+
+@wrong("4.1", "writes what it has used into the lengths")
+@triton.jit
+def masked_softmax_kernel(x_ptr, length_ptr, y_ptr, n, stride_x, BLOCK: tl.constexpr):
+    row, offs = tl.program_id(0), tl.arange(0, BLOCK)
+    keep = offs < tl.load(length_ptr + row)
+    x = tl.load(x_ptr + row * stride_x + offs, mask=keep, other=-float("inf")).to(tl.float32)
+    e = tl.exp(x - tl.maximum(tl.max(x, 0), -3.0e38))
+    total = tl.sum(e, 0)
+    y = e / tl.where(total == 0, 1.0, total)
+    tl.store(y_ptr + row * n + offs, y.to(y_ptr.dtype.element_ty), mask=offs < n)
+    tl.store(length_ptr + row, 0)
+
+
+@wrong("4.1", "writes exponentials into x")
+@triton.jit
+def masked_softmax_kernel(x_ptr, length_ptr, y_ptr, n, stride_x, BLOCK: tl.constexpr):
+    row, offs = tl.program_id(0), tl.arange(0, BLOCK)
+    keep = offs < tl.load(length_ptr + row)
+    x = tl.load(x_ptr + row * stride_x + offs, mask=keep, other=-float("inf")).to(tl.float32)
+    e = tl.exp(x - tl.maximum(tl.max(x, 0), -3.0e38))
+    tl.store(x_ptr + row * stride_x + offs, e.to(x_ptr.dtype.element_ty), mask=keep)
+    total = tl.sum(e, 0)
+    y = e / tl.where(total == 0, 1.0, total)
+    tl.store(y_ptr + row * n + offs, y.to(y_ptr.dtype.element_ty), mask=offs < n)
+
+
+@wrong("4.1", "exponentials in x's dtype")
+@triton.jit
+def masked_softmax_kernel(x_ptr, length_ptr, y_ptr, n, stride_x, BLOCK: tl.constexpr):
+    row, offs = tl.program_id(0), tl.arange(0, BLOCK)
+    keep = offs < tl.load(length_ptr + row)
+    x = tl.load(x_ptr + row * stride_x + offs, mask=keep, other=-float("inf"))
+    e = tl.exp((x - tl.max(x, 0)).to(tl.float32))
+    e = tl.where(keep, e, 0.0).to(x_ptr.dtype.element_ty).to(tl.float32)
+    total = tl.sum(e, 0)
+    y = e / tl.where(total == 0, 1.0, total)
+    tl.store(y_ptr + row * n + offs, y.to(y_ptr.dtype.element_ty), mask=offs < n)
+
+
+@wrong("4.1", "the first program does all rows, the others nothing")
+@triton.jit
+def masked_softmax_kernel(x_ptr, length_ptr, y_ptr, n, stride_x, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    for row in range(tl.where(tl.program_id(0) == 0, tl.num_programs(0), 0)):
+        keep = offs < tl.load(length_ptr + row)
+        x = tl.load(x_ptr + row * stride_x + offs, mask=keep, other=-float("inf")).to(tl.float32)
+        e = tl.exp(x - tl.maximum(tl.max(x, 0), -3.0e38))
+        total = tl.sum(e, 0)
+        y = e / tl.where(total == 0, 1.0, total)
+        tl.store(y_ptr + row * n + offs, y.to(y_ptr.dtype.element_ty), mask=offs < n)
 
 
 @alternative("4.1", "2^x, and a `where` in place of the finite maximum")
@@ -332,6 +929,214 @@ def add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, n, stride_x, stride_res
         h = tl.load(residual_ptr + row * stride_residual + offs, mask=offs < n, other=0.0).to(tl.float32)
         y = h / root * tl.load(weight_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
         tl.store(x_ptr + row * stride_x + offs, y.to(x_ptr.dtype.element_ty), mask=offs < n)
+
+
+@wrong("4.2", "sums in x's dtype")
+@triton.jit
+def add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, n, stride_x, stride_residual, eps, BLOCK: tl.constexpr):
+    row, squares = tl.program_id(0), tl.zeros((BLOCK,), tl.float32)
+    x_ptr, residual_ptr = x_ptr + row * stride_x, residual_ptr + row * stride_residual
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        h = tl.load(x_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        h += tl.load(residual_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        h = h.to(x_ptr.dtype.element_ty).to(tl.float32)
+        h = h.to(residual_ptr.dtype.element_ty)
+        tl.store(residual_ptr + offs, h, mask=offs < n)
+        squares += h.to(tl.float32) * h.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(squares, 0) / n + eps)
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        h = tl.load(residual_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        w = tl.load(weight_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        tl.store(x_ptr + offs, (h * scale * w).to(x_ptr.dtype.element_ty), mask=offs < n)
+
+
+@wrong("4.2", "the norm is of the sum rounded to x's dtype")
+@triton.jit
+def add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, n, stride_x, stride_residual, eps, BLOCK: tl.constexpr):
+    row, squares = tl.program_id(0), tl.zeros((BLOCK,), tl.float32)
+    x_ptr, residual_ptr = x_ptr + row * stride_x, residual_ptr + row * stride_residual
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        h = tl.load(x_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        h += tl.load(residual_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        h = h.to(residual_ptr.dtype.element_ty)
+        tl.store(residual_ptr + offs, h, mask=offs < n)
+        h = h.to(x_ptr.dtype.element_ty).to(tl.float32)
+        squares += h * h
+    scale = tl.rsqrt(tl.sum(squares, 0) / n + eps)
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        h = tl.load(residual_ptr + offs, mask=offs < n, other=0.0).to(x_ptr.dtype.element_ty).to(tl.float32)
+        w = tl.load(weight_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        tl.store(x_ptr + offs, (h * scale * w).to(x_ptr.dtype.element_ty), mask=offs < n)
+
+
+@wrong("4.2", "rounds the scaled sum to the weight's dtype")
+@triton.jit
+def add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, n, stride_x, stride_residual, eps, BLOCK: tl.constexpr):
+    row, squares = tl.program_id(0), tl.zeros((BLOCK,), tl.float32)
+    x_ptr, residual_ptr = x_ptr + row * stride_x, residual_ptr + row * stride_residual
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        h = tl.load(x_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        h += tl.load(residual_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        h = h.to(residual_ptr.dtype.element_ty)
+        tl.store(residual_ptr + offs, h, mask=offs < n)
+        squares += h.to(tl.float32) * h.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(squares, 0) / n + eps)
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        h = tl.load(residual_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        w = tl.load(weight_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        tl.store(
+            x_ptr + offs,
+            ((h * scale).to(weight_ptr.dtype.element_ty).to(tl.float32) * w).to(x_ptr.dtype.element_ty),
+            mask=offs < n,
+        )
+
+
+@wrong("4.2", "loads the weight without a mask")
+@triton.jit
+def add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, n, stride_x, stride_residual, eps, BLOCK: tl.constexpr):
+    row, squares = tl.program_id(0), tl.zeros((BLOCK,), tl.float32)
+    x_ptr, residual_ptr = x_ptr + row * stride_x, residual_ptr + row * stride_residual
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        h = tl.load(x_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        h += tl.load(residual_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        h = h.to(residual_ptr.dtype.element_ty)
+        tl.store(residual_ptr + offs, h, mask=offs < n)
+        squares += h.to(tl.float32) * h.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(squares, 0) / n + eps)
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        h = tl.load(residual_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        w = tl.load(weight_ptr + offs).to(tl.float32)
+        tl.store(x_ptr + offs, (h * scale * w).to(x_ptr.dtype.element_ty), mask=offs < n)
+
+
+@wrong("4.2", "the sum stays in the first block's lanes: stores without a mask")
+@triton.jit
+def add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, n, stride_x, stride_residual, eps, BLOCK: tl.constexpr):
+    row, squares = tl.program_id(0), tl.zeros((BLOCK,), tl.float32)
+    x_ptr, residual_ptr = x_ptr + row * stride_x, residual_ptr + row * stride_residual
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        h = tl.load(x_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        h += tl.load(residual_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        h = h.to(residual_ptr.dtype.element_ty)
+        tl.store(residual_ptr + offs, h)
+        squares += h.to(tl.float32) * h.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(squares, 0) / n + eps)
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        h = tl.load(residual_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        w = tl.load(weight_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        tl.store(x_ptr + offs, (h * scale * w).to(x_ptr.dtype.element_ty), mask=offs < n)
+
+
+@wrong("4.2", "writes the scaled weight back")
+@triton.jit
+def add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, n, stride_x, stride_residual, eps, BLOCK: tl.constexpr):
+    row, squares = tl.program_id(0), tl.zeros((BLOCK,), tl.float32)
+    x_ptr, residual_ptr = x_ptr + row * stride_x, residual_ptr + row * stride_residual
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        h = tl.load(x_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        h += tl.load(residual_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        h = h.to(residual_ptr.dtype.element_ty)
+        tl.store(residual_ptr + offs, h, mask=offs < n)
+        squares += h.to(tl.float32) * h.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(squares, 0) / n + eps)
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        h = tl.load(residual_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        w = tl.load(weight_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        tl.store(x_ptr + offs, (h * scale * w).to(x_ptr.dtype.element_ty), mask=offs < n)
+        tl.store(weight_ptr + offs, (w * 1.0001).to(weight_ptr.dtype.element_ty), mask=offs < n)
+
+
+@wrong("4.2", "no weight")
+@triton.jit
+def add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, n, stride_x, stride_residual, eps, BLOCK: tl.constexpr):
+    row, squares = tl.program_id(0), tl.zeros((BLOCK,), tl.float32)
+    x_ptr, residual_ptr = x_ptr + row * stride_x, residual_ptr + row * stride_residual
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        h = tl.load(x_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        h += tl.load(residual_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        h = h.to(residual_ptr.dtype.element_ty)
+        tl.store(residual_ptr + offs, h, mask=offs < n)
+        squares += h.to(tl.float32) * h.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(squares, 0) / n + eps)
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        h = tl.load(residual_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        tl.store(x_ptr + offs, (h * scale).to(x_ptr.dtype.element_ty), mask=offs < n)
+
+
+@wrong("4.2", "adds x into x: both hold the sum")
+@triton.jit
+def add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, n, stride_x, stride_residual, eps, BLOCK: tl.constexpr):
+    row, squares = tl.program_id(0), tl.zeros((BLOCK,), tl.float32)
+    x_ptr, residual_ptr = x_ptr + row * stride_x, residual_ptr + row * stride_residual
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        h = tl.load(x_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        h += tl.load(residual_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        h = h.to(residual_ptr.dtype.element_ty)
+        tl.store(residual_ptr + offs, h, mask=offs < n)
+        tl.store(x_ptr + offs, h.to(x_ptr.dtype.element_ty), mask=offs < n)
+        squares += h.to(tl.float32) * h.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(squares, 0) / n + eps)
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        h = tl.load(residual_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        w = tl.load(weight_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        tl.store(x_ptr + offs, (h * scale * w).to(x_ptr.dtype.element_ty), mask=offs < n)
+
+
+@wrong("4.2", "reads residual three times")
+@triton.jit
+def add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, n, stride_x, stride_residual, eps, BLOCK: tl.constexpr):
+    row, squares = tl.program_id(0), tl.zeros((BLOCK,), tl.float32)
+    x_ptr, residual_ptr = x_ptr + row * stride_x, residual_ptr + row * stride_residual
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        h = tl.load(x_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        h += tl.load(residual_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        h = h.to(residual_ptr.dtype.element_ty)
+        tl.store(residual_ptr + offs, h, mask=offs < n)
+        h = tl.load(residual_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        squares += h * h
+    scale = tl.rsqrt(tl.sum(squares, 0) / n + eps)
+    for start in range(0, n, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        h = tl.load(residual_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        w = tl.load(weight_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+        tl.store(x_ptr + offs, (h * scale * w).to(x_ptr.dtype.element_ty), mask=offs < n)
+
+
+@wrong("4.2", "the first program does all rows, the others nothing")
+@triton.jit
+def add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, n, stride_x, stride_residual, eps, BLOCK: tl.constexpr):
+    for row in range(tl.where(tl.program_id(0) == 0, tl.num_programs(0), 0)):
+        squares = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, n, BLOCK):
+            offs = start + tl.arange(0, BLOCK)
+            h = tl.load(x_ptr + row * stride_x + offs, mask=offs < n, other=0.0).to(tl.float32)
+            h += tl.load(residual_ptr + row * stride_residual + offs, mask=offs < n, other=0.0).to(tl.float32)
+            h = h.to(residual_ptr.dtype.element_ty)
+            tl.store(residual_ptr + row * stride_residual + offs, h, mask=offs < n)
+            squares += h.to(tl.float32) * h.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(squares, 0) / n + eps)
+        for start in range(0, n, BLOCK):
+            offs = start + tl.arange(0, BLOCK)
+            h = tl.load(residual_ptr + row * stride_residual + offs, mask=offs < n, other=0.0).to(tl.float32)
+            w = tl.load(weight_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+            tl.store(x_ptr + row * stride_x + offs, (h * scale * w).to(x_ptr.dtype.element_ty), mask=offs < n)
 
 
 @alternative("4.2", "one scalar for the squares, and a division by the root")
@@ -547,6 +1352,225 @@ def matmul_bias_kernel(
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(offs_m[:, None] < m) & (offs_n[None, :] < n))
 
 
+@wrong("4.3", "TF32, which is tl.dot's default")
+@triton.jit
+def matmul_bias_kernel(
+    x_ptr, w_ptr, bias_ptr, y_ptr, m, n, k, stride_xm, stride_xk, stride_wk, stride_wn, stride_ym, stride_yn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, k, BLOCK_K):
+        ks = start + tl.arange(0, BLOCK_K)
+        inside = (rows < m) & (ks[None, :] < k)
+        x = tl.load(x_ptr + rows * stride_xm + ks[None, :] * stride_xk, mask=inside, other=0.0)
+        inside = (ks[:, None] < k) & (columns < n)
+        w = tl.load(w_ptr + ks[:, None] * stride_wk + columns * stride_wn, mask=inside, other=0.0)
+        acc = tl.dot(x, w, acc)
+    acc += tl.load(bias_ptr + columns, mask=columns < n, other=0.0).to(tl.float32)
+    inside = (rows < m) & (columns < n)
+    tl.store(y_ptr + rows * stride_ym + columns * stride_yn, acc.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@wrong("4.3", "rounds to x's dtype")
+@triton.jit
+def matmul_bias_kernel(
+    x_ptr, w_ptr, bias_ptr, y_ptr, m, n, k, stride_xm, stride_xk, stride_wk, stride_wn, stride_ym, stride_yn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, k, BLOCK_K):
+        ks = start + tl.arange(0, BLOCK_K)
+        inside = (rows < m) & (ks[None, :] < k)
+        x = tl.load(x_ptr + rows * stride_xm + ks[None, :] * stride_xk, mask=inside, other=0.0)
+        inside = (ks[:, None] < k) & (columns < n)
+        w = tl.load(w_ptr + ks[:, None] * stride_wk + columns * stride_wn, mask=inside, other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+    acc += tl.load(bias_ptr + columns, mask=columns < n, other=0.0).to(tl.float32)
+    inside = (rows < m) & (columns < n)
+    tl.store(
+        y_ptr + rows * stride_ym + columns * stride_yn,
+        acc.to(x_ptr.dtype.element_ty).to(y_ptr.dtype.element_ty),
+        mask=inside,
+    )
+
+
+@wrong("4.3", "rounds the bias to x's dtype")
+@triton.jit
+def matmul_bias_kernel(
+    x_ptr, w_ptr, bias_ptr, y_ptr, m, n, k, stride_xm, stride_xk, stride_wk, stride_wn, stride_ym, stride_yn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, k, BLOCK_K):
+        ks = start + tl.arange(0, BLOCK_K)
+        inside = (rows < m) & (ks[None, :] < k)
+        x = tl.load(x_ptr + rows * stride_xm + ks[None, :] * stride_xk, mask=inside, other=0.0)
+        inside = (ks[:, None] < k) & (columns < n)
+        w = tl.load(w_ptr + ks[:, None] * stride_wk + columns * stride_wn, mask=inside, other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+    acc += tl.load(bias_ptr + columns, mask=columns < n, other=0.0).to(x_ptr.dtype.element_ty).to(tl.float32)
+    inside = (rows < m) & (columns < n)
+    tl.store(y_ptr + rows * stride_ym + columns * stride_yn, acc.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@wrong("4.3", "rounds the sum before it adds the bias")
+@triton.jit
+def matmul_bias_kernel(
+    x_ptr, w_ptr, bias_ptr, y_ptr, m, n, k, stride_xm, stride_xk, stride_wk, stride_wn, stride_ym, stride_yn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, k, BLOCK_K):
+        ks = start + tl.arange(0, BLOCK_K)
+        inside = (rows < m) & (ks[None, :] < k)
+        x = tl.load(x_ptr + rows * stride_xm + ks[None, :] * stride_xk, mask=inside, other=0.0)
+        inside = (ks[:, None] < k) & (columns < n)
+        w = tl.load(w_ptr + ks[:, None] * stride_wk + columns * stride_wn, mask=inside, other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+    acc = acc.to(x_ptr.dtype.element_ty).to(tl.float32)
+    acc += tl.load(bias_ptr + columns, mask=columns < n, other=0.0).to(tl.float32)
+    inside = (rows < m) & (columns < n)
+    tl.store(y_ptr + rows * stride_ym + columns * stride_yn, acc.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@wrong("4.3", "rounds to bias's dtype")
+@triton.jit
+def matmul_bias_kernel(
+    x_ptr, w_ptr, bias_ptr, y_ptr, m, n, k, stride_xm, stride_xk, stride_wk, stride_wn, stride_ym, stride_yn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, k, BLOCK_K):
+        ks = start + tl.arange(0, BLOCK_K)
+        inside = (rows < m) & (ks[None, :] < k)
+        x = tl.load(x_ptr + rows * stride_xm + ks[None, :] * stride_xk, mask=inside, other=0.0)
+        inside = (ks[:, None] < k) & (columns < n)
+        w = tl.load(w_ptr + ks[:, None] * stride_wk + columns * stride_wn, mask=inside, other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+    acc += tl.load(bias_ptr + columns, mask=columns < n, other=0.0).to(tl.float32)
+    inside = (rows < m) & (columns < n)
+    tl.store(
+        y_ptr + rows * stride_ym + columns * stride_yn,
+        acc.to(bias_ptr.dtype.element_ty).to(y_ptr.dtype.element_ty),
+        mask=inside,
+    )
+
+
+@wrong("4.3", "reads the bias without a mask")
+@triton.jit
+def matmul_bias_kernel(
+    x_ptr, w_ptr, bias_ptr, y_ptr, m, n, k, stride_xm, stride_xk, stride_wk, stride_wn, stride_ym, stride_yn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, k, BLOCK_K):
+        ks = start + tl.arange(0, BLOCK_K)
+        inside = (rows < m) & (ks[None, :] < k)
+        x = tl.load(x_ptr + rows * stride_xm + ks[None, :] * stride_xk, mask=inside, other=0.0)
+        inside = (ks[:, None] < k) & (columns < n)
+        w = tl.load(w_ptr + ks[:, None] * stride_wk + columns * stride_wn, mask=inside, other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+    acc += tl.load(bias_ptr + columns).to(tl.float32)
+    inside = (rows < m) & (columns < n)
+    tl.store(y_ptr + rows * stride_ym + columns * stride_yn, acc.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@wrong("4.3", "rows and columns of the grid exchanged")
+@triton.jit
+def matmul_bias_kernel(
+    x_ptr, w_ptr, bias_ptr, y_ptr, m, n, k, stride_xm, stride_xk, stride_wk, stride_wn, stride_ym, stride_yn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, k, BLOCK_K):
+        ks = start + tl.arange(0, BLOCK_K)
+        inside = (rows < m) & (ks[None, :] < k)
+        x = tl.load(x_ptr + rows * stride_xm + ks[None, :] * stride_xk, mask=inside, other=0.0)
+        inside = (ks[:, None] < k) & (columns < n)
+        w = tl.load(w_ptr + ks[:, None] * stride_wk + columns * stride_wn, mask=inside, other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+    acc += tl.load(bias_ptr + columns, mask=columns < n, other=0.0).to(tl.float32)
+    inside = (rows < m) & (columns < n)
+    tl.store(y_ptr + rows * stride_ym + columns * stride_yn, acc.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@wrong("4.3", "reads everything twice")
+@triton.jit
+def matmul_bias_kernel(
+    x_ptr, w_ptr, bias_ptr, y_ptr, m, n, k, stride_xm, stride_xk, stride_wk, stride_wn, stride_ym, stride_yn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, k, BLOCK_K):
+        ks = start + tl.arange(0, BLOCK_K)
+        inside = (rows < m) & (ks[None, :] < k)
+        x = tl.load(x_ptr + rows * stride_xm + ks[None, :] * stride_xk, mask=inside, other=0.0)
+        inside = (ks[:, None] < k) & (columns < n)
+        x = tl.load(x_ptr + rows * stride_xm + ks[None, :] * stride_xk, mask=inside, other=0.0)
+        w = tl.load(w_ptr + ks[:, None] * stride_wk + columns * stride_wn, mask=inside, other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+    acc += tl.load(bias_ptr + columns, mask=columns < n, other=0.0).to(tl.float32)
+    inside = (rows < m) & (columns < n)
+    tl.store(y_ptr + rows * stride_ym + columns * stride_yn, acc.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@wrong("4.3", "pads x's rows with 0, and lets NaN behind w stand: 0 times NaN")
+@triton.jit
+def matmul_bias_kernel(
+    x_ptr, w_ptr, bias_ptr, y_ptr, m, n, k, stride_xm, stride_xk, stride_wk, stride_wn, stride_ym, stride_yn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, k, BLOCK_K):
+        ks = start + tl.arange(0, BLOCK_K)
+        inside = (rows < m) & (ks[None, :] < k)
+        x = tl.load(x_ptr + rows * stride_xm + ks[None, :] * stride_xk, mask=inside, other=0.0)
+        inside = (ks[:, None] < k + BLOCK_K) & (columns < n)
+        w = tl.load(w_ptr + ks[:, None] * stride_wk + columns * stride_wn, mask=inside, other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+    acc += tl.load(bias_ptr + columns, mask=columns < n, other=0.0).to(tl.float32)
+    inside = (rows < m) & (columns < n)
+    tl.store(y_ptr + rows * stride_ym + columns * stride_yn, acc.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@alternative("4.3", "rows and columns modulo m and n, masks along k alone")
+@triton.jit
+def matmul_bias_kernel(
+    x_ptr, w_ptr, bias_ptr, y_ptr, m, n, k, stride_xm, stride_xk, stride_wk, stride_wn, stride_ym, stride_yn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    row, column = rows % m, columns % n
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, k, BLOCK_K):
+        ks = start + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + row * stride_xm + ks[None, :] * stride_xk, mask=ks[None, :] < k, other=0.0)
+        w = tl.load(w_ptr + ks[:, None] * stride_wk + column * stride_wn, mask=ks[:, None] < k, other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+    acc += tl.load(bias_ptr + columns, mask=columns < n, other=0.0).to(tl.float32)
+    inside = (rows < m) & (columns < n)
+    tl.store(y_ptr + rows * stride_ym + columns * stride_yn, acc.to(y_ptr.dtype.element_ty), mask=inside)
+
+
 @alternative("4.3", "starts from the bias, pointers that move along k")
 @triton.jit
 def matmul_bias_kernel(
@@ -657,6 +1681,69 @@ def roofline(steps, outputs, machine):
     return _apart(steps, machine), seconds, 1 / intensity
 
 
+@wrong("4.4", "writes every name in outputs, also one that is only read")
+def roofline(steps, outputs, machine):
+    sizes = {name: size for step in steps for part in (step["reads"], step["writes"]) for name, size in part.items()}
+    made, reads = set(), {}
+    for step in steps:
+        reads |= {name: size for name, size in step["reads"].items() if name not in made}
+        made |= set(step["writes"])
+    moved = sum(reads.values()) + sum(sizes[name] for name in outputs if name in sizes)
+    return _apart(steps, machine), *_fused(steps, moved, machine)
+
+
+@wrong("4.4", "a name in outputs that no step knows is an error")
+def roofline(steps, outputs, machine):
+    known = {name for step in steps for part in (step["reads"], step["writes"]) for name in part}
+    if outputs - known:
+        raise KeyError(outputs - known)
+    return _apart(steps, machine), *_fused(steps, _bytes(steps, outputs), machine)
+
+
+@wrong("4.4", "looks at a step's writes before its reads: what is updated in place is not read")
+def roofline(steps, outputs, machine):
+    made, reads, writes = set(), {}, {}
+    for step in steps:
+        made |= set(step["writes"])
+        reads |= {name: size for name, size in step["reads"].items() if name not in made}
+        writes |= {name: size for name, size in step["writes"].items() if name in outputs}
+    return _apart(steps, machine), *_fused(steps, sum(reads.values()) + sum(writes.values()), machine)
+
+
+@wrong("4.4", "an output that two steps write is written twice")
+def roofline(steps, outputs, machine):
+    made, reads, written = set(), {}, 0
+    for step in steps:
+        reads |= {name: size for name, size in step["reads"].items() if name not in made}
+        written += sum(size for name, size in step["writes"].items() if name in outputs)
+        made |= set(step["writes"])
+    return _apart(steps, machine), *_fused(steps, sum(reads.values()) + written, machine)
+
+
+@wrong("4.4", "takes the names that it has seen out of outputs")
+def roofline(steps, outputs, machine):
+    result = _apart(steps, machine), *_fused(steps, _bytes(steps, outputs), machine)
+    for step in steps:
+        outputs -= set(step["writes"])
+    return result
+
+
+@wrong("4.4", "takes what it fused out of the steps")
+def roofline(steps, outputs, machine):
+    result = _apart(steps, machine), *_fused(steps, _bytes(steps, outputs), machine)
+    for step in steps[1:]:
+        step["reads"].clear()
+    del steps[1:]
+    return result
+
+
+@wrong("4.4", "intensity of the chain apart")
+def roofline(steps, outputs, machine):
+    moved = sum(sum(s["reads"].values()) + sum(s["writes"].values()) for s in steps)
+    seconds, _ = _fused(steps, _bytes(steps, outputs), machine)
+    return _apart(steps, machine), seconds, sum(s["flops"] for s in steps) / moved
+
+
 @alternative("4.4", "sets of names first, bytes afterwards")
 def roofline(steps, outputs, machine):
     return _apart(steps, machine), *_fused(steps, _bytes(steps, outputs), machine)
@@ -736,6 +1823,34 @@ def best_group(num_m, num_n, programs, row_bytes, column_bytes):
 @wrong("4.5", "a strip stays in the cache for ever")
 def best_group(num_m, num_n, programs, row_bytes, column_bytes):
     return 1, num_m * row_bytes + num_n * column_bytes
+
+
+def _choose(case, groups):
+    num_n = case[1]
+    return min((_total(*case, lambda i, g=g: _tile(i, case[0], num_n, g)), g) for g in groups)[::-1]
+
+
+@wrong("4.5", "tries powers of two alone")
+def best_group(num_m, num_n, programs, row_bytes, column_bytes):
+    case = num_m, num_n, programs, row_bytes, column_bytes
+    return _choose(case, [1 << i for i in range(num_m.bit_length())])
+
+
+@wrong("4.5", "does not try all rows as one band")
+def best_group(num_m, num_n, programs, row_bytes, column_bytes):
+    case = num_m, num_n, programs, row_bytes, column_bytes
+    return _choose(case, range(1, max(num_m, 2)))
+
+
+@wrong("4.5", "tries groups that divide the rows alone")
+def best_group(num_m, num_n, programs, row_bytes, column_bytes):
+    case = num_m, num_n, programs, row_bytes, column_bytes
+    return _choose(case, [g for g in range(1, num_m + 1) if num_m % g == 0])
+
+
+@wrong("4.5", "bands of columns instead of rows")
+def best_group(num_m, num_n, programs, row_bytes, column_bytes):
+    return _choose((num_n, num_m, programs, column_bytes, row_bytes), range(1, num_n + 1))
 
 
 @alternative("4.5", "builds the order by walking through the bands")

@@ -1,5 +1,6 @@
 """Wrong and alternative implementations for the exercises of chapter 5: they keep the checks honest."""
 
+import math
 import os
 
 import torch
@@ -11,6 +12,274 @@ from minillm.kernels.common import tl, triton
 from minillm.learn.testing import alternative, wrong
 
 INF = float("inf")
+
+# ---- 5.w1
+
+
+@wrong("5.w1", "adds without rescaling")
+def one_more(m, l, a, score, value):  # noqa: E741
+    m = max(m, score)
+    return m, l + math.exp(score - m), a + math.exp(score - m) * value
+
+
+@wrong("5.w1", "rescales the sum and not the values")
+def one_more(m, l, a, score, value):  # noqa: E741
+    new = max(m, score)
+    return new, l * math.exp(m - new) + math.exp(score - new), a + math.exp(score - new) * value
+
+
+@wrong("5.w1", "the new key is counted from the old maximum")
+def one_more(m, l, a, score, value):  # noqa: E741
+    new, weight = max(m, score), math.exp(min(score - m, 700)) if m > -INF else 1.0
+    return new, l * math.exp(m - new) + weight, a * math.exp(m - new) + weight * value
+
+
+@wrong("5.w1", "a is the attention, divided already")
+def one_more(m, l, a, score, value):  # noqa: E741
+    new = max(m, score)
+    total = l * math.exp(m - new) + math.exp(score - new)
+    return new, total, (a * math.exp(m - new) + math.exp(score - new) * value) / total
+
+
+@wrong("5.w1", "every key becomes the origin, so that large gaps overflow")
+def one_more(m, l, a, score, value):  # noqa: E741
+    shrink = math.exp(min(m - score, 700.0))
+    high = max(m, score)
+    back = math.exp(score - high)
+    return high, (l * shrink + 1) * back, (a * shrink + value) * back
+
+
+@wrong("5.w1", "starts from a maximum of 0")
+def one_more(m, l, a, score, value):  # noqa: E741
+    new = max(m, score, 0.0)
+    return new, l * math.exp(m - new) + math.exp(score - new), a * math.exp(m - new) + math.exp(score - new) * value
+
+
+@alternative("5.w1", "by cases")
+def one_more(m, l, a, score, value):  # noqa: E741
+    if score <= m:
+        return m, l + math.exp(score - m), a + math.exp(score - m) * value
+    return score, l * math.exp(m - score) + 1, a * math.exp(m - score) + value
+
+
+# ---- 5.w2
+
+
+@wrong("5.w2", "the end rounded down")
+def touched(first, last, block):
+    return first // block, last // block
+
+
+@wrong("5.w2", "rounds the last key up, as if it were one past the end")
+def touched(first, last, block):
+    return first // block, max(first // block, -(-last // block))
+
+
+@wrong("5.w2", "blocks that lie inside")
+def touched(first, last, block):
+    begin, end = -(-first // block), (last + 1) // block
+    return begin, max(begin, end)
+
+
+@wrong("5.w2", "no care for no key")
+def touched(first, last, block):
+    return first // block, last // block + 1
+
+
+@wrong("5.w2", "in floating point")
+def touched(first, last, block):
+    return (math.floor(first / block), math.floor(last / block) + 1) if last >= first else (0, 0)
+
+
+@wrong("5.w2", "counts blocks")
+def touched(first, last, block):
+    return (first // block, last // block + 1 - first // block) if last >= first else (0, 0)
+
+
+@alternative("5.w2", "round up one past the end")
+def touched(first, last, block):
+    begin = first // block
+    return begin, begin if last < first else (last + block) // block
+
+
+# ---- 5.w3
+
+
+@wrong("5.w3", "a triangle wherever the block is")
+def block_mask(position, M, start, N):
+    return torch.ones(M, N, dtype=torch.bool).tril()
+
+
+@wrong("5.w3", "a query does not see itself")
+def block_mask(position, M, start, N):
+    return start + torch.arange(N) < position + torch.arange(M)[:, None]
+
+
+@wrong("5.w3", "the other way around: True where hidden")
+def block_mask(position, M, start, N):
+    return start + torch.arange(N) > position + torch.arange(M)[:, None]
+
+
+@wrong("5.w3", "keys down, queries across")
+def block_mask(position, M, start, N):
+    return start + torch.arange(N)[:, None] <= position + torch.arange(M)
+
+
+@wrong("5.w3", "0 and 1 in place of False and True")
+def block_mask(position, M, start, N):
+    return (start + torch.arange(N) <= position + torch.arange(M)[:, None]).float()
+
+
+@wrong("5.w3", "negative positions count as 0")
+def block_mask(position, M, start, N):
+    return start + torch.arange(N) <= (position + torch.arange(M)[:, None]).clamp(min=0)
+
+
+@alternative("5.w3", "a triangle, moved")
+def block_mask(position, M, start, N):
+    return torch.ones(M, N).tril(position - start).bool()
+
+
+# ---- 5.0
+
+
+def online(q, k, v, block, what=""):
+    """The right one, but for what is named."""
+    m, total, acc = torch.full((len(q),), -INF), torch.zeros(len(q)), torch.zeros(len(q), v.shape[1])
+    if what == "from 0":
+        m = torch.zeros(len(q))
+    if what == "from -1e4":
+        m = torch.full((len(q),), -1e4)
+    end = len(k) // block * block if what == "whole blocks" else len(k)
+    for start in range(0, end, block):
+        keys, values = k[start : min(start + block, end)], v[start : min(start + block, end)]
+        scores = q @ keys.T / (1 if what == "no scale" else q.shape[1] ** 0.5)
+        highest = scores.amax() if what == "one maximum" else scores.amax(1)
+        new = torch.maximum(m, highest) if what != "no maximum" else torch.zeros(len(q))
+        weights, shrink = torch.exp(scores - new[:, None]), torch.exp(m - new)
+        if what == "no maximum":
+            shrink = torch.ones(len(q))
+        total = (total if what == "sum not rescaled" else total * shrink) + weights.sum(1)
+        acc = (acc if what == "acc not rescaled" else acc * shrink[:, None]) + weights @ values
+        m = new
+    return acc if what == "not divided" else acc / total[:, None]
+
+
+@wrong("5.0", "acc is not brought to the new maximum")
+def online_attention(q, k, v, block):
+    return online(q, k, v, block, "acc not rescaled")
+
+
+@wrong("5.0", "the sum is not brought to the new maximum")
+def online_attention(q, k, v, block):
+    return online(q, k, v, block, "sum not rescaled")
+
+
+@wrong("5.0", "scores are not scaled")
+def online_attention(q, k, v, block):
+    return online(q, k, v, block, "no scale")
+
+
+@wrong("5.0", "never divides")
+def online_attention(q, k, v, block):
+    return online(q, k, v, block, "not divided")
+
+
+@wrong("5.0", "no maximum")
+def online_attention(q, k, v, block):
+    return online(q, k, v, block, "no maximum")
+
+
+@wrong("5.0", "one maximum for all queries")
+def online_attention(q, k, v, block):
+    return online(q, k, v, block, "one maximum")
+
+
+@wrong("5.0", "the maximum starts at 0")
+def online_attention(q, k, v, block):
+    return online(q, k, v, block, "from 0")
+
+
+@wrong("5.0", "the maximum starts at -10,000")
+def online_attention(q, k, v, block):
+    return online(q, k, v, block, "from -1e4")
+
+
+@wrong("5.0", "the last keys are left out when the block does not divide them")
+def online_attention(q, k, v, block):
+    return online(q, k, v, block, "whole blocks")
+
+
+@wrong("5.0", "all scores at once")
+def online_attention(q, k, v, block):
+    return (q @ k.T / q.shape[1] ** 0.5).softmax(1) @ v
+
+
+@wrong("5.0", "blocks of 128 keys, whatever is asked")
+def online_attention(q, k, v, block):
+    return online(q, k, v, 128)
+
+
+@wrong("5.0", "two blocks at a time")
+def online_attention(q, k, v, block):
+    return online(q, k, v, 2 * block)
+
+
+@alternative("5.0", "a partial result for each block, combined at the end")
+def online_attention(q, k, v, block):
+    parts = []
+    for keys, values in zip(k.split(block), v.split(block), strict=True):
+        s = q @ keys.T / q.shape[1] ** 0.5
+        m = s.amax(1)
+        p = (s - m[:, None]).exp()
+        parts.append((m, p.sum(1), p @ values))
+    top = torch.stack([m for m, _, _ in parts]).amax(0)
+    total = sum(each * (m - top).exp() for m, each, _ in parts)
+    return sum(a * (m - top).exp()[:, None] for m, _, a in parts) / total[:, None]
+
+
+@wrong("5.0", "attention within each block, averaged")
+def online_attention(q, k, v, block):
+    parts = [online(q, a, b, block) for a, b in zip(k.split(block), v.split(block), strict=True)]
+    return torch.stack(parts).mean(0)
+
+
+@wrong("5.0", "scales the caller's q in place")
+def online_attention(q, k, v, block):
+    q *= q.shape[1] ** -0.5
+    return online(q, k, v, block, "no scale")
+
+
+@wrong("5.0", "acc has q's size")
+def online_attention(q, k, v, block):
+    out = torch.zeros_like(q)
+    out[:] = online(q, k, v, block)
+    return out
+
+
+@alternative("5.0", "two passes: maximum and sum, then the output")
+def online_attention(q, k, v, block):
+    m, total = torch.full((len(q), 1), -1e30), torch.zeros(len(q), 1)
+    for keys in k.split(block):
+        s = q @ keys.T / q.shape[1] ** 0.5
+        new = torch.maximum(m, s.amax(1, keepdim=True))
+        total, m = total * (m - new).exp() + (s - new).exp().sum(1, keepdim=True), new
+    out = torch.zeros(len(q), v.shape[1])
+    for keys, values in zip(k.split(block), v.split(block), strict=True):
+        out += ((q @ keys.T / q.shape[1] ** 0.5 - m).exp() / total) @ values
+    return out
+
+
+@alternative("5.0", "from right to left, keys as a slice")
+def online_attention(q, k, v, block):
+    m, total, acc = torch.full((len(q), 1), -INF), torch.zeros(len(q), 1), torch.zeros(len(q), v.shape[1])
+    for start in reversed(range(0, len(k), block)):
+        s = q @ k[start : start + block].T * q.shape[1] ** -0.5
+        new = torch.maximum(m, s.max(1, keepdim=True).values)
+        p, shrink = (s - new).exp(), (m - new).exp()
+        total, acc, m = total * shrink + p.sum(1, keepdim=True), acc * shrink + p @ v[start : start + block], new
+    return acc / total
+
 
 # ---- 5.1
 
@@ -91,6 +360,54 @@ def merge(a, b):
     m = torch.maximum(a[0], b[0]).clamp(min=-1e30)
     x, y = torch.exp(a[0] - m), torch.exp(b[0] - m)
     return m, a[1] * x + b[1] * y, a[2] * x[..., None] + b[2] * y[..., None]
+
+
+@wrong("5.1", "gives the other side back when one is empty")
+def merge(a, b):
+    if (b[0] == -INF).all():
+        return a
+    if (a[0] == -INF).all():
+        return b
+    m = torch.maximum(a[0], b[0])
+    o = m.masked_fill(m == -INF, 0.0)
+    x, y = torch.exp(a[0] - o), torch.exp(b[0] - o)
+    return m, a[1] * x + b[1] * y, a[2] * x[..., None] + b[2] * y[..., None]
+
+
+@wrong("5.1", "in fp32 whatever comes")
+def merge(a, b):
+    a, b = (tuple(t.float() for t in part) for part in (a, b))
+    m = torch.maximum(a[0], b[0])
+    o = m.masked_fill(m == -INF, 0.0)
+    x, y = torch.exp(a[0] - o), torch.exp(b[0] - o)
+    return m, a[1] * x + b[1] * y, a[2] * x[..., None] + b[2] * y[..., None]
+
+
+@wrong("5.1", "a sum of at least 1e-30: nothing merged with nothing is something")
+def merge(a, b):
+    m = torch.maximum(a[0], b[0])
+    o = m.masked_fill(m == -INF, 0.0)
+    x, y = torch.exp(a[0] - o), torch.exp(b[0] - o)
+    return m, (a[1] * x + b[1] * y).clamp(min=1e-30), a[2] * x[..., None] + b[2] * y[..., None]
+
+
+@wrong("5.1", "an origin of at least -1e9, below which real scores vanish")
+def merge(a, b):
+    m = torch.maximum(a[0], b[0])
+    o = m.clamp(min=-1e9)
+    x, y = torch.exp(a[0] - o), torch.exp(b[0] - o)
+    return m, a[1] * x + b[1] * y, a[2] * x[..., None] + b[2] * y[..., None]
+
+
+@wrong("5.1", "flattens by view, which needs contiguous inputs")
+def merge(a, b):
+    shape = a[0].shape
+    flat = [(p[0].view(-1), p[1].view(-1), p[2].view(-1, p[2].shape[-1])) for p in (a, b)]
+    m = torch.maximum(flat[0][0], flat[1][0])
+    o = m.masked_fill(m == -INF, 0.0)
+    x, y = torch.exp(flat[0][0] - o), torch.exp(flat[1][0] - o)
+    acc = flat[0][2] * x[:, None] + flat[1][2] * y[:, None]
+    return m.view(shape), (flat[0][1] * x + flat[1][1] * y).view(shape), acc.view(a[2].shape)
 
 
 @alternative("5.1", "nan_to_num on the factors, stacked")
@@ -209,6 +526,73 @@ def flash_tile(q, k, v, position, block, sink=None):
     return out, lse.exp().log()
 
 
+@wrong("5.2", "scales q in its own dtype before it becomes fp32")
+def flash_tile(q, k, v, position, block, sink=None):
+    out, lse = tile((q * q.shape[1] ** -0.5).float() * q.shape[1] ** 0.5, k, v, position, block, sink)
+    return out.to(q.dtype), lse
+
+
+@wrong("5.2", "blocks of 128 keys, whatever is asked")
+def flash_tile(q, k, v, position, block, sink=None):
+    return tile(q, k, v, position, 128, sink, end=max(0, min(len(k), position + len(q))))
+
+
+@wrong("5.2", "two blocks at a time")
+def flash_tile(q, k, v, position, block, sink=None):
+    return tile(q, k, v, position, 2 * block, sink, end=max(0, min(len(k), position + len(q))))
+
+
+@wrong("5.2", "masks the last block alone")
+def flash_tile(q, k, v, position, block, sink=None):
+    end = max(0, min(len(k), position + len(q)))
+    last = max(0, end - 1) // block * block
+    m, total, acc = torch.full((len(q),), -INF if sink is None else sink), torch.ones(len(q)), None
+    total, acc = torch.full((len(q),), 0.0 if sink is None else 1.0), torch.zeros(q.shape)
+    for first in range(0, end, block):
+        keys = torch.arange(first, min(first + block, end))
+        s = q.float() @ k[keys].float().T / q.shape[1] ** 0.5
+        if first == last:
+            s = s.masked_fill(keys > position + torch.arange(len(q))[:, None], -INF)
+        new = torch.maximum(m, s.amax(1))
+        origin = new.masked_fill(new == -INF, 0.0)
+        p, shrink = torch.exp(s - origin[:, None]), torch.exp(m - origin)
+        total, acc, m = total * shrink + p.sum(1), acc * shrink[:, None] + p @ v[keys].float(), new
+    return (acc / total.masked_fill(total == 0, 1.0)[:, None]).to(q.dtype), m + torch.log(total)
+
+
+@wrong("5.2", "a mask of all keys before the loop")
+def flash_tile(q, k, v, position, block, sink=None):
+    seen = torch.arange(len(k)) <= position + torch.arange(len(q))[:, None]
+    assert seen.shape == (len(q), len(k))
+    return tile(q, k, v, position, block, sink)
+
+
+@wrong("5.2", "hides with -1e9: scores that are lower hide instead")
+def flash_tile(q, k, v, position, block, sink=None):
+    if position < 0 or len(k) == 0:
+        return tile(q, k, v, position, block, sink)
+    return tile(q, k, v, position, block, sink, mask="finite")
+
+
+@wrong("5.2", "a sink of 0 counts as none")
+def flash_tile(q, k, v, position, block, sink=None):
+    return tile(q, k, v, position, block, sink or None)
+
+
+@wrong("5.2", "the output in the values' dtype")
+def flash_tile(q, k, v, position, block, sink=None):
+    out, lse = tile(q.float(), k, v, position, block, sink)
+    return out.to(v.dtype), lse
+
+
+@wrong("5.2", "scales the caller's q in place")
+def flash_tile(q, k, v, position, block, sink=None):
+    scaled = q.float()
+    scaled *= q.shape[1] ** -0.5
+    out, lse = tile(scaled * q.shape[1] ** 0.5, k, v, position, block, sink)
+    return out.to(q.dtype), lse
+
+
 @alternative("5.2", "from right to left, and the sink at the end")
 def flash_tile(q, k, v, position, block, sink=None):
     out, lse = tile(q.float(), k, v, position, block, None, back=True)
@@ -308,6 +692,34 @@ def block_ranges(first, block_m, block_n, len_q, len_k, left=-1, right=0):
     begin, end = some[0] // block_n, -(-some[1] // block_n)
     a, b = -(-all_[0] // block_n), all_[1] // block_n
     return (begin, a, b, end) if a < b else (begin, begin, begin, end)
+
+
+@wrong("5.3", "no limit ahead as a limit of len_k")
+def block_ranges(first, block_m, block_n, len_q, len_k, left=-1, right=0):
+    right = len_k if right < 0 else right
+    return to_blocks(*ranges(first, block_m, block_n, len_q, len_k, left, right), block_n)
+
+
+@wrong("5.3", "no limit behind as a limit of len_q")
+def block_ranges(first, block_m, block_n, len_q, len_k, left=-1, right=0):
+    left = len_q if left < 0 else left
+    return to_blocks(*ranges(first, block_m, block_n, len_q, len_k, left, right), block_n)
+
+
+@wrong("5.3", "a window of 0 counts as none")
+def block_ranges(first, block_m, block_n, len_q, len_k, left=-1, right=0):
+    return to_blocks(*ranges(first, block_m, block_n, len_q, len_k, left or -1, right), block_n)
+
+
+@wrong("5.3", "one block more at the end")
+def block_ranges(first, block_m, block_n, len_q, len_k, left=-1, right=0):
+    begin, a, b, end = to_blocks(*ranges(first, block_m, block_n, len_q, len_k, left, right), block_n)
+    return begin, a, b, min(end + 1, -(-len_k // block_n)) if end > begin else end
+
+
+@wrong("5.3", "floats")
+def block_ranges(first, block_m, block_n, len_q, len_k, left=-1, right=0):
+    return tuple(map(float, to_blocks(*ranges(first, block_m, block_n, len_q, len_k, left, right), block_n)))
 
 
 @alternative("5.3", "an infinite window as a very long one")
@@ -423,6 +835,70 @@ def combine_splits(outs, lses):
     return (weights[..., None] * outs.float()).sum(0).to(outs.dtype), lse
 
 
+def combined(outs, lses, empty):
+    """The right one, but for which chunks count as empty."""
+    m = lses.amax(0)
+    m = m.masked_fill(m == -INF, 0.0)
+    share = torch.exp(lses - m)
+    total = share.sum(0)
+    values = outs.float().masked_fill(empty(share, lses)[..., None], 0.0)
+    out = (share[..., None] * values).sum(0) / total.masked_fill(total == 0, 1.0)[..., None]
+    return out.to(outs.dtype), m + torch.log(total)
+
+
+@wrong("5.4", "silences chunks by their share: one of exp(-120) is 0 in fp32, and so is its NaN")
+def combine_splits(outs, lses):
+    return combined(outs, lses, lambda share, lses: share <= 0)
+
+
+@wrong("5.4", "silences chunks far below the largest")
+def combine_splits(outs, lses):
+    return combined(outs, lses, lambda share, lses: lses < lses.amax(0) - 60)
+
+
+@wrong("5.4", "a log-sum-exp of NaN counts as empty")
+def combine_splits(outs, lses):
+    lses = lses.nan_to_num(-INF, -INF, -INF)
+    return combined(outs, lses, lambda share, lses: lses == -INF)
+
+
+@wrong("5.4", "one chunk is handed back")
+def combine_splits(outs, lses):
+    return (outs[0], lses[0]) if len(outs) == 1 else combined(outs, lses, lambda share, lses: lses == -INF)
+
+
+@wrong("5.4", "one chunk is copied, leftovers and all")
+def combine_splits(outs, lses):
+    if len(outs) == 1:
+        return outs[0].clone(), lses[0].clone()
+    return combined(outs, lses, lambda share, lses: lses == -INF)
+
+
+@wrong("5.4", "the log-sum-exp in the outputs' dtype")
+def combine_splits(outs, lses):
+    out, lse = combined(outs, lses, lambda share, lses: lses == -INF)
+    return out, lse.to(outs.dtype)
+
+
+@wrong("5.4", "fp32 whatever the outputs are")
+def combine_splits(outs, lses):
+    return combined(outs.float(), lses, lambda share, lses: lses == -INF)
+
+
+@wrong("5.4", "a NaN anywhere makes the whole sequence NaN")
+def combine_splits(outs, lses):
+    out, lse = combined(outs, lses, lambda share, lses: lses == -INF)
+    bad = out.isnan().any(-1, keepdim=True)
+    return out.masked_fill(bad, float("nan")), lse
+
+
+@wrong("5.4", "flattens by view, which needs contiguous inputs")
+def combine_splits(outs, lses):
+    n, b, h, d = outs.shape
+    out, lse = combined(outs.view(n, b * h, 1, d), lses.view(n, b * h, 1), lambda share, lses: lses == -INF)
+    return out.view(b, h, d), lse.view(b, h)
+
+
 @alternative("5.4", "torch.logsumexp and weights from it")
 def combine_splits(outs, lses):
     lse = lses.logsumexp(0)
@@ -442,8 +918,13 @@ def switched_kernel(
     """The right kernel, but for what WRONG names."""
     first, offs_d = tl.program_id(0) * BLOCK_M, tl.arange(0, D)
     offs_m = first + tl.arange(0, BLOCK_M)
-    q = tl.load(q_ptr + offs_m[:, None] * D + offs_d, mask=offs_m[:, None] < T, other=0.0)
+    if WRONG == "q unmasked":
+        q = tl.load(q_ptr + offs_m[:, None] * D + offs_d)
+    else:
+        q = tl.load(q_ptr + offs_m[:, None] * D + offs_d, mask=offs_m[:, None] < T, other=0.0)
     row_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    if WRONG == "from 0":
+        row_max = tl.zeros((BLOCK_M,), tl.float32)
     row_sum, acc = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M, D), tl.float32)
     end = tl.minimum(first + BLOCK_M, T)
     if WRONG == "visits all":
@@ -455,10 +936,16 @@ def switched_kernel(
     for start in range(0, end, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
         offs_kv = offs_n[:, None] * D + offs_d
-        k = tl.load(k_ptr + offs_kv, mask=offs_n[:, None] < T, other=0.0)
+        if WRONG == "k unmasked":
+            k = tl.load(k_ptr + offs_kv)
+        else:
+            k = tl.load(k_ptr + offs_kv, mask=offs_n[:, None] < T, other=0.0)
         v = tl.load(v_ptr + offs_kv, mask=offs_n[:, None] < T, other=0.0)
         back = offs_m[:, None] - offs_n[None, :]
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if WRONG == "tf32":
+            scores = tl.dot(q, tl.trans(k))
+        else:
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if WRONG == "bias before the scale":
             scores = (scores - slope * back) * scale
         elif WRONG == "bias grows":
@@ -467,7 +954,9 @@ def switched_kernel(
             scores = scores * scale - slope * (tl.arange(0, BLOCK_M)[:, None] - tl.arange(0, BLOCK_N)[None, :])
         else:
             scores = scores * scale - slope * back
-        if WRONG != "no mask":
+        if WRONG == "hides with -1e9":
+            scores = tl.where(back >= 0, scores, -1e9)
+        elif WRONG != "no mask":
             scores = tl.where(back >= 0, scores, -float("inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         if WRONG == "no maximum":
@@ -485,11 +974,14 @@ def switched_kernel(
         row_max = new_max
     if WRONG != "not divided":
         acc = acc / row_sum[:, None]
-    tl.store(o_ptr + offs_m[:, None] * D + offs_d, acc.to(o_ptr.dtype.element_ty), mask=offs_m[:, None] < T)
+    if WRONG == "store unmasked":
+        tl.store(o_ptr + offs_m[:, None] * D + offs_d, acc.to(o_ptr.dtype.element_ty))
+    else:
+        tl.store(o_ptr + offs_m[:, None] * D + offs_d, acc.to(o_ptr.dtype.element_ty), mask=offs_m[:, None] < T)
 
 
 def launch(q, k, v, slope, block_m, block_n, what="", programs=None):
-    out = torch.empty_like(q) if what != "grid" else torch.zeros_like(q)
+    out = torch.empty_like(q) if what not in ("grid", "store unmasked") else torch.zeros_like(q)
     grid = (triton.cdiv(len(q), block_m) if programs is None else programs,)
     switched_kernel[grid](
         q, k, v, out, len(q), q.shape[1] ** -0.5, slope, D=q.shape[1], BLOCK_M=block_m, BLOCK_N=block_n, WRONG=what
@@ -555,6 +1047,43 @@ def flash_alibi(q, k, v, slope, block_m=16, block_n=16):
 @wrong("5.5", "a grid rounded down")
 def flash_alibi(q, k, v, slope, block_m=16, block_n=16):
     return launch(q, k, v, slope, block_m, block_n, "grid", programs=max(1, len(q) // block_m))
+
+
+@wrong("5.5", "loads rows of q past the end, which no output shows")
+def flash_alibi(q, k, v, slope, block_m=16, block_n=16):
+    return launch(q, k, v, slope, block_m, block_n, "q unmasked")
+
+
+@wrong("5.5", "loads rows of k past the end, which the causal mask hides")
+def flash_alibi(q, k, v, slope, block_m=16, block_n=16):
+    return launch(q, k, v, slope, block_m, block_n, "k unmasked")
+
+
+@wrong("5.5", "stores rows past the end, into torch.zeros_like")
+def flash_alibi(q, k, v, slope, block_m=16, block_n=16):
+    return launch(q, k, v, slope, block_m, block_n, "store unmasked")
+
+
+@wrong("5.5", "the maximum starts at 0")
+def flash_alibi(q, k, v, slope, block_m=16, block_n=16):
+    return launch(q, k, v, slope, block_m, block_n, "from 0")
+
+
+@wrong("5.5", "hides with -1e9: scores that are lower hide instead")
+def flash_alibi(q, k, v, slope, block_m=16, block_n=16):
+    return launch(q, k, v, slope, block_m, block_n, "hides with -1e9")
+
+
+@wrong("5.5", "tl.dot as it is: fp32 is cut to TF32 on a GPU")
+def flash_alibi(q, k, v, slope, block_m=16, block_n=16):
+    return launch(q, k, v, slope, block_m, block_n, "tf32")
+
+
+@wrong("5.5", "scales the caller's q in place")
+def flash_alibi(q, k, v, slope, block_m=16, block_n=16):
+    out = launch(q, k, v, slope, block_m, block_n)
+    q *= q.shape[1] ** -0.5
+    return out
 
 
 @wrong("5.5", "torch, with scores and biases written out")

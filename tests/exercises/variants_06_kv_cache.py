@@ -10,6 +10,300 @@ from minillm.learn.testing import alternative, wrong
 INF = float("inf")
 
 
+# ---- 6.w1 -----------------------------------------------------------------------------------------------------------
+
+
+@wrong("6.w1", "the last token passes through the model too")
+def tokens_computed(prompt, n):
+    return n * prompt + n * (n + 1) // 2, prompt + n
+
+
+@wrong("6.w1", "the cached way computes the prompt and each new token, the last one included")
+def tokens_computed(prompt, n):
+    return n * prompt + n * (n - 1) // 2, prompt + n if n else 0
+
+
+@wrong("6.w1", "forgets that the text grows")
+def tokens_computed(prompt, n):
+    return n * prompt, prompt + n - 1 if n else 0
+
+
+@wrong("6.w1", "the prompt passes although nothing is asked")
+def tokens_computed(prompt, n):
+    return n * prompt + n * (n - 1) // 2, prompt + n - 1
+
+
+@wrong("6.w1", "a float, inexact for long texts")
+def tokens_computed(prompt, n):
+    return n * prompt + n * (n - 1) / 2, prompt + n - 1 if n else 0
+
+
+@wrong("6.w1", "a loop over the steps")
+def tokens_computed(prompt, n):
+    total = 0
+    for i in range(n):
+        total += prompt + i
+    return total, prompt + n - 1 if n else 0
+
+
+@alternative("6.w1", "the mean step, n times")
+def tokens_computed(prompt, n):
+    return n * (2 * prompt + n - 1) // 2, n and prompt + n - 1
+
+
+# ---- 6.w2 -----------------------------------------------------------------------------------------------------------
+
+
+@wrong("6.w2", "in order, as if nothing went round")
+def ring(length, window):
+    return [p if p < length else -1 for p in range(max(0, length - window), max(0, length - window) + window)]
+
+
+@wrong("6.w2", "what was there first stays")
+def ring(length, window):
+    return [p if p < length else -1 for p in range(window)]
+
+
+@wrong("6.w2", "one token too many")
+def ring(length, window):
+    return [max(-1, length - (length - slot) % window) for slot in range(window)]
+
+
+@wrong("6.w2", "slots that were never written hold negative positions")
+def ring(length, window):
+    return [length - 1 - (length - 1 - slot) % window for slot in range(window)]
+
+
+@wrong("6.w2", "a loop over all tokens")
+def ring(length, window):
+    slots = [-1] * window
+    for p in range(length):
+        slots[p % window] = p
+    return slots
+
+
+@alternative("6.w2", "the last tokens, each to its slot")
+def ring(length, window):
+    slots = [-1] * window
+    for p in range(max(0, length - window), length):
+        slots[p % window] = p
+    return slots
+
+
+# ---- 6.w3 -----------------------------------------------------------------------------------------------------------
+
+
+@wrong("6.w3", "hides the scores and not the values")
+def blend(scores, values, seen):
+    return scores.masked_fill(~seen, -INF).softmax(0) @ values
+
+
+@wrong("6.w3", "multiplies by the mask")
+def blend(scores, values, seen):
+    return (scores.masked_fill(~seen, -INF).softmax(0) * seen) @ (values * seen[:, None])
+
+
+@wrong("6.w3", "adds -inf to the scores")
+def blend(scores, values, seen):
+    return (scores + torch.where(seen, 0.0, -INF)).softmax(0) @ values.masked_fill(~seen[:, None], 0.0)
+
+
+@wrong("6.w3", "a softmax over all slots, then the mask")
+def blend(scores, values, seen):
+    return scores.nan_to_num(0, 0, 0).softmax(0).masked_fill(~seen, 0.0) @ values.masked_fill(~seen[:, None], 0.0)
+
+
+@wrong("6.w3", "replaces every NaN, real ones too")
+def blend(scores, values, seen):
+    return scores.masked_fill(~seen, -INF).softmax(0) @ values.nan_to_num(0.0, 0.0, 0.0)
+
+
+@wrong("6.w3", "hides with -1e9")
+def blend(scores, values, seen):
+    return scores.masked_fill(~seen, -1e9).softmax(0) @ values.masked_fill(~seen[:, None], 0.0)
+
+
+@wrong("6.w3", "cleans the caller's values")
+def blend(scores, values, seen):
+    values[~seen] = 0.0
+    return scores.masked_fill(~seen, -INF).softmax(0) @ values
+
+
+@wrong("6.w3", "the first tokens, as many as are seen")
+def blend(scores, values, seen):
+    count = int(seen.sum())
+    return scores[:count].softmax(0) @ values[:count]
+
+
+@alternative("6.w3", "selects")
+def blend(scores, values, seen):
+    return scores[seen].softmax(0) @ values[seen]
+
+
+# ---- 6.0 ------------------------------------------------------------------------------------------------------------
+
+
+def stepped(q, k, v, k_cache, v_cache, length, what=""):
+    """The right one, but for what is named."""
+    end = length + len(k)
+    if end > len(k_cache) and what != "no check":
+        raise ValueError("k: too many tokens")
+    if what == "full is too much" and end == len(k_cache):
+        raise ValueError("k: too many tokens")
+    if what == "a copy":
+        k_cache, v_cache = k_cache.clone(), v_cache.clone()
+    if what == "reshaped":
+        k_cache, v_cache = (x.reshape(len(x), -1).unflatten(1, x.shape[1:]) for x in (k_cache, v_cache))
+    if what == "at the front":
+        k_cache[: len(k)], v_cache[: len(v)] = k, v
+    else:
+        k_cache[length:end], v_cache[length:end] = k, v
+    if what == "clears the rest":
+        k_cache[end:], v_cache[end:] = 0, 0
+    seen = len(k_cache) if what == "all slots" else end
+    keys, values = k_cache[:seen], v_cache[:seen]
+    if what == "cached alone":
+        keys, values = (keys[:length], values[:length]) if length else (keys, values)
+    if what == "new alone":
+        keys, values = k, v
+    heads = torch.arange(q.shape[1])
+    heads = heads % k.shape[1] if what == "heads in turns" else heads // (q.shape[1] // k.shape[1])
+    scores = torch.einsum("thd,shd->hts", q, keys[:, heads])
+    if what != "no scale":
+        scores = scores / q.shape[-1] ** 0.5
+    at = torch.arange(len(q))[:, None] + (0 if what in ("square", "new alone") else length)
+    future = torch.arange(keys.shape[0]) > at
+    if what == "no mask":
+        future = torch.zeros_like(future)
+    scores = scores.masked_fill(future, -1e9 if what == "-1e9" else -INF)
+    weights = scores.exp() / scores.exp().sum(-1, keepdim=True) if what == "no maximum" else scores.softmax(-1)
+    return torch.einsum("hts,shd->thd", weights, values[:, heads])
+
+
+@wrong("6.0", "stores at the front of the cache")
+def append_and_attend(q, k, v, k_cache, v_cache, length):
+    return stepped(q, k, v, k_cache, v_cache, length, "at the front")
+
+
+@wrong("6.0", "stores into a copy")
+def append_and_attend(q, k, v, k_cache, v_cache, length):
+    return stepped(q, k, v, k_cache, v_cache, length, "a copy")
+
+
+@wrong("6.0", "stores through reshape, which copies a view")
+def append_and_attend(q, k, v, k_cache, v_cache, length):
+    return stepped(q, k, v, k_cache, v_cache, length, "reshaped")
+
+
+@wrong("6.0", "clears the slots behind")
+def append_and_attend(q, k, v, k_cache, v_cache, length):
+    return stepped(q, k, v, k_cache, v_cache, length, "clears the rest")
+
+
+@wrong("6.0", "reads all slots and hides by the mask: a weight of 0 against NaN")
+def append_and_attend(q, k, v, k_cache, v_cache, length):
+    return stepped(q, k, v, k_cache, v_cache, length, "all slots")
+
+
+@wrong("6.0", "new tokens do not see themselves")
+def append_and_attend(q, k, v, k_cache, v_cache, length):
+    return stepped(q, k, v, k_cache, v_cache, length, "cached alone")
+
+
+@wrong("6.0", "new tokens see only those of their step")
+def append_and_attend(q, k, v, k_cache, v_cache, length):
+    return stepped(q, k, v, k_cache, v_cache, length, "new alone")
+
+
+@wrong("6.0", "query heads take key/value heads in turns")
+def append_and_attend(q, k, v, k_cache, v_cache, length):
+    return stepped(q, k, v, k_cache, v_cache, length, "heads in turns")
+
+
+@wrong("6.0", "scores are not scaled")
+def append_and_attend(q, k, v, k_cache, v_cache, length):
+    return stepped(q, k, v, k_cache, v_cache, length, "no scale")
+
+
+@wrong("6.0", "the mask of a step at position 0")
+def append_and_attend(q, k, v, k_cache, v_cache, length):
+    return stepped(q, k, v, k_cache, v_cache, length, "square")
+
+
+@wrong("6.0", "no mask: a chunk's tokens see the future")
+def append_and_attend(q, k, v, k_cache, v_cache, length):
+    return stepped(q, k, v, k_cache, v_cache, length, "no mask")
+
+
+@wrong("6.0", "hides with -1e9")
+def append_and_attend(q, k, v, k_cache, v_cache, length):
+    return stepped(q, k, v, k_cache, v_cache, length, "-1e9")
+
+
+@wrong("6.0", "a softmax without the maximum")
+def append_and_attend(q, k, v, k_cache, v_cache, length):
+    return stepped(q, k, v, k_cache, v_cache, length, "no maximum")
+
+
+@wrong("6.0", "no error when the tokens do not fit")
+def append_and_attend(q, k, v, k_cache, v_cache, length):
+    return stepped(q, k, v, k_cache, v_cache, length, "no check")
+
+
+@wrong("6.0", "the last slot is not used")
+def append_and_attend(q, k, v, k_cache, v_cache, length):
+    return stepped(q, k, v, k_cache, v_cache, length, "full is too much")
+
+
+@wrong("6.0", "stores what fits, then raises")
+def append_and_attend(q, k, v, k_cache, v_cache, length):
+    room = len(k_cache) - length
+    k_cache[length : length + len(k)] = k[:room]
+    v_cache[length : length + len(v)] = v[:room]
+    return stepped(q, k, v, k_cache, v_cache, length)
+
+
+@wrong("6.0", "is_causal, which counts from the top left corner")
+def append_and_attend(q, k, v, k_cache, v_cache, length):
+    end = length + len(k)
+    if end > len(k_cache):
+        raise ValueError("k: too many tokens")
+    k_cache[length:end], v_cache[length:end] = k, v
+    parts = (x.transpose(0, 1) for x in (q, k_cache[:end], v_cache[:end]))
+    return F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True).transpose(0, 1)
+
+
+@wrong("6.0", "scales the caller's q in place")
+def append_and_attend(q, k, v, k_cache, v_cache, length):
+    q *= q.shape[-1] ** -0.5
+    return stepped(q, k, v, k_cache, v_cache, length, "no scale")
+
+
+@alternative("6.0", "torch's fused attention with a mask")
+def append_and_attend(q, k, v, k_cache, v_cache, length):
+    end = length + len(k)
+    if end > len(k_cache):
+        raise ValueError("k: too many tokens")
+    k_cache[length:end].copy_(k), v_cache[length:end].copy_(v)
+    mask = torch.ones(len(q), end, dtype=torch.bool).tril(length)
+    parts = (x.transpose(0, 1)[None] for x in (q, k_cache[:end], v_cache[:end]))
+    return F.scaled_dot_product_attention(*parts, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+
+
+@alternative("6.0", "token by token")
+def append_and_attend(q, k, v, k_cache, v_cache, length):
+    if length + len(k) > len(k_cache):
+        raise ValueError("k: too many tokens")
+    groups = q.shape[1] // k.shape[1]
+    rows = []
+    for i in range(len(q)):
+        k_cache[length + i], v_cache[length + i] = k[i], v[i]
+        keys, values = (x[: length + i + 1].repeat_interleave(groups, 1) for x in (k_cache, v_cache))
+        weights = (torch.einsum("hd,shd->hs", q[i], keys) / q.shape[2] ** 0.5).softmax(-1)
+        rows.append(torch.einsum("hs,shd->hd", weights, values))
+    return torch.stack(rows)
+
+
 # ---- 6.1 ------------------------------------------------------------------------------------------------------------
 
 
@@ -98,6 +392,24 @@ def max_sequences(memory, weights, layers, length, size=2, block=1):
 def max_sequences(memory, weights, layers, length, size=2, block=1):
     found = max(0, int(plan(memory, weights, layers, length, size, block)))
     return found if isinstance(size, int) else float(found)
+
+
+@wrong("6.1", "half bytes of a token are rounded down")
+def max_sequences(memory, weights, layers, length, size=2, block=1):
+    total = 0
+    for layer in layers:
+        numbers = layer["latent"] + layer["rope"] if "latent" in layer else 2 * layer["kv_heads"] * layer["head_dim"]
+        total += -(-min(length, layer.get("window", length)) // block) * block * int(numbers * size)
+    return max(0, int((memory - weights) // total))
+
+
+@wrong("6.1", "half bytes of a token are rounded up")
+def max_sequences(memory, weights, layers, length, size=2, block=1):
+    total = 0
+    for layer in layers:
+        numbers = layer["latent"] + layer["rope"] if "latent" in layer else 2 * layer["kv_heads"] * layer["head_dim"]
+        total += -(-min(length, layer.get("window", length)) // block) * block * math.ceil(numbers * size)
+    return max(0, int((memory - weights) // total))
 
 
 @alternative("6.1", "in integers, bits instead of bytes")
@@ -234,6 +546,44 @@ class Cache(Right):
         self.length = length if length >= 0 else self.length + length
 
 
+@wrong("6.2", "rewinds up to the longest length ever")
+class Cache(Right):
+    longest = 0
+
+    def append(self, k, v):
+        got = super().append(k, v)
+        self.longest = max(self.longest, self.length)
+        return got
+
+    def rewind(self, length):
+        if not 0 <= length <= self.longest:
+            raise ValueError("length: too long")
+        self.length = length
+
+
+@wrong("6.2", "takes the dtype of what is appended")
+class Cache(Right):
+    def append(self, k, v):
+        self.store = self.store.to(k.dtype)
+        return super().append(k, v)
+
+
+@wrong("6.2", "raises for no new token")
+class Cache(Right):
+    def append(self, k, v):
+        if not len(k):
+            raise ValueError("k: expected tokens")
+        return super().append(k, v)
+
+
+@wrong("6.2", "forgets first, then raises")
+class Cache(Right):
+    def rewind(self, length):
+        before, self.length = self.length, length
+        if not 0 <= length <= before:
+            raise ValueError("length: too long")
+
+
 @wrong("6.2", "keeps the first append's tensors themselves")
 class Cache(Right):
     def append(self, k, v):
@@ -276,7 +626,7 @@ def decoded(q, k, v, k_cache, v_cache, lengths, active, what=""):
     if what == "adds -1e9":
         scores = scores + torch.where(inside, 0.0, -1e9)[:, None]
     else:
-        scores = scores.masked_fill(~inside[:, None], -INF)
+        scores = scores.masked_fill(~inside[:, None], -1e9 if what == "hides with -1e9" else -INF)
     weights = scores.exp() / scores.exp().sum(-1, keepdim=True) if what == "no maximum" else scores.softmax(-1)
     out = torch.zeros_like(q)
     out[rows] = torch.einsum("bhs,bshd->bhd", weights, values)
@@ -350,6 +700,32 @@ def decode_step(q, k, v, k_cache, v_cache, lengths, active):
     return decoded(q, k, v, k_cache, v_cache, lengths, active, "cleans the cache")
 
 
+@wrong("6.3", "stores through reshape: lost where the cache is a view")
+def decode_step(q, k, v, k_cache, v_cache, lengths, active):
+    rows = active.nonzero()[:, 0]
+    at = rows * k_cache.shape[1] + lengths[rows]
+    flat = [x.reshape(-1, *x.shape[2:]) for x in (k_cache, v_cache)]
+    flat[0][at], flat[1][at] = k[rows], v[rows]
+    return decoded(q, k, v, *(x.view(k_cache.shape) for x in flat), lengths, active)
+
+
+@wrong("6.3", "writes the output over q")
+def decode_step(q, k, v, k_cache, v_cache, lengths, active):
+    return q.copy_(decoded(q, k, v, k_cache, v_cache, lengths, active))
+
+
+@wrong("6.3", "hides with -1e9")
+def decode_step(q, k, v, k_cache, v_cache, lengths, active):
+    return decoded(q, k, v, k_cache, v_cache, lengths, active, "hides with -1e9")
+
+
+@wrong("6.3", "finished rows give what stands in their slots")
+def decode_step(q, k, v, k_cache, v_cache, lengths, active):
+    out = decoded(q, k, v, k_cache, v_cache, lengths, active)
+    full = decoded(q, k, v, k_cache.clone(), v_cache.clone(), lengths.clamp(max=k_cache.shape[1] - 1), active | True)
+    return torch.where(active[:, None, None], out, full)
+
+
 @alternative("6.3", "torch's fused attention over cleaned caches")
 def decode_step(q, k, v, k_cache, v_cache, lengths, active):
     if not active.any():
@@ -368,7 +744,7 @@ def decode_step(q, k, v, k_cache, v_cache, lengths, active):
     return out
 
 
-@alternative("6.3", "row by row")
+@wrong("6.3", "row by row, in a loop")
 def decode_step(q, k, v, k_cache, v_cache, lengths, active):
     out, groups = torch.zeros_like(q), q.shape[1] // k.shape[1]
     for row in range(len(q)):
@@ -392,7 +768,8 @@ class Rolling:
 
     def __init__(self, sinks, window, kv_heads, head_dim):
         self.sinks, self.window, self.length = sinks, window, 0
-        self.k, self.v = (torch.zeros(sinks + window, kv_heads, head_dim) for _ in range(2))
+        make = torch.empty if self.what == "uninitialized" else torch.zeros
+        self.k, self.v = (make(sinks + window, kv_heads, head_dim) for _ in range(2))
         self.positions = torch.full((sinks + window,), -1)
 
     def attend(self, q, keys, values, at, new):
@@ -406,7 +783,8 @@ class Rolling:
         heads = torch.arange(q.shape[1])
         heads = heads % keys.shape[1] if self.what == "heads in turns" else heads // (q.shape[1] // keys.shape[1])
         scores = torch.einsum("thd,shd->hts", q, keys[:, heads]) / q.shape[-1] ** 0.5
-        return torch.einsum("hts,shd->thd", scores.masked_fill(~seen, -INF).softmax(-1), values[:, heads])
+        hidden = {"uninitialized": -INF, "hides with -1e9": -1e9}.get(self.what, -INF)
+        return torch.einsum("hts,shd->thd", scores.masked_fill(~seen, hidden).softmax(-1), values[:, heads])
 
     def store(self, k, v, new):
         kept = (new < self.sinks) | (new >= self.length - self.window)
@@ -489,6 +867,51 @@ class SinkCache(Rolling):
 @wrong("6.4", "query heads take key/value heads in turns")
 class SinkCache(Rolling):
     what = "heads in turns"
+
+
+@wrong("6.4", "slots from torch.empty: a weight of 0 against what stood in memory")
+class SinkCache(Rolling):
+    what = "uninitialized"
+
+
+@wrong("6.4", "hides with -1e9")
+class SinkCache(Rolling):
+    what = "hides with -1e9"
+
+
+@wrong("6.4", "keeps everything, beside a small cache for show")
+class SinkCache(Rolling):
+    def step(self, q, k, v):
+        self.all = getattr(self, "all", [])
+        self.all.append((k.clone(), v.clone()))
+        return super().step(q, k, v)
+
+
+@wrong("6.4", "a list of all positions grows with the text")
+class SinkCache(Rolling):
+    def step(self, q, k, v):
+        self.seen = [*getattr(self, "seen", []), *range(self.length, self.length + len(k))]
+        return super().step(q, k, v)
+
+
+@wrong("6.4", "takes the caller's memory for the sinks")
+class SinkCache(Rolling):
+    def step(self, q, k, v):
+        first = self.length == 0 and self.sinks and len(k) >= self.sinks
+        if not first and hasattr(self, "own"):
+            self.k[: self.sinks], self.v[: self.sinks] = self.own
+        out = super().step(q, k, v)
+        if first:
+            self.own = k[: self.sinks], v[: self.sinks]
+        return out
+
+
+@wrong("6.4", "scales the caller's q in place")
+class SinkCache(Rolling):
+    def step(self, q, k, v):
+        out = super().step(q, k, v)
+        q *= 2
+        return out
 
 
 @wrong("6.4", "keeps everything and masks")
@@ -596,6 +1019,31 @@ def cut(k, v, start, stop, theta=10_000.0):
     return (k[:start], v[:start]) if stop == len(k) else moved(k, v, start, stop, theta)
 
 
+@wrong("6.5", "in fp64, in place: fp64 keys are the caller's own")
+def cut(k, v, start, stop, theta=10_000.0):
+    wide = k.double()
+    moved(wide, v, start, stop, theta, "in place")
+    return torch.cat((wide[:start], wide[stop:])).to(k.dtype), torch.cat((v[:start], v[stop:]))
+
+
+@wrong("6.5", "values in the keys' dtype")
+def cut(k, v, start, stop, theta=10_000.0):
+    keys, values = moved(k, v, start, stop, theta)
+    return keys, values.to(k.dtype)
+
+
+@wrong("6.5", "flattens by view, which needs contiguous keys")
+def cut(k, v, start, stop, theta=10_000.0):
+    keys, values = moved(k.view(len(k), 1, -1).view(k.shape), v, start, stop, theta)
+    return keys, values
+
+
+@wrong("6.5", "in fp32 whatever comes")
+def cut(k, v, start, stop, theta=10_000.0):
+    keys, values = moved(k.float(), v, start, stop, theta)
+    return keys.to(k.dtype), values
+
+
 @alternative("6.5", "complex numbers")
 def cut(k, v, start, stop, theta=10_000.0):
     half = k.shape[-1] // 2
@@ -686,6 +1134,17 @@ def saturating_batch(weights, layers, heads, kv_heads, head_dim, context, peak, 
     each = (2 * weights + 4 * layers * heads * head_dim * context) / peak
     reading = 2 * layers * kv_heads * head_dim * context * size / bandwidth
     return math.ceil(weights * size / bandwidth / (each - reading))
+
+
+@wrong("6.6", "counts batches up")
+def saturating_batch(weights, layers, heads, kv_heads, head_dim, context, peak, bandwidth, size=2):
+    if crossing(weights, layers, heads, kv_heads, head_dim, context, peak, bandwidth, size) is None:
+        return None
+    batch = 1
+    flops, reading = 2 * weights + 4 * layers * heads * head_dim * context, 2 * layers * kv_heads * head_dim * context
+    while batch * flops / peak < size * (weights + batch * reading) / bandwidth:
+        batch += 1
+    return batch
 
 
 @alternative("6.6", "doubling, then halving the interval")

@@ -4,6 +4,7 @@ import hashlib
 import os
 import zlib
 from array import array
+from collections import OrderedDict
 
 import numpy as np
 import torch
@@ -11,9 +12,359 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from minillm.cache.blocks import OutOfBlocks
+from minillm.cache.blocks import BlockPool, BlockTable, OutOfBlocks, chain_hash
 from minillm.kernels.common import tl, triton
 from minillm.learn.testing import alternative, wrong
+
+# ---- 7.w1
+
+
+@wrong("7.w1", "a negative position is looked up at the other end of the table")
+def slots_of(table, positions, block_size):
+    return [table[p // block_size] * block_size + p % block_size for p in positions]
+
+
+@wrong("7.w1", "ignores the table")
+def slots_of(table, positions, block_size):
+    if not all(0 <= p < len(table) * block_size for p in positions):
+        raise IndexError
+    return list(positions)
+
+
+@wrong("7.w1", "forgets the place within the block")
+def slots_of(table, positions, block_size):
+    if min(positions, default=0) < 0:
+        raise IndexError
+    return [table[p // block_size] * block_size for p in positions]
+
+
+@wrong("7.w1", "quotient and remainder exchanged")
+def slots_of(table, positions, block_size):
+    if min(positions, default=0) < 0:
+        raise IndexError
+    return [table[p % block_size] * block_size + p // block_size for p in positions]
+
+
+@wrong("7.w1", "a position behind the table is left out")
+def slots_of(table, positions, block_size):
+    if min(positions, default=0) < 0:
+        raise IndexError
+    known = [p for p in positions if p < len(table) * block_size]
+    return [table[p // block_size] * block_size + p % block_size for p in known]
+
+
+@wrong("7.w1", "sorts the positions")
+def slots_of(table, positions, block_size):
+    if min(positions, default=0) < 0:
+        raise IndexError
+    return [table[p // block_size] * block_size + p % block_size for p in sorted(positions)]
+
+
+@wrong("7.w1", "blocks of 4, whatever the block size")
+def slots_of(table, positions, block_size):
+    if min(positions, default=0) < 0:
+        raise IndexError
+    return [table[p // 4] * 4 + p % 4 for p in positions]
+
+
+@wrong("7.w1", "changes the caller's positions")
+def slots_of(table, positions, block_size):
+    if min(positions, default=0) < 0:
+        raise IndexError
+    for i, p in enumerate(positions):
+        positions[i] = table[p // block_size] * block_size + p % block_size
+    return list(positions)
+
+
+@alternative("7.w1", "all slots first")
+def slots_of(table, positions, block_size):
+    slots = [block * block_size + place for block in table for place in range(block_size)]
+    if any(not 0 <= p < len(slots) for p in positions):
+        raise IndexError
+    return [slots[p] for p in positions]
+
+
+# ---- 7.w2
+
+
+def private(table, index, references, free, mistake=""):
+    old = table[index]
+    if references[old] == 1 and mistake != "always":
+        return None
+    if mistake == "takes first":
+        references[old] -= 1
+    if not free and mistake == "returns None":
+        return None
+    if not free:
+        raise OutOfBlocks
+    new = free.pop(0 if mistake == "first" else -1)
+    if mistake not in ("old count", "takes first"):
+        references[old] -= 1
+    if mistake != "new count":
+        references[new] = references[old] + 1 if mistake == "copies the count" else 1
+    if mistake == "frees":
+        free.append(old)
+    if mistake != "table":
+        table[index] = new
+    return (new, old) if mistake == "turned" else (old, new)
+
+
+def private_with(what):
+    return lambda table, index, references, free: private(table, index, references, free, what)
+
+
+for what, why in (
+    ("always", "copies even if the table is alone"),
+    ("takes first", "takes the old count down before it knows that a block is free"),
+    ("returns None", "says that no copy is needed if no block is free"),
+    ("first", "takes the first of the free blocks"),
+    ("old count", "leaves the old block's count"),
+    ("new count", "leaves the new block's count at 0"),
+    ("copies the count", "gives the copy the old block's count"),
+    ("frees", "puts the old block, which others read, among the free ones"),
+    ("table", "leaves the table"),
+    ("turned", "from and to exchanged"),
+):
+    wrong("7.w2", why)(private_with(what))
+
+
+@wrong("7.w2", "takes block 0 for no block")
+def make_private(table, index, references, free):
+    old = table[index]
+    if references[old] == 1:
+        return None
+    new = free[-1] if free else None
+    if not new:
+        raise OutOfBlocks
+    free.pop()
+    references[old], references[new], table[index] = references[old] - 1, 1, new
+    return old, new
+
+
+@alternative("7.w2", "an IndexError turned into OutOfBlocks")
+def make_private(table, index, references, free):
+    if references[table[index]] < 2:
+        return None
+    try:
+        new = free.pop()
+    except IndexError:
+        raise OutOfBlocks from None
+    old, table[index] = table[index], new
+    references[old], references[new] = references[old] - 1, 1
+    return old, new
+
+
+# ---- 7.w3
+
+
+@wrong("7.w3", "without right=True: a place on the border goes to the sequence before")
+def owners(counts, size):
+    return torch.searchsorted(counts.cumsum(0), torch.arange(size, device=counts.device))
+
+
+@wrong("7.w3", "searches where sequences begin, not where they end")
+def owners(counts, size):
+    return torch.searchsorted(counts.cumsum(0) - counts, torch.arange(size, device=counts.device), right=True)
+
+
+@wrong("7.w3", "places behind the last token go to the last sequence")
+def owners(counts, size):
+    found = torch.searchsorted(counts.cumsum(0), torch.arange(size, device=counts.device), right=True)
+    return found.clamp(max=len(counts) - 1)
+
+
+@wrong("7.w3", "int32")
+def owners(counts, size):
+    at = torch.arange(size, device=counts.device)
+    return torch.searchsorted(counts.cumsum(0), at, right=True, out_int32=True)
+
+
+@wrong("7.w3", "repeat_interleave: how many entries there are depends on values")
+def owners(counts, size):
+    found = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    return torch.cat((found, torch.full((size - len(found),), len(counts))))
+
+
+@wrong("7.w3", "a loop that reads the counts")
+def owners(counts, size):
+    found = [i for i, n in enumerate(counts.tolist()) for _ in range(n)]
+    return torch.tensor(found + [len(counts)] * (size - len(found)))
+
+
+@wrong("7.w3", "new tensors on the CPU")
+def owners(counts, size):
+    return torch.searchsorted(counts.cumsum(0), torch.arange(size), right=True)
+
+
+@wrong("7.w3", "changes the counts")
+def owners(counts, size):
+    return torch.searchsorted(counts.cumsum_(0), torch.arange(size, device=counts.device), right=True)
+
+
+@alternative("7.w3", "counts the sequences that have ended")
+def owners(counts, size):
+    return (torch.arange(size, device=counts.device)[:, None] >= counts.cumsum(0)).sum(1)
+
+
+# ---- 7.0
+
+
+class Prefix:
+    """The right pool, but for what `mistake` names."""
+
+    mistake = ""
+
+    def __init__(self, num_blocks, block_size):
+        self.block_size, self.references = block_size, [0] * num_blocks
+        self.queue = OrderedDict.fromkeys(range(num_blocks))
+        self.block_of, self.name_of = {}, {}
+
+    @property
+    def num_free(self):
+        return len(self.queue)
+
+    def allocate(self):
+        if not self.queue:
+            if self.mistake == "None":
+                return None
+            raise OutOfBlocks
+        block, _ = self.queue.popitem(last=self.mistake == "newest")
+        if block in self.name_of and self.mistake != "stale":
+            name = self.name_of.pop(block)
+            if self.mistake != "half":
+                del self.block_of[name]
+        self.references[block] = 1
+        return block
+
+    def publish(self, block, name):
+        if self.mistake == "last publisher" and name in self.block_of:
+            del self.name_of[self.block_of.pop(name)]
+        if self.mistake == "renames" and block in self.name_of:
+            del self.block_of[self.name_of.pop(block)]
+        taken = name in self.block_of
+        if (not taken and block not in self.name_of) or (self.mistake == "two names" and not taken):
+            self.block_of[name], self.name_of[block] = block, name
+
+    def match_prefix(self, token_ids):
+        size, name, found, what = self.block_size, b"", [], self.mistake
+        stop = len(token_ids) if what == "all tokens" else len(token_ids) - 1
+        if what == "one block less":
+            stop = len(token_ids) - size
+        for start in range(0, stop // size * size, size):
+            name = chain_hash(b"" if what == "no chain" else name, token_ids[start : start + size])
+            block = self.block_of.get(name)
+            if block is None or (what == "in use only" and not self.references[block]):
+                if what == "goes on":
+                    continue
+                break
+            found.append(block)
+            if what != "no count":
+                self.references[block] += 1
+            if what != "stays free":
+                self.queue.pop(block, None)
+        if what == "changes":
+            del token_ids[-1:]
+        return len(found) * size if what == "tokens" else found
+
+    def release(self, block):
+        if self.references[block] == 0 and self.mistake != "twice":
+            raise ValueError
+        if self.mistake == "first gone" or self.references[block] <= 1:
+            self.references[block] = 0
+            self.queue[block] = None
+            named = block in self.name_of
+            if self.mistake == "forgets" and named:
+                del self.block_of[self.name_of.pop(block)]
+            self.queue.move_to_end(block, last=(named or self.mistake == "all last") and self.mistake != "all first")
+        else:
+            self.references[block] -= 1
+
+
+for name, what in {
+    "None": "returns None when no block is free",
+    "newest": "hands out the block released last",
+    "stale": "leaves the name of a block that is handed out",
+    "half": "forgets the block's name, and not the name's block",
+    "last publisher": "the last to publish a name takes it over",
+    "renames": "a block that has a name gets the new one",
+    "two names": "a block may be found by two names",
+    "all tokens": "finds all of a prompt: nothing is left to compute",
+    "one block less": "leaves a whole block to compute where a token is enough",
+    "no chain": "names a block by its own tokens",
+    "in use only": "finds blocks in use alone",
+    "goes on": "goes on behind a block that is not there",
+    "no count": "finds blocks without counting the table",
+    "stays free": "leaves a found block in the queue: it is handed out under its reader",
+    "changes": "takes a token off the caller's prompt",
+    "tokens": "returns how many tokens were found",
+    "twice": "takes a free block back once more",
+    "first gone": "frees a block when the first of its readers is gone",
+    "forgets": "a free block loses its name",
+    "all last": "blocks with nothing in them wait at the end, too",
+    "all first": "the last one released goes first, with a name too",
+}.items():
+    wrong("7.0", what)(type("PrefixPool", (Prefix,), {"mistake": name}))
+alternative("7.0", "an ordered dictionary and two for the names")(type("PrefixPool", (Prefix,), {}))
+
+
+@alternative("7.0", "a list for the queue, a search through it, and a set of names for each block")
+class PrefixPool:
+    def __init__(self, num_blocks, block_size):
+        self.size, self.queue, self.count = block_size, list(range(num_blocks)), {}
+        self.names = [None] * num_blocks
+
+    @property
+    def num_free(self):
+        return len(self.queue)
+
+    def allocate(self):
+        if not self.queue:
+            raise OutOfBlocks
+        block = self.queue.pop(0)
+        self.names[block], self.count[block] = None, 1
+        return block
+
+    def publish(self, block, name):
+        if name not in self.names and self.names[block] is None:
+            self.names[block] = name
+
+    def match_prefix(self, token_ids):
+        found, name = [], b""
+        while (len(found) + 1) * self.size < len(token_ids):
+            start = len(found) * self.size
+            name = chain_hash(name, token_ids[start : start + self.size])
+            if name not in self.names:
+                break
+            block = self.names.index(name)
+            if block in self.queue:
+                self.queue.remove(block)
+            self.count[block] = self.count.get(block, 0) + 1
+            found.append(block)
+        return found
+
+    def release(self, block):
+        if self.count.get(block, 0) < 1:
+            raise ValueError
+        self.count[block] -= 1
+        if not self.count[block]:
+            self.queue.insert(len(self.queue) if self.names[block] else 0, block)
+
+
+@alternative("7.0", "the package's own pool")
+class PrefixPool:
+    def __init__(self, num_blocks, block_size):
+        self.pool = BlockPool(num_blocks, block_size)
+        self.allocate, self.publish, self.release = self.pool.allocate, self.pool.publish, self.pool.release
+
+    @property
+    def num_free(self):
+        return self.pool.num_free
+
+    def match_prefix(self, token_ids):
+        table = BlockTable(self.pool)
+        table.match_prefix(token_ids)
+        return table.blocks
+
 
 # ---- 7.1
 
@@ -27,9 +378,13 @@ class Table:
         self.block_size, self.window, self.allocate, self.release = block_size, window, allocate, release
         self.blocks, self.num_tokens = [], 0
 
+    forgotten = 0
+
     def forget(self, seen):
-        for index in range(min(max(0, seen) // self.block_size, len(self.blocks))):
-            if self.blocks[index] >= 0:
+        begin = self.forgotten if self.mistake == "remembers" else 0
+        for index in range(begin, min(max(0, seen) // self.block_size, len(self.blocks))):
+            self.forgotten = index + 1
+            if self.blocks[index] > 0 or (self.blocks[index] == 0 and self.mistake != "block 0"):
                 self.release(self.blocks[index])
                 self.blocks[index] = -1
         if self.mistake == "removes":
@@ -51,6 +406,10 @@ class Table:
         except OutOfBlocks:
             if what == "swallows":
                 return
+            if what == "another error":
+                while len(self.blocks) > before:
+                    self.release(self.blocks.pop())
+                raise OutOfBlocks("no room") from None
             while len(self.blocks) > before and what != "leaks":
                 self.release(self.blocks.pop())
             if what == "restores":
@@ -64,7 +423,9 @@ class Table:
         for block in self.blocks:
             if block >= 0 or self.mistake == "frees the dead":
                 self.release(block)
-        if self.mistake != "stays":
+        if self.mistake == "counts on":
+            self.blocks = []
+        elif self.mistake != "stays":
             self.blocks, self.num_tokens = [], 0
 
 
@@ -126,6 +487,26 @@ class WindowTable(Table):
 @wrong("7.1", "free leaves the table as it was")
 class WindowTable(Table):
     mistake = "stays"
+
+
+@wrong("7.1", "keeps the index of the first living block beyond free: the next sequence forgets nothing")
+class WindowTable(Table):
+    mistake = "remembers"
+
+
+@wrong("7.1", "free leaves num_tokens")
+class WindowTable(Table):
+    mistake = "counts on"
+
+
+@wrong("7.1", "raises an error of its own")
+class WindowTable(Table):
+    mistake = "another error"
+
+
+@wrong("7.1", "takes block 0 for a dead one")
+class WindowTable(Table):
+    mistake = "block 0"
 
 
 @alternative("7.1", "a plain loop over all earlier blocks, and all blocks taken into a list first")
@@ -296,6 +677,42 @@ def slot_mapping(tables, starts, counts, size, block_size, rank=0, ranks=1):
     return found
 
 
+@wrong("7.2", "positions in int32")
+def slot_mapping(tables, starts, counts, size, block_size, rank=0, ranks=1):
+    return slots(tables, starts.int(), counts.int(), size, block_size, rank, ranks)
+
+
+@wrong("7.2", "slots as floating-point numbers")
+def slot_mapping(tables, starts, counts, size, block_size, rank=0, ranks=1):
+    return slots(tables, starts, counts, size, block_size, rank, ranks).double()
+
+
+@wrong("7.2", "reads the tables' memory as if it were contiguous")
+def slot_mapping(tables, starts, counts, size, block_size, rank=0, ranks=1):
+    whole = tables.as_strided(tables.shape, (tables.shape[1], 1))
+    return slots(whole, starts, counts, size, block_size, rank, ranks)
+
+
+@wrong("7.2", "clamps the caller's tables")
+def slot_mapping(tables, starts, counts, size, block_size, rank=0, ranks=1):
+    return slots(tables.clamp_(min=0), starts, counts, size, block_size, rank, ranks)
+
+
+@alternative("7.2", "a loop over the sequences that reads no value")
+def slot_mapping(tables, starts, counts, size, block_size, rank=0, ranks=1):
+    place = torch.arange(size, device=tables.device)
+    found, begin = torch.full((size,), -1, device=tables.device), 0
+    for row, start, count in zip(tables, starts, counts, strict=True):
+        position = start + place - begin
+        number = position // block_size
+        entry = (number // ranks).clamp(min=0, max=len(row) - 1)
+        slot = row[entry].long() * block_size + position % block_size
+        mine = (place >= begin) & (place < begin + count)
+        found = torch.where(mine & (number % ranks == rank), slot, found)
+        begin = begin + count
+    return found
+
+
 @alternative("7.2", "all pairs of entry and sequence compared")
 def slot_mapping(tables, starts, counts, size, block_size, rank=0, ranks=1):
     ends = counts.cumsum(0)
@@ -404,6 +821,67 @@ def block_names(token_ids, block_size, salt="", images=()):
     return [zlib.crc32(name).to_bytes(4, "big") + bytes(12) for name in names(token_ids, block_size, salt, images)]
 
 
+@wrong("7.3", "hashes Python's hash of a text: other names in another process")
+def block_names(token_ids, block_size, salt="", images=()):
+    return [
+        hashlib.sha256(str(hash(name.hex())).encode()).digest() for name in names(token_ids, block_size, salt, images)
+    ]
+
+
+@wrong("7.3", "names that depend on where an object lies")
+def block_names(token_ids, block_size, salt="", images=()):
+    mark = str(id(block_size)).encode()
+    return [hashlib.sha256(mark + name).digest() for name in names(token_ids, block_size, salt, images)]
+
+
+@wrong("7.3", "names that depend on the process")
+def block_names(token_ids, block_size, salt="", images=()):
+    mark = str(os.getpid()).encode()
+    return [hashlib.sha256(mark + name).digest() for name in names(token_ids, block_size, salt, images)]
+
+
+@wrong("7.3", "hashes how long a picture is")
+def block_names(token_ids, block_size, salt="", images=()):
+    return names(token_ids, block_size, salt, [(f, n, bytes([n & 255]) + d) for f, n, d in images])
+
+
+@wrong("7.3", "sorts the caller's pictures")
+def block_names(token_ids, block_size, salt="", images=()):
+    if isinstance(images, list):
+        images.sort()
+    return names(token_ids, block_size, salt, images)
+
+
+@wrong("7.3", "8 bytes of a hash, twice")
+def block_names(token_ids, block_size, salt="", images=()):
+    return [2 * name[:8] for name in names(token_ids, block_size, salt, images)]
+
+
+@wrong("7.3", "MD5")
+def block_names(token_ids, block_size, salt="", images=()):
+    return [hashlib.md5(name).digest() for name in names(token_ids, block_size, salt, images)]
+
+
+@wrong("7.3", "a checksum, four times")
+def block_names(token_ids, block_size, salt="", images=()):
+    return [4 * zlib.crc32(name).to_bytes(4, "big") for name in names(token_ids, block_size, salt, images)]
+
+
+@alternative("7.3", "in hexadecimal")
+def block_names(token_ids, block_size, salt="", images=()):
+    return [name.hex().encode() for name in names(token_ids, block_size, salt, images)]
+
+
+@alternative("7.3", "with the version of the scheme before each")
+def block_names(token_ids, block_size, salt="", images=()):
+    return [b"v1:" + name for name in names(token_ids, block_size, salt, images)]
+
+
+@alternative("7.3", "a picture counts anew in every block that it reaches into")
+def block_names(token_ids, block_size, salt="", images=()):
+    return names(token_ids, block_size, salt, images)
+
+
 @wrong("7.3", "text instead of bytes")
 def block_names(token_ids, block_size, salt="", images=()):
     return [name.hex() for name in names(token_ids, block_size, salt, images)]
@@ -492,6 +970,21 @@ def evict(nodes, wanted):
     return chosen
 
 
+@wrong("7.4", "takes nodes for leaves by what stands behind them in the dictionary")
+def evict(nodes, wanted):
+    left, chosen, freed = {}, [], 0
+    seen = set()
+    for i, node in reversed(nodes.items()):
+        if i not in seen and node.parent is not None and not node.references:
+            left[i] = node
+        seen.add(node.parent)
+    for i in sorted(left, key=lambda i: left[i].last_used):
+        if freed < wanted:
+            chosen.append(i)
+            freed += left[i].tokens
+    return chosen
+
+
 @wrong("7.4", "returns a set: the order is lost")
 def evict(nodes, wanted):
     return set(scan(nodes, wanted))
@@ -527,6 +1020,8 @@ def switched_kernel(
     if WRONG == "window - 1":
         first = tl.maximum(context - window + 1, 0)
     begin, end = first // BLOCK_SIZE, tl.cdiv(context, BLOCK_SIZE)
+    if WRONG == "from the start":
+        begin = 0
     if WRONG == "stops early":
         end = context // BLOCK_SIZE
     row_max = tl.full((ROWS,), -1.0e30, tl.float32)
@@ -545,9 +1040,14 @@ def switched_kernel(
         if WRONG == "no end":
             seen = position >= first
         offs_kv = ((block * BLOCK_SIZE + offs_n) * H_KV + head_kv)[:, None] * D + offs_d[None, :]
+        if WRONG == "sizes exchanged":
+            offs_kv = ((block * D + offs_n) * H_KV + head_kv)[:, None] * D + offs_d[None, :]
         if WRONG == "heads outside":
             offs_kv = (block * BLOCK_SIZE * H_KV + head_kv * BLOCK_SIZE + offs_n)[:, None] * D + offs_d[None, :]
-        k = tl.load(k_ptr + offs_kv, mask=seen[:, None], other=0.0)
+        if WRONG == "from the start":
+            k = tl.load(k_ptr + offs_kv)
+        else:
+            k = tl.load(k_ptr + offs_kv, mask=seen[:, None], other=0.0)
         if WRONG == "v unmasked":
             v = tl.load(v_ptr + offs_kv)
         else:
@@ -603,6 +1103,8 @@ for what, why in (
     ("no table", "takes the index for the block"),
     ("no end", "slots past the context count"),
     ("heads outside", "the cache as [blocks, heads, slots, D]"),
+    ("sizes exchanged", "blocks of D slots"),
+    ("from the start", "begins at block 0, reads keys through -1, and masks their scores"),
     ("v unmasked", "weights of 0 times NaN in V"),
     ("zeros count", "masked keys count with a score of 0"),
     ("no maximum", "no maximum: exponentials overflow"),
@@ -613,6 +1115,62 @@ for what, why in (
     ("0 / 0", "a context of 0 gives NaN"),
 ):
     wrong("7.5", why)(launch_with(what))
+
+
+@wrong("7.5", "16 rows, whatever GROUP is")
+def window_decode(q, k_cache, v_cache, tables, context_lens, window, block_size):
+    out, kv_heads = torch.zeros_like(q), k_cache.shape[1]
+    switched_kernel[(len(q), kv_heads)](
+        q, k_cache, v_cache, out, tables, context_lens, tables.stride(0), window, q.shape[2] ** -0.5, H_KV=kv_heads,
+        GROUP=q.shape[1] // kv_heads, ROWS=16, D=q.shape[2], BLOCK_SIZE=block_size, WRONG="",
+    )  # fmt: skip
+    return out
+
+
+@wrong("7.5", "takes the tables for contiguous")
+def window_decode(q, k_cache, v_cache, tables, context_lens, window, block_size):
+    whole = tables.as_strided(tables.shape, (tables.shape[1], 1))
+    return launch(q, k_cache, v_cache, whole, context_lens, window, block_size)
+
+
+@wrong("7.5", "a program for each query head: every key is read GROUP times")
+def window_decode(q, k_cache, v_cache, tables, context_lens, window, block_size):
+    out, kv_heads, group = torch.empty_like(q), k_cache.shape[1], q.shape[1] // k_cache.shape[1]
+    per_head_kernel[(len(q), q.shape[1])](
+        q, k_cache, v_cache, out, tables, context_lens, tables.stride(0), window, q.shape[2] ** -0.5, H_KV=kv_heads,
+        GROUP=group, D=q.shape[2], BLOCK_SIZE=block_size,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def per_head_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, table_ptr, context_ptr, stride_table, window, scale,
+    H_KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Right, with a program for each query head."""
+    sequence, head = tl.program_id(0), tl.program_id(1)
+    offs_d, offs_n = tl.arange(0, D), tl.arange(0, BLOCK_SIZE)
+    offs_q = (sequence * H_KV * GROUP + head) * D + offs_d
+    q = tl.load(q_ptr + offs_q).to(tl.float32)
+    context = tl.load(context_ptr + sequence)
+    first = tl.maximum(context - window, 0)
+    row_max, row_sum, acc = -1.0e30, 0.0, tl.zeros((D,), tl.float32)
+    for index in range(first // BLOCK_SIZE, tl.cdiv(context, BLOCK_SIZE)):
+        block = tl.load(table_ptr + sequence * stride_table + index).to(tl.int64)
+        position = index * BLOCK_SIZE + offs_n
+        seen = (position >= first) & (position < context)
+        offs_kv = ((block * BLOCK_SIZE + offs_n) * H_KV + head // GROUP)[:, None] * D + offs_d[None, :]
+        k = tl.load(k_ptr + offs_kv, mask=seen[:, None], other=0.0).to(tl.float32)
+        v = tl.load(v_ptr + offs_kv, mask=seen[:, None], other=0.0).to(tl.float32)
+        scores = tl.where(seen, tl.sum(k * q[None, :], 1) * scale, -float("inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 0))
+        weights, shrink = tl.exp(scores - new_max), tl.exp(row_max - new_max)
+        row_sum = row_sum * shrink + tl.sum(weights, 0)
+        acc = acc * shrink + tl.sum(weights[:, None] * v, 0)
+        row_max = new_max
+    out = acc / tl.where(row_sum == 0, 1.0, row_sum)
+    tl.store(out_ptr + offs_q, out.to(out_ptr.dtype.element_ty))
 
 
 @wrong("7.5", "gathers the keys and leaves the work to torch")

@@ -6,6 +6,312 @@ from collections import Counter, deque
 from minillm.cache.blocks import OutOfBlocks
 from minillm.learn.testing import alternative, wrong
 
+# ---- 8.w1
+
+
+@wrong("8.w1", "the whole budget for the prompt")
+def chunks(prompt, decoding, budget):
+    if budget <= decoding:
+        raise ValueError
+    return [min(budget, prompt - start) for start in range(0, prompt, budget)]
+
+
+@wrong("8.w1", "one more step for the first token")
+def chunks(prompt, decoding, budget):
+    if budget <= decoding:
+        raise ValueError
+    most = budget - decoding
+    return [*(min(most, prompt - start) for start in range(0, prompt, most)), 1]
+
+
+@wrong("8.w1", "an empty last chunk where the prompt divides")
+def chunks(prompt, decoding, budget):
+    if budget <= decoding:
+        raise ValueError
+    whole, rest = divmod(prompt, budget - decoding)
+    return [budget - decoding] * whole + [rest]
+
+
+@wrong("8.w1", "equal parts")
+def chunks(prompt, decoding, budget):
+    if budget <= decoding:
+        raise ValueError
+    steps = -(-prompt // (budget - decoding))
+    return [prompt // steps + (i < prompt % steps) for i in range(steps)]
+
+
+@wrong("8.w1", "the remainder first")
+def chunks(prompt, decoding, budget):
+    if budget <= decoding:
+        raise ValueError
+    most = budget - decoding
+    return [min(most, prompt - start) for start in range(0, prompt, most)][::-1]
+
+
+@wrong("8.w1", "no chunk, and no error, where nothing is left")
+def chunks(prompt, decoding, budget):
+    if budget <= decoding:
+        return []
+    return [min(budget - decoding, prompt - start) for start in range(0, prompt, budget - decoding)]
+
+
+@wrong("8.w1", "an error only where more decode than there are tokens")
+def chunks(prompt, decoding, budget):
+    if budget < decoding:
+        raise ValueError
+    most = max(1, budget - decoding)
+    return [min(most, prompt - start) for start in range(0, prompt, most)]
+
+
+@wrong("8.w1", "how many steps, not what is in them")
+def chunks(prompt, decoding, budget):
+    if budget <= decoding:
+        raise ValueError
+    return -(-prompt // (budget - decoding))
+
+
+@alternative("8.w1", "step by step")
+def chunks(prompt, decoding, budget):
+    if budget - decoding < 1:
+        raise ValueError
+    found = []
+    while prompt > 0:
+        found.append(min(prompt, budget - decoding))
+        prompt -= found[-1]
+    return found
+
+
+# ---- 8.w2
+
+
+def gone(running, who, need, free, mistake=""):
+    key = {
+        "arrival": lambda i: running[i][1], "priority alone": lambda i: running[i][0], "as listed": lambda i: i,
+        "turned": lambda i: (-running[i][0], running[i][1]),
+        "youngest stays": lambda i: (running[i][0], -running[i][1]),
+    }.get(mistake, lambda i: running[i][:2])  # fmt: skip
+    order, found = sorted(range(len(running)), key=key), []
+    if mistake == "never itself":
+        order.remove(who)
+    if mistake == "changes":
+        running.sort()
+    while order and (free < need or mistake == "everybody"):
+        if mistake == "itself not listed" and order[-1] == who:
+            break
+        found.append(order.pop(0 if mistake == "first" else -1))
+        free += 1 if mistake == "one block each" else running[found[-1]][2]
+        if (found[-1] == who and mistake != "past itself") or mistake == "one":
+            break
+    return found[::-1] if mistake == "ascending" else found
+
+
+def gone_with(what):
+    return lambda running, who, need, free: gone(running, who, need, free, what)
+
+
+for what, why in (
+    ("arrival", "by arrival alone"),
+    ("priority alone", "by priority, and as listed among equal ones"),
+    ("as listed", "the last of the list"),
+    ("turned", "a large priority goes first"),
+    ("youngest stays", "of equal priorities the one that came first goes"),
+    ("never itself", "spares the request in need, and throws out those that go before it"),
+    ("itself not listed", "stops before the request in need, and does not name it"),
+    ("past itself", "goes on behind the request in need"),
+    ("first", "begins with the one that goes first"),
+    ("one", "one victim, whether it suffices or not"),
+    ("one block each", "counts victims instead of blocks"),
+    ("everybody", "preempts though there are enough"),
+    ("ascending", "turns the order around"),
+    ("changes", "sorts the caller's list"),
+):
+    wrong("8.w2", why)(gone_with(what))
+
+
+@alternative("8.w2", "the largest of those that are left, again and again")
+def preempted(running, who, need, free):
+    left, found = dict(enumerate(running)), []
+    while free < need:
+        i = max(left, key=lambda j: left[j])
+        free += left.pop(i)[2]
+        found.append(i)
+        if i == who:
+            break
+    return found
+
+
+# ---- 8.w3
+
+
+@wrong("8.w3", "takes the queue of B for a want of blocks")
+def causes():
+    return {"A": "budget", "B": "blocks", "C": "blocks", "D": "prefix"}
+
+
+@wrong("8.w3", "gives seats to C, which makes it worse")
+def causes():
+    return {"A": "budget", "B": "seats", "C": "seats", "D": "prefix"}
+
+
+@wrong("8.w3", "takes D's long prompts for too large a budget")
+def causes():
+    return {"A": "budget", "B": "seats", "C": "blocks", "D": "budget"}
+
+
+@wrong("8.w3", "takes A's long gaps for preemptions")
+def causes():
+    return {"A": "blocks", "B": "seats", "C": "blocks", "D": "prefix"}
+
+
+@wrong("8.w3", "leaves D out")
+def causes():
+    return {"A": "budget", "B": "seats", "C": "blocks"}
+
+
+@wrong("8.w3", "answers in words of its own")
+def causes():
+    return {"A": "budget", "B": "more seats", "C": "blocks", "D": "prefix"}
+
+
+@wrong("8.w3", "a list")
+def causes():
+    return ["budget", "seats", "blocks", "prefix"]
+
+
+@alternative("8.w3", "from pairs")
+def causes():
+    return dict(zip("DCBA", ("prefix", "blocks", "seats", "budget"), strict=True))
+
+
+# ---- 8.0
+
+
+def plan_of(state, mistake=""):
+    """The right step, but for what `mistake` names."""
+    plan, left, size = {}, state.budget, state.block_size
+
+    def count_of(request):
+        return request.gap if mistake == "no budget" else min(request.gap, left)
+
+    def missing(request):
+        tokens = request.computed + count_of(request)
+        if mistake == "rounds down":
+            return max(0, tokens // size - request.blocks)
+        if mistake == "forgets what it has":
+            return -(-count_of(request) // size)
+        if mistake == "one too many":
+            return tokens // size + 1 - request.blocks
+        return -(-tokens // size) - request.blocks
+
+    def give(request):
+        nonlocal left
+        new, count = missing(request), count_of(request)
+        state.free -= new
+        request.blocks += new
+        plan[request.order] = count
+        left = max(0, left - count)
+
+    def preempt(victim):
+        state.running.remove(victim)
+        if mistake != "keeps its blocks":
+            state.free += victim.blocks
+            victim.blocks = 0
+        if mistake != "keeps computed":
+            victim.computed = 0
+        if mistake == "loses its text":
+            victim.generated = 0
+        if mistake == "to the end":
+            state.waiting.append(victim)
+        else:
+            state.waiting.insert(0, victim)
+
+    def admit():
+        nonlocal left
+        seats = 10**9 if mistake == "no seats" else state.seats
+        for request in list(state.waiting):
+            if not left or len(state.running) >= seats:
+                break
+            if preempted and mistake != "no guard":
+                break
+            while mistake == "preempts for newcomers" and missing(request) > state.free and len(state.running) > 1:
+                preempt(state.running[-1])
+            if missing(request) > state.free:
+                if mistake == "passes over":
+                    continue
+                break
+            state.waiting.remove(request)
+            state.running.append(request)
+            give(request)
+
+    preempted = False
+    if mistake == "waiting first":
+        admit()
+    for request in list(state.running):
+        if not left or request not in state.running or request.order in plan:
+            continue
+        if mistake == "decode whole" and left < request.gap:
+            break
+        while missing(request) > state.free and request in state.running:
+            if mistake == "skips":
+                break
+            preempted = True
+            victim = state.running[0 if mistake == "first goes" else -1]
+            if mistake == "spares itself" and victim is request:
+                break
+            preempt(victim)
+            if victim is not request and mistake == "one victim":
+                break
+        if request in state.running and missing(request) <= state.free:
+            give(request)
+        elif mistake == "in the plan":
+            plan[request.order] = 0
+    if mistake != "waiting first":
+        admit()
+    return plan
+
+
+def plan_with(what):
+    return lambda state: plan_of(state, what)
+
+
+for what, why in (
+    ("no budget", "gives everybody all of the gap"),
+    ("rounds down", "rounds blocks down"),
+    ("forgets what it has", "takes blocks for the new tokens alone"),
+    ("one too many", "takes a block too many where tokens fill theirs"),
+    ("keeps its blocks", "a victim keeps its blocks"),
+    ("keeps computed", "a victim goes on where it was, without its keys"),
+    ("loses its text", "a victim loses what it generated"),
+    ("to the end", "a victim goes to the end of the queue"),
+    ("no seats", "lets in more than there are seats"),
+    ("no guard", "lets a victim straight back in"),
+    ("preempts for newcomers", "preempts for one who waits"),
+    ("passes over", "passes over the first one who does not fit"),
+    ("waiting first", "serves those who wait before those who run"),
+    ("decode whole", "does not cut a running request's gap"),
+    ("skips", "skips a running request that lacks a block, and preempts nobody"),
+    ("first goes", "preempts the one that goes first"),
+    ("spares itself", "leaves the request itself its blocks if it goes last"),
+    ("one victim", "one victim, whether it suffices or not"),
+    ("in the plan", "has who gets nothing in the plan, with 0"),
+):
+    wrong("8.0", why)(plan_with(what))
+alternative("8.0", "with sets of helpers")(plan_with(""))
+
+
+@wrong("8.0", "returns pairs of tokens and requests")
+def schedule(state):
+    return list(plan_of(state).items())
+
+
+@wrong("8.0", "counts the tokens as computed already")
+def schedule(state):
+    plan = plan_of(state)
+    for request in state.running:
+        request.computed += plan.get(request.order, 0)
+    return plan
+
+
 # ---- 8.1
 
 
@@ -17,6 +323,8 @@ def shared(running, waiting, budget, seats, mistake=""):
     if mistake == "idle hold no seat":
         seats += sum(gap == 0 for gap in running)
     seated = len(waiting) if mistake == "no seats" else max(0, seats - len(running))
+    if mistake == "negative seats" and seats < len(running):
+        seated = len(waiting) + seats - len(running)
     line = [*enumerate(running), *enumerate(waiting[:seated], len(running))]
     if mistake != "prompts first":
         for i, gap in line if mistake == "prompts of one" else enumerate(running):
@@ -58,7 +366,20 @@ wrong("8.1", "decodes more than the budget allows")(step_with("over budget"))
 wrong("8.1", "serves decoding and prompts alike, in turns")(step_with("prompts first"))
 wrong("8.1", "shares among the waiting before the running")(step_with("waiting first"))
 wrong("8.1", "takes a waiting prompt of one token for one that decodes")(step_with("prompts of one"))
+wrong("8.1", "cuts the waiting ones from the end where more run than there are seats")(step_with("negative seats"))
 alternative("8.1", "one token at a time")(step_with(""))
+
+
+@wrong("8.1", "gives a token though the budget is 0")
+def step(running, waiting, budget, seats):
+    return step_with("")(running, waiting, max(1, budget), seats)
+
+
+@wrong("8.1", "takes the seated ones off the caller's queue")
+def step(running, waiting, budget, seats):
+    found = step_with("")(running, waiting, budget, seats)
+    del waiting[: max(0, seats - len(running))]
+    return found
 
 
 @alternative("8.1", "always to whoever has least")
@@ -159,6 +480,18 @@ def admit(running, waiting, block_size, num_blocks):
     return count_while(lambda new: first_end(new) <= num_blocks, waiting)
 
 
+@wrong("8.2", "takes who starts off the caller's queue")
+def admit(running, waiting, block_size, num_blocks):
+    count = count_while(lambda new: peak(running, new, block_size) <= num_blocks, waiting)
+    del waiting[:count]
+    return count
+
+
+@wrong("8.2", "the requests that start, not how many")
+def admit(running, waiting, block_size, num_blocks):
+    return waiting[: count_while(lambda new: peak(running, new, block_size) <= num_blocks, waiting)]
+
+
 @alternative("8.2", "runs all steps")
 def admit(running, waiting, block_size, num_blocks):
     return count_while(lambda new: peak(running, new, block_size) <= num_blocks, waiting)
@@ -251,6 +584,33 @@ def victims(tables, need):
     return sparing(tables, max(1, need), lambda t, c: len(freed(t, c)))
 
 
+@wrong("8.3", "raises when request 0 is alone, needed or not")
+def victims(tables, need):
+    if len(tables) == 1:
+        raise OutOfBlocks
+    return sparing(tables, need, lambda t, c: len(freed(t, c)))
+
+
+@wrong("8.3", "raises when nothing could come free, needed or not")
+def victims(tables, need):
+    if not freed(tables, set(range(1, len(tables)))):
+        raise OutOfBlocks
+    return sparing(tables, need, lambda t, c: len(freed(t, c)))
+
+
+@wrong("8.3", "in descending order")
+def victims(tables, need):
+    return sparing(tables, need, lambda t, c: len(freed(t, c)))[::-1]
+
+
+@wrong("8.3", "takes the victims' blocks out of the caller's tables")
+def victims(tables, need):
+    found = sparing(tables, need, lambda t, c: len(freed(t, c)))
+    for i in found:
+        tables[i].clear()
+    return found
+
+
 @alternative("8.3", "with reference counts")
 def victims(tables, need):
     references, chosen = Counter(b for table in tables for b in table), list(range(1, len(tables)))
@@ -280,6 +640,7 @@ class Fair:
 
     def __init__(self, weights=None):
         self.weights, self.counters, self.waiting, self.floor, self.added = dict(weights or {}), {}, {}, 0.0, 0
+        self.prompts = {}
 
     def charge(self, user, cost):
         weight = 1.0 if self.mistake == "no weights" else self.weights.get(user, 1.0)
@@ -326,6 +687,11 @@ class Fair:
         before = max(self.counters.values()) if self.mistake == "floor of all" else self.counters[user]
         self.charge(user, 1 if self.mistake == "counts requests" else tokens)
         self.floor = self.counters[user] if self.mistake == "floor after" else before
+        if self.mistake == "floor less tokens":
+            self.floor = self.counters[user] - tokens
+        if self.mistake == "floor of prompts":
+            self.prompts[user] = self.prompts.get(user, 0.0) + tokens / self.weights.get(user, 1.0)
+            self.floor = self.prompts[user] - tokens / self.weights.get(user, 1.0)
         return request
 
     def generated(self, user, tokens):
@@ -350,6 +716,8 @@ for name, what in {
     "no floor": "starts a newcomer at 0 when nobody waits",
     "floor after": "takes the floor after the charge",
     "floor of all": "takes the largest counter of all for the floor",
+    "floor less tokens": "takes the prompt off the counter after the charge, and forgets the weight",
+    "floor of prompts": "leaves outputs out of the floor",
     "forgets": "forgets counters and floor when nobody waits",
     "outputs without weight": "divides prompts by the weight, outputs not",
     "whole numbers": "divides by the weight and drops the rest",
@@ -358,6 +726,28 @@ for name, what in {
     "newest": "takes a user's newest request",
 }.items():
     wrong("8.4", what)(type("FairQueue", (Fair,), {"mistake": name}))
+
+
+@wrong("8.4", "keeps users and tokens by the request's name")
+class FairQueue(Fair):
+    def add(self, user, request, prompt_tokens):
+        self.sizes = getattr(self, "sizes", {}) | {request: (user, prompt_tokens)}
+        super().add(user, request, prompt_tokens)
+
+    def take(self):
+        request = super().take()
+        if request is not None and self.sizes.pop(request, None) is None:
+            return None
+        return request
+
+
+@wrong("8.4", "knows users by their first request alone")
+class FairQueue(Fair):
+    def generated(self, user, tokens):
+        if user in self.waiting:
+            super().generated(user, tokens)
+
+
 alternative("8.4", "a queue for each user")(type("FairQueue", (Fair,), {}))
 
 
@@ -447,6 +837,39 @@ def capacity(runs, ttft, tpot, share):
 @wrong("8.5", "no line: the last rate that was measured and holds")
 def capacity(runs, ttft, tpot, share):
     return crossing(shares(runs, ttft, tpot, is_good), share, straight=False)
+
+
+@wrong("8.5", "takes a first token at time 0 for none")
+def capacity(runs, ttft, tpot, share):
+    def good(r, ttft, tpot):
+        return is_good(r, ttft, tpot) and bool(r[1][0])
+
+    return crossing(shares(runs, ttft, tpot, good), share)
+
+
+@wrong("8.5", "empties the runs")
+def capacity(runs, ttft, tpot, share):
+    found = crossing(shares(runs, ttft, tpot, is_good), share)
+    for seen in runs.values():
+        seen.clear()
+    return found
+
+
+@wrong("8.5", "a run without requests breaks the promise")
+def capacity(runs, ttft, tpot, share):
+    found = shares(runs, ttft, tpot, is_good)
+    return crossing({rate: found[rate] if runs[rate] else 0.0 for rate in found}, share)
+
+
+@wrong("8.5", "leaves runs without requests out")
+def capacity(runs, ttft, tpot, share):
+    found = shares(runs, ttft, tpot, is_good)
+    return crossing({rate: found[rate] for rate in found if runs[rate]}, share)
+
+
+@wrong("8.5", "a share that is just met breaks the promise")
+def capacity(runs, ttft, tpot, share):
+    return crossing(shares(runs, ttft, tpot, is_good), share + 1e-9)
 
 
 @alternative("8.5", "shares first, then the crossing")

@@ -120,6 +120,40 @@ def test_paths_by_device_and_by_hand(name, monkeypatch):
         KERNELS[name].path(*args)
 
 
+@pytest.mark.parametrize(
+    ("name", "has", "dtype", "expected"),
+    [
+        ("rms_norm", (7, 5), torch.float16, "triton"),
+        ("rms_norm", (7, 5), torch.bfloat16, "torch"),
+        ("rms_norm", (8, 0), torch.bfloat16, "triton"),
+        ("paged_attention", (7, 5), torch.float16, "triton"),
+        ("matmul", (7, 5), torch.float16, "torch"),
+        ("matmul", (8, 0), torch.float16, "triton"),
+        ("w8a8", (7, 5), torch.float16, "torch"),
+        ("w8a8", (8, 0), torch.float16, "triton"),
+    ],
+)
+def test_old_gpus_run_what_they_are_good_at(monkeypatch, name, has, dtype, expected):
+    """Also where the kernel was asked for: it would not compile, or be far slower than torch."""
+    monkeypatch.setattr(common, "capability", lambda device: has)
+    args = [a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in small(name)]
+    with use("triton"):
+        assert KERNELS[name].path(*args) == expected
+    with use("reference"):
+        assert KERNELS[name].path(*args) == "reference"
+
+
+def test_fp8_is_torchs_below_ada(monkeypatch):
+    """As a dtype that is asked for, and as that of a tensor."""
+    fp8 = torch.float8_e4m3fn
+    for has, expected in (((8, 6), "torch"), ((8, 9), "triton"), ((9, 0), "triton")):
+        monkeypatch.setattr(common, "capability", lambda device, has=has: has)
+        with use("triton"):
+            assert KERNELS["quantize_rows"].path(X, fp8) == expected
+            assert KERNELS["w8a8"].path(X.to(fp8), X[:, :1], X.to(fp8), X[:, :1]) == expected
+            assert KERNELS["quantize_rows"].path(X, torch.int8) == "triton"
+
+
 def test_float64_takes_torch():
     x, w = torch.randn(3, 8, dtype=torch.float64), torch.ones(8, dtype=torch.float64)
     with use("triton"):
@@ -307,16 +341,53 @@ def test_operators_are_known_to_torch(name):
         )  # fmt: skip
 
 
+NO_TRITON = """
+import sys
+class Nowhere:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError("No module named 'triton'", name=name)
+sys.meta_path.insert(0, Nowhere())
+"""
+
+
+def without_triton(code: str, *arguments: str) -> str:
+    """What the code prints on a machine like a Mac, for which there is no Triton."""
+    done = subprocess.run([sys.executable, "-c", NO_TRITON + code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
 def test_importing_needs_no_triton():
-    """As on macOS: no triton, the torch path serves."""
-    code = (
-        "import sys; sys.modules['triton'] = None\n"
-        "import torch, minillm.kernels as k\n"
-        "assert not k.HAS_TRITON\n"
-        "print(k.softmax(torch.zeros(1, 4)).tolist(), k.KERNELS['softmax'].path(torch.zeros(1, 4)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "[[0.25, 0.25, 0.25, 0.25]] torch", done.stderr
+    code = """
+import torch, minillm.kernels as k
+assert not k.HAS_TRITON
+print(k.softmax(torch.zeros(1, 4)).tolist(), k.KERNELS["softmax"].path(torch.zeros(1, 4)))
+"""
+    assert without_triton(code) == "[[0.25, 0.25, 0.25, 0.25]] torch"
+
+
+def test_engine_and_command_need_no_triton(tiny_path):
+    """Plain, in few bits, with a cache of 8 bits: from the import to the text; and every module can be imported."""
+    code = """
+import importlib, pkgutil
+import minillm
+for module in pkgutil.walk_packages(minillm.__path__, "minillm."):
+    importlib.import_module(module.name)
+from minillm import LLM, SamplingParams
+from minillm.kernels import HAS_TRITON
+counts = []
+for options in ({}, {"quantization": "int4"}, {"quantization": "w8a8", "kv_cache_dtype": "int8"}):
+    llm = LLM(sys.argv[1], device="cpu", **options)
+    [out] = llm.generate([[5, 6, 7]], SamplingParams(temperature=0.8, top_p=0.9, max_tokens=4, ignore_eos=True))
+    counts.append(len(out.token_ids))
+print(HAS_TRITON, counts)
+from minillm.cli import app
+app(["generate", "hello", "--model", sys.argv[1], "--max-tokens", "4"])
+"""
+    first, *answer = without_triton(code, str(tiny_path)).splitlines()
+    assert first == "False [4, 4, 4]"
+    assert answer
 
 
 def test_unknown_device_gets_the_default_at_once():

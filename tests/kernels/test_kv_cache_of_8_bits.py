@@ -14,7 +14,7 @@ from .test_paged_attention import HEADS, batch, poisoned, sequences
 
 __all__ = ["poisoned"]  # torch.empty hands out NaN here too
 
-EXAMPLES = settings(max_examples=30 if GPU else 15)
+EXAMPLES = settings(max_examples=30 if GPU else 8)
 CPU = torch.device("cpu")
 FP8 = torch.float8_e4m3fn
 pytestmark = pytest.mark.filterwarnings("ignore:All-NaN")  # NumPy's, for rows of q that belong to nobody

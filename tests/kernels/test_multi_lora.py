@@ -13,7 +13,7 @@ from minillm.learn.compiling import compile_kernel
 from .conftest import GPU, TOLERANCE, error
 
 OP = KERNELS["multi_lora"]
-EXAMPLES = settings(max_examples=25 if GPU else 12)
+EXAMPLES = settings(max_examples=25 if GPU else 8)
 
 
 def case(seed, tokens, k, rows, rank, slots, used, device, dtype) -> tuple:

@@ -12,7 +12,7 @@ from minillm.kernels import KERNELS, AttentionPlan, flash_attention, paged_atten
 
 from .conftest import GPU, TOLERANCE, error
 
-EXAMPLES = settings(max_examples=30 if GPU else 12)
+EXAMPLES = settings(max_examples=30 if GPU else 8)
 CPU = torch.device("cpu")
 HEADS = [(4, 4), (9, 3), (8, 1), (6, 2)]
 
@@ -165,7 +165,7 @@ def test_split_context_of_a_few_queries(device, dtype, counts, window, monkeypat
 @pytest.mark.parametrize("window", [0, 90, 300])
 @pytest.mark.parametrize("counts", [[20], [17, 1, 0, 40]])
 def test_split_context_of_a_chunk(device, dtype, counts, window, monkeypatch):
-    """A chunk of a long prompt beside sequences that decode: what it sees is shared by programs, a short context not."""
+    """A chunk of a long prompt beside sequences that decode: what it sees is shared among programs."""
     module = sys.modules["minillm.kernels.paged_attention"]
     monkeypatch.setattr(module, "splits", lambda *_: 4)
     monkeypatch.setattr(module, "CHUNK", 128)

@@ -14,6 +14,7 @@ import time
 import warnings
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -207,14 +208,23 @@ def test_the_end_of_the_process_is_told(capsys):
 def test_what_the_code_starts_does_not_outlive_the_check(tmp_path):
 
     def starts(a, b):
-        subprocess.Popen(["sh", "-c", "sleep 2; touch left"], cwd=tmp_path)
+        started = subprocess.Popen(["sleep", "60"])
+        (tmp_path / "pid").write_text(str(started.pid))
         return a + b
+
+    def lives(pid: int) -> bool:
+        try:
+            return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE  # one that nobody has waited for yet is dead
+        except psutil.NoSuchProcess:
+            return False
 
     start = time.monotonic()
     assert checking.check("1.1", starts)
-    assert time.monotonic() - start < 2
-    time.sleep(2.5)
-    assert not (tmp_path / "left").exists()
+    pid = int((tmp_path / "pid").read_text())
+    while lives(pid):
+        assert time.monotonic() - start < 30, "it lives on, or the check waited for it"
+        time.sleep(0.01)
+    assert time.monotonic() - start < 30
 
 
 def _settings():

@@ -11,9 +11,9 @@ if not (HAS_TRITON and INTERPRETED):
     pytest.skip("runs in Triton's interpreter", allow_module_level=True)
 
 from minillm.kernels.common import TensorDescriptor, tl, triton
+from minillm.kernels.lessons.softmax import long_softmax_kernel, softmax_kernel
 from minillm.kernels.matmul import matmul_kernel, matmul_tma_kernel
 from minillm.kernels.rms_norm import rms_norm_kernel
-from minillm.kernels.softmax import long_softmax_kernel, softmax_kernel
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def test_matmul(tma):
     sizes = {"SWIGLU": False, "BLOCK_M": block, "BLOCK_N": block, "BLOCK_K": block, "GROUP_M": 2}
     with footprint(x=x, w=w, y=y) as seen:
         if tma:
-            tiles = [TensorDescriptor.from_tensor(t, [block, block]) for t in (x, w, y)]
+            tiles = [TensorDescriptor.from_tensor(t, [1] * (t.dim() - 2) + [block, block]) for t in (x, w[None], y)]
             matmul_tma_kernel[(4,)](*tiles, m, n, k, PROGRAMS=4, **sizes)
         else:
             matmul_kernel[(6,)](x, w, y, m, n, k, k, k, n, PRECISION="ieee", **sizes)

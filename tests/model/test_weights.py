@@ -86,6 +86,15 @@ class TestNames:
         assert resolve_dtype("auto", torch.device("cuda")) == expected
         assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
 
+    def test_bf16_needs_a_gpu_that_has_it(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+        for dtype in ("bfloat16", torch.bfloat16):
+            with pytest.raises(ValueError, match=r'dtype: expected "auto", float16 or float32.*8.0.*, got Tesla T4'):
+                resolve_dtype(dtype, torch.device("cuda"))
+        assert resolve_dtype("float16", torch.device("cuda")) == torch.float16
+        assert resolve_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+
 
 class TestHub:
     @pytest.fixture

@@ -22,6 +22,7 @@ from minillm.quant import (
     CompressedTensors,
     QuantLinear,
     Scheme,
+    check_device,
     load_on_the_fly,
     on_the_fly,
     quantize_checkpoint,
@@ -165,3 +166,20 @@ def test_the_command(folder, tmp_path):
     assert run.exit_code == 1
     assert "group_size: expected a divisor" in run.output
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(("quantization", "least"), [("w8a8", (8, 0)), ("fp8", (8, 9)), ("int8", None), ("int4", None)])
+def test_what_a_gpu_cannot_multiply_is_refused(monkeypatch, quantization, least):
+    """Before a weight is read, on the fly and from a checkpoint; a CPU takes everything."""
+    gpu, formats = torch.device("cuda"), {"w8a8": "int-quantized", "fp8": "float-quantized"}
+    asked = [(quantization, None), (None, {"format": formats.get(quantization, "pack-quantized")})]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
+    for has in ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, has=has: has)
+        for question in asked:
+            check_device(torch.device("cpu"), *question)
+            if least is None or has >= least:
+                check_device(gpu, *question)
+                continue
+            with pytest.raises(ValueError, match=f"quantization: {quantization} needs a GPU of .* got some GPU; take"):
+                check_device(gpu, *question)

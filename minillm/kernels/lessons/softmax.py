@@ -15,7 +15,7 @@ A row with everything masked gives zeros (torch's softmax of -inf alone gives Na
 import torch
 from torch import Tensor
 
-from .common import arguments, next_power_of_2, operation, tl, triton, tuned
+from ..common import arguments, next_power_of_2, operation, tl, triton, tuned
 
 __all__ = ["softmax"]
 
