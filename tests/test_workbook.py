@@ -169,6 +169,7 @@ class TestSolve:
             assert checker.check("1.1", checker.load_notebook(path)["first"])
             assert "not counted as yours" in capsys.readouterr().out
             assert progress.load() == {}
+            assert "solution shown" in CliRunner().invoke(app, ["progress"], env={"COLUMNS": "100"}).output
             assert [bool(row["shown_at"]) for row in progress.summary()] == [False, True, False, False]
 
     def test_the_mark_tells_where_the_record_is_lost(self):
@@ -550,6 +551,25 @@ def test_what_update_tells():
         assert "5 removed, in 1.2" in said
         assert "you filled what is another text now, and it stays: 1.1" in said
         assert "nothing to update" in CliRunner().invoke(app, ["exercises", "update"]).output
+
+
+def test_a_notebook_that_jupyter_saved():
+    """Its library writes other whitespace, more metadata, and outputs; nothing of that is taken for work."""
+    with classroom(source()) as path:
+        book = nbformat.read(path, as_version=4)
+        for cell in book.cells:
+            if cell.cell_type == "code":
+                cell.update(execution_count=1, outputs=[nbformat.v4.new_output("stream", text="… not written yet")])
+                cell.metadata["execution"] = {"iopub.status.idle": "2026-01-01"}
+        book.metadata.language_info["version"] = "3.12.3"
+        nbformat.write(book, path)
+        revise(source(version="0", e1_1={"stub": ", new"}))
+        (change,), _ = workbook.update()
+        assert change.changed == ["start-text", "start-code", "1-1-first"]
+        cells = {cell["id"]: cell for cell in load(path)["cells"]}
+        assert cells["1-1-first"]["outputs"] == [], "of what is no longer there"
+        assert cells["1-2-second"]["outputs"]
+        assert load(path)["metadata"]["language_info"]["version"] == "3.12.3"
 
 
 def test_a_link_stays_a_link():

@@ -16,6 +16,7 @@ __all__ = ["Card", "Plan", "agenda", "cards", "glance", "plan", "semester", "tim
 
 WELCOME, OPENING, BREAK, CLOSING = 10, 15, 15, 10  # minutes
 LONGEST = 90  # minutes without a break
+WEEKS = 15  # of a semester
 BUFFER = 0.1  # of all minutes: for questions, and whoever is behind
 KINDS = ("warm-up", "core", "beyond", "optional")
 CARD = re.compile(
@@ -153,7 +154,7 @@ def agenda(minutes: int, *numbers: int) -> str:
 def semester(minutes: int = 180) -> str:
     """A week a chapter: what to read before, what class has room for, what is left, as a Markdown table."""
     lines = ["| week | chapter | read before | in class | left for home | optional |", "|---|---|---|---|---|---|"]
-    for week, stem in enumerate(stems(), 1):
+    for week, stem in enumerate(stems()[:WEEKS], 1):
         planned = plan(minutes, [stem], welcome=WELCOME if week == 1 else 0)
         breaks = sum(what == "Break" for _, what in planned.items)
         shown = ", ".join(f"{_short(what)} {m}" for m, what in planned.items[:-1] if what != "Break")
