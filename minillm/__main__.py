@@ -1,0 +1,5 @@
+"""`python -m minillm` is the command `minillm`."""
+
+from .cli import app
+
+app()
