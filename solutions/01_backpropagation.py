@@ -444,7 +444,8 @@ check("1.3", backward_waves)
 # Return the loss and its gradient for the logits, `[rows, classes]`, in the logits' dtype.
 #
 # In float32, `exp(89)` is infinity. Logits of 10,000, or -10,000, must give a finite and right loss and gradient. For
-# float16 compute in float32: it ends at 65,504, and a vocabulary may have more entries than that.
+# float16 compute in float32: it ends at 65,504, and a vocabulary may have more entries than that. (The lab's way to
+# pick the right class, `np.eye(10)[labels]`, would then first build a matrix of `classes` by `classes`: gigabytes.)
 
 
 # %%

@@ -314,7 +314,7 @@ check("4.1", masked_softmax_kernel)
 # - The sum is rounded to the dtype of `residual` when it is stored, and **the norm is taken of the rounded sum**: later
 #   layers will see the rounded one.
 # - The sum, squares, their mean and the scaling are in fp32. `x / sqrt(mean(x²) + eps) * weight`, rounded once at the
-#   end to x's dtype (the chapter's kernel rounds before the weight, too).
+#   end to x's dtype (the package's kernel rounds before the weight, too).
 # - Of each row, `x` is read once and written once; `residual` is read at most twice and written once.
 #
 # ```python

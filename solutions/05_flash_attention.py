@@ -233,7 +233,7 @@ check("5.0", online_attention)
 # - **safe**: scores of ±1,000 or -10¹⁰ give neither `inf` nor NaN.
 #
 # Any number of leading dimensions must work. The numbers of both sides are all fp32 or all fp64, and stay so. Return
-# new tensors, with no memory of the inputs', whatever is empty, and leave the inputs alone.
+# new tensors, with no memory of the inputs', even where one side is empty, and leave the inputs alone.
 
 # %%
 Partial = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

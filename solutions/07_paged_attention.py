@@ -493,8 +493,8 @@ check("7.2", slot_mapping)
 #   makes a prefix.
 #
 # Names are `bytes`, at least 16, of a cryptographic hash (not MD5 or SHA-1; as bytes or in hexadecimal), and the same
-# in every process: Python's `hash` and `id` are not. Token ids are below 2⁶³. Digests may be of any length, and may be
-# any bytes: what you hash must tell where one field ends and the next begins.
+# in every process: Python's `hash` and `id` are not. Token ids are below 2⁶³, in a list or in a tuple: the same names.
+# Digests may be of any length, and may be any bytes: what you hash must tell where one field ends and the next begins.
 
 # %%
 Image = tuple[int, int, bytes]

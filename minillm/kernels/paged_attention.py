@@ -10,10 +10,13 @@ One query a sequence is decoding, many are a prompt or a chunk of one, and a bat
 Bytes: a decoding step reads every key and value of its sequences once, 2 · context · H_kv · D · element size each, for
 4 · context · H · D FLOPs: in bf16 as many FLOPs a byte as query heads share a key (1 to 8), where an H100 could do 240.
 Memory is the limit, and the reads are all that counts. So the query heads of one key/value head are rows of one
-product, which reads each key once for all of them; and when there are fewer sequences than the chip has room for, of
-one query each or a few (guesses that are checked), the context is split among programs, and a second kernel joins their
-results by their log-sum-exp. The number of splits follows from the shapes alone, never from lengths: a CUDA graph
-replays whatever was captured.
+product, which reads each key once for all of them; and when there are fewer sequences, or blocks of a prompt's queries,
+than the chip has room for, the context is split among programs, and a second kernel joins their results by their
+log-sum-exp. The number of splits follows from the shapes alone, never from lengths: a CUDA graph replays whatever was
+captured. (A split of a prompt's context has at least CHUNK keys: for fewer the join would cost more than it saves.)
+
+A prompt is limited by arithmetic, and by the instructions around it: of its tiles only those at the diagonal, and at a
+window's edge, are masked, as in flash_attention.py.
 
 A cache of 8 bits halves the bytes. It has a scale a token and head (`quantize_heads` in rope.py makes them), and
 nothing need be multiplied out: q · (k s) = (q · k) s, one number a key, and Σ p (v s) = Σ (p s) v. What then limits is

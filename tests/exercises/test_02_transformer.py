@@ -1041,14 +1041,14 @@ class TestAccount:
         """a tied head costs the same FLOPs as one of its own"""
         self._exact(impl, "flops", shape(*TINY[:-1], True), 5, product_flops(shape(*TINY), [1, 2, 3, 4, 5], 1))
 
-    def test_flops_of_many(self, impl):
-        """FLOPs of 123,456,789 tokens are exact: no float on the way"""
-        tokens = 123_456_789
-        one, two, three = (product_flops(shape(*TINY), list(range(1, n + 1)), 1) for n in (1, 2, 3))
+    def test_flops_beyond_floats(self, impl):
+        """FLOPs of wide heads are exact: no float on the way"""
+        c, tokens = shape(11, 6, 10, 1, 3, 1, 1_000_000_007, False), 4097
+        one, two, three = (product_flops(c, list(range(1, n + 1)), 1) for n in (1, 2, 3))
         # A polynomial of degree two in the tokens: three values tell it.
         second = three - 2 * two + one
         expected = one + (tokens - 1) * (two - one) + (tokens - 1) * (tokens - 2) // 2 * second
-        self._exact(impl, "flops", shape(*TINY), tokens, expected)
+        self._exact(impl, "flops", c, tokens, expected)
 
     def test_kv_bytes(self, impl):
         """SmolLM2 keeps 23,040 bytes a token in 16 bits, Llama 3 8B 131,072"""
