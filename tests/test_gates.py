@@ -64,7 +64,9 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", [f for f in FILES if _unit(f) not in ("__init__", "__main__")], ids=lambda p: _unit(p) + "/" + p.stem)
+@pytest.mark.parametrize(
+    "path", [f for f in FILES if _unit(f) not in ("__init__", "__main__")], ids=lambda p: _unit(p) + "/" + p.stem
+)
 def test_imports_only_what_stands_above(path):
     unit = _unit(path)
     for other in imports(path) - {unit, "__version__", "LLM", "SamplingParams"}:
