@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import random
+import weakref
 from unittest.mock import patch
 
 import numpy as np
@@ -40,6 +41,27 @@ class Largest(TorchDispatchMode):
         return out
 
 
+class Scores(TorchDispatchMode):
+    """Of the floating tensors that torch operations make, those with neither D nor E features: the elements of the
+    largest (`most`), and of all that were there at one time (`held`).
+    """
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.sizes, self.most, self.held, self.alive = sizes, 0, 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(t, torch.Tensor) and t.is_floating_point() and all(t.numel() % n for n in self.sizes):
+                self.alive[id(t)] = weakref.ref(t)
+                self.most = max(self.most, t.numel())
+        self.alive = {i: ref for i, ref in self.alive.items() if ref() is not None}
+        distinct = {t.untyped_storage().data_ptr(): t.numel() for ref in self.alive.values() if (t := ref()) is not None}
+        self.held = max(self.held, sum(distinct.values()))
+        return out
+
+
 def spread(t: torch.Tensor) -> torch.Tensor:
     """The same values, not contiguous: every other number of each row of a larger tensor."""
     wide = torch.full((*t.shape[:-1], 2 * t.shape[-1] + 1), math.nan, dtype=t.dtype)
@@ -60,6 +82,18 @@ def expect_few_scores(limit: int, what: str, call) -> None:
         call()
     expect(largest.elements <= limit, f"{what}: expected tensors of at most {limit:,} elements\n"
            f"  got one of {largest.elements:,}: are there scores, or a mask, of more than one block?")  # fmt: skip
+
+
+def expect_blocks_of_scores(call, what: str, tokens: int, block: int, *sizes: int) -> None:
+    """`call()` makes no T x S scores: neither in one tensor nor, block by block, in a list that is kept."""
+    with Scores(*sizes) as scores:
+        call()
+    limit = max(tokens * block, tokens)
+    expect(scores.most <= limit, f"{what}: expected at most {limit:,} scores in a tensor\n"
+           f"  got one of {scores.most:,}: are there scores of more than one block?")  # fmt: skip
+    limit = 6 * tokens * block + 20 * tokens
+    expect(scores.held <= limit, f"{what}: expected the scores of one block at a time, a few tensors of {tokens} x "
+           f"{block}\n  got {scores.held:,} numbers at one time: are the scores or weights of all blocks kept?")  # fmt: skip
 
 
 def expect_untouched(call, **tensors: torch.Tensor) -> None:
@@ -102,6 +136,20 @@ class TestOneMore:
         """a key below the maximum leaves m as it is: after (ln 6, 5/3, 6) the score ln 2 with the value 0: l is 2"""
         got = expect_parts(impl(math.log(6), 5 / 3, 6.0, math.log(2), 0.0), "m", "l", "acc")
         expect_close("(m, l, acc)", got, (math.log(6), 2.0, 6.0))
+
+    def test_value_of_zero(self, impl):
+        """the first key's value may be 0, and values may cancel out: that key counts in l as any other"""
+        self._same(impl, [2.0, 3.0], [0.0, 5.0])
+        self._same(impl, [1.0, 1.0, 2.0], [4.0, -4.0, 5.0])
+
+    def test_floats(self, impl):
+        """three Python floats, with the digits of floats"""
+        state = self.walk(impl, [0.1, 0.3, -0.2], [1 / 3, 0.7, 3.0])
+        expect(all(type(x) is float for x in state), f"expected three float\n  got {state}")
+        weights = [math.exp(s - 0.3) for s in (0.1, 0.3, -0.2)]
+        expect_close("l", state[1], math.fsum(weights), atol=0, rtol=1e-13)
+        acc = math.fsum(w * v for w, v in zip(weights, (1 / 3, 0.7, 3.0), strict=True))
+        expect_close("acc", state[2], acc, atol=0, rtol=1e-13)
 
     def test_any_order(self, impl):
         """growing, falling, mixed and equal scores"""
@@ -149,6 +197,8 @@ class TestTouched:
         expect_equal("keys 0 to 64·10¹²", tuple(impl(0, 64 * n, 64)), (0, n + 1))
         got = tuple(impl(4 * 10**17 - 1, 4 * 10**17, 4))
         expect_equal("keys 4·10¹⁷ - 1 to 4·10¹⁷ in blocks of 4", got, (10**17 - 1, 10**17 + 1))
+        got = tuple(impl(3 * 10**17 + 2, 6 * 10**17 - 1, 3))
+        expect_equal("keys 3·10¹⁷ + 2 to 6·10¹⁷ - 1 in blocks of 3: integers, no rounding", got, (10**17, 2 * 10**17))
 
 
 # ---- 5.w3
@@ -177,6 +227,11 @@ class TestBlockMask:
         """behind the queries all True, ahead of them all False"""
         self._same(impl, 16, 3, 4, 5)
         self._same(impl, 4, 3, 16, 5)
+
+    def test_far(self, impl):
+        """positions beyond what 16 and 32 bits, or fp32, can tell apart"""
+        for position in (2**15 - 2, 2**24 + 1, 2**31 - 2, 2**40 + 1):
+            self._same(impl, position, 4, position - 1, 6)
 
     def test_before_the_first_key(self, impl):
         """queries at negative positions see nothing"""
@@ -233,12 +288,22 @@ class TestOnlineAttention:
         q, k, v = self.case(13, 40, 1, 1)
         expect_few_scores(104, "blocks of 8", lambda: impl(q, k, v, 8))
 
+    def test_blocks_of_scores(self, impl):
+        """blocks of 1, 2 and 4 keys, one query and 13: never more than T x block scores, nor all of them in a list"""
+        for tokens, block in ((1, 4), (2, 4), (13, 1), (13, 2), (4, 1)):
+            q, k, v = self.case(tokens, 164, 7, 11)
+            what = f"T = {tokens}, S = 164, blocks of {block}"
+            expect_blocks_of_scores(lambda q=q, k=k, v=v, n=block: impl(q, k, v, n), what, tokens, block, 7, 11)
+
     def test_inputs(self, impl):
         """inputs that are not contiguous, and are as before the call; the output is new"""
         q, k, v = (spread(t) for t in self.case(4, 9, 8, 8))
         self._same(impl, q, k, v, 4)
         expect_untouched(lambda: impl(q, k, v, 4), q=q, k=k, v=v)
         expect_new([impl(q, k, v, 100)], (q, k, v))
+        for tokens in (1, 3):
+            q, k, v = self.case(tokens, 1)
+            expect_new([impl(q, k, v, 4)], (q, k, v))
         q, k, v = self.case(4, 9)
         expect_untouched(lambda: impl(q, k, v, 4), q=q, k=k, v=v)
 
@@ -341,6 +406,41 @@ class TestMerge:
             for name, t in zip(("m", "l", "acc"), got, strict=True):
                 expect_equal(f"dtype of {name}", t.dtype, dtype)
 
+    def test_fp64_precision(self, impl):
+        """fp64 keeps its digits: nothing goes through fp32 on the way"""
+        a = tuple(torch.tensor(x, dtype=torch.float64) for x in ([0.1, 3.0], [1.1, 1 / 3], [[0.3], [0.7]]))
+        b = tuple(torch.tensor(x, dtype=torch.float64) for x in ([0.4, 2.1], [1.7, 2 / 3], [[0.9], [0.1]]))
+        for name, got, expected in zip(("m", "l", "acc"), impl(a, b), self.in_floats(a, b), strict=True):
+            expect_close(f"{name} in fp64", got, expected, atol=0, rtol=1e-13)
+
+    @staticmethod
+    def in_floats(a, b):
+        rows = []
+        for (m, x, p), (n, y, r) in zip(*(zip(*(t.tolist() for t in part), strict=True) for part in (a, b)), strict=True):
+            top = max(m, n)
+            f, g = math.exp(m - top), math.exp(n - top)
+            rows.append((top, f * x + g * y, [f * s + g * t for s, t in zip(p, r, strict=True)]))
+        return [list(x) for x in zip(*rows, strict=True)]
+
+    def test_values_of_zero(self, impl):
+        """keys whose values are 0 count in l: l tells who has no key, not acc"""
+        a = torch.tensor([1.0, 2.0]), torch.tensor([2.0, 3.0]), torch.zeros(2, 2)
+        b = torch.tensor([1.0, 1.0]), torch.tensor([1.0, 1.0]), torch.ones(2, 2)
+        e = math.exp(-1)
+        expect_partial("values of 0 on one side", impl(clones(a), clones(b)), ([1, 2], [3, 3 + e], [[1, 1], [e, e]]))
+        expect_partial("values of 0 on the other", impl(clones(b), clones(a)), ([1, 2], [3, 3 + e], [[1, 1], [e, e]]))
+
+    def test_no_queries(self, impl):
+        """no query, no sequence or no feature: empty tensors of the same shapes come back, new ones"""
+        for shape in ((0,), (2, 0), (0, 3)):
+            a, b = ((torch.zeros(shape), torch.zeros(shape), torch.zeros(*shape, 3)) for _ in range(2))
+            got = expect_parts(impl(a, b), "m", "l", "acc")
+            shapes = [tuple(t.shape) for t in got]
+            expect_equal(f"shapes for m {list(shape)}", shapes, [shape, shape, (*shape, 3)])
+            expect(not any(x is y for x in got for y in (*a, *b)), "no query: expected new tensors\n  got an input")
+        a, b = ((torch.zeros(2), torch.ones(2), torch.zeros(2, 0)) for _ in range(2))
+        expect_partial("no features", impl(a, b), (torch.zeros(2), [2.0, 2.0], torch.zeros(2, 0)))
+
     def test_inputs_untouched(self, impl):
         """both inputs are as before the call, and what comes back is new, whichever side is empty"""
         for sizes in ((3, 5), (0, 5), (3, 0), (0, 0)):
@@ -412,6 +512,15 @@ class TestFlashTile:
         expect_close("output, all scores -10¹⁰", got[0], means, atol=1e-5)
         expect_close("log-sum-exp, all scores -10¹⁰", got[1], torch.full((4,), -1e10), rtol=1e-5)
 
+    def test_hidden_keys_with_large_scores(self, impl):
+        """a hidden key whose score is larger by hundreds does not push the visible ones to 0"""
+        q, k, v = torch.ones(4, 4), randn(10, 4, seed=1), randn(10, 4, seed=2)
+        k[6:] += 300.0
+        expected = tile_reference(q, k, v, 3)
+        got = expect_parts(impl(q, k, v, 3, 8), "out", "log-sum-exp")
+        expect_close("output", got[0], expected[0], atol=2e-5)
+        expect_close("log-sum-exp", got[1], expected[1], atol=2e-5)
+
     def test_hidden_keys_not_visited(self, impl):
         """NaN behind the block of the last visible key does not reach the output"""
         q, k, v = randn(4, 8), randn(32, 8, seed=1), randn(32, 8, seed=2)
@@ -433,6 +542,25 @@ class TestFlashTile:
             atol = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[kind]
             expect_close(f"output, {what}", got[0], expected[0], atol=atol, rtol=atol)
             expect_close(f"log-sum-exp, {what}", got[1], expected[1], atol=1e-4)
+
+    def test_dtypes_of_nothing(self, impl):
+        """a tile that sees nothing, and a sink that half precision cannot hold: output in q's dtype, the rest in fp32"""
+        for dtype in (torch.float16, torch.bfloat16):
+            q, k, v = (randn(3, 8, seed=s).to(dtype) for s in range(3))
+            for position, sink in ((-9, None), (-9, 1.2345), (-1, -0.777)):
+                got = expect_parts(impl(q, k, v, position, 2, sink), "out", "log-sum-exp")
+                what = f"position {position}, sink {sink}, {dtype}"
+                expect_equal(f"dtype of the output, {what}", got[0].dtype, dtype)
+                expect_equal(f"dtype of the log-sum-exp, {what}", got[1].dtype, torch.float32)
+                expect_close(f"log-sum-exp, {what}", got[1], tile_reference(q, k, v, position, sink)[1], atol=2e-5)
+
+    def test_blocks_of_scores(self, impl):
+        """blocks of 1 to 4 keys, one query and 13: never more than T x block scores, nor all of them in a list"""
+        for tokens, block in ((1, 4), (13, 1), (13, 2)):
+            q, k, v = randn(tokens, 7), randn(164, 7, seed=1), randn(164, 7, seed=2)
+            what = f"T = {tokens}, S = 164, blocks of {block}"
+            call = lambda q=q, k=k, v=v, n=block: impl(q, k, v, 164 - len(q), n)  # noqa: E731
+            expect_blocks_of_scores(call, what, tokens, block, 7)
 
     def test_no_score_matrix(self, impl):
         """13 queries, 40 keys, blocks of 8: no tensor of more than 104 elements at any time"""
@@ -621,6 +749,24 @@ class TestCombineSplits:
         got = expect_parts(impl(outs, torch.tensor([0.0, math.nan]).reshape(2, 1, 1)), "out", "lse")
         expect(all(bool(x.isnan().all()) for x in got), "a log-sum-exp of NaN: expected NaN for both\n  got others")
 
+    def test_each_head_for_itself(self, impl):
+        """a chunk may be empty for one head and not for another"""
+        outs, lses = randn(2, 1, 2, 3), randn(2, 1, 2)
+        outs[1, 0, 0], lses[1, 0, 0] = math.nan, -INF
+        got = expect_parts(impl(outs, lses), "out", "lse")
+        share = lses[:, 0, 1].double().softmax(0)
+        expect_close("output of the head with one chunk", got[0][0, 0], outs[0, 0, 0], atol=1e-5)
+        expect_close("output of the head with two", got[0][0, 1], share @ outs[:, 0, 1].double(), atol=1e-5)
+        expect_close("log-sum-exp", got[1][0], [float(lses[0, 0, 0]), float(lses[:, 0, 1].double().logsumexp(0))])
+
+    def test_low_is_not_empty(self, impl):
+        """only -inf says that a chunk has no key: one of -10³, -10⁶ or -10¹⁰ has, and its NaN shows"""
+        for low in (-1e3, -1e6, -1e10):
+            outs = torch.tensor([3.0, math.nan]).reshape(2, 1, 1, 1)
+            lses = torch.tensor([0.0, low]).reshape(2, 1, 1)
+            got = impl(outs, lses)[0]
+            expect(bool(got.isnan().all()), f"NaN beside a log-sum-exp of {low:g}: expected NaN\n  got {float(got)}")
+
     def test_a_sequence_without_keys(self, impl):
         """no key in any chunk: output 0, log-sum-exp -inf"""
         self._same(impl, [[0, 0, 0], [0, 4, 9]])
@@ -698,6 +844,7 @@ class Guarded:
     def __enter__(self):
         self.read = self.written = 0
         self.precisions, self.tails, self.ranges, self.patches = set(), [], [], []
+        self.programs, self.tiles = [], set()
         if os.environ.get("TRITON_INTERPRET") == "1":
             self.watch()
         else:
@@ -719,6 +866,8 @@ class Guarded:
 
         def launched(kernel, *args, **kwargs):
             tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+            grid = kwargs["grid"]
+            self.programs.append(math.prod(grid(kwargs) if callable(grid) else grid))
             self.ranges = [(x.data_ptr(), x.data_ptr() + x.numel() * x.element_size()) for x in tensors]
             return run(kernel, *args, **kwargs)
 
@@ -742,6 +891,7 @@ class Guarded:
 
         def multiplied(builder, a, b, d, precision, *rest):
             self.precisions.add(str(precision).rpartition(".")[2].lower())
+            self.tiles.add(frozenset((a.data.shape[0], b.data.shape[1])))
             return dot(builder, a, b, d, precision, *rest)
 
         self.patches = [
@@ -788,6 +938,12 @@ class TestFlashAlibi:
             expect_untouched(lambda: self.got.append(impl(q, k, v, slope, block_m, block_n)), q=q, k=k, v=v)
         got = self.got.pop()
         guarded.check(what)
+        if guarded.programs:
+            programs = math.ceil(tokens / block_m)
+            expect_equal(f"number of programs, {what}", guarded.programs, [programs])
+            tile = frozenset((block_m, block_n))
+            expect(tile in guarded.tiles, f"{what}: expected scores of {block_m} x {block_n}\n"
+                   f"  got products of {sorted(sorted(t) for t in guarded.tiles)}: is a block size ignored?")  # fmt: skip
         atol = 1e-5 if dtype == torch.float32 else 2e-3
         expect_equal(f"dtype, {what}", got.dtype, dtype)
         expect_close(f"output, {what}", got, alibi_reference(q.cpu(), k.cpu(), v.cpu(), slope), atol=atol, rtol=atol)
@@ -804,6 +960,10 @@ class TestFlashAlibi:
         """three tiles and three blocks, where the maximum moves"""
         self._same(impl, 48)
         self._same(impl, 48, slope=0.0, scale=4.0)
+
+    def test_far(self, impl):
+        """a gentle slope over 200 tokens: the penalty grows to the end"""
+        self._same(impl, 200, slope=0.02, block_m=64, block_n=64)
 
     def test_any_length(self, impl):
         """lengths that no block divides, and a single token"""
@@ -837,6 +997,15 @@ class TestFlashAlibi:
         q, k = on_device(torch.zeros(40, 16, dtype=torch.float16), randn(40, 16).half())
         v = torch.full_like(k, 30_000.0)
         expect_close("output", impl(q, k, v, 0.0, 16, 16), torch.full((40, 16), 30_000.0), rtol=2e-3)
+        self._same(impl, 40, dtype=torch.float16, scale=50.0)
+
+    def test_small_weights_add_up(self, impl):
+        """fp16, 255 keys that weigh 2⁻¹⁵ of the first each: a running sum in fp32 does not lose them"""
+        q, k, v = (torch.zeros(256, 16, dtype=torch.float16) for _ in range(3))
+        q[:, 0], k[0, 0], v[:] = 4.0, 15 * math.log(2), 1.0
+        q, k, v = on_device(q, k, v)
+        got = impl(q, k, v, 0.0, 128, 16)
+        expect_close("output, all values 1", got, torch.ones(256, 16), atol=3e-3)
 
     def test_no_score_matrix(self, impl):
         """96 tokens: torch makes no tensor of 96 x 96 elements"""
