@@ -57,7 +57,9 @@ class Scores(TorchDispatchMode):
                 self.alive[id(t)] = weakref.ref(t)
                 self.most = max(self.most, t.numel())
         self.alive = {i: ref for i, ref in self.alive.items() if ref() is not None}
-        distinct = {t.untyped_storage().data_ptr(): t.numel() for ref in self.alive.values() if (t := ref()) is not None}
+        distinct = {
+            t.untyped_storage().data_ptr(): t.numel() for ref in self.alive.values() if (t := ref()) is not None
+        }
         self.held = max(self.held, sum(distinct.values()))
         return out
 
@@ -93,7 +95,7 @@ def expect_blocks_of_scores(call, what: str, tokens: int, block: int, *sizes: in
            f"  got one of {scores.most:,}: are there scores of more than one block?")  # fmt: skip
     limit = 6 * tokens * block + 20 * tokens
     expect(scores.held <= limit, f"{what}: expected the scores of one block at a time, a few tensors of {tokens} x "
-           f"{block}\n  got {scores.held:,} numbers at one time: are the scores or weights of all blocks kept?")  # fmt: skip
+           f"{block}\n  got {scores.held:,} numbers at one time: are those of all blocks kept?")  # fmt: skip
 
 
 def expect_untouched(call, **tensors: torch.Tensor) -> None:
@@ -141,6 +143,15 @@ class TestOneMore:
         """the first key's value may be 0, and values may cancel out: that key counts in l as any other"""
         self._same(impl, [2.0, 3.0], [0.0, 5.0])
         self._same(impl, [1.0, 1.0, 2.0], [4.0, -4.0, 5.0])
+
+    def test_every_key_counts(self, impl):
+        """a score of 0 is a score; a large value shows however small its weight"""
+        self._same(impl, [0.0, -1.0, 0.0], [2.0, 3.0, 5.0])
+        for gap in (20.0, 60.0, 300.0):
+            value = math.exp(gap)
+            for scores, values in (([gap, 0.0], [1.0, value]), ([0.0, gap], [value, 1.0])):
+                acc = self.walk(impl, scores, values)[2]
+                expect_close(f"acc, scores {scores}, values {values}", acc, 2.0)
 
     def test_floats(self, impl):
         """three Python floats, with the digits of floats"""
@@ -220,7 +231,10 @@ class TestBlockMask:
 
     def test_anywhere(self, impl):
         """queries and keys that begin at different places, in a rectangle"""
-        for position, M, start, N in ((8, 4, 6, 5), (6, 4, 8, 3), (5, 3, 4, 8), (7, 1, 5, 4), (2, 6, 4, 1)):
+        for position, M, start, N in (
+            (8, 4, 6, 5), (6, 4, 8, 3), (5, 3, 4, 8), (7, 1, 5, 4), (2, 6, 4, 1), (300, 2, 100, 300),
+            (100, 300, 300, 2),
+        ):  # fmt: skip
             self._same(impl, position, M, start, N)
 
     def test_whole_and_hidden(self, impl):
@@ -270,6 +284,7 @@ class TestOnlineAttention:
         for block in (1, 4, 20, 21, 100):
             self._same(impl, *self.case(5, 21), block)
         self._same(impl, *self.case(1, 7), 3)
+        self._same(impl, *self.case(150, 140), 130)
         self._same(impl, *self.case(3, 1), 2)
 
     def test_sizes(self, impl):
@@ -375,8 +390,10 @@ class TestMerge:
         """queries with keys on both sides, on one and on none, in one call"""
         scores, v = randn(4, 6), randn(6, 3)
         scores[1, :3] = scores[2, 3:] = scores[3] = -INF
-        a, b = partial(scores[:, :3], v[:3]), partial(scores[:, 3:], v[3:])
-        expect_partial("merged", impl(a, b), partial(scores, v))
+        for turn in range(4):  # each of the four is the first once
+            some = scores.roll(turn, 0)
+            a, b = partial(some[:, :3], v[:3]), partial(some[:, 3:], v[3:])
+            expect_partial("merged", impl(a, b), partial(some, v))
 
     def test_large_scores(self, impl):
         """scores of ±1,000: finite, and equal to the softmax in fp64"""
@@ -416,7 +433,9 @@ class TestMerge:
     @staticmethod
     def in_floats(a, b):
         rows = []
-        for (m, x, p), (n, y, r) in zip(*(zip(*(t.tolist() for t in part), strict=True) for part in (a, b)), strict=True):
+        for (m, x, p), (n, y, r) in zip(
+            *(zip(*(t.tolist() for t in part), strict=True) for part in (a, b)), strict=True
+        ):
             top = max(m, n)
             f, g = math.exp(m - top), math.exp(n - top)
             rows.append((top, f * x + g * y, [f * s + g * t for s, t in zip(p, r, strict=True)]))
@@ -424,6 +443,8 @@ class TestMerge:
 
     def test_values_of_zero(self, impl):
         """keys whose values are 0 count in l: l tells who has no key, not acc"""
+        many = torch.tensor([1.0]), torch.tensor([50.0]), torch.tensor([[10.0]])
+        expect_partial("equal maxima of 50 keys each", impl(clones(many), clones(many)), ([1.0], [100.0], [[20.0]]))
         a = torch.tensor([1.0, 2.0]), torch.tensor([2.0, 3.0]), torch.zeros(2, 2)
         b = torch.tensor([1.0, 1.0]), torch.tensor([1.0, 1.0]), torch.ones(2, 2)
         e = math.exp(-1)
@@ -543,8 +564,23 @@ class TestFlashTile:
             expect_close(f"output, {what}", got[0], expected[0], atol=atol, rtol=atol)
             expect_close(f"log-sum-exp, {what}", got[1], expected[1], atol=1e-4)
 
+    def test_fp32_on_the_way(self, impl):
+        """q in half precision: values in fp32 are not rounded before they are summed, nor is the running sum"""
+        for dtype in (torch.float16, torch.bfloat16):
+            step = torch.finfo(dtype).eps / 4
+            q, k = torch.zeros(1, 4, dtype=dtype), torch.zeros(2, 4)
+            v = torch.tensor([[1.0 + step] * 4, [-1.0] * 4])
+            got = expect_parts(impl(q, k, v, 1, 1), "out", "log-sum-exp")
+            what = f"the mean of 1 + {step:g} and -1, q in {dtype}"
+            expect_close(what, got[0], torch.full((1, 4), step / 2), atol=0, rtol=1e-2)
+            v = torch.ones(2500 if dtype == torch.float16 else 300, 4)
+            got = expect_parts(impl(q, torch.zeros_like(v), v, len(v) - 1, 1), "out", "log-sum-exp")
+            expect_close(
+                f"the mean of {len(v):,} ones, q in {dtype}, blocks of one key", got[0], torch.ones(1, 4), atol=1e-2
+            )
+
     def test_dtypes_of_nothing(self, impl):
-        """a tile that sees nothing, and a sink that half precision cannot hold: output in q's dtype, the rest in fp32"""
+        """a tile that sees nothing, a sink that half precision cannot hold: output in q's dtype, the rest in fp32"""
         for dtype in (torch.float16, torch.bfloat16):
             q, k, v = (randn(3, 8, seed=s).to(dtype) for s in range(3))
             for position, sink in ((-9, None), (-9, 1.2345), (-1, -0.777)):
@@ -762,6 +798,8 @@ class TestCombineSplits:
     def test_low_is_not_empty(self, impl):
         """only -inf says that a chunk has no key: one of -10³, -10⁶ or -10¹⁰ has, and its NaN shows"""
         for low in (-1e3, -1e6, -1e10):
+            outs, lses = torch.tensor([3.0, 5.0]).reshape(2, 1, 1, 1), torch.full((2, 1, 1), max(low, -1e3))
+            expect_close("output of 3 and 5, equal log-sum-exps", impl(outs, lses)[0], [[[4.0]]], atol=1e-2)
             outs = torch.tensor([3.0, math.nan]).reshape(2, 1, 1, 1)
             lses = torch.tensor([0.0, low]).reshape(2, 1, 1)
             got = impl(outs, lses)[0]
@@ -943,7 +981,7 @@ class TestFlashAlibi:
             expect_equal(f"number of programs, {what}", guarded.programs, [programs])
             tile = frozenset((block_m, block_n))
             expect(tile in guarded.tiles, f"{what}: expected scores of {block_m} x {block_n}\n"
-                   f"  got products of {sorted(sorted(t) for t in guarded.tiles)}: is a block size ignored?")  # fmt: skip
+                   f"  got products of {sorted(map(sorted, guarded.tiles))}: is a block size ignored?")  # fmt: skip
         atol = 1e-5 if dtype == torch.float32 else 2e-3
         expect_equal(f"dtype, {what}", got.dtype, dtype)
         expect_close(f"output, {what}", got, alibi_reference(q.cpu(), k.cpu(), v.cpu(), slope), atol=atol, rtol=atol)
@@ -960,6 +998,14 @@ class TestFlashAlibi:
         """three tiles and three blocks, where the maximum moves"""
         self._same(impl, 48)
         self._same(impl, 48, slope=0.0, scale=4.0)
+
+    def test_two_calls(self, impl):
+        """a second call leaves the result of the first as it is"""
+        q, k, v = on_device(*(randn(20, 16, seed=s) for s in range(3)))
+        first = impl(q, k, v, 0.25, 16, 16)
+        before = first.clone()
+        impl(k, q, v, 0.5, 16, 16)
+        expect_close("the first result, after a second call", first, before)
 
     def test_far(self, impl):
         """a gentle slope over 200 tokens: the penalty grows to the end"""
@@ -1012,6 +1058,10 @@ class TestFlashAlibi:
         q, k, v = on_device(*(randn(96, 16, seed=s) for s in range(3)))
         with Largest() as largest:
             impl(q, k, v, 0.25, 32, 32)
+        short = [x[:5] for x in (q, k, v)]
+        with Scores(16) as scores:
+            impl(*short, 0.25, 16, 16)
+        expect(scores.most < 25, f"5 tokens: expected no tensor of 5 x 5 scores\n  got one of {scores.most} elements")
         expect(
             largest.elements < 96 * 96,
             f"expected tensors of fewer than 9,216 elements\n  got one of {largest.elements:,}",

@@ -3,6 +3,7 @@ rewinds, decoding a batch, a rolling window with sinks, moved keys, and the batc
 """
 
 import math
+import pickle
 import random
 import sys
 from contextlib import contextmanager
@@ -138,7 +139,7 @@ class TestTokensComputed:
         expect_equal("without a cache", got[0], 3 * n + n * (n - 1) // 2)
         expect_equal("with one", got[1], n + 2)
         n = 3 * 10**9 + 7
-        expect_equal(f"without a cache, n = {n:,}", impl(1, n)[0], n + n * (n - 1) // 2)
+        expect_equal(f"n = {n:,}", tuple(impl(1, n)), (n + n * (n - 1) // 2, n))
 
 
 @exercise("6.w2", "ring")
@@ -147,7 +148,9 @@ class TestRing:
         expected = [-1] * window
         for p in range(length):
             expected[p % window] = p
-        expect_equal(f"positions in a ring of {window} after {length} tokens", impl(length, window), expected)
+        got = impl(length, window)
+        expect_equal(f"positions in a ring of {window} after {length} tokens", got, expected)
+        expect(all(type(p) is int for p in got), f"a ring of {window}: expected int\n  got {got}")
 
     def test_by_hand(self, impl):
         """a ring of 4 after 6 tokens: [4, 5, 2, 3]"""
@@ -202,6 +205,9 @@ class TestBlend:
     def test_low_scores(self, impl):
         """scores of several hundred and of -10¹⁰: what hides must be lower still"""
         self._same(impl, [True, False, True, True], math.nan, scale=300.0)
+        low = torch.tensor([-100.0, -50.0, -100.0])
+        got = impl(low, torch.tensor([[1.0], [7.0], [3.0]]), torch.tensor([True, False, True]))
+        expect_close("output, visible scores of -100, one of -50 between that is not seen", got, [2.0])
         scores, values = torch.tensor([-1e10, 5.0, -1e10]), torch.tensor([[1.0], [7.0], [3.0]])
         got = impl(scores, values, torch.tensor([True, False, True]))
         expect_close("output, visible scores of -10¹⁰", got, [2.0])
@@ -352,6 +358,8 @@ class TestMaxSequences:
         expect_equal("7 numbers of half a byte, 10 tokens", impl(3500, 0, odd, 10, size=0.5), 100)
         expect_equal("the same in blocks of 3", impl(4199, 0, odd, 10, size=0.5, block=3), 99)
         expect_equal("two such layers", impl(3500, 0, odd * 2, 5, size=0.5), 100)
+        expect_equal("half a byte, with weights", impl(10**6, 500_000, [heads(2, 64)], 100, size=0.5), 39)
+        expect_equal("4 bytes, with weights", impl(10**6, 500_000, [heads(1, 64)], 10, size=4), 97)
         expect_equal("3.5 bytes a sequence", impl(35, 0, odd, 1, size=0.5), 10)
 
     def test_nothing_fits(self, impl):
@@ -632,7 +640,12 @@ class TestSinkCache:
             for p in range(first, first + new):
                 seen = [j for j in range(p + 1) if j < sinks or j > p - window]
                 rows.append(softmax_sum(q[p], [k[j] for j in seen], [v[j] for j in seen]))
-            expect_close(f"attention, {what}", got, torch.stack(rows) if rows else torch.zeros(0, q_heads, 8), atol=1e-5 * max(1, scale))
+            expect_close(
+                f"attention, {what}",
+                got,
+                torch.stack(rows) if rows else torch.zeros(0, q_heads, 8),
+                atol=1e-5 * max(1, scale),
+            )
             before = [x[first : first + new] for x in (q, k, v)]
             expect_kept(what, **dict(zip("qkv", zip(parts, before, strict=True), strict=True)))
             kept = {t.untyped_storage().data_ptr() for t in tensors_in(vars(cache))}
@@ -646,6 +659,7 @@ class TestSinkCache:
     def test_one_by_one(self, impl):
         """single tokens, far past the window"""
         self.hold(impl, 2, 4, [1] * 17)
+        self.hold(impl, 2, 3, [70, 1, 1, 20, 1])
 
     def test_fills(self, impl):
         """before sinks and window are full a token sees all that came"""
@@ -670,7 +684,8 @@ class TestSinkCache:
 
     def test_heads(self, impl):
         """query head h reads key/value head h // (H / H_kv)"""
-        self.hold(impl, 1, 3, [3, 1, 2, 1], q_heads=4, kv_heads=2)
+        for q_heads, kv_heads in ((4, 2), (6, 2), (3, 1), (2, 2), (1, 1)):
+            self.hold(impl, 1, 3, [3, 1, 2, 1], q_heads=q_heads, kv_heads=kv_heads)
 
     def test_any_memory(self, impl):
         """slots never written may hold NaN, as torch.empty may give"""
@@ -695,15 +710,21 @@ class TestSinkCache:
 
     def test_fixed_memory(self, impl):
         """after 400 tokens the cache keeps no more numbers than after 40"""
-        cache, x, sizes = impl(1, 4, 1, 8), random_tensor(1, 1, 8), []
+        cache, x, sizes, pickled = impl(1, 4, 1, 8), random_tensor(1, 1, 8), [], []
         for token in range(400):
             cache.step(x.clone(), x.clone(), x.clone())
             if token in (39, 399):
                 sizes.append(numbers_in(cache))
+                pickled.append(pickled_size(cache))
         expect(
             sizes[1] <= sizes[0],
             f"sinks 1, window 4: expected {sizes[0]:,} numbers in the cache's attributes, as after 40 tokens\n"
             f"  got {sizes[1]:,} after 400",
+        )
+        expect(
+            pickled[1] <= pickled[0] + 200,
+            f"sinks 1, window 4: expected about {pickled[0]:,} bytes in what the cache keeps, as after 40 tokens\n"
+            f"  got {pickled[1]:,} after 400: does something beside keys and values grow?",
         )
 
     def test_large_scores(self, impl):
@@ -716,6 +737,14 @@ class TestSinkCache:
         seen = [[0], [0, 1], [0, 1, 2], [0, 2, 3], [0, 3, 4], [0, 4, 5]]
         means = torch.stack([v[some].double().mean(0) for some in seen])
         expect_close("attention, sinks 1, window 2, all scores -10¹⁰", got, means, atol=1e-5)
+
+
+def pickled_size(thing) -> int:
+    """The bytes of all that an object keeps; 0 where something cannot be pickled."""
+    try:
+        return len(pickle.dumps(vars(thing)))
+    except Exception:
+        return 0
 
 
 def tensors_in(thing, depth=3):
@@ -731,7 +760,9 @@ def numbers_in(thing, depth=3):
     if isinstance(thing, torch.Tensor):
         return thing.untyped_storage().nbytes()
     if isinstance(thing, dict):
-        entries = sum(1 if isinstance(x, int | float) else numbers_in(x, depth - 1) for x in thing.values()) if depth else 0
+        entries = (
+            sum(1 if isinstance(x, int | float) else numbers_in(x, depth - 1) for x in thing.values()) if depth else 0
+        )
         return entries if depth == 3 else entries + len(thing)
     if isinstance(thing, list | tuple | set):
         return sum(1 if isinstance(x, int | float) else numbers_in(x, depth - 1) for x in thing) if depth else 0
@@ -786,6 +817,14 @@ class TestCut:
     def test_nothing(self, impl):
         """start = stop removes nothing"""
         self.hold(impl, 6, 4, 4)
+
+    def test_one_head(self, impl):
+        """a single head, a single feature pair"""
+        raw = random_tensor(9, 1, 2)
+        k, v = turned(raw, torch.arange(9), 10_000.0), random_tensor(9, 1, 2, seed=1)
+        keys, values = expect_parts(impl(k, v, 2, 5), "keys", "values")
+        expect_close("keys", keys, turned(torch.cat((raw[:2], raw[5:])), torch.arange(6), 10_000.0), atol=1e-5)
+        expect_close("values", values, torch.cat((v[:2], v[5:])))
 
     def test_theta_and_size(self, impl):
         """other frequencies, other head sizes"""
@@ -857,6 +896,8 @@ class TestSaturatingBatch:
         """8-bit numbers halve what is read, weights and cache"""
         got = impl(10**9, 1, 1, 1, 2, 1, 700.5e12, 3e12, size=1)
         expect_equal("batch", got, 117)
+        got = impl(10**9, 1, 1, 1, 2, 1, 700.5e12, 3e12, size=0.5)
+        expect_equal("batch, half a byte", got, 59)
 
     def test_drawn(self, impl):
         """drawn machines and models, held against the definition"""
@@ -894,4 +935,6 @@ class TestSaturatingBatch:
 
     def test_at_least_one(self, impl):
         """a machine with little arithmetic is limited by it at once"""
-        expect_equal("batch", impl(10**6, 2, 4, 4, 16, 10, 1e9, 1e12), 1)
+        got = impl(10**6, 2, 4, 4, 16, 10, 1e9, 1e12)
+        expect_equal("batch", got, 1)
+        expect(type(got) is int, f"expected an int\n  got {got!r}")

@@ -3,6 +3,7 @@
 import builtins
 import contextlib
 import copy
+import itertools
 import math
 import os
 import random
@@ -853,11 +854,25 @@ class TestBlockNames:
         """salts that differ in case, spaces or accents; digests that are no text, or end in zeros"""
         salts = ("a", "A", " a", "a ", "a\n", "\u00e9", "\u00ea", "e\u0301", "?", "\u4e2d")
         found = [names_of(impl, PICTURE[:4], 4, salt=s)[0] for s in salts]
-        for i, j in ((i, j) for i in range(len(salts)) for j in range(i)):
-            expect(found[i] != found[j], f"salts {salts[j]!r} and {salts[i]!r}: expected different names\n  got the same")
-        digests = (b"\xff", b"\xfe", b"\x80", b"a", b"A", b"a\0", b"a ", b"\xc3\xa9", b"\xe9", b"\xff" * 32, b"\xfe" * 32)
+        for i, j in itertools.combinations(range(len(salts)), 2):
+            expect(
+                found[i] != found[j], f"salts {salts[j]!r} and {salts[i]!r}: expected different names\n  got the same"
+            )
+        digests = (
+            b"\xff",
+            b"\xfe",
+            b"\x80",
+            b"a",
+            b"A",
+            b"a\0",
+            b"a ",
+            b"\xc3\xa9",
+            b"\xe9",
+            b"\xff" * 32,
+            b"\xfe" * 32,
+        )
         found = [names_of(impl, PICTURE[:4], 4, images=[(1, 2, d)])[0] for d in digests]
-        for i, j in ((i, j) for i in range(len(digests)) for j in range(i)):
+        for i, j in itertools.combinations(range(len(digests)), 2):
             what = f"digests {digests[j]!r} and {digests[i]!r}"
             expect(found[i] != found[j], f"{what}: expected different names\n  got the same")
 
@@ -865,7 +880,9 @@ class TestBlockNames:
         """the same picture in two places of a block, given in either order"""
         pair = [(0, 1, b"cat"), (2, 1, b"cat")]
         expect_agree(impl, "one picture twice", (PICTURE[:4], "", pair), (PICTURE[:4], "", pair[::-1]), [True])
-        expect_agree(impl, "another place", (PICTURE[:4], "", pair), (PICTURE[:4], "", [pair[0], (3, 1, b"cat")]), [False])
+        expect_agree(
+            impl, "another place", (PICTURE[:4], "", pair), (PICTURE[:4], "", [pair[0], (3, 1, b"cat")]), [False]
+        )
 
     def test_long_digests(self, impl):
         """digests of 300 and of 70,000 bytes"""
@@ -1255,7 +1272,9 @@ class TestWindowDecode:
         ):
             run_window(impl, args, "3 query heads on one, window 20")
         found = sum(outside)
-        expect(not found, f"expected nothing read outside of the tensors\n  got {found:,} numbers: rows of q past GROUP?")
+        expect(
+            not found, f"expected nothing read outside of the tensors\n  got {found:,} numbers: rows of q past GROUP?"
+        )
         loose = precisions - {"ieee"}
         expect(not loose, f'expected every tl.dot with input_precision="ieee"\n  got {", ".join(loose)}')
 
@@ -1295,6 +1314,10 @@ class TestWindowDecode:
         args[1][rows[0], :, 0] = 15 * math.log(2)
         got = run_window(impl, args, "small weights")
         expect_close("output, all values 1", got, torch.ones(1, 2, 16), atol=3e-3)
+        args[0].fill_(8.0), args[1].fill_(9.38)  # scores of 300.16, which fp16 rounds
+        args[2][rows] = torch.linspace(-1, 1, 256, device=args[2].device).half()[:, None, None]
+        got = run_window(impl, args, "equal scores of about 300")
+        expect_close("output, equal scores of about 300", got, torch.zeros(1, 2, 16), atol=3e-3)
         expect_window(impl, [45], heads=2, kv_heads=1, window=100, dtype=torch.float16, scale=80.0)
 
     def test_large_scores(self, impl):
