@@ -643,7 +643,7 @@ class TestSinkCache:
             expect_close(
                 f"attention, {what}",
                 got,
-                torch.stack(rows) if rows else torch.zeros(0, q_heads, 8),
+                torch.stack(rows),
                 atol=1e-5 * max(1, scale),
             )
             before = [x[first : first + new] for x in (q, k, v)]
@@ -692,10 +692,6 @@ class TestSinkCache:
         with uninitialized_is_nan():
             self.hold(impl, 2, 4, [1, 2, 1, 6, 1])
             self.hold(impl, 3, 5, [4, 1])
-
-    def test_no_new_token(self, impl):
-        """a step of no token changes nothing"""
-        self.hold(impl, 1, 3, [2, 0, 1, 4, 0, 1])
 
     def test_two_caches(self, impl):
         """two caches of one size know nothing of each other"""

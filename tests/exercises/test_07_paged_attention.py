@@ -32,7 +32,9 @@ from minillm.learn.testing import (
 class TestSlotsOf:
     def test_by_hand(self, impl):
         """table [5, 1, 0], blocks of 4: positions 3, 6 and 8 lie in slots 23, 6 and 0"""
-        expect_equal("slots", impl([5, 1, 0], [3, 6, 8], 4), [23, 6, 0])
+        got = impl([5, 1, 0], [3, 6, 8], 4)
+        expect_equal("slots", got, [23, 6, 0])
+        expect(all(type(slot) is int for slot in got), f"expected a list of int\n  got {got}")
 
     def test_every_position(self, impl):
         """other blocks, other sizes: no two positions share a slot, and a block's stand in a row"""
@@ -227,6 +229,15 @@ class TestPrefixPool:
         expect_equal("the first one's table", first, [0, 1, 2])
         expect_equal("found by the second", pool.match_prefix([1, 2, 3, 4, 5, 6, 7, 8, 30, 31]), [0, 1])
         expect_equal("num_free", pool.num_free, 5)
+
+    def test_a_long_prefix(self, impl):
+        """a prefix of 20 blocks is found to its end"""
+        pool, tokens, name = impl(24, 2), list(range(41)), b""
+        blocks = [pool.allocate() for _ in range(20)]
+        for i, block in enumerate(blocks):
+            name = chain_hash(name, tokens[2 * i : 2 * i + 2])
+            pool.publish(block, name)
+        expect_equal("found", list(pool.match_prefix(tokens)), blocks)
 
     def test_the_past_counts(self, impl):
         """a block with the same tokens after others is not found, nor one behind a gap"""
@@ -497,6 +508,9 @@ class TestWindowTable:
         expect_equal("blocks held after a smaller step", sorted(pool.held), sorted(table.blocks[2:]))
         table.free()
         expect_equal("blocks held after free", sorted(pool.held), [])
+        whole, other = drive(impl, [5, 1], window=50, size=2, blocks=8)
+        whole.free()
+        expect_equal("blocks held after free, when none was dead", sorted(other.held), [])
 
     def test_free(self, impl):
         """free gives back each held block once; the table is empty and can begin again"""
@@ -608,6 +622,8 @@ class TestSlotMapping:
         expect_slots(impl, tables, [3, 0, 7], [1, 1, 1], 3, 4)
         expect_slots(impl, tables, [0, 0, 0], [4, 4, 4], 12, 1)
         expect_slots(impl, tables, [0, 16, 31], [17, 2, 1], 20, 16)
+        for size in (3, 6, 7):  # blocks whose size is no power of two
+            expect_slots(impl, tables, [0, 5, 11], [11, 4, 1], 16, size)
 
     def test_padding(self, impl):
         """entries after the last token are -1, however many there are"""
@@ -800,7 +816,7 @@ class TestBlockNames:
 
     def test_the_same_in_every_process(self, impl):
         """the names do not depend on what differs from process to process: `hash` of a text, `id`, its number"""
-        args = (TOKENS[:12], 4, "tenant", [(1, 2, b"cat")])
+        args = (TOKENS[:12], 4, "tenant", [(1, 2, b"cat"), (3, 2, b"dog"), (2, 1, b"cow"), (0, 1, b"hen")])
         first = names_of(impl, *args)
         expect_equal("names, the second time", names_of(impl, *args), first)
         keyed, place = builtins.hash, builtins.id
@@ -852,7 +868,7 @@ class TestBlockNames:
 
     def test_any_text_any_bytes(self, impl):
         """salts that differ in case, spaces or accents; digests that are no text, or end in zeros"""
-        salts = ("a", "A", " a", "a ", "a\n", "\u00e9", "\u00ea", "e\u0301", "?", "\u4e2d")
+        salts = ("", "None", "default", "0", "a", "A", " a", "a ", "a\n", "\u00e9", "\u00ea", "e\u0301", "?", "\u4e2d")
         found = [names_of(impl, PICTURE[:4], 4, salt=s)[0] for s in salts]
         for i, j in itertools.combinations(range(len(salts)), 2):
             expect(
@@ -883,6 +899,14 @@ class TestBlockNames:
         expect_agree(
             impl, "another place", (PICTURE[:4], "", pair), (PICTURE[:4], "", [pair[0], (3, 1, b"cat")]), [False]
         )
+
+    def test_every_place(self, impl):
+        """a picture at each of the four places of a block, and a fifth picture: names of their own"""
+        found = [names_of(impl, PICTURE[:4], 4, images=[(i, 1, b"cat")])[0] for i in range(4)]
+        expect_equal("different names, of one picture in four places", len(set(found)), 4)
+        five = [(2 * i, 2, b"%d" % i) for i in range(5)]
+        expect_agree(impl, "a fifth picture in place of another", (PICTURE[:12], "", five),
+                     (PICTURE[:12], "", [*five[:4], (8, 2, b"other")]), [True, True, False])  # fmt: skip
 
     def test_long_digests(self, impl):
         """digests of 300 and of 70,000 bytes"""
@@ -1314,7 +1338,7 @@ class TestWindowDecode:
         args[1][rows[0], :, 0] = 15 * math.log(2)
         got = run_window(impl, args, "small weights")
         expect_close("output, all values 1", got, torch.ones(1, 2, 16), atol=3e-3)
-        args[0].fill_(8.0), args[1].fill_(9.38)  # scores of 300.16, which fp16 rounds
+        args[0].fill_(8.0078125), args[1].fill_(9.375)  # scores of 300.29, which fp16 rounds down
         args[2][rows] = torch.linspace(-1, 1, 256, device=args[2].device).half()[:, None, None]
         got = run_window(impl, args, "equal scores of about 300")
         expect_close("output, equal scores of about 300", got, torch.zeros(1, 2, 16), atol=3e-3)

@@ -65,6 +65,7 @@ class TestPreempted:
         for need, expected in ((1, [4]), (2, [4]), (3, [4, 3]), (5, [4, 3, 2]), (8, [4, 3, 2, 1])):
             expect_equal(f"need {need}", impl(running, 0, need, 0), expected)
         expect_equal("need 4, 1 free", impl(running, 0, 4, 1), [4, 3])
+        expect_equal("need 15 of nine", impl([(0, i, 2) for i in range(9)], 0, 15, 0), [8, 7, 6, 5, 4, 3, 2, 1])
 
     def test_itself(self, impl):
         """if the request itself goes last it goes, and nobody that goes before it"""
@@ -827,6 +828,7 @@ class TestCapacity:
         """the lowest rate fails: 0; none fails: the highest; a share that is just met holds"""
         expect_close("the lowest rate fails", impl({5.0: run(1, 9), 10.0: run(10, 0)}, 0.5, 0.05, 0.9), 0.0)
         expect_close("none fails", impl({5.0: run(10, 0), 10.0: run(9, 1)}, 0.5, 0.05, 0.9), 10.0)
+        expect_close("0.86 of 0.9", impl({5.0: run(50, 0), 10.0: run(43, 7)}, 0.5, 0.05, 0.9), 5 + 5 * 0.1 / 0.14)
         expect_close("just met, then lost", impl({5.0: run(9, 1), 9.0: run(5, 5)}, 0.5, 0.05, 0.9), 5.0)
 
     def test_rates_in_any_order(self, impl):
@@ -849,6 +851,7 @@ class TestCapacity:
         late = [request(arrival=100.0, first=0.25) for _ in range(4)]
         expect_close("at the limit", impl({3.0: late}, 0.25, 0.05, 1.0), 3.0)
         expect_close("beyond it", impl({3.0: late}, 0.2, 0.05, 1.0), 0.0)
+        expect_close("a little beyond it", impl({3.0: late}, 0.2499, 0.05, 1.0), 0.0)
 
     def test_gaps_on_average(self, impl):
         """one long gap among short ones is forgiven, a slow request is not, and one token has no gap"""

@@ -1087,29 +1087,6 @@ class SinkCache:
         return out
 
 
-@wrong("6.4", "refuses a step without tokens")
-class SinkCache:
-    def __init__(self, sinks, window, kv_heads, head_dim):
-        self.sinks, self.window, self.length = (sinks, window, 0)
-        self.k, self.v = (torch.zeros(sinks + window, kv_heads, head_dim) for _ in range(2))
-        self.positions = torch.full((sinks + window,), -1)
-
-    def step(self, q, k, v):
-        assert len(k)
-        new = torch.arange(self.length, self.length + len(k))
-        keys, values, at = (torch.cat((self.k, k)), torch.cat((self.v, v)), torch.cat((self.positions, new)))
-        seen = (at >= 0) & (at <= new[:, None]) & ((at < self.sinks) | (at > new[:, None] - self.window))
-        groups = q.shape[1] // k.shape[1]
-        keys, values = (x.repeat_interleave(groups, dim=1) for x in (keys, values))
-        scores = torch.einsum("thd,shd->hts", q, keys) / q.shape[-1] ** 0.5
-        out = torch.einsum("hts,shd->thd", scores.masked_fill(~seen, float("-inf")).softmax(-1), values)
-        self.length += len(k)
-        kept = (new < self.sinks) | (new >= self.length - self.window)
-        slots = torch.where(new < self.sinks, new, self.sinks + (new - self.sinks) % self.window)[kept]
-        self.k[slots], self.v[slots], self.positions[slots] = (k[kept], v[kept], new[kept])
-        return out
-
-
 @alternative("6.4", "positions kept beside the slots")
 class SinkCache(Rolling):
     pass
