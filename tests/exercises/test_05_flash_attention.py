@@ -855,6 +855,8 @@ class TestCombineSplits:
         """outs and lses are as before the call, leftovers too; they need not be contiguous"""
         outs, lses, out, lse = splits([[0, 5, 5], [0, 4, 9]])
         expect_untouched(lambda: impl(outs, lses), outs=outs, lses=lses)
+        one, its = splits([[0, 5], [0, 0]])[:2]
+        expect_untouched(lambda: impl(one, its), outs=one, lses=its)
         got = expect_parts(impl(outs.permute(1, 3, 0, 2).contiguous().permute(2, 0, 3, 1), spread(lses)), "out", "lse")
         expect_close("output, inputs not contiguous", got[0], out, atol=1e-5)
         expect_close("log-sum-exp, inputs not contiguous", got[1], lse, atol=1e-4)

@@ -606,6 +606,9 @@ class TestDecodeStep:
         """caches that are views, with heads before slots in memory, are changed in place; inputs may be views"""
         q, k, v, k_cache, v_cache, *rest = self.case([3, 1, 6, 5], [True, True, False, True], q_heads=4)
         self.hold(impl, (spread(q), spread(k), spread(v), view_of(k_cache), view_of(v_cache), *rest))
+        q, k, v, k_cache, v_cache, *rest = self.case([3, 1, 6], [True] * 3, q_heads=4)
+        self.hold(impl, (q, k, v, view_of(k_cache), view_of(v_cache), *rest))
+        self.hold(impl, self.case([3, 1, 6], [True] * 3, q_heads=4, kv_heads=1))
 
     def test_no_loop(self, impl):
         """64 rows take no more tensor operations than 2"""
@@ -826,6 +829,7 @@ class TestCut:
         """other frequencies, other head sizes"""
         self.hold(impl, 40, 10, 31, theta=500.0)
         self.hold(impl, 40, 1, 31, size=6)
+        self.hold(impl, 40, 1, 31, theta=7.5)
 
     def test_far(self, impl):
         """a gap of 150,001 tokens: angles keep their precision"""

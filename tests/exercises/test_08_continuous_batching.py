@@ -87,6 +87,8 @@ class TestPreempted:
 
     def test_numbers(self, impl):
         """priorities and arrivals are numbers: 10 comes after 9"""
+        expect_equal("arrivals 3, 2", impl([(0, 3, 1), (0, 2, 1), (0, 1, 1)], 2, 1, 0), [0])
+        expect_equal("arrivals 2, 3", impl([(0, 2, 1), (0, 3, 1), (0, 1, 1)], 2, 1, 0), [1])
         expect_equal("priorities 9, 10, 1", impl([(9, 0, 1), (10, 0, 1), (1, 0, 1)], 2, 1, 0), [1])
         expect_equal("arrivals 10, 9, 1", impl([(0, 10, 1), (0, 9, 1), (0, 1, 1)], 2, 2, 0), [0, 1])
         expect_equal("priorities -2, -1, 0", impl([(-2, 5, 1), (-1, 4, 1), (0, 3, 1)], 0, 2, 0), [2, 1])
@@ -658,6 +660,17 @@ class TestFairQueue:
         expect_equal("then", taken(queue, 2), ["g1", "f2"])
         expect_equal("the weights that were passed", weights, {"gold": 4.0})
 
+    def test_a_weight_below_one(self, impl):
+        """a user of weight 0.5 is served half the tokens; counters are told apart by fractions"""
+        queue = impl({"slow": 0.5})
+        for user, name in (("slow", "s0"), ("ann", "a0"), ("slow", "s1"), ("ann", "a1"), ("ann", "a2")):
+            queue.add(user, name, 10)
+        expect_equal("taken", taken(queue, 5), ["s0", "a0", "a1", "s1", "a2"])
+        queue = impl({"ann": 100.0, "bob": 100.0})
+        for user, name, tokens in (("ann", "a0", 20), ("bob", "b0", 10), ("ann", "a1", 1), ("bob", "b1", 1)):
+            queue.add(user, name, tokens)
+        expect_equal("of fractions, taken", taken(queue, 4), ["a0", "b0", "b1", "a1"])
+
     def test_no_savings(self, impl):
         """who comes after a long absence starts level with those who wait, and has no right to what was missed"""
         queue = impl()
@@ -828,6 +841,8 @@ class TestCapacity:
         """the lowest rate fails: 0; none fails: the highest; a share that is just met holds"""
         expect_close("the lowest rate fails", impl({5.0: run(1, 9), 10.0: run(10, 0)}, 0.5, 0.05, 0.9), 0.0)
         expect_close("none fails", impl({5.0: run(10, 0), 10.0: run(9, 1)}, 0.5, 0.05, 0.9), 10.0)
+        expect_close("99 of 100, all promised", impl({5.0: run(99, 1)}, 0.5, 0.05, 1.0), 0.0)
+        expect_close("close rates", impl({1.75: run(0, 4), 1.5: run(4, 0), 1.25: run(4, 0)}, 0.5, 0.05, 0.5), 1.625)
         expect_close("0.86 of 0.9", impl({5.0: run(50, 0), 10.0: run(43, 7)}, 0.5, 0.05, 0.9), 5 + 5 * 0.1 / 0.14)
         expect_close("just met, then lost", impl({5.0: run(9, 1), 9.0: run(5, 5)}, 0.5, 0.05, 0.9), 5.0)
 
