@@ -164,7 +164,7 @@ check("6.w3", blend)
 # - Store `k` and `v` in the slots length ... length + T - 1, **in place**: the caches given are changed, and nothing
 #   else of them. They may be views that are not contiguous.
 # - Then attend: the new token i, at position length + i, sees the keys at positions up to its own, cached or new.
-#   Return `[T, H, D]`.
+#   Return a new `[T, H, D]`.
 # - Slots behind hold anything, even NaN, which must not show.
 # - If the T tokens do not fit, raise ValueError and change nothing.
 # - Any sizes of steps give the same as all tokens at once.

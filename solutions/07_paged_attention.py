@@ -643,9 +643,10 @@ check("7.4", evict)
 #
 # Program (i, g) does sequence i and key/value head g: all GROUP query heads at once, as the first rows of a block of
 # ROWS rows (`tl.dot` needs at least 16; GROUP may be larger), and one cache block in each round of the loop. There are
-# no other programs: each key is read once. Blocks behind the window were
-# given back (exercise 7.1): their entries are -1, and reading through them reads what does not belong to you. In the
-# first and last visited block some slots do not count either, and may hold NaN. A sequence with a context of 0 gives 0.
+# no other programs: each key is read once. Blocks behind the window were given back (exercise 7.1): their entries are
+# -1, and reading through them reads what does not belong to you. They get no round of the loop. In the first and last
+# visited block some slots do not count either, and may hold NaN. Nothing is read outside of the tensors: rows past
+# GROUP need a mask. A sequence with a context of 0 gives 0.
 #
 # q and the output are `[B, H, D]`, caches `[slots, H_KV, D]`, all contiguous, fp32 or fp16; `tables [B, width]` (rows
 # may lie further apart than that) and `context_lens [B]` are int32. D and BLOCK_SIZE are powers of two of at least 16.

@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import random
+import weakref
 from unittest.mock import patch
 
 import numpy as np
@@ -40,6 +41,29 @@ class Largest(TorchDispatchMode):
         return out
 
 
+class Scores(TorchDispatchMode):
+    """Of the floating tensors that torch operations make, those with neither D nor E features: the elements of the
+    largest (`most`), and of all that were there at one time (`held`).
+    """
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.sizes, self.most, self.held, self.alive = sizes, 0, 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(t, torch.Tensor) and t.is_floating_point() and all(t.numel() % n for n in self.sizes):
+                self.alive[id(t)] = weakref.ref(t)
+                self.most = max(self.most, t.numel())
+        self.alive = {i: ref for i, ref in self.alive.items() if ref() is not None}
+        distinct = {
+            t.untyped_storage().data_ptr(): t.numel() for ref in self.alive.values() if (t := ref()) is not None
+        }
+        self.held = max(self.held, sum(distinct.values()))
+        return out
+
+
 def spread(t: torch.Tensor) -> torch.Tensor:
     """The same values, not contiguous: every other number of each row of a larger tensor."""
     wide = torch.full((*t.shape[:-1], 2 * t.shape[-1] + 1), math.nan, dtype=t.dtype)
@@ -60,6 +84,19 @@ def expect_few_scores(limit: int, what: str, call) -> None:
         call()
     expect(largest.elements <= limit, f"{what}: expected tensors of at most {limit:,} elements\n"
            f"  got one of {largest.elements:,}: are there scores, or a mask, of more than one block?")  # fmt: skip
+
+
+def expect_blocks_of_scores(call, what: str, tokens: int, keys: int, block: int, *sizes: int) -> None:
+    """`call()` makes no T x S scores: neither in one tensor nor, block by block, in a list that is kept."""
+    with Scores(*sizes) as scores:
+        call()
+    parts = tokens * math.ceil(keys / block)  # a maximum and a sum of each block may be kept
+    limit = max(tokens * block, parts)
+    expect(scores.most <= limit, f"{what}: expected at most {limit:,} scores in a tensor\n"
+           f"  got one of {scores.most:,}: are there scores of more than one block?")  # fmt: skip
+    limit = 6 * tokens * block + 20 * tokens + 4 * parts
+    expect(scores.held <= limit, f"{what}: expected the scores of one block at a time, a few tensors of {tokens} x "
+           f"{block}\n  got {scores.held:,} numbers at one time: are those of all blocks kept?")  # fmt: skip
 
 
 def expect_untouched(call, **tensors: torch.Tensor) -> None:
@@ -102,6 +139,29 @@ class TestOneMore:
         """a key below the maximum leaves m as it is: after (ln 6, 5/3, 6) the score ln 2 with the value 0: l is 2"""
         got = expect_parts(impl(math.log(6), 5 / 3, 6.0, math.log(2), 0.0), "m", "l", "acc")
         expect_close("(m, l, acc)", got, (math.log(6), 2.0, 6.0))
+
+    def test_value_of_zero(self, impl):
+        """the first key's value may be 0, and values may cancel out: that key counts in l as any other"""
+        self._same(impl, [2.0, 3.0], [0.0, 5.0])
+        self._same(impl, [1.0, 1.0, 2.0], [4.0, -4.0, 5.0])
+
+    def test_every_key_counts(self, impl):
+        """a score of 0 is a score; a large value shows however small its weight"""
+        self._same(impl, [0.0, -1.0, 0.0], [2.0, 3.0, 5.0])
+        for gap in (20.0, 60.0, 300.0):
+            value = math.exp(gap)
+            for scores, values in (([gap, 0.0], [1.0, value]), ([0.0, gap], [value, 1.0])):
+                acc = self.walk(impl, scores, values)[2]
+                expect_close(f"acc, scores {scores}, values {values}", acc, 2.0)
+
+    def test_floats(self, impl):
+        """three Python floats, with the digits of floats"""
+        state = self.walk(impl, [0.1, 0.3, -0.2], [1 / 3, 0.7, 3.0])
+        expect(all(type(x) is float for x in state), f"expected three float\n  got {state}")
+        weights = [math.exp(s - 0.3) for s in (0.1, 0.3, -0.2)]
+        expect_close("l", state[1], math.fsum(weights), atol=0, rtol=1e-13)
+        acc = math.fsum(w * v for w, v in zip(weights, (1 / 3, 0.7, 3.0), strict=True))
+        expect_close("acc", state[2], acc, atol=0, rtol=1e-13)
 
     def test_any_order(self, impl):
         """growing, falling, mixed and equal scores"""
@@ -149,6 +209,8 @@ class TestTouched:
         expect_equal("keys 0 to 64·10¹²", tuple(impl(0, 64 * n, 64)), (0, n + 1))
         got = tuple(impl(4 * 10**17 - 1, 4 * 10**17, 4))
         expect_equal("keys 4·10¹⁷ - 1 to 4·10¹⁷ in blocks of 4", got, (10**17 - 1, 10**17 + 1))
+        got = tuple(impl(3 * 10**17 + 2, 6 * 10**17 - 1, 3))
+        expect_equal("keys 3·10¹⁷ + 2 to 6·10¹⁷ - 1 in blocks of 3: integers, no rounding", got, (10**17, 2 * 10**17))
 
 
 # ---- 5.w3
@@ -170,13 +232,21 @@ class TestBlockMask:
 
     def test_anywhere(self, impl):
         """queries and keys that begin at different places, in a rectangle"""
-        for position, M, start, N in ((8, 4, 6, 5), (6, 4, 8, 3), (5, 3, 4, 8), (7, 1, 5, 4), (2, 6, 4, 1)):
+        for position, M, start, N in (
+            (8, 4, 6, 5), (6, 4, 8, 3), (5, 3, 4, 8), (7, 1, 5, 4), (2, 6, 4, 1), (300, 2, 100, 300),
+            (100, 300, 300, 2),
+        ):  # fmt: skip
             self._same(impl, position, M, start, N)
 
     def test_whole_and_hidden(self, impl):
         """behind the queries all True, ahead of them all False"""
         self._same(impl, 16, 3, 4, 5)
         self._same(impl, 4, 3, 16, 5)
+
+    def test_far(self, impl):
+        """positions beyond what 16 and 32 bits, or fp32, can tell apart"""
+        for position in (2**15 - 2, 2**24 + 1, 2**31 - 2, 2**40 + 1):
+            self._same(impl, position, 4, position - 1, 6)
 
     def test_before_the_first_key(self, impl):
         """queries at negative positions see nothing"""
@@ -215,6 +285,7 @@ class TestOnlineAttention:
         for block in (1, 4, 20, 21, 100):
             self._same(impl, *self.case(5, 21), block)
         self._same(impl, *self.case(1, 7), 3)
+        self._same(impl, *self.case(150, 140), 130)
         self._same(impl, *self.case(3, 1), 2)
 
     def test_sizes(self, impl):
@@ -233,12 +304,22 @@ class TestOnlineAttention:
         q, k, v = self.case(13, 40, 1, 1)
         expect_few_scores(104, "blocks of 8", lambda: impl(q, k, v, 8))
 
+    def test_blocks_of_scores(self, impl):
+        """small blocks, one query and 13: never more than T x block scores, nor all of them in a list"""
+        for tokens, keys, block in ((1, 164, 4), (13, 6, 2), (13, 30, 4), (13, 1600, 16)):
+            q, k, v = self.case(tokens, keys, 7, 11)
+            what = f"T = {tokens}, S = {keys}, blocks of {block}"
+            expect_blocks_of_scores(lambda q=q, k=k, v=v, n=block: impl(q, k, v, n), what, tokens, keys, block, 7, 11)
+
     def test_inputs(self, impl):
         """inputs that are not contiguous, and are as before the call; the output is new"""
         q, k, v = (spread(t) for t in self.case(4, 9, 8, 8))
         self._same(impl, q, k, v, 4)
         expect_untouched(lambda: impl(q, k, v, 4), q=q, k=k, v=v)
         expect_new([impl(q, k, v, 100)], (q, k, v))
+        for tokens in (1, 3):
+            q, k, v = self.case(tokens, 1)
+            expect_new([impl(q, k, v, 4)], (q, k, v))
         q, k, v = self.case(4, 9)
         expect_untouched(lambda: impl(q, k, v, 4), q=q, k=k, v=v)
 
@@ -310,8 +391,10 @@ class TestMerge:
         """queries with keys on both sides, on one and on none, in one call"""
         scores, v = randn(4, 6), randn(6, 3)
         scores[1, :3] = scores[2, 3:] = scores[3] = -INF
-        a, b = partial(scores[:, :3], v[:3]), partial(scores[:, 3:], v[3:])
-        expect_partial("merged", impl(a, b), partial(scores, v))
+        for turn in range(4):  # each of the four is the first once
+            some = scores.roll(turn, 0)
+            a, b = partial(some[:, :3], v[:3]), partial(some[:, 3:], v[3:])
+            expect_partial("merged", impl(a, b), partial(some, v))
 
     def test_large_scores(self, impl):
         """scores of ±1,000: finite, and equal to the softmax in fp64"""
@@ -340,6 +423,45 @@ class TestMerge:
             got = expect_parts(impl(*(tuple(t.to(dtype) for t in p) for p in parts)), "m", "l", "acc")
             for name, t in zip(("m", "l", "acc"), got, strict=True):
                 expect_equal(f"dtype of {name}", t.dtype, dtype)
+
+    def test_fp64_precision(self, impl):
+        """fp64 keeps its digits: nothing goes through fp32 on the way"""
+        a = tuple(torch.tensor(x, dtype=torch.float64) for x in ([0.1, 3.0], [1.1, 1 / 3], [[0.3], [0.7]]))
+        b = tuple(torch.tensor(x, dtype=torch.float64) for x in ([0.4, 2.1], [1.7, 2 / 3], [[0.9], [0.1]]))
+        for name, got, expected in zip(("m", "l", "acc"), impl(a, b), self.in_floats(a, b), strict=True):
+            expect_close(f"{name} in fp64", got, expected, atol=0, rtol=1e-13)
+
+    @staticmethod
+    def in_floats(a, b):
+        rows = []
+        for (m, x, p), (n, y, r) in zip(
+            *(zip(*(t.tolist() for t in part), strict=True) for part in (a, b)), strict=True
+        ):
+            top = max(m, n)
+            f, g = math.exp(m - top), math.exp(n - top)
+            rows.append((top, f * x + g * y, [f * s + g * t for s, t in zip(p, r, strict=True)]))
+        return [list(x) for x in zip(*rows, strict=True)]
+
+    def test_values_of_zero(self, impl):
+        """keys whose values are 0 count in l: l tells who has no key, not acc"""
+        many = torch.tensor([1.0]), torch.tensor([50.0]), torch.tensor([[10.0]])
+        expect_partial("equal maxima of 50 keys each", impl(clones(many), clones(many)), ([1.0], [100.0], [[20.0]]))
+        a = torch.tensor([1.0, 2.0]), torch.tensor([2.0, 3.0]), torch.zeros(2, 2)
+        b = torch.tensor([1.0, 1.0]), torch.tensor([1.0, 1.0]), torch.ones(2, 2)
+        e = math.exp(-1)
+        expect_partial("values of 0 on one side", impl(clones(a), clones(b)), ([1, 2], [3, 3 + e], [[1, 1], [e, e]]))
+        expect_partial("values of 0 on the other", impl(clones(b), clones(a)), ([1, 2], [3, 3 + e], [[1, 1], [e, e]]))
+
+    def test_no_queries(self, impl):
+        """no query, no sequence or no feature: empty tensors of the same shapes come back, new ones"""
+        for shape in ((0,), (2, 0), (0, 3)):
+            a, b = ((torch.zeros(shape), torch.zeros(shape), torch.zeros(*shape, 3)) for _ in range(2))
+            got = expect_parts(impl(a, b), "m", "l", "acc")
+            shapes = [tuple(t.shape) for t in got]
+            expect_equal(f"shapes for m {list(shape)}", shapes, [shape, shape, (*shape, 3)])
+            expect(not any(x is y for x in got for y in (*a, *b)), "no query: expected new tensors\n  got an input")
+        a, b = ((torch.zeros(2), torch.ones(2), torch.zeros(2, 0)) for _ in range(2))
+        expect_partial("no features", impl(a, b), (torch.zeros(2), [2.0, 2.0], torch.zeros(2, 0)))
 
     def test_inputs_untouched(self, impl):
         """both inputs are as before the call, and what comes back is new, whichever side is empty"""
@@ -412,6 +534,15 @@ class TestFlashTile:
         expect_close("output, all scores -10¹⁰", got[0], means, atol=1e-5)
         expect_close("log-sum-exp, all scores -10¹⁰", got[1], torch.full((4,), -1e10), rtol=1e-5)
 
+    def test_hidden_keys_with_large_scores(self, impl):
+        """a hidden key whose score is larger by hundreds does not push the visible ones to 0"""
+        q, k, v = torch.ones(4, 4), randn(10, 4, seed=1), randn(10, 4, seed=2)
+        k[6:] += 300.0
+        expected = tile_reference(q, k, v, 3)
+        got = expect_parts(impl(q, k, v, 3, 8), "out", "log-sum-exp")
+        expect_close("output", got[0], expected[0], atol=2e-5)
+        expect_close("log-sum-exp", got[1], expected[1], atol=2e-5)
+
     def test_hidden_keys_not_visited(self, impl):
         """NaN behind the block of the last visible key does not reach the output"""
         q, k, v = randn(4, 8), randn(32, 8, seed=1), randn(32, 8, seed=2)
@@ -433,6 +564,40 @@ class TestFlashTile:
             atol = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[kind]
             expect_close(f"output, {what}", got[0], expected[0], atol=atol, rtol=atol)
             expect_close(f"log-sum-exp, {what}", got[1], expected[1], atol=1e-4)
+
+    def test_fp32_on_the_way(self, impl):
+        """q in half precision: values in fp32 are not rounded before they are summed, nor is the running sum"""
+        for dtype in (torch.float16, torch.bfloat16):
+            step = torch.finfo(dtype).eps / 4
+            q, k = torch.zeros(1, 4, dtype=dtype), torch.zeros(2, 4)
+            v = torch.tensor([[1.0 + step] * 4, [-1.0] * 4])
+            got = expect_parts(impl(q, k, v, 1, 1), "out", "log-sum-exp")
+            what = f"the mean of 1 + {step:g} and -1, q in {dtype}"
+            expect_close(what, got[0], torch.full((1, 4), step / 2), atol=0, rtol=1e-2)
+            v = torch.ones(2500 if dtype == torch.float16 else 300, 4)
+            got = expect_parts(impl(q, torch.zeros_like(v), v, len(v) - 1, 1), "out", "log-sum-exp")
+            expect_close(
+                f"the mean of {len(v):,} ones, q in {dtype}, blocks of one key", got[0], torch.ones(1, 4), atol=1e-2
+            )
+
+    def test_dtypes_of_nothing(self, impl):
+        """a tile that sees nothing, a sink that half precision cannot hold: output in q's dtype, the rest in fp32"""
+        for dtype in (torch.float16, torch.bfloat16):
+            q, k, v = (randn(3, 8, seed=s).to(dtype) for s in range(3))
+            for position, sink in ((-9, None), (-9, 1.2345), (-1, -0.777)):
+                got = expect_parts(impl(q, k, v, position, 2, sink), "out", "log-sum-exp")
+                what = f"position {position}, sink {sink}, {dtype}"
+                expect_equal(f"dtype of the output, {what}", got[0].dtype, dtype)
+                expect_equal(f"dtype of the log-sum-exp, {what}", got[1].dtype, torch.float32)
+                expect_close(f"log-sum-exp, {what}", got[1], tile_reference(q, k, v, position, sink)[1], atol=2e-5)
+
+    def test_blocks_of_scores(self, impl):
+        """small blocks, one query and 13: never more than T x block scores, nor all of them in a list"""
+        for tokens, keys, block in ((1, 164, 4), (13, 6, 2), (13, 1600, 16)):
+            q, k, v = randn(tokens, 7), randn(keys, 7, seed=1), randn(keys, 7, seed=2)
+            what = f"T = {tokens}, S = {keys}, blocks of {block}"
+            call = lambda q=q, k=k, v=v, n=block: impl(q, k, v, len(k) - len(q), n)  # noqa: E731
+            expect_blocks_of_scores(call, what, tokens, keys, block, 7)
 
     def test_no_score_matrix(self, impl):
         """13 queries, 40 keys, blocks of 8: no tensor of more than 104 elements at any time"""
@@ -621,6 +786,26 @@ class TestCombineSplits:
         got = expect_parts(impl(outs, torch.tensor([0.0, math.nan]).reshape(2, 1, 1)), "out", "lse")
         expect(all(bool(x.isnan().all()) for x in got), "a log-sum-exp of NaN: expected NaN for both\n  got others")
 
+    def test_each_head_for_itself(self, impl):
+        """a chunk may be empty for one head and not for another"""
+        outs, lses = randn(2, 1, 2, 3), randn(2, 1, 2)
+        outs[1, 0, 0], lses[1, 0, 0] = math.nan, -INF
+        got = expect_parts(impl(outs, lses), "out", "lse")
+        share = lses[:, 0, 1].double().softmax(0)
+        expect_close("output of the head with one chunk", got[0][0, 0], outs[0, 0, 0], atol=1e-5)
+        expect_close("output of the head with two", got[0][0, 1], share @ outs[:, 0, 1].double(), atol=1e-5)
+        expect_close("log-sum-exp", got[1][0], [float(lses[0, 0, 0]), float(lses[:, 0, 1].double().logsumexp(0))])
+
+    def test_low_is_not_empty(self, impl):
+        """only -inf says that a chunk has no key: one of -10³, -10⁶ or -10¹⁰ has, and its NaN shows"""
+        for low in (-1e3, -1e6, -1e10):
+            outs, lses = torch.tensor([3.0, 5.0]).reshape(2, 1, 1, 1), torch.full((2, 1, 1), max(low, -1e3))
+            expect_close("output of 3 and 5, equal log-sum-exps", impl(outs, lses)[0], [[[4.0]]], atol=1e-2)
+            outs = torch.tensor([3.0, math.nan]).reshape(2, 1, 1, 1)
+            lses = torch.tensor([0.0, low]).reshape(2, 1, 1)
+            got = impl(outs, lses)[0]
+            expect(bool(got.isnan().all()), f"NaN beside a log-sum-exp of {low:g}: expected NaN\n  got {float(got)}")
+
     def test_a_sequence_without_keys(self, impl):
         """no key in any chunk: output 0, log-sum-exp -inf"""
         self._same(impl, [[0, 0, 0], [0, 4, 9]])
@@ -670,6 +855,8 @@ class TestCombineSplits:
         """outs and lses are as before the call, leftovers too; they need not be contiguous"""
         outs, lses, out, lse = splits([[0, 5, 5], [0, 4, 9]])
         expect_untouched(lambda: impl(outs, lses), outs=outs, lses=lses)
+        one, its = splits([[0, 5], [0, 0]])[:2]
+        expect_untouched(lambda: impl(one, its), outs=one, lses=its)
         got = expect_parts(impl(outs.permute(1, 3, 0, 2).contiguous().permute(2, 0, 3, 1), spread(lses)), "out", "lse")
         expect_close("output, inputs not contiguous", got[0], out, atol=1e-5)
         expect_close("log-sum-exp, inputs not contiguous", got[1], lse, atol=1e-4)
@@ -698,6 +885,7 @@ class Guarded:
     def __enter__(self):
         self.read = self.written = 0
         self.precisions, self.tails, self.ranges, self.patches = set(), [], [], []
+        self.programs, self.tiles = [], set()
         if os.environ.get("TRITON_INTERPRET") == "1":
             self.watch()
         else:
@@ -719,6 +907,8 @@ class Guarded:
 
         def launched(kernel, *args, **kwargs):
             tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+            grid = kwargs["grid"]
+            self.programs.append(math.prod(grid(kwargs) if callable(grid) else grid))
             self.ranges = [(x.data_ptr(), x.data_ptr() + x.numel() * x.element_size()) for x in tensors]
             return run(kernel, *args, **kwargs)
 
@@ -742,6 +932,7 @@ class Guarded:
 
         def multiplied(builder, a, b, d, precision, *rest):
             self.precisions.add(str(precision).rpartition(".")[2].lower())
+            self.tiles.add(frozenset((a.data.shape[0], b.data.shape[1])))
             return dot(builder, a, b, d, precision, *rest)
 
         self.patches = [
@@ -788,6 +979,12 @@ class TestFlashAlibi:
             expect_untouched(lambda: self.got.append(impl(q, k, v, slope, block_m, block_n)), q=q, k=k, v=v)
         got = self.got.pop()
         guarded.check(what)
+        if guarded.programs:
+            programs = math.ceil(tokens / block_m)
+            expect_equal(f"number of programs, {what}", guarded.programs, [programs])
+            tile = frozenset((block_m, block_n))
+            expect(tile in guarded.tiles, f"{what}: expected scores of {block_m} x {block_n}\n"
+                   f"  got products of {sorted(map(sorted, guarded.tiles))}: is a block size ignored?")  # fmt: skip
         atol = 1e-5 if dtype == torch.float32 else 2e-3
         expect_equal(f"dtype, {what}", got.dtype, dtype)
         expect_close(f"output, {what}", got, alibi_reference(q.cpu(), k.cpu(), v.cpu(), slope), atol=atol, rtol=atol)
@@ -804,6 +1001,19 @@ class TestFlashAlibi:
         """three tiles and three blocks, where the maximum moves"""
         self._same(impl, 48)
         self._same(impl, 48, slope=0.0, scale=4.0)
+
+    def test_two_calls(self, impl):
+        """a second call leaves the result of the first as it is"""
+        q, k, v = on_device(*(randn(20, 16, seed=s) for s in range(3)))
+        with Guarded():
+            first = impl(q, k, v, 0.25, 16, 16)
+            before = first.clone()
+            impl(k, q, v, 0.5, 16, 16)
+        expect_close("the first result, after a second call", first, before)
+
+    def test_far(self, impl):
+        """a gentle slope over 200 tokens: the penalty grows to the end"""
+        self._same(impl, 200, slope=0.02, block_m=64, block_n=64)
 
     def test_any_length(self, impl):
         """lengths that no block divides, and a single token"""
@@ -837,12 +1047,26 @@ class TestFlashAlibi:
         q, k = on_device(torch.zeros(40, 16, dtype=torch.float16), randn(40, 16).half())
         v = torch.full_like(k, 30_000.0)
         expect_close("output", impl(q, k, v, 0.0, 16, 16), torch.full((40, 16), 30_000.0), rtol=2e-3)
+        self._same(impl, 40, dtype=torch.float16, scale=50.0)
+
+    def test_small_weights_add_up(self, impl):
+        """fp16, 255 keys that weigh 2⁻¹⁵ of the first each: a running sum in fp32 does not lose them"""
+        q, k, v = (torch.zeros(256, 16, dtype=torch.float16) for _ in range(3))
+        q[:, 0], k[0, 0], v[:] = 4.0, 15 * math.log(2), 1.0
+        q, k, v = on_device(q, k, v)
+        with Guarded():
+            got = impl(q, k, v, 0.0, 128, 16)
+        expect_close("output, all values 1", got, torch.ones(256, 16), atol=3e-3)
 
     def test_no_score_matrix(self, impl):
         """96 tokens: torch makes no tensor of 96 x 96 elements"""
         q, k, v = on_device(*(randn(96, 16, seed=s) for s in range(3)))
         with Largest() as largest:
             impl(q, k, v, 0.25, 32, 32)
+        short = [x[:5] for x in (q, k, v)]
+        with Guarded(), Scores(16) as scores:
+            impl(*short, 0.25, 16, 16)
+        expect(scores.most < 25, f"5 tokens: expected no tensor of 5 x 5 scores\n  got one of {scores.most} elements")
         expect(
             largest.elements < 96 * 96,
             f"expected tensors of fewer than 9,216 elements\n  got one of {largest.elements:,}",

@@ -3,6 +3,7 @@ rewinds, decoding a batch, a rolling window with sinks, moved keys, and the batc
 """
 
 import math
+import pickle
 import random
 import sys
 from contextlib import contextmanager
@@ -137,6 +138,8 @@ class TestTokensComputed:
             got = expect_parts(impl(3, n), "without", "with")
         expect_equal("without a cache", got[0], 3 * n + n * (n - 1) // 2)
         expect_equal("with one", got[1], n + 2)
+        n = 3 * 10**9 + 7
+        expect_equal(f"n = {n:,}", tuple(impl(1, n)), (n + n * (n - 1) // 2, n))
 
 
 @exercise("6.w2", "ring")
@@ -145,7 +148,9 @@ class TestRing:
         expected = [-1] * window
         for p in range(length):
             expected[p % window] = p
-        expect_equal(f"positions in a ring of {window} after {length} tokens", impl(length, window), expected)
+        got = impl(length, window)
+        expect_equal(f"positions in a ring of {window} after {length} tokens", got, expected)
+        expect(all(type(p) is int for p in got), f"a ring of {window}: expected int\n  got {got}")
 
     def test_by_hand(self, impl):
         """a ring of 4 after 6 tokens: [4, 5, 2, 3]"""
@@ -200,6 +205,9 @@ class TestBlend:
     def test_low_scores(self, impl):
         """scores of several hundred and of -10¹⁰: what hides must be lower still"""
         self._same(impl, [True, False, True, True], math.nan, scale=300.0)
+        low = torch.tensor([-100.0, -50.0, -100.0])
+        got = impl(low, torch.tensor([[1.0], [7.0], [3.0]]), torch.tensor([True, False, True]))
+        expect_close("output, visible scores of -100, one of -50 between that is not seen", got, [2.0])
         scores, values = torch.tensor([-1e10, 5.0, -1e10]), torch.tensor([[1.0], [7.0], [3.0]])
         got = impl(scores, values, torch.tensor([True, False, True]))
         expect_close("output, visible scores of -10¹⁰", got, [2.0])
@@ -209,6 +217,9 @@ class TestBlend:
         values = torch.tensor([[1.0, 2.0], [math.nan, 4.0], [5.0, 6.0]])
         got = impl(torch.zeros(3), values, torch.tensor([True, True, False]))
         expect_close("output", got, [math.nan, 3.0])
+        scores = torch.tensor([0.0, math.nan, 0.0])
+        got = impl(scores, torch.ones(3, 2), torch.tensor([True, True, False]))
+        expect_close("output, a score of NaN that is seen", got, [math.nan, math.nan])
 
     def test_inputs(self, impl):
         """inputs that are not contiguous"""
@@ -236,6 +247,7 @@ class TestAppendAndAttend:
                 expect_close(f"{name} in slots 0 to {length - 1}, {what}", cache[:length], full[:length])
                 rest = torch.full_like(cache[length:], garbage)
                 expect(same(cache[length:], rest), f"{name}, {what}: slots from {length} on were changed")
+            expect_new(what, got, *caches, *parts)
             before = [x[length - new : length] for x in (q, k, v)]
             expect_kept(what, **dict(zip("qkv", zip(parts, before, strict=True), strict=True)))
 
@@ -243,6 +255,7 @@ class TestAppendAndAttend:
         """a prompt into an empty cache: stored, and causal attention"""
         self.hold(impl, [5], q_heads=2, kv_heads=2)
         self.hold(impl, [1], q_heads=2, kv_heads=2)
+        self.hold(impl, [1, 1], q_heads=1, kv_heads=1)
 
     def test_token(self, impl):
         """single tokens after a prompt see all before and themselves"""
@@ -345,6 +358,9 @@ class TestMaxSequences:
         expect_equal("7 numbers of half a byte, 10 tokens", impl(3500, 0, odd, 10, size=0.5), 100)
         expect_equal("the same in blocks of 3", impl(4199, 0, odd, 10, size=0.5, block=3), 99)
         expect_equal("two such layers", impl(3500, 0, odd * 2, 5, size=0.5), 100)
+        expect_equal("half a byte, with weights", impl(10**6, 500_000, [heads(2, 64)], 100, size=0.5), 39)
+        expect_equal("4 bytes, with weights", impl(10**6, 500_000, [heads(1, 64)], 10, size=4), 97)
+        expect_equal("3.5 bytes a sequence", impl(35, 0, odd, 1, size=0.5), 10)
 
     def test_nothing_fits(self, impl):
         """0, an int, when the weights or the first sequence do not fit; the last bytes count"""
@@ -386,6 +402,46 @@ class TestCache:
         expect(later.data_ptr() == keys.data_ptr(), "keys were copied: return a view of what is stored")
         expect(later_v.data_ptr() == values.data_ptr(), "values were copied: return a view of what is stored")
         expect(keys.data_ptr() != values.data_ptr(), "keys and values are the same memory")
+
+    def test_copies_no_old_token(self, impl):
+        """one token after 500, with room for it: no tensor of old tokens is made, and nothing of them is copied"""
+        cache = impl(1, 4, capacity=1024)
+        parts = self.parts(cache.append(torch.ones(500, 1, 4), torch.ones(500, 1, 4)))
+        memory, made = {t.untyped_storage().data_ptr() for t in parts}, []
+
+        class Made(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                out = func(*args, **(kwargs or {}))
+                if isinstance(out, torch.Tensor):
+                    copied = "copy_" in func.__name__
+                    if copied or out.untyped_storage().data_ptr() not in memory:
+                        made.append(out.numel())
+                return out
+
+        with Made():
+            cache.append(torch.ones(1, 1, 4), torch.ones(1, 1, 4))
+        expect(max(made) <= 4 * 16, f"expected copies of the new token alone, 4 numbers\n  got {max(made):,} numbers")
+
+    def test_exactly_full(self, impl):
+        """tokens that fill the capacity at once are copied too, and a capacity of 1 is one"""
+        for tokens in (1, 4):
+            cache, k, v = impl(1, 4, capacity=tokens), random_tensor(tokens, 1, 4), random_tensor(tokens, 1, 4, seed=1)
+            expect_equal("capacity at first", cache.capacity, tokens)
+            kept = k.clone(), v.clone()
+            got = self.parts(cache.append(k, v))
+            k.zero_(), v.zero_()
+            for name, g, e in zip(("keys", "values"), got, kept, strict=True):
+                expect_close(f"{name}, after the input was changed", g, e)
+            expect_equal("capacity", cache.capacity, tokens)
+            cache.append(kept[0][:1], kept[1][:1])
+            expect_equal("capacity with one more", cache.capacity, 2 * tokens)
+
+    def test_nothing_yet(self, impl):
+        """no token at all: keys and values of none, in fp32"""
+        none = torch.zeros(0, 2, 4, dtype=torch.float16)
+        for got in self.parts(impl(2, 4).append(none, none)):
+            expect_equal("shape", tuple(got.shape), (0, 2, 4))
+            expect_equal("dtype", got.dtype, torch.float32)
 
     def test_rewinds(self, impl):
         """rewind forgets the end; the next tokens take its place"""
@@ -440,6 +496,7 @@ class TestCache:
         cache, k = impl(1, 4), random_tensor(6, 1, 4)
         cache.append(k, k)
         cache.rewind(0)
+        expect_equal("capacity after rewind(0)", cache.capacity, 8)
         keys, _ = self.parts(cache.append(k[3:], k[3:]))
         expect_close("keys", keys, k[3:])
 
@@ -517,6 +574,15 @@ class TestDecodeStep:
         """a finished row gives 0 and is left alone, full or not"""
         self.hold(impl, self.case([7, 2, 5, 7], [False, True, False, False]))
         self.hold(impl, self.case([7, 2], [False, False]))
+        for active in ([False, True, False], [False, False, False]):
+            case = self.case([2, 3, 7], active)
+            for x in case[:3]:
+                x[~case[6]] = math.nan
+            expected = self.expected(*case)
+            what = f"active {active}, NaN in q, k and v of finished rows"
+            expect_close(f"attention, {what}", impl(*case), expected[0], atol=1e-5)
+            for name, after, e in zip(("k_cache", "v_cache"), case[3:5], expected[1:], strict=True):
+                expect_close(f"{name}, {what}", after, e)
 
     def test_garbage(self, impl):
         """what stands past a row's end does not show, and stays as it is"""
@@ -540,6 +606,9 @@ class TestDecodeStep:
         """caches that are views, with heads before slots in memory, are changed in place; inputs may be views"""
         q, k, v, k_cache, v_cache, *rest = self.case([3, 1, 6, 5], [True, True, False, True], q_heads=4)
         self.hold(impl, (spread(q), spread(k), spread(v), view_of(k_cache), view_of(v_cache), *rest))
+        q, k, v, k_cache, v_cache, *rest = self.case([3, 1, 6], [True] * 3, q_heads=4)
+        self.hold(impl, (q, k, v, view_of(k_cache), view_of(v_cache), *rest))
+        self.hold(impl, self.case([3, 1, 6], [True] * 3, q_heads=4, kv_heads=1))
 
     def test_no_loop(self, impl):
         """64 rows take no more tensor operations than 2"""
@@ -574,9 +643,17 @@ class TestSinkCache:
             for p in range(first, first + new):
                 seen = [j for j in range(p + 1) if j < sinks or j > p - window]
                 rows.append(softmax_sum(q[p], [k[j] for j in seen], [v[j] for j in seen]))
-            expect_close(f"attention, {what}", got, torch.stack(rows), atol=1e-5 * max(1, scale))
+            expect_close(
+                f"attention, {what}",
+                got,
+                torch.stack(rows),
+                atol=1e-5 * max(1, scale),
+            )
             before = [x[first : first + new] for x in (q, k, v)]
             expect_kept(what, **dict(zip("qkv", zip(parts, before, strict=True), strict=True)))
+            kept = {t.untyped_storage().data_ptr() for t in tensors_in(vars(cache))}
+            shared = any(x.untyped_storage().data_ptr() in kept for x in parts)
+            expect(not shared, f"{what}: the cache keeps memory of the step's inputs: copy what it needs")
             for x in parts:
                 x.fill_(math.nan)  # whoever kept the caller's memory sees it change
             first += new
@@ -585,6 +662,7 @@ class TestSinkCache:
     def test_one_by_one(self, impl):
         """single tokens, far past the window"""
         self.hold(impl, 2, 4, [1] * 17)
+        self.hold(impl, 2, 3, [70, 1, 1, 20, 1])
 
     def test_fills(self, impl):
         """before sinks and window are full a token sees all that came"""
@@ -609,7 +687,8 @@ class TestSinkCache:
 
     def test_heads(self, impl):
         """query head h reads key/value head h // (H / H_kv)"""
-        self.hold(impl, 1, 3, [3, 1, 2, 1], q_heads=4, kv_heads=2)
+        for q_heads, kv_heads in ((4, 2), (6, 2), (3, 1), (2, 2), (1, 1)):
+            self.hold(impl, 1, 3, [3, 1, 2, 1], q_heads=q_heads, kv_heads=kv_heads)
 
     def test_any_memory(self, impl):
         """slots never written may hold NaN, as torch.empty may give"""
@@ -617,17 +696,34 @@ class TestSinkCache:
             self.hold(impl, 2, 4, [1, 2, 1, 6, 1])
             self.hold(impl, 3, 5, [4, 1])
 
+    def test_two_caches(self, impl):
+        """two caches of one size know nothing of each other"""
+        k, v = random_tensor(6, 1, 4), random_tensor(6, 1, 4, seed=1)
+        one, two = impl(1, 3, 1, 4), impl(1, 3, 1, 4)
+        alone = one.step(k[:3], k[:3], v[:3]).clone()
+        two.step(k[3:], k[3:], v[3:])
+        got = one.step(k[3:4], k[3:4], v[3:4])
+        expected = softmax_sum(k[3], list(k[:4]), list(v[:4]))
+        expect_close("attention of the first cache, after a step of the second", got[0], expected, atol=1e-5)
+        expect_close("its first step", alone[0], v[0])
+
     def test_fixed_memory(self, impl):
         """after 400 tokens the cache keeps no more numbers than after 40"""
-        cache, x, sizes = impl(1, 4, 1, 8), random_tensor(1, 1, 8), []
+        cache, x, sizes, pickled = impl(1, 4, 1, 8), random_tensor(1, 1, 8), [], []
         for token in range(400):
             cache.step(x.clone(), x.clone(), x.clone())
             if token in (39, 399):
                 sizes.append(numbers_in(cache))
+                pickled.append(pickled_size(cache))
         expect(
             sizes[1] <= sizes[0],
             f"sinks 1, window 4: expected {sizes[0]:,} numbers in the cache's attributes, as after 40 tokens\n"
             f"  got {sizes[1]:,} after 400",
+        )
+        expect(
+            pickled[1] <= pickled[0] + 200,
+            f"sinks 1, window 4: expected about {pickled[0]:,} bytes in what the cache keeps, as after 40 tokens\n"
+            f"  got {pickled[1]:,} after 400: does something beside keys and values grow?",
         )
 
     def test_large_scores(self, impl):
@@ -642,12 +738,31 @@ class TestSinkCache:
         expect_close("attention, sinks 1, window 2, all scores -10¹⁰", got, means, atol=1e-5)
 
 
+def pickled_size(thing) -> int:
+    """The bytes of all that an object keeps; 0 where something cannot be pickled."""
+    try:
+        return len(pickle.dumps(vars(thing)))
+    except Exception:
+        return 0
+
+
+def tensors_in(thing, depth=3):
+    """The tensors among an object's attributes, those in lists and dictionaries included."""
+    if isinstance(thing, torch.Tensor):
+        return [thing]
+    inner = thing.values() if isinstance(thing, dict) else thing if isinstance(thing, list | tuple | set) else ()
+    return [t for x in inner for t in tensors_in(x, depth - 1)] if depth else []
+
+
 def numbers_in(thing, depth=3):
     """How many numbers an object's attributes hold, lists and dictionaries of tensors included."""
     if isinstance(thing, torch.Tensor):
         return thing.untyped_storage().nbytes()
     if isinstance(thing, dict):
-        return sum(numbers_in(x, depth - 1) for x in thing.values()) if depth else 0
+        entries = (
+            sum(1 if isinstance(x, int | float) else numbers_in(x, depth - 1) for x in thing.values()) if depth else 0
+        )
+        return entries if depth == 3 else entries + len(thing)
     if isinstance(thing, list | tuple | set):
         return sum(1 if isinstance(x, int | float) else numbers_in(x, depth - 1) for x in thing) if depth else 0
     return numbers_in(vars(thing), depth) if hasattr(thing, "__dict__") and depth == 3 else 0
@@ -702,10 +817,19 @@ class TestCut:
         """start = stop removes nothing"""
         self.hold(impl, 6, 4, 4)
 
+    def test_one_head(self, impl):
+        """a single head, a single feature pair"""
+        raw = random_tensor(9, 1, 2)
+        k, v = turned(raw, torch.arange(9), 10_000.0), random_tensor(9, 1, 2, seed=1)
+        keys, values = expect_parts(impl(k, v, 2, 5), "keys", "values")
+        expect_close("keys", keys, turned(torch.cat((raw[:2], raw[5:])), torch.arange(6), 10_000.0), atol=1e-5)
+        expect_close("values", values, torch.cat((v[:2], v[5:])))
+
     def test_theta_and_size(self, impl):
         """other frequencies, other head sizes"""
         self.hold(impl, 40, 10, 31, theta=500.0)
         self.hold(impl, 40, 1, 31, size=6)
+        self.hold(impl, 40, 1, 31, theta=7.5)
 
     def test_far(self, impl):
         """a gap of 150,001 tokens: angles keep their precision"""
@@ -772,6 +896,8 @@ class TestSaturatingBatch:
         """8-bit numbers halve what is read, weights and cache"""
         got = impl(10**9, 1, 1, 1, 2, 1, 700.5e12, 3e12, size=1)
         expect_equal("batch", got, 117)
+        got = impl(10**9, 1, 1, 1, 2, 1, 700.5e12, 3e12, size=0.5)
+        expect_equal("batch, half a byte", got, 59)
 
     def test_drawn(self, impl):
         """drawn machines and models, held against the definition"""
@@ -809,4 +935,6 @@ class TestSaturatingBatch:
 
     def test_at_least_one(self, impl):
         """a machine with little arithmetic is limited by it at once"""
-        expect_equal("batch", impl(10**6, 2, 4, 4, 16, 10, 1e9, 1e12), 1)
+        got = impl(10**6, 2, 4, 4, 16, 10, 1e9, 1e12)
+        expect_equal("batch", got, 1)
+        expect(type(got) is int, f"expected an int\n  got {got!r}")

@@ -3,6 +3,7 @@
 import builtins
 import contextlib
 import copy
+import itertools
 import math
 import os
 import random
@@ -31,7 +32,9 @@ from minillm.learn.testing import (
 class TestSlotsOf:
     def test_by_hand(self, impl):
         """table [5, 1, 0], blocks of 4: positions 3, 6 and 8 lie in slots 23, 6 and 0"""
-        expect_equal("slots", impl([5, 1, 0], [3, 6, 8], 4), [23, 6, 0])
+        got = impl([5, 1, 0], [3, 6, 8], 4)
+        expect_equal("slots", got, [23, 6, 0])
+        expect(all(type(slot) is int for slot in got), f"expected a list of int\n  got {got}")
 
     def test_every_position(self, impl):
         """other blocks, other sizes: no two positions share a slot, and a block's stand in a row"""
@@ -148,6 +151,23 @@ class TestOwners:
         expect_owners(impl, [3, 2], 50)
         expect_owners(impl, [0, 0], 0)
 
+    def test_no_sequence(self, impl):
+        """no sequence at all: nobody owns any place"""
+        got = impl(torch.zeros(0, dtype=torch.int64), 3)
+        expect_equal("owners, no sequence, size 3", got.tolist(), [0, 0, 0])
+
+    def test_large_counts(self, impl):
+        """counts beyond 16 and 32 bits"""
+        for n in (2**15, 2**31, 2**40):
+            expect_equal(f"owners, counts [1, {n}, 5], size 4", impl(torch.tensor([1, n, 5]), 4).tolist(), [0, 1, 1, 1])
+
+    def test_nothing_is_read(self, impl):
+        """no value is read on the way, on a CPU neither"""
+        counts = torch.tensor([2, 0, 3])
+        with Watch() as watch:
+            impl(counts, 7)
+        expect(not watch.found, f"expected no operation that needs values\n  got {', '.join(sorted(watch.found))}")
+
     def test_shapes_alone(self, impl):
         """no value is read: it runs on tensors that have shapes alone (device "meta"), and makes new ones there"""
         counts = torch.empty(3, dtype=torch.int64, device="meta")
@@ -209,6 +229,15 @@ class TestPrefixPool:
         expect_equal("the first one's table", first, [0, 1, 2])
         expect_equal("found by the second", pool.match_prefix([1, 2, 3, 4, 5, 6, 7, 8, 30, 31]), [0, 1])
         expect_equal("num_free", pool.num_free, 5)
+
+    def test_a_long_prefix(self, impl):
+        """a prefix of 20 blocks is found to its end"""
+        pool, tokens, name = impl(24, 2), list(range(41)), b""
+        blocks = [pool.allocate() for _ in range(20)]
+        for i, block in enumerate(blocks):
+            name = chain_hash(name, tokens[2 * i : 2 * i + 2])
+            pool.publish(block, name)
+        expect_equal("found", list(pool.match_prefix(tokens)), blocks)
 
     def test_the_past_counts(self, impl):
         """a block with the same tokens after others is not found, nor one behind a gap"""
@@ -303,6 +332,15 @@ class TestPrefixPool:
             expect_raises(ValueError, lambda: pool.release(block), "released twice")
         expect_equal("num_free", pool.num_free, 3)
         expect_equal("all blocks", sorted(pool.allocate() for _ in range(3)), [0, 1, 2])
+        pool = impl(3, 2)
+        block = pool.allocate()
+        pool.publish(block, chain_hash(b"", [5, 6]))
+        pool.release(block)
+        expect_raises(ValueError, lambda: pool.release(block), "a named block, released twice")
+        expect_equal("found after the error", pool.match_prefix([5, 6, 7]), [block])
+        expect_equal("num_free, one table names it", pool.num_free, 2)
+        pool.release(block)
+        expect_equal("num_free, released by that table", pool.num_free, 3)
 
     def test_prompts_stay(self, impl):
         """a prompt may be a tuple, and is not changed"""
@@ -470,6 +508,9 @@ class TestWindowTable:
         expect_equal("blocks held after a smaller step", sorted(pool.held), sorted(table.blocks[2:]))
         table.free()
         expect_equal("blocks held after free", sorted(pool.held), [])
+        whole, other = drive(impl, [5, 1], window=50, size=2, blocks=8)
+        whole.free()
+        expect_equal("blocks held after free, when none was dead", sorted(other.held), [])
 
     def test_free(self, impl):
         """free gives back each held block once; the table is empty and can begin again"""
@@ -581,6 +622,8 @@ class TestSlotMapping:
         expect_slots(impl, tables, [3, 0, 7], [1, 1, 1], 3, 4)
         expect_slots(impl, tables, [0, 0, 0], [4, 4, 4], 12, 1)
         expect_slots(impl, tables, [0, 16, 31], [17, 2, 1], 20, 16)
+        for size in (3, 6, 7):  # blocks whose size is no power of two
+            expect_slots(impl, tables, [0, 5, 11], [11, 4, 1], 16, size)
 
     def test_padding(self, impl):
         """entries after the last token are -1, however many there are"""
@@ -601,6 +644,16 @@ class TestSlotMapping:
             for rank in range(ranks):
                 expect_slots(impl, tables, [0, 5], [14, 3], 20, 4, rank=rank, ranks=ranks)
                 expect_slots(impl, tables, [11, 8], [1, 9], 10, 4, rank=rank, ranks=ranks)
+
+    def test_ranks_far(self, impl):
+        """positions beyond what this GPU's own table holds in a row: with two GPUs it covers twice as many"""
+        tables = [[9, 4, 0], [2, 3, 8]]
+        for rank in range(2):
+            expect_slots(impl, tables, [13, 18], [9, 6], 16, 4, rank=rank, ranks=2)
+
+    def test_no_place(self, impl):
+        """no token and no place"""
+        expect_slots(impl, [[3, 1], [0, 2]], [2, 1], [0, 0], 0, 4)
 
     def test_every_token_once(self, impl):
         """over all GPUs each token has exactly one slot"""
@@ -763,7 +816,7 @@ class TestBlockNames:
 
     def test_the_same_in_every_process(self, impl):
         """the names do not depend on what differs from process to process: `hash` of a text, `id`, its number"""
-        args = (TOKENS[:12], 4, "tenant", [(1, 2, b"cat")])
+        args = (TOKENS[:12], 4, "tenant", [(1, 2, b"cat"), (3, 2, b"dog"), (2, 1, b"cow"), (0, 1, b"hen")])
         first = names_of(impl, *args)
         expect_equal("names, the second time", names_of(impl, *args), first)
         keyed, place = builtins.hash, builtins.id
@@ -812,6 +865,48 @@ class TestBlockNames:
                 name = names_of(impl, [0] * 4, 4, salt="\0" * length, images=images)[0]
                 expect(name not in found, f"{what}: expected a name of its own\n  got that of {found.get(name)}")
                 found[name] = what
+
+    def test_any_text_any_bytes(self, impl):
+        """salts that differ in case, spaces or accents; digests that are no text, or end in zeros"""
+        salts = ("", "None", "default", "0", "a", "A", " a", "a ", "a\n", "\u00e9", "\u00ea", "e\u0301", "?", "\u4e2d")
+        found = [names_of(impl, PICTURE[:4], 4, salt=s)[0] for s in salts]
+        for i, j in itertools.combinations(range(len(salts)), 2):
+            expect(
+                found[i] != found[j], f"salts {salts[j]!r} and {salts[i]!r}: expected different names\n  got the same"
+            )
+        digests = (
+            b"\xff",
+            b"\xfe",
+            b"\x80",
+            b"a",
+            b"A",
+            b"a\0",
+            b"a ",
+            b"\xc3\xa9",
+            b"\xe9",
+            b"\xff" * 32,
+            b"\xfe" * 32,
+        )
+        found = [names_of(impl, PICTURE[:4], 4, images=[(1, 2, d)])[0] for d in digests]
+        for i, j in itertools.combinations(range(len(digests)), 2):
+            what = f"digests {digests[j]!r} and {digests[i]!r}"
+            expect(found[i] != found[j], f"{what}: expected different names\n  got the same")
+
+    def test_one_picture_twice(self, impl):
+        """the same picture in two places of a block, given in either order"""
+        pair = [(0, 1, b"cat"), (2, 1, b"cat")]
+        expect_agree(impl, "one picture twice", (PICTURE[:4], "", pair), (PICTURE[:4], "", pair[::-1]), [True])
+        expect_agree(
+            impl, "another place", (PICTURE[:4], "", pair), (PICTURE[:4], "", [pair[0], (3, 1, b"cat")]), [False]
+        )
+
+    def test_every_place(self, impl):
+        """a picture at each of the four places of a block, and a fifth picture: names of their own"""
+        found = [names_of(impl, PICTURE[:4], 4, images=[(i, 1, b"cat")])[0] for i in range(4)]
+        expect_equal("different names, of one picture in four places", len(set(found)), 4)
+        five = [(2 * i, 2, b"%d" % i) for i in range(5)]
+        expect_agree(impl, "a fifth picture in place of another", (PICTURE[:12], "", five),
+                     (PICTURE[:12], "", [*five[:4], (8, 2, b"other")]), [True, True, False])  # fmt: skip
 
     def test_long_digests(self, impl):
         """digests of 300 and of 70,000 bytes"""
@@ -927,6 +1022,17 @@ class TestEvict:
         expect_evicted(impl, "the root alone", tree(), 1, [])
         nodes = {7: Node(None, 3, 0.5), 1: Node(7, 4, 1.0)}
         expect_evicted(impl, "a root with tokens and another id", nodes, 1000, [1])
+
+    def test_close_times(self, impl):
+        """times are not whole numbers: 1.7 goes before 1.8, 0.2 before 0.9, -1.5 before -1.25"""
+        nodes = tree((1, 0, 1, 1.8), (2, 0, 1, 1.7), (3, 0, 1, 0.9), (4, 0, 1, 0.2), (5, 0, 1, -1.25), (6, 0, 1, -1.5))
+        expect_evicted(impl, "close times", nodes, 6, [6, 5, 4, 3, 2, 1])
+
+    def test_empty_nodes(self, impl):
+        """a leaf without tokens goes in its turn, and frees nothing"""
+        nodes = tree((1, 0, 4, 3.0), (2, 1, 0, 1.0), (3, 0, 4, 2.0))
+        for wanted, expected in ((0, []), (1, [2, 3]), (5, [2, 3, 1])):
+            expect_evicted(impl, "node 2 without tokens", nodes, wanted, expected)
 
     def test_drawn_trees(self, impl):
         """40 trees of 30 nodes with random times, sizes and readers: as the rule says, step by step"""
@@ -1139,6 +1245,104 @@ class TestWindowDecode:
             bad = [b for b in blocks if b not in live]
             expect(not bad, f"expected {name} to be read from blocks {live} alone\n  got reads from {bad}"
                             " (-1 is the memory in front of the cache)")  # fmt: skip
+
+    def test_rounds(self, impl):
+        """as many rounds as the window touches blocks: none for those behind it, none past the context"""
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        load, loads = InterpreterBuilder.create_masked_load, []
+
+        def noted(self, *args):
+            loads.append(1)
+            return load(self, *args)
+
+        for first, second, window in (((160,), (16,), 16), ((200,), (40,), 20), ((31,), (32,), 9)):
+            counts = []
+            for contexts in (first, second):
+                args, _ = window_case(contexts, 2, 1, 16, window, 16)
+                loads.clear()
+                with patch.object(InterpreterBuilder, "create_masked_load", noted):
+                    run_window(impl, args, f"context {contexts[0]}, window {window}")
+                counts.append(len(loads))
+            what = f"window {window}, which touches as many blocks of 16 with {first[0]} tokens as with {second[0]}"
+            expect_equal(f"loads with {first[0]} tokens, {what}", counts[0], counts[1])
+
+    def test_inside_and_exact(self, impl):
+        """nothing is read outside of the tensors, rows of q past the last group neither; tl.dot is exact in fp32"""
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        load, dot, outside, precisions = (
+            InterpreterBuilder.create_masked_load, InterpreterBuilder.create_dot, [], set(),
+        )  # fmt: skip
+        args, _ = window_case([20, 33], 3, 1, 16, 20, 16)
+        ranges = [(x.data_ptr(), x.data_ptr() + x.numel() * x.element_size()) for x in args[:5]]
+
+        def noted(self, ptrs, mask, *rest):
+            read = ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)].ravel().astype(np.int64)
+            outside.append(int(sum(not any(a <= r < b for a, b in ranges) for r in read.tolist())))
+            return load(self, ptrs, mask, *rest)
+
+        def multiplied(self, a, b, d, precision, *rest):
+            precisions.add(str(precision).rpartition(".")[2].lower())
+            return dot(self, a, b, d, precision, *rest)
+
+        with (
+            patch.object(InterpreterBuilder, "create_masked_load", noted),
+            patch.object(InterpreterBuilder, "create_dot", multiplied),
+        ):
+            run_window(impl, args, "3 query heads on one, window 20")
+        found = sum(outside)
+        expect(
+            not found, f"expected nothing read outside of the tensors\n  got {found:,} numbers: rows of q past GROUP?"
+        )
+        loose = precisions - {"ieee"}
+        expect(not loose, f'expected every tl.dot with input_precision="ieee"\n  got {", ".join(loose)}')
+
+    def test_long_window(self, impl):
+        """a window over twelve blocks, and block numbers beyond 8 and 16 bits"""
+        expect_window(impl, [200], heads=2, kv_heads=1, window=190)
+        args, expected = window_case([20], 2, 1, 16, 20, 16, torch.float16)
+        q, k_cache, v_cache, tables, lengths, *rest = args
+        for number in (300, 33_000):
+            wide = [torch.empty((number + 2) * 16, 1, 16, dtype=torch.float16, device=q.device) for _ in range(2)]
+            moved = tables.clone()
+            for i in range(2):
+                block = int(tables[0, i])
+                for small, large in zip((k_cache, v_cache), wide, strict=True):
+                    large[(number + i) * 16 : (number + i + 1) * 16] = small[block * 16 : (block + 1) * 16]
+                    large[((number + i) % 256) * 16 : ((number + i) % 256 + 1) * 16] = math.nan if number > 256 else 0
+                    large[(number + i) * 16 : (number + i + 1) * 16] = small[block * 16 : (block + 1) * 16]
+                moved[0, i] = number + i
+            got = run_window(impl, (q, *wide, moved, lengths, *rest), f"blocks {number} and {number + 1}")
+            expect_close(f"output, blocks {number} and {number + 1}", got, expected, atol=4e-3, rtol=4e-3)
+
+    def test_low_scores(self, impl):
+        """all scores of -20,000: hidden slots weigh nothing beside them"""
+        args, _ = window_case([37], 2, 1, 16, 20, 16)
+        args[0].fill_(200.0)
+        args[1].masked_fill_(args[1].isfinite(), -25.0)
+        rows = [int(args[3][0, p // 16]) * 16 + p % 16 for p in range(17, 37)]
+        expected = args[2][rows].double().mean(0).expand(1, 2, 16)
+        expect_close("output", run_window(impl, args, "scores of -20,000"), expected, atol=1e-4)
+
+    def test_small_weights_add_up(self, impl):
+        """fp16, 255 keys that weigh 2⁻¹⁵ of the first each, scores of about 300: running maximum and sum are fp32"""
+        args, _ = window_case([256], 2, 1, 16, 256, 16, torch.float16)
+        rows = [int(args[3][0, p // 16]) * 16 + p % 16 for p in range(256)]
+        args[0].zero_(), args[1].zero_(), args[2].masked_fill_(args[2].isfinite(), 1.0)
+        args[0][..., 0] = 4.0
+        args[1][rows[0], :, 0] = 15 * math.log(2)
+        got = run_window(impl, args, "small weights")
+        expect_close("output, all values 1", got, torch.ones(1, 2, 16), atol=3e-3)
+        args[0].fill_(8.0078125), args[1].fill_(9.375)  # scores of 300.29, which fp16 rounds down
+        args[2][rows] = torch.linspace(-1, 1, 256, device=args[2].device).half()[:, None, None]
+        got = run_window(impl, args, "equal scores of about 300")
+        expect_close("output, equal scores of about 300", got, torch.zeros(1, 2, 16), atol=3e-3)
+        expect_window(impl, [45], heads=2, kv_heads=1, window=100, dtype=torch.float16, scale=80.0)
 
     def test_large_scores(self, impl):
         """scores of ±100, whose exponentials overflow without the maximum, and grow from block to block"""

@@ -65,6 +65,7 @@ class TestPreempted:
         for need, expected in ((1, [4]), (2, [4]), (3, [4, 3]), (5, [4, 3, 2]), (8, [4, 3, 2, 1])):
             expect_equal(f"need {need}", impl(running, 0, need, 0), expected)
         expect_equal("need 4, 1 free", impl(running, 0, 4, 1), [4, 3])
+        expect_equal("need 15 of nine", impl([(0, i, 2) for i in range(9)], 0, 15, 0), [8, 7, 6, 5, 4, 3, 2, 1])
 
     def test_itself(self, impl):
         """if the request itself goes last it goes, and nobody that goes before it"""
@@ -79,6 +80,18 @@ class TestPreempted:
         running = [(2, 0, 1), (0, 9, 1), (1, 3, 1), (1, 1, 1), (-1, 20, 1)]
         expect_equal("request 4 needs 4", impl(running, 4, 4, 0), [0, 2, 3, 1])
         expect_equal("request 3 needs 4", impl(running, 3, 4, 0), [0, 2, 3])
+
+    def test_no_blocks(self, impl):
+        """the request that goes last goes, also when it holds no block"""
+        expect_equal("preempted", impl([(0, 0, 2), (0, 1, 3), (0, 2, 0)], 0, 2, 0), [2, 1])
+
+    def test_numbers(self, impl):
+        """priorities and arrivals are numbers: 10 comes after 9"""
+        expect_equal("arrivals 3, 2", impl([(0, 3, 1), (0, 2, 1), (0, 1, 1)], 2, 1, 0), [0])
+        expect_equal("arrivals 2, 3", impl([(0, 2, 1), (0, 3, 1), (0, 1, 1)], 2, 1, 0), [1])
+        expect_equal("priorities 9, 10, 1", impl([(9, 0, 1), (10, 0, 1), (1, 0, 1)], 2, 1, 0), [1])
+        expect_equal("arrivals 10, 9, 1", impl([(0, 10, 1), (0, 9, 1), (0, 1, 1)], 2, 2, 0), [0, 1])
+        expect_equal("priorities -2, -1, 0", impl([(-2, 5, 1), (-1, 4, 1), (0, 3, 1)], 0, 2, 0), [2, 1])
 
     def test_the_list_stays(self, impl):
         """the running requests are as they were"""
@@ -233,6 +246,19 @@ class TestSchedule:
         """a budget that those who decode use up lets nobody in"""
         run_both(impl, [(1, 12), (1, 12), (1, 12), (20, 3)], 100, 3, 8, 4)
 
+    def test_nobody_gets_zero(self, impl):
+        """a running request for which no budget is left is not in the plan, and stays where it is"""
+        a, b, c = One(0, 9, 4), One(1, 3, 4), One(2, 2, 2)
+        b.computed, b.generated, b.blocks = 3, 1, 1
+        state = State([a, b], [c], 20, 5, 8, 4)
+        expect_equal("plan of 5 tokens; 9 and 1 are asked for", impl(state), {0: 5})
+        expect_equal("who runs", [r.order for r in state.running], [0, 1])
+        expect_equal("who waits", [r.order for r in state.waiting], [2])
+        expect_equal("free blocks", state.free, 18)
+        expect_equal("computed and generated, counted up by the caller",
+                     [(r.computed, r.generated) for r in (a, b, c)], [(0, 0), (3, 1), (0, 0)])  # fmt: skip
+        expect_equal("budget, seats, block_size", (state.budget, state.seats, state.block_size), (5, 8, 4))
+
     def test_last_goes(self, impl):
         """when a running request needs a block and none is free, the last one gives all of its own back"""
         run_both(impl, [(4, 9), (4, 9), (4, 9)], 4, 64, 8, 4)
@@ -367,6 +393,9 @@ class TestStep:
         """the number of seats was lowered: those who run go on, and none of the waiting is let in"""
         compare_step(impl, [1, 9, 1, 1], [4, 5, 6], 40, 3)
         compare_step(impl, [1, 1, 1], [4, 5, 6], 40, 1)
+        for budget in (1, 2, 3, 4):
+            compare_step(impl, [1, 1, 1], [4], budget, 1)
+            compare_step(impl, [1, 7, 1], [4], budget, 2)
 
     def test_drawn_steps(self, impl):
         """many drawn steps, against one token at a time"""
@@ -445,6 +474,7 @@ class TestAdmit:
         compare_admit(impl, [(5, 5)], [], 4, 8)
         compare_admit(impl, [], [], 4, 8)
         compare_admit(impl, [], [(5, 50), (7, 2), (1, 1)], 4, 1000)
+        compare_admit(impl, [(3, 2)], [(2, 3)] * 40, 4, 1000)
 
     def test_arguments_stay(self, impl):
         """the lists are as they were"""
@@ -630,6 +660,17 @@ class TestFairQueue:
         expect_equal("then", taken(queue, 2), ["g1", "f2"])
         expect_equal("the weights that were passed", weights, {"gold": 4.0})
 
+    def test_a_weight_below_one(self, impl):
+        """a user of weight 0.5 is served half the tokens; counters are told apart by fractions"""
+        queue = impl({"slow": 0.5})
+        for user, name in (("slow", "s0"), ("ann", "a0"), ("slow", "s1"), ("ann", "a1"), ("ann", "a2")):
+            queue.add(user, name, 10)
+        expect_equal("taken", taken(queue, 5), ["s0", "a0", "a1", "s1", "a2"])
+        queue = impl({"ann": 100.0, "bob": 100.0})
+        for user, name, tokens in (("ann", "a0", 20), ("bob", "b0", 10), ("ann", "a1", 1), ("bob", "b1", 1)):
+            queue.add(user, name, tokens)
+        expect_equal("of fractions, taken", taken(queue, 4), ["a0", "b0", "b1", "a1"])
+
     def test_no_savings(self, impl):
         """who comes after a long absence starts level with those who wait, and has no right to what was missed"""
         queue = impl()
@@ -711,6 +752,37 @@ class TestFairQueue:
         queue.add("bob", "b1", 5)
         expect_equal("taken", taken(queue, 3), ["c0", "c1", "b1"])  # cid 0, then 5; bob 10
 
+    def test_outputs_move_no_floor(self, impl):
+        """tokens of somebody idle are charged to them alone: the floor stays"""
+        queue = impl()
+        queue.add("bob", "b0", 10)
+        queue.take()  # bob: 10
+        for name in ("a0", "a1"):
+            queue.add("ann", name, 100)
+        taken(queue, 2)  # ann: 100, then 200; the floor 100
+        queue.generated("bob", 1)  # bob: 12
+        for name in ("c0", "c1"):
+            queue.add("cid", name, 150)  # cid: 100, then 250
+        queue.add("ann", "a2", 10)
+        expect_equal("taken", taken(queue, 3), ["c0", "a2", "c1"])
+
+    def test_counters_outlive_the_queue(self, impl):
+        """an empty queue forgets nobody's counter"""
+        queue = impl()
+        queue.add("ann", "a0", 1000)
+        queue.add("bob", "b0", 10)
+        expect_equal("first", taken(queue, 3), ["a0", "b0", None])  # ann: 1,000, bob: 10, the floor 0
+        for user, name in (("bob", "b1"), ("ann", "a1"), ("bob", "b2")):
+            queue.add(user, name, 10)
+        expect_equal("then", taken(queue, 3), ["b1", "b2", "a1"])
+
+    def test_empty_names(self, impl):
+        """a request may have the empty name, and a prompt of no tokens: it is a request"""
+        queue = impl()
+        queue.add("", "", 0)
+        queue.add("", "r", 1)
+        expect_equal("taken", taken(queue, 3), ["", "r", None])
+
     def test_equal_names(self, impl):
         """requests of one name, of two users and twice of one, are requests of their own"""
         queue = impl()
@@ -769,6 +841,9 @@ class TestCapacity:
         """the lowest rate fails: 0; none fails: the highest; a share that is just met holds"""
         expect_close("the lowest rate fails", impl({5.0: run(1, 9), 10.0: run(10, 0)}, 0.5, 0.05, 0.9), 0.0)
         expect_close("none fails", impl({5.0: run(10, 0), 10.0: run(9, 1)}, 0.5, 0.05, 0.9), 10.0)
+        expect_close("99 of 100, all promised", impl({5.0: run(99, 1)}, 0.5, 0.05, 1.0), 0.0)
+        expect_close("close rates", impl({1.75: run(0, 4), 1.5: run(4, 0), 1.25: run(4, 0)}, 0.5, 0.05, 0.5), 1.625)
+        expect_close("0.86 of 0.9", impl({5.0: run(50, 0), 10.0: run(43, 7)}, 0.5, 0.05, 0.9), 5 + 5 * 0.1 / 0.14)
         expect_close("just met, then lost", impl({5.0: run(9, 1), 9.0: run(5, 5)}, 0.5, 0.05, 0.9), 5.0)
 
     def test_rates_in_any_order(self, impl):
@@ -791,6 +866,7 @@ class TestCapacity:
         late = [request(arrival=100.0, first=0.25) for _ in range(4)]
         expect_close("at the limit", impl({3.0: late}, 0.25, 0.05, 1.0), 3.0)
         expect_close("beyond it", impl({3.0: late}, 0.2, 0.05, 1.0), 0.0)
+        expect_close("a little beyond it", impl({3.0: late}, 0.2499, 0.05, 1.0), 0.0)
 
     def test_gaps_on_average(self, impl):
         """one long gap among short ones is forgiven, a slow request is not, and one token has no gap"""

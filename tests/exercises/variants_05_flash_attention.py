@@ -55,6 +55,29 @@ def one_more(m, l, a, score, value):  # noqa: E741
     return new, l * math.exp(m - new) + math.exp(score - new), a * math.exp(m - new) + math.exp(score - new) * value
 
 
+@wrong("5.w1", "the first key is told by acc = 0")
+def one_more(m, l, acc, score, value):  # noqa: E741
+    if acc == 0:
+        return (score, 1.0, value)
+    highest = max(m, score)
+    shrink, weight = (math.exp(m - highest), math.exp(score - highest))
+    return (highest, l * shrink + weight, acc * shrink + weight * value)
+
+
+@wrong("5.w1", "torch's numbers come back")
+def one_more(m, l, acc, score, value):  # noqa: E741
+    highest = max(m, score)
+    shrink, weight = (math.exp(m - highest), math.exp(score - highest))
+    return tuple(torch.tensor([highest, l * shrink + weight, acc * shrink + weight * value], dtype=torch.float64))
+
+
+@wrong("5.w1", "sums in fp32")
+def one_more(m, l, acc, score, value):  # noqa: E741
+    highest = max(m, score)
+    shrink, weight = (math.exp(m - highest), math.exp(score - highest))
+    return (highest, float(torch.tensor(l * shrink + weight)), float(torch.tensor(acc * shrink + weight * value)))
+
+
 @alternative("5.w1", "by cases")
 def one_more(m, l, a, score, value):  # noqa: E741
     if score <= m:
@@ -96,6 +119,13 @@ def touched(first, last, block):
     return (first // block, last // block + 1 - first // block) if last >= first else (0, 0)
 
 
+@wrong("5.w2", "divides floats")
+def touched(first, last, block):
+    if last < first:
+        return (0, 0)
+    return (first // block, int(last / block) + 1)
+
+
 @alternative("5.w2", "round up one past the end")
 def touched(first, last, block):
     begin = first // block
@@ -133,6 +163,19 @@ def block_mask(position, M, start, N):
 @wrong("5.w3", "negative positions count as 0")
 def block_mask(position, M, start, N):
     return start + torch.arange(N) <= (position + torch.arange(M)[:, None]).clamp(min=0)
+
+
+@wrong("5.w3", "positions in fp32")
+def block_mask(position, M, start, N):
+    return (
+        torch.arange(start, start + N, dtype=torch.float32)
+        <= torch.arange(position, position + M, dtype=torch.float32)[:, None]
+    )
+
+
+@wrong("5.w3", "positions in 16 bits")
+def block_mask(position, M, start, N):
+    return (start + torch.arange(N)).short() <= (position + torch.arange(M)).short()[:, None]
 
 
 @alternative("5.w3", "a triangle, moved")
@@ -223,6 +266,69 @@ def online_attention(q, k, v, block):
 @wrong("5.0", "two blocks at a time")
 def online_attention(q, k, v, block):
     return online(q, k, v, 2 * block)
+
+
+@wrong("5.0", "hands back the values where there is one key")
+def online_attention(q, k, v, block):
+    if len(k) == 1:
+        return v.expand(len(q), -1)
+    m = torch.full((len(q),), -torch.inf)
+    total, acc = (torch.zeros(len(q)), torch.zeros(len(q), v.shape[1]))
+    for keys, values in zip(k.split(block), v.split(block), strict=True):
+        scores = q @ keys.T / q.shape[1] ** 0.5
+        new_m = torch.maximum(m, scores.amax(1))
+        weights, shrink = (torch.exp(scores - new_m[:, None]), torch.exp(m - new_m))
+        total = total * shrink + weights.sum(1)
+        acc = acc * shrink[:, None] + weights @ values
+        m = new_m
+    return acc / total[:, None]
+
+
+@wrong("5.0", "never takes fewer than 8 keys")
+def online_attention(q, k, v, block):
+    block = max(block, 8)
+    m = torch.full((len(q),), -torch.inf)
+    total, acc = (torch.zeros(len(q)), torch.zeros(len(q), v.shape[1]))
+    for keys, values in zip(k.split(block), v.split(block), strict=True):
+        scores = q @ keys.T / q.shape[1] ** 0.5
+        new_m = torch.maximum(m, scores.amax(1))
+        weights, shrink = (torch.exp(scores - new_m[:, None]), torch.exp(m - new_m))
+        total = total * shrink + weights.sum(1)
+        acc = acc * shrink[:, None] + weights @ values
+        m = new_m
+    return acc / total[:, None]
+
+
+@wrong("5.0", "keeps the scores of all blocks in a list")
+def online_attention(q, k, v, block):
+    scores = [q @ keys.T / q.shape[1] ** 0.5 for keys in k.split(block)]
+    m = torch.stack([s.amax(1) for s in scores]).amax(0)[:, None]
+    w = [torch.exp(s - m) for s in scores]
+    return sum(a @ b for a, b in zip(w, v.split(block), strict=True)) / sum(a.sum(1) for a in w)[:, None]
+
+
+@wrong("5.0", "one query at a time, all keys at once")
+def online_attention(q, k, v, block):
+    out = torch.empty(len(q), v.shape[1])
+    for i in range(len(q)):
+        out[i] = (q[i] @ k.T / q.shape[1] ** 0.5).softmax(0) @ v
+    return out
+
+
+@wrong("5.0", "keeps the weights of all blocks")
+def online_attention(q, k, v, block):
+    kept = []
+    m = torch.full((len(q),), -torch.inf)
+    total, acc = (torch.zeros(len(q)), torch.zeros(len(q), v.shape[1]))
+    for keys, values in zip(k.split(block), v.split(block), strict=True):
+        scores = q @ keys.T / q.shape[1] ** 0.5
+        new_m = torch.maximum(m, scores.amax(1))
+        weights, shrink = (torch.exp(scores - new_m[:, None]), torch.exp(m - new_m))
+        total = total * shrink + weights.sum(1)
+        acc = acc * shrink[:, None] + weights @ values
+        m = new_m
+        kept = [*kept, weights]
+    return acc / total[:, None]
 
 
 @alternative("5.0", "a partial result for each block, combined at the end")
@@ -410,6 +516,58 @@ def merge(a, b):
     return m.view(shape), (flat[0][1] * x + flat[1][1] * y).view(shape), acc.view(a[2].shape)
 
 
+@wrong("5.1", "factors in fp32 for fp64")
+def merge(a, b):
+    m = torch.maximum(a[0], b[0])
+    origin = m.masked_fill(m == float("-inf"), 0.0)
+    total, acc = (torch.zeros_like(m), torch.zeros_like(a[2]))
+    for part_m, part_l, part_acc in (a, b):
+        shrink = torch.exp((part_m - origin).float())
+        total = total + part_l * shrink
+        acc = acc + part_acc * shrink[..., None]
+    return (m, total, acc)
+
+
+@wrong("5.1", "asks for the largest maximum of all: no query, no largest")
+def merge(a, b):
+    m = torch.maximum(a[0], b[0])
+    if m.max() == -torch.inf:
+        return (m, torch.zeros_like(m), torch.zeros_like(a[2]))
+    origin = m.masked_fill(m == float("-inf"), 0.0)
+    total, acc = (torch.zeros_like(m), torch.zeros_like(a[2]))
+    for part_m, part_l, part_acc in (a, b):
+        shrink = torch.exp(part_m - origin)
+        total = total + part_l * shrink
+        acc = acc + part_acc * shrink[..., None]
+    return (m, total, acc)
+
+
+@wrong("5.1", "who has no values has no keys")
+def merge(a, b):
+    m = torch.maximum(a[0], b[0])
+    origin = m.masked_fill(m == float("-inf"), 0.0)
+    total, acc = (torch.zeros_like(m), torch.zeros_like(a[2]))
+    for part_m, part_l, part_acc in (a, b):
+        shrink = torch.exp(part_m - origin)
+        total = total + torch.where(part_acc.abs().sum(-1) > 0, part_l * shrink, 0)
+        acc = acc + part_acc * shrink[..., None]
+    return (m, total, acc)
+
+
+@wrong("5.1", "hands back a where there is no query")
+def merge(a, b):
+    if a[0].numel() == 0:
+        return a
+    m = torch.maximum(a[0], b[0])
+    origin = m.masked_fill(m == float("-inf"), 0.0)
+    total, acc = (torch.zeros_like(m), torch.zeros_like(a[2]))
+    for part_m, part_l, part_acc in (a, b):
+        shrink = torch.exp(part_m - origin)
+        total = total + part_l * shrink
+        acc = acc + part_acc * shrink[..., None]
+    return (m, total, acc)
+
+
 @alternative("5.1", "nan_to_num on the factors, stacked")
 def merge(a, b):
     ms, ls = torch.stack((a[0], b[0])), torch.stack((a[1], b[1]))
@@ -591,6 +749,97 @@ def flash_tile(q, k, v, position, block, sink=None):
     scaled *= q.shape[1] ** -0.5
     out, lse = tile(scaled * q.shape[1] ** 0.5, k, v, position, block, sink)
     return out.to(q.dtype), lse
+
+
+@wrong("5.2", "the sink in q's dtype")
+def flash_tile(q, k, v, position, block, sink=None):
+    tokens, size = q.shape
+    positions = position + torch.arange(tokens)[:, None]
+    m = torch.full((tokens,), float("-inf") if sink is None else float(torch.tensor(sink, dtype=q.dtype)))
+    total = torch.full((tokens,), 0.0 if sink is None else 1.0)
+    acc = torch.zeros(tokens, size)
+    end = max(0, min(len(k), position + tokens))
+    for start in range(0, end, block):
+        keys = torch.arange(start, min(start + block, end))
+        scores = q.float() @ k[keys].float().T / size**0.5
+        scores = scores.masked_fill(keys > positions, float("-inf"))
+        new_m = torch.maximum(m, scores.amax(1))
+        origin = new_m.masked_fill(new_m == float("-inf"), 0.0)
+        weights, shrink = (torch.exp(scores - origin[:, None]), torch.exp(m - origin))
+        total = total * shrink + weights.sum(1)
+        acc = acc * shrink[:, None] + weights @ v[keys].float()
+        m = new_m
+    out = acc / total.masked_fill(total == 0, 1.0)[:, None]
+    return (out.to(q.dtype), m + torch.log(total))
+
+
+@wrong("5.2", "never takes fewer than 8 keys")
+def flash_tile(q, k, v, position, block, sink=None):
+    block = max(8, block)
+    tokens, size = q.shape
+    positions = position + torch.arange(tokens)[:, None]
+    m = torch.full((tokens,), float("-inf") if sink is None else sink)
+    total = torch.full((tokens,), 0.0 if sink is None else 1.0)
+    acc = torch.zeros(tokens, size)
+    end = max(0, min(len(k), position + tokens))
+    for start in range(0, end, block):
+        keys = torch.arange(start, min(start + block, end))
+        scores = q.float() @ k[keys].float().T / size**0.5
+        scores = scores.masked_fill(keys > positions, float("-inf"))
+        new_m = torch.maximum(m, scores.amax(1))
+        origin = new_m.masked_fill(new_m == float("-inf"), 0.0)
+        weights, shrink = (torch.exp(scores - origin[:, None]), torch.exp(m - origin))
+        total = total * shrink + weights.sum(1)
+        acc = acc * shrink[:, None] + weights @ v[keys].float()
+        m = new_m
+    out = acc / total.masked_fill(total == 0, 1.0)[:, None]
+    return (out.to(q.dtype), m + torch.log(total))
+
+
+@wrong("5.2", "the maximum over hidden keys, too")
+def flash_tile(q, k, v, position, block, sink=None):
+    tokens, size = q.shape
+    positions = position + torch.arange(tokens)[:, None]
+    m = torch.full((tokens,), float("-inf") if sink is None else sink)
+    total = torch.full((tokens,), 0.0 if sink is None else 1.0)
+    acc = torch.zeros(tokens, size)
+    end = max(0, min(len(k), position + tokens))
+    for start in range(0, end, block):
+        keys = torch.arange(start, min(start + block, end))
+        scores = q.float() @ k[keys].float().T / size**0.5
+        new_m = torch.maximum(m, scores.amax(1))
+        scores = scores.masked_fill(keys > positions, float("-inf"))
+        origin = new_m.masked_fill(new_m == float("-inf"), 0.0)
+        weights, shrink = (torch.exp(scores - origin[:, None]), torch.exp(m - origin))
+        total = total * shrink + weights.sum(1)
+        acc = acc * shrink[:, None] + weights @ v[keys].float()
+        m = new_m
+    out = acc / total.masked_fill(total == 0, 1.0)[:, None]
+    return (out.to(q.dtype), m + torch.log(total))
+
+
+@wrong("5.2", "a tile that sees nothing comes back in fp32")
+def flash_tile(q, k, v, position, block, sink=None):
+    tokens, size = q.shape
+    positions = position + torch.arange(tokens)[:, None]
+    m = torch.full((tokens,), float("-inf") if sink is None else sink)
+    total = torch.full((tokens,), 0.0 if sink is None else 1.0)
+    acc = torch.zeros(tokens, size)
+    end = max(0, min(len(k), position + tokens))
+    if end == 0:
+        return (acc, m)
+    for start in range(0, end, block):
+        keys = torch.arange(start, min(start + block, end))
+        scores = q.float() @ k[keys].float().T / size**0.5
+        scores = scores.masked_fill(keys > positions, float("-inf"))
+        new_m = torch.maximum(m, scores.amax(1))
+        origin = new_m.masked_fill(new_m == float("-inf"), 0.0)
+        weights, shrink = (torch.exp(scores - origin[:, None]), torch.exp(m - origin))
+        total = total * shrink + weights.sum(1)
+        acc = acc * shrink[:, None] + weights @ v[keys].float()
+        m = new_m
+    out = acc / total.masked_fill(total == 0, 1.0)[:, None]
+    return (out.to(q.dtype), m + torch.log(total))
 
 
 @alternative("5.2", "from right to left, and the sink at the end")
@@ -899,6 +1148,28 @@ def combine_splits(outs, lses):
     return out.view(b, h, d), lse.view(b, h)
 
 
+@wrong("5.4", "a log-sum-exp below -100,000 counts as empty")
+def combine_splits(outs, lses):
+    m = lses.amax(0)
+    m = m.masked_fill(m == float("-inf"), 0.0)
+    share = torch.exp(lses - m)
+    total = share.sum(0)
+    values = outs.float().masked_fill((lses < -100000.0)[..., None], 0.0)
+    out = (share[..., None] * values).sum(0) / total.masked_fill(total == 0, 1.0)[..., None]
+    return (out.to(outs.dtype), m + torch.log(total))
+
+
+@wrong("5.4", "a chunk that is empty for one head is for all")
+def combine_splits(outs, lses):
+    m = lses.amax(0)
+    m = m.masked_fill(m == float("-inf"), 0.0)
+    share = torch.exp(lses - m)
+    total = share.sum(0)
+    values = outs.float().masked_fill((lses == float("-inf")).any(-1)[..., None, None], 0.0)
+    out = (share[..., None] * values).sum(0) / total.masked_fill(total == 0, 1.0)[..., None]
+    return (out.to(outs.dtype), m + torch.log(total))
+
+
 @alternative("5.4", "torch.logsumexp and weights from it")
 def combine_splits(outs, lses):
     lse = lses.logsumexp(0)
@@ -948,6 +1219,8 @@ def switched_kernel(
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if WRONG == "bias before the scale":
             scores = (scores - slope * back) * scale
+        elif WRONG == "bias ends":
+            scores = scores * scale - slope * tl.minimum(back, 64)
         elif WRONG == "bias grows":
             scores = scores * scale + slope * back
         elif WRONG == "bias of the block":
@@ -972,6 +1245,10 @@ def switched_kernel(
         if WRONG == "half accumulator":
             acc = acc.to(o_ptr.dtype.element_ty).to(tl.float32)
         row_max = new_max
+        if WRONG == "half sum":
+            row_sum = row_sum.to(o_ptr.dtype.element_ty).to(tl.float32)
+        if WRONG == "half maximum":
+            row_max = new_max.to(o_ptr.dtype.element_ty).to(tl.float32)
     if WRONG != "not divided":
         acc = acc / row_sum[:, None]
     if WRONG == "store unmasked":
@@ -1037,6 +1314,36 @@ def flash_alibi(q, k, v, slope, block_m=16, block_n=16):
 @wrong("5.5", "the accumulator in fp16")
 def flash_alibi(q, k, v, slope, block_m=16, block_n=16):
     return launch(q, k, v, slope, block_m, block_n, "half accumulator")
+
+
+@wrong("5.5", "the running sum in fp16")
+def flash_alibi(q, k, v, slope, block_m=16, block_n=16):
+    return launch(q, k, v, slope, block_m, block_n, "half sum")
+
+
+@wrong("5.5", "the running maximum in fp16")
+def flash_alibi(q, k, v, slope, block_m=16, block_n=16):
+    return launch(q, k, v, slope, block_m, block_n, "half maximum")
+
+
+@wrong("5.5", "the penalty grows no more after 64 tokens")
+def flash_alibi(q, k, v, slope, block_m=16, block_n=16):
+    return launch(q, k, v, slope, block_m, block_n, "bias ends")
+
+
+@wrong("5.5", "blocks of 16, whatever is asked for")
+def flash_alibi(q, k, v, slope, block_m=16, block_n=16):
+    return launch(q, k, v, slope, 16, 16)
+
+
+@wrong("5.5", "keys in blocks of block_m")
+def flash_alibi(q, k, v, slope, block_m=16, block_n=16):
+    return launch(q, k, v, slope, block_m, block_m)
+
+
+@wrong("5.5", "a program too many where the blocks divide T")
+def flash_alibi(q, k, v, slope, block_m=16, block_n=16):
+    return launch(q, k, v, slope, block_m, block_n, programs=len(q) // block_m + 1)
 
 
 @wrong("5.5", "never divides by the sum")

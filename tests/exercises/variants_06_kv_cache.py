@@ -46,6 +46,13 @@ def tokens_computed(prompt, n):
     return total, prompt + n - 1 if n else 0
 
 
+@wrong("6.w1", "halves a float")
+def tokens_computed(prompt, n):
+    if n == 0:
+        return (0, 0)
+    return (n * prompt + int(n * (n - 1) / 2), prompt + n - 1)
+
+
 @alternative("6.w1", "the mean step, n times")
 def tokens_computed(prompt, n):
     return n * (2 * prompt + n - 1) // 2, n and prompt + n - 1
@@ -133,6 +140,13 @@ def blend(scores, values, seen):
 def blend(scores, values, seen):
     count = int(seen.sum())
     return scores[:count].softmax(0) @ values[:count]
+
+
+@wrong("6.w3", "hides scores of NaN, too")
+def blend(scores, values, seen):
+    seen = seen & ~scores.isnan()
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(0)
+    return weights @ values.masked_fill(~seen[:, None], 0.0)
 
 
 @alternative("6.w3", "selects")
@@ -279,6 +293,25 @@ def append_and_attend(q, k, v, k_cache, v_cache, length):
     return stepped(q, k, v, k_cache, v_cache, length, "no scale")
 
 
+@wrong("6.0", "a view of the cache for the first token")
+def append_and_attend(q, k, v, k_cache, v_cache, length):
+    end = length + len(k)
+    if end > len(k_cache):
+        raise ValueError(f"k: expected at most {len(k_cache) - length} tokens, got {len(k)}")
+    k_cache[length:end], v_cache[length:end] = (k, v)
+    if end == 1:
+        return (
+            v_cache[:1].expand(1, q.shape[1], q.shape[2])
+            if v.shape[1] == 1
+            else v_cache[:1].repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        )
+    groups = q.shape[1] // k.shape[1]
+    keys, values = (x[:end].repeat_interleave(groups, dim=1) for x in (k_cache, v_cache))
+    scores = torch.einsum("thd,shd->hts", q, keys) / q.shape[-1] ** 0.5
+    future = torch.arange(end) > length + torch.arange(len(q))[:, None]
+    return torch.einsum("hts,shd->thd", scores.masked_fill(future, float("-inf")).softmax(-1), values)
+
+
 @alternative("6.0", "torch's fused attention with a mask")
 def append_and_attend(q, k, v, k_cache, v_cache, length):
     end = length + len(k)
@@ -412,6 +445,26 @@ def max_sequences(memory, weights, layers, length, size=2, block=1):
     return max(0, int((memory - weights) // total))
 
 
+@wrong("6.1", "bytes of a sequence rounded down")
+def max_sequences(memory, weights, layers, length, size=2, block=1):
+    total = 0.0
+    for layer in layers:
+        numbers = layer["latent"] + layer["rope"] if "latent" in layer else 2 * layer["kv_heads"] * layer["head_dim"]
+        tokens = min(length, layer.get("window", length))
+        total += -(-tokens // block) * block * numbers * size
+    return max(0, int((memory - weights) // int(total)))
+
+
+@wrong("6.1", "bytes of a sequence rounded up")
+def max_sequences(memory, weights, layers, length, size=2, block=1):
+    total = 0.0
+    for layer in layers:
+        numbers = layer["latent"] + layer["rope"] if "latent" in layer else 2 * layer["kv_heads"] * layer["head_dim"]
+        tokens = min(length, layer.get("window", length))
+        total += -(-tokens // block) * block * numbers * size
+    return max(0, int((memory - weights) // math.ceil(total)))
+
+
 @alternative("6.1", "in integers, bits instead of bytes")
 def max_sequences(memory, weights, layers, length, size=2, block=1):
     bits = 0
@@ -451,6 +504,164 @@ class Right:
         self.store[0, self.length : end], self.store[1, self.length : end] = k, v
         self.length = end
         return self.store[0, :end], self.store[1, :end]
+
+    def rewind(self, length):
+        if not 0 <= length <= self.length:
+            raise ValueError(f"length: expected 0 to {self.length}, got {length}")
+        self.length = length
+
+
+@wrong("6.2", "no token at first: hands back what came")
+class Cache:
+    def __init__(self, kv_heads, head_dim, capacity=4):
+        self.length = 0
+        self.k, self.v = (torch.zeros(capacity, kv_heads, head_dim) for _ in range(2))
+
+    @property
+    def capacity(self):
+        return len(self.k)
+
+    def append(self, k, v):
+        end, capacity = (self.length + len(k), self.capacity)
+        if len(k) == 0 and self.length == 0:
+            return (k, v)
+        while capacity < end:
+            capacity *= 2
+        if capacity > self.capacity:
+            for name in ("k", "v"):
+                old = getattr(self, name)
+                grown = old.new_zeros(capacity, *old.shape[1:])
+                grown[: self.length] = old[: self.length]
+                setattr(self, name, grown)
+        self.k[self.length : end], self.v[self.length : end] = (k, v)
+        self.length = end
+        return (self.k[:end], self.v[:end])
+
+    def rewind(self, length):
+        if not 0 <= length <= self.length:
+            raise ValueError(f"length: expected 0 to {self.length}, got {length}")
+        self.length = length
+
+
+@wrong("6.2", "a prompt that fills the capacity becomes the cache")
+class Cache:
+    def __init__(self, kv_heads, head_dim, capacity=4):
+        self.length = 0
+        self.k, self.v = (torch.zeros(capacity, kv_heads, head_dim) for _ in range(2))
+
+    @property
+    def capacity(self):
+        return len(self.k)
+
+    def append(self, k, v):
+        end, capacity = (self.length + len(k), self.capacity)
+        if self.length == 0 and len(k) == capacity:
+            self.k, self.v, self.length = (k, v, len(k))
+            return (self.k, self.v)
+        while capacity < end:
+            capacity *= 2
+        if capacity > self.capacity:
+            for name in ("k", "v"):
+                old = getattr(self, name)
+                grown = old.new_zeros(capacity, *old.shape[1:])
+                grown[: self.length] = old[: self.length]
+                setattr(self, name, grown)
+        self.k[self.length : end], self.v[self.length : end] = (k, v)
+        self.length = end
+        return (self.k[:end], self.v[:end])
+
+    def rewind(self, length):
+        if not 0 <= length <= self.length:
+            raise ValueError(f"length: expected 0 to {self.length}, got {length}")
+        self.length = length
+
+
+@wrong("6.2", "lets go of its memory when it is empty")
+class Cache:
+    def __init__(self, kv_heads, head_dim, capacity=4):
+        self.length = 0
+        self.k, self.v = (torch.zeros(capacity, kv_heads, head_dim) for _ in range(2))
+
+    @property
+    def capacity(self):
+        return len(self.k)
+
+    def append(self, k, v):
+        end, capacity = (self.length + len(k), self.capacity)
+        while capacity < end:
+            capacity *= 2
+        if capacity > self.capacity:
+            for name in ("k", "v"):
+                old = getattr(self, name)
+                grown = old.new_zeros(capacity, *old.shape[1:])
+                grown[: self.length] = old[: self.length]
+                setattr(self, name, grown)
+        self.k[self.length : end], self.v[self.length : end] = (k, v)
+        self.length = end
+        return (self.k[:end], self.v[:end])
+
+    def rewind(self, length):
+        if not 0 <= length <= self.length:
+            raise ValueError(f"length: expected 0 to {self.length}, got {length}")
+        self.length = length
+        if length == 0:
+            self.k, self.v = (self.k[:4].clone(), self.v[:4].clone())
+
+
+@wrong("6.2", "a capacity of at least 2")
+class Cache:
+    def __init__(self, kv_heads, head_dim, capacity=4):
+        self.length = 0
+        self.k, self.v = (torch.zeros(max(capacity, 2), kv_heads, head_dim) for _ in range(2))
+
+    @property
+    def capacity(self):
+        return len(self.k)
+
+    def append(self, k, v):
+        end, capacity = (self.length + len(k), self.capacity)
+        while capacity < end:
+            capacity *= 2
+        if capacity > self.capacity:
+            for name in ("k", "v"):
+                old = getattr(self, name)
+                grown = old.new_zeros(capacity, *old.shape[1:])
+                grown[: self.length] = old[: self.length]
+                setattr(self, name, grown)
+        self.k[self.length : end], self.v[self.length : end] = (k, v)
+        self.length = end
+        return (self.k[:end], self.v[:end])
+
+    def rewind(self, length):
+        if not 0 <= length <= self.length:
+            raise ValueError(f"length: expected 0 to {self.length}, got {length}")
+        self.length = length
+
+
+@wrong("6.2", "copies the old keys at every append")
+class Cache:
+    def __init__(self, kv_heads, head_dim, capacity=4):
+        self.length = 0
+        self.k, self.v = (torch.zeros(capacity, kv_heads, head_dim) for _ in range(2))
+
+    @property
+    def capacity(self):
+        return len(self.k)
+
+    def append(self, k, v):
+        end, capacity = (self.length + len(k), self.capacity)
+        while capacity < end:
+            capacity *= 2
+        if capacity > self.capacity:
+            for name in ("k", "v"):
+                old = getattr(self, name)
+                grown = old.new_zeros(capacity, *old.shape[1:])
+                grown[: self.length] = old[: self.length]
+                setattr(self, name, grown)
+        self.k[: self.length] = self.k[: self.length].clone()
+        self.k[self.length : end], self.v[self.length : end] = (k, v)
+        self.length = end
+        return (self.k[:end], self.v[:end])
 
     def rewind(self, length):
         if not 0 <= length <= self.length:
@@ -726,6 +937,23 @@ def decode_step(q, k, v, k_cache, v_cache, lengths, active):
     return torch.where(active[:, None, None], out, full)
 
 
+@wrong("6.3", "0 times q where all are finished")
+def decode_step(q, k, v, k_cache, v_cache, lengths, active):
+    if not active.any():
+        return q * 0
+    rows = active.nonzero()[:, 0]
+    k_cache[rows, lengths[rows]], v_cache[rows, lengths[rows]] = (k[rows], v[rows])
+    inside = torch.arange(k_cache.shape[1]) <= lengths[rows, None]
+    groups = q.shape[1] // k.shape[1]
+    keys = k_cache[rows].repeat_interleave(groups, dim=2)
+    values = v_cache[rows].repeat_interleave(groups, dim=2).masked_fill(~inside[..., None, None], 0.0)
+    scores = torch.einsum("bhd,bshd->bhs", q[rows], keys) / q.shape[-1] ** 0.5
+    weights = scores.masked_fill(~inside[:, None], float("-inf")).softmax(-1)
+    out = torch.zeros_like(q)
+    out[rows] = torch.einsum("bhs,bshd->bhd", weights, values)
+    return out
+
+
 @alternative("6.3", "torch's fused attention over cleaned caches")
 def decode_step(q, k, v, k_cache, v_cache, lengths, active):
     if not active.any():
@@ -809,6 +1037,53 @@ class Rolling:
         everything = torch.cat((self.k, k)), torch.cat((self.v, v)), torch.cat((self.positions, new))
         out = self.attend(q, *everything, new)
         self.store(k, v, new)
+        return out
+
+
+@wrong("6.4", "a dictionary of all positions")
+class SinkCache:
+    def __init__(self, sinks, window, kv_heads, head_dim):
+        self.sinks, self.window, self.length = (sinks, window, 0)
+        self.k, self.v = (torch.zeros(sinks + window, kv_heads, head_dim) for _ in range(2))
+        self.positions = torch.full((sinks + window,), -1)
+
+    def step(self, q, k, v):
+        new = torch.arange(self.length, self.length + len(k))
+        keys, values, at = (torch.cat((self.k, k)), torch.cat((self.v, v)), torch.cat((self.positions, new)))
+        seen = (at >= 0) & (at <= new[:, None]) & ((at < self.sinks) | (at > new[:, None] - self.window))
+        groups = q.shape[1] // k.shape[1]
+        keys, values = (x.repeat_interleave(groups, dim=1) for x in (keys, values))
+        scores = torch.einsum("thd,shd->hts", q, keys) / q.shape[-1] ** 0.5
+        out = torch.einsum("hts,shd->thd", scores.masked_fill(~seen, float("-inf")).softmax(-1), values)
+        self.length += len(k)
+        kept = (new < self.sinks) | (new >= self.length - self.window)
+        slots = torch.where(new < self.sinks, new, self.sinks + (new - self.sinks) % self.window)[kept]
+        self.k[slots], self.v[slots], self.positions[slots] = (k[kept], v[kept], new[kept])
+        self.where = getattr(self, "where", {})
+        self.where.update({int(p): 1 for p in new})
+        return out
+
+
+@wrong("6.4", "keeps the step's inputs")
+class SinkCache:
+    def __init__(self, sinks, window, kv_heads, head_dim):
+        self.sinks, self.window, self.length = (sinks, window, 0)
+        self.k, self.v = (torch.zeros(sinks + window, kv_heads, head_dim) for _ in range(2))
+        self.positions = torch.full((sinks + window,), -1)
+
+    def step(self, q, k, v):
+        new = torch.arange(self.length, self.length + len(k))
+        keys, values, at = (torch.cat((self.k, k)), torch.cat((self.v, v)), torch.cat((self.positions, new)))
+        seen = (at >= 0) & (at <= new[:, None]) & ((at < self.sinks) | (at > new[:, None] - self.window))
+        groups = q.shape[1] // k.shape[1]
+        keys, values = (x.repeat_interleave(groups, dim=1) for x in (keys, values))
+        scores = torch.einsum("thd,shd->hts", q, keys) / q.shape[-1] ** 0.5
+        out = torch.einsum("hts,shd->thd", scores.masked_fill(~seen, float("-inf")).softmax(-1), values)
+        self.length += len(k)
+        kept = (new < self.sinks) | (new >= self.length - self.window)
+        slots = torch.where(new < self.sinks, new, self.sinks + (new - self.sinks) % self.window)[kept]
+        self.k[slots], self.v[slots], self.positions[slots] = (k[kept], v[kept], new[kept])
+        self.last = (q, k, v)
         return out
 
 

@@ -201,6 +201,27 @@ def owners(counts, size):
     return torch.searchsorted(counts.cumsum_(0), torch.arange(size, device=counts.device), right=True)
 
 
+@wrong("7.w3", "refuses a batch of nobody")
+def owners(counts, size):
+    if len(counts) == 0:
+        raise ValueError
+    return torch.searchsorted(counts.cumsum(0), torch.arange(size, device=counts.device), right=True)
+
+
+@wrong("7.w3", "totals in 16 bits")
+def owners(counts, size):
+    return torch.searchsorted(
+        counts.to(torch.int16).cumsum(0, dtype=torch.int16).long(), torch.arange(size, device=counts.device), right=True
+    )
+
+
+@wrong("7.w3", "reads the total, but on tensors without values")
+def owners(counts, size):
+    if counts.device.type != "meta":
+        size = max(size, int(counts.sum() * 0))
+    return torch.searchsorted(counts.cumsum(0), torch.arange(size, device=counts.device), right=True)
+
+
 @alternative("7.w3", "counts the sequences that have ended")
 def owners(counts, size):
     return (torch.arange(size, device=counts.device)[:, None] >= counts.cumsum(0)).sum(1)
@@ -305,6 +326,52 @@ for name, what in {
 }.items():
     wrong("7.0", what)(type("PrefixPool", (Prefix,), {"mistake": name}))
 alternative("7.0", "an ordered dictionary and two for the names")(type("PrefixPool", (Prefix,), {}))
+
+
+@wrong("7.0", "counts down before it looks")
+class PrefixPool:
+    def __init__(self, num_blocks, block_size):
+        self.block_size = block_size
+        self.references = [0] * num_blocks
+        self.queue = OrderedDict.fromkeys(range(num_blocks))
+        self.block_of = {}
+        self.name_of = {}
+
+    @property
+    def num_free(self):
+        return len(self.queue)
+
+    def allocate(self):
+        if not self.queue:
+            raise OutOfBlocks("all blocks are in use")
+        block, _ = self.queue.popitem(last=False)
+        if block in self.name_of:
+            del self.block_of[self.name_of.pop(block)]
+        self.references[block] = 1
+        return block
+
+    def publish(self, block, name):
+        if name not in self.block_of and block not in self.name_of:
+            self.block_of[name], self.name_of[block] = (block, name)
+
+    def match_prefix(self, token_ids):
+        size, name, found = (self.block_size, b"", [])
+        for start in range(0, (len(token_ids) - 1) // size * size, size):
+            name = chain_hash(name, token_ids[start : start + size])
+            if name not in self.block_of:
+                break
+            found.append(self.block_of[name])
+            self.references[found[-1]] += 1
+            self.queue.pop(found[-1], None)
+        return found
+
+    def release(self, block):
+        self.references[block] -= 1
+        if self.references[block] < 0:
+            raise ValueError(f"block {block} is free already")
+        if self.references[block] == 0:
+            self.queue[block] = None
+            self.queue.move_to_end(block, last=block in self.name_of)
 
 
 @alternative("7.0", "a list for the queue, a search through it, and a set of names for each block")
@@ -698,6 +765,35 @@ def slot_mapping(tables, starts, counts, size, block_size, rank=0, ranks=1):
     return slots(tables.clamp_(min=0), starts, counts, size, block_size, rank, ranks)
 
 
+@wrong("7.2", "positions wrap at the width of this GPU's table")
+def slot_mapping(tables, starts, counts, size, block_size, rank=0, ranks=1):
+    ends = counts.cumsum(0)
+    token = torch.arange(size, device=tables.device)
+    owner = torch.searchsorted(ends, token, right=True)
+    inside = owner < len(counts)
+    owner = owner.clamp(max=len(counts) - 1)
+    position = starts[owner] % (block_size * tables.shape[1]) + token - (ends - counts)[owner]
+    number = position // block_size
+    entry = (number // ranks).clamp(min=0, max=tables.shape[1] - 1)
+    slots = tables[owner, entry].long() * block_size + position % block_size
+    return torch.where(inside & (number % ranks == rank), slots, -1)
+
+
+@wrong("7.2", "refuses a result of no entries")
+def slot_mapping(tables, starts, counts, size, block_size, rank=0, ranks=1):
+    assert size
+    ends = counts.cumsum(0)
+    token = torch.arange(size, device=tables.device)
+    owner = torch.searchsorted(ends, token, right=True)
+    inside = owner < len(counts)
+    owner = owner.clamp(max=len(counts) - 1)
+    position = starts[owner] + token - (ends - counts)[owner]
+    number = position // block_size
+    entry = (number // ranks).clamp(min=0, max=tables.shape[1] - 1)
+    slots = tables[owner, entry].long() * block_size + position % block_size
+    return torch.where(inside & (number % ranks == rank), slots, -1)
+
+
 @alternative("7.2", "a loop over the sequences that reads no value")
 def slot_mapping(tables, starts, counts, size, block_size, rank=0, ranks=1):
     place = torch.arange(size, device=tables.device)
@@ -867,6 +963,93 @@ def block_names(token_ids, block_size, salt="", images=()):
     return [4 * zlib.crc32(name).to_bytes(4, "big") for name in names(token_ids, block_size, salt, images)]
 
 
+@wrong("7.3", "digests as text")
+def block_names(token_ids, block_size, salt="", images=()):
+    import hashlib
+    from array import array
+
+    parent, names = (hashlib.sha256(salt.encode()).digest(), [])
+    for start in range(0, len(token_ids) - block_size + 1, block_size):
+        stop = start + block_size
+        key = hashlib.sha256(parent + array("q", token_ids[start:stop]).tobytes())
+        for first, _, digest in sorted(images):
+            if start <= first < stop:
+                key.update(
+                    array("q", [first - start, len(digest)]).tobytes() + digest.decode(errors="replace").encode()
+                )
+        parent = key.digest()
+        names.append(parent)
+    return names
+
+
+@wrong("7.3", "sorts pictures by digest")
+def block_names(token_ids, block_size, salt="", images=()):
+    import hashlib
+    from array import array
+
+    parent, names = (hashlib.sha256(salt.encode()).digest(), [])
+    for start in range(0, len(token_ids) - block_size + 1, block_size):
+        stop = start + block_size
+        key = hashlib.sha256(parent + array("q", token_ids[start:stop]).tobytes())
+        for first, _, digest in sorted(images, key=lambda x: x[2]):
+            if start <= first < stop:
+                key.update(array("q", [first - start, len(digest)]).tobytes() + digest)
+        parent = key.digest()
+        names.append(parent)
+    return names
+
+
+@wrong("7.3", "salts as ASCII")
+def block_names(token_ids, block_size, salt="", images=()):
+    import hashlib
+    from array import array
+
+    parent, names = (hashlib.sha256(salt.encode("ascii", "replace")).digest(), [])
+    for start in range(0, len(token_ids) - block_size + 1, block_size):
+        stop = start + block_size
+        key = hashlib.sha256(parent + array("q", token_ids[start:stop]).tobytes())
+        for first, _, digest in sorted(images):
+            if start <= first < stop:
+                key.update(array("q", [first - start, len(digest)]).tobytes() + digest)
+        parent = key.digest()
+        names.append(parent)
+    return names
+
+
+@wrong("7.3", "salts without spaces around them")
+def block_names(token_ids, block_size, salt="", images=()):
+    import hashlib
+    from array import array
+
+    parent, names = (hashlib.sha256(salt.strip().encode()).digest(), [])
+    for start in range(0, len(token_ids) - block_size + 1, block_size):
+        stop = start + block_size
+        key = hashlib.sha256(parent + array("q", token_ids[start:stop]).tobytes())
+        for first, _, digest in sorted(images):
+            if start <= first < stop:
+                key.update(array("q", [first - start, len(digest)]).tobytes() + digest)
+        parent = key.digest()
+        names.append(parent)
+    return names
+
+
+@wrong("7.3", "salts in lower case")
+def block_names(token_ids, block_size, salt="", images=()):
+    import hashlib
+    from array import array
+
+    parent, names = (hashlib.sha256(salt.lower().encode()).digest(), [])
+    for start in range(0, len(token_ids) - block_size + 1, block_size):
+        stop = start + block_size
+        key = hashlib.sha256(parent + array("q", token_ids[start:stop]).tobytes())
+        for first, _, digest in sorted(images):
+            if start <= first < stop:
+                key.update(array("q", [first - start, len(digest)]).tobytes() + digest)
+        parent = key.digest()
+        names.append(parent)
+    return names
+
+
 @alternative("7.3", "in hexadecimal")
 def block_names(token_ids, block_size, salt="", images=()):
     return [name.hex().encode() for name in names(token_ids, block_size, salt, images)]
@@ -990,6 +1173,77 @@ def evict(nodes, wanted):
     return set(scan(nodes, wanted))
 
 
+@wrong("7.4", "whole seconds")
+def evict(nodes, wanted):
+    import heapq
+    from collections import Counter
+
+    children = Counter(node.parent for node in nodes.values())
+
+    def goes(i):
+        return nodes[i].parent is not None and (not children[i]) and (not nodes[i].references)
+
+    leaves, chosen, freed = ([(int(nodes[i].last_used), i) for i in nodes if goes(i)], [], 0)
+    heapq.heapify(leaves)
+    while leaves and freed < wanted:
+        _, i = heapq.heappop(leaves)
+        chosen.append(i)
+        freed += nodes[i].tokens
+        parent = nodes[i].parent
+        children[parent] -= 1
+        if goes(parent):
+            heapq.heappush(leaves, (nodes[parent].last_used, parent))
+    return chosen
+
+
+@wrong("7.4", "passes over leaves without tokens")
+def evict(nodes, wanted):
+    import heapq
+    from collections import Counter
+
+    children = Counter(node.parent for node in nodes.values())
+
+    def goes(i):
+        return nodes[i].parent is not None and (not children[i]) and (not nodes[i].references)
+
+    leaves, chosen, freed = ([(nodes[i].last_used, i) for i in nodes if goes(i)], [], 0)
+    heapq.heapify(leaves)
+    while leaves and freed < wanted:
+        _, i = heapq.heappop(leaves)
+        if not nodes[i].tokens:
+            continue
+        chosen.append(i)
+        freed += nodes[i].tokens
+        parent = nodes[i].parent
+        children[parent] -= 1
+        if goes(parent):
+            heapq.heappush(leaves, (nodes[parent].last_used, parent))
+    return chosen
+
+
+@wrong("7.4", "stops at a leaf without tokens")
+def evict(nodes, wanted):
+    import heapq
+    from collections import Counter
+
+    children = Counter(node.parent for node in nodes.values())
+
+    def goes(i):
+        return nodes[i].parent is not None and (not children[i]) and (not nodes[i].references)
+
+    leaves, chosen, freed = ([(nodes[i].last_used, i) for i in nodes if goes(i)], [], 0)
+    heapq.heapify(leaves)
+    while leaves and freed < wanted and nodes[leaves[0][1]].tokens:
+        _, i = heapq.heappop(leaves)
+        chosen.append(i)
+        freed += nodes[i].tokens
+        parent = nodes[i].parent
+        children[parent] -= 1
+        if goes(parent):
+            heapq.heappush(leaves, (nodes[parent].last_used, parent))
+    return chosen
+
+
 @alternative("7.4", "looks at all nodes again for every choice")
 def evict(nodes, wanted):
     return scan(nodes, wanted)
@@ -1012,7 +1266,10 @@ def switched_kernel(
         head = row * H_KV + head_kv
     offs_q = (sequence * H_KV * GROUP + head[:, None]) * D + offs_d[None, :]
     used = row[:, None] < GROUP
-    q = tl.load(q_ptr + offs_q, mask=used, other=0.0)
+    if WRONG == "q unmasked":
+        q = tl.load(q_ptr + offs_q)
+    else:
+        q = tl.load(q_ptr + offs_q, mask=used, other=0.0)
     context = tl.load(context_ptr + sequence)
     first = tl.maximum(context - window, 0)
     if WRONG == "window + 1":
@@ -1024,6 +1281,14 @@ def switched_kernel(
         begin = 0
     if WRONG == "stops early":
         end = context // BLOCK_SIZE
+    if WRONG == "all blocks":
+        begin = 0
+    if WRONG == "one early":
+        begin = tl.maximum(begin - 1, 0)
+    if WRONG == "one late":
+        end = context // BLOCK_SIZE + 1
+    if WRONG == "eight blocks":
+        begin = tl.maximum(begin, end - 8)
     row_max = tl.full((ROWS,), -1.0e30, tl.float32)
     row_sum, acc = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, D), tl.float32)
     for index in range(begin, end):
@@ -1031,6 +1296,8 @@ def switched_kernel(
         if WRONG == "first table":
             table = table_ptr
         block = tl.load(table + index).to(tl.int64)
+        if WRONG == "16 bits":
+            block = block.to(tl.int16).to(tl.int64)
         if WRONG == "no table":
             block = block * 0 + index
         position = index * BLOCK_SIZE + offs_n
@@ -1053,7 +1320,9 @@ def switched_kernel(
         else:
             v = tl.load(v_ptr + offs_kv, mask=seen[:, None], other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        if WRONG != "zeros count":
+        if WRONG == "hides with -1e4":
+            scores = tl.where(seen[None, :], scores, -1.0e4)
+        elif WRONG != "zeros count":
             scores = tl.where(seen[None, :], scores, -float("inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         if WRONG == "no maximum":
@@ -1064,10 +1333,17 @@ def switched_kernel(
         row_sum = row_sum * shrink + tl.sum(weights, 1)
         if WRONG != "no rescaling":
             acc = acc * shrink[:, None]
-        acc += tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        if WRONG == "tf32":
+            acc += tl.dot(weights.to(v.dtype), v)
+        else:
+            acc += tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         if WRONG == "sums in fp16":
             acc = acc.to(v.dtype).to(tl.float32)
         row_max = new_max
+        if WRONG == "sum in fp16":
+            row_sum = row_sum.to(v.dtype).to(tl.float32)
+        if WRONG == "maximum in fp16":
+            row_max = new_max.to(v.dtype).to(tl.float32)
     if WRONG == "0 / 0":
         out = acc / row_sum[:, None]
     else:
@@ -1113,6 +1389,16 @@ for what, why in (
     ("all rows", "stores the unused rows too"),
     ("grid", "the axes of the grid exchanged"),
     ("0 / 0", "a context of 0 gives NaN"),
+    ("all blocks", "begins at block 0, with everything masked"),
+    ("one early", "visits one block before the window, with everything masked"),
+    ("one late", "visits one block more where the last one is full"),
+    ("eight blocks", "the window reaches over eight blocks at most"),
+    ("q unmasked", "loads rows of q past the group"),
+    ("16 bits", "block numbers in 16 bits"),
+    ("hides with -1e4", "hides with -1e4: scores that are lower hide instead"),
+    ("sum in fp16", "the running sum in fp16"),
+    ("maximum in fp16", "the running maximum in fp16"),
+    ("tf32", "the second product as it is: fp32 is cut to TF32 on a GPU"),
 ):
     wrong("7.5", why)(launch_with(what))
 

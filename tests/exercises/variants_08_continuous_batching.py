@@ -128,6 +128,27 @@ for what, why in (
     wrong("8.w2", why)(gone_with(what))
 
 
+@wrong("8.w2", "passes over those who hold no block")
+def preempted(running, who, need, free):
+    order, victims = (sorted(range(len(running)), key=lambda i: running[i][:2]), [])
+    while free < need and who not in victims:
+        if running[order[-1]][2] == 0 and order[-1] != who:
+            order.pop()
+            continue
+        victims.append(order.pop())
+        free += running[victims[-1]][2]
+    return victims
+
+
+@wrong("8.w2", "priorities as text: 10 before 9")
+def preempted(running, who, need, free):
+    order, victims = (sorted(range(len(running)), key=lambda i: (str(running[i][0]), running[i][1])), [])
+    while free < need and who not in victims:
+        victims.append(order.pop())
+        free += running[victims[-1]][2]
+    return victims
+
+
 @alternative("8.w2", "the largest of those that are left, again and again")
 def preempted(running, who, need, free):
     left, found = dict(enumerate(running)), []
@@ -382,6 +403,27 @@ def step(running, waiting, budget, seats):
     return found
 
 
+@wrong("8.1", "keeps a token back where more run than there are seats")
+def step(running, waiting, budget, seats):
+    gaps = [*running, *waiting[: max(0, seats - len(running))]]
+    given = [0] * (len(running) + len(waiting))
+    for i, gap in enumerate(running):
+        if gap == 1 and budget > len(waiting) - len(waiting) + (1 if len(running) > seats else 0):
+            given[i], budget = (1, budget - 1)
+    hungry = [i for i, gap in enumerate(gaps) if gap > 1 or (gap == 1 and i >= len(running))]
+    while hungry and budget:
+        level, extra = divmod(budget, len(hungry))
+        full = [i for i in hungry if gaps[i] <= level]
+        if not full:
+            for place, i in enumerate(hungry):
+                given[i] = level + (place < extra)
+            break
+        for i in full:
+            given[i], budget = (gaps[i], budget - gaps[i])
+        hungry = [i for i in hungry if gaps[i] > level]
+    return (given[: len(running)], given[len(running) :])
+
+
 @alternative("8.1", "always to whoever has least")
 def step(running, waiting, budget, seats):
     first, second = [0] * len(running), [0] * len(waiting)
@@ -490,6 +532,18 @@ def admit(running, waiting, block_size, num_blocks):
 @wrong("8.2", "the requests that start, not how many")
 def admit(running, waiting, block_size, num_blocks):
     return waiting[: count_while(lambda new: peak(running, new, block_size) <= num_blocks, waiting)]
+
+
+@wrong("8.2", "at most eight at once")
+def admit(running, waiting, block_size, num_blocks):
+    inside = list(running)
+    for count, (prompt, outputs) in enumerate(waiting):
+        inside.append((prompt - 1, outputs))
+        for step in {left for _, left in inside}:
+            need = sum((-(-(cached + step) // block_size) for cached, left in inside if left >= step))
+            if need > num_blocks:
+                return count
+    return min(len(waiting), 8)
 
 
 @alternative("8.2", "runs all steps")
@@ -875,3 +929,134 @@ def capacity(runs, ttft, tpot, share):
 @alternative("8.5", "shares first, then the crossing")
 def capacity(runs, ttft, tpot, share):
     return crossing(shares(runs, ttft, tpot, is_good), share)
+
+
+@wrong("8.0", "0 tokens for those whom the budget does not reach")
+def schedule(state):
+    plan, left, guarded = ({}, state.budget, False)
+
+    def missing(request):
+        return -(-(request.computed + min(request.gap, left)) // state.block_size) - request.blocks
+
+    def give(request):
+        new, count = (missing(request), min(request.gap, left))
+        state.free, request.blocks = (state.free - new, request.blocks + new)
+        plan[request.order] = count
+        return left - count
+
+    while left and len(plan) < len(state.running):
+        request = state.running[len(plan)]
+        while request in state.running and missing(request) > state.free:
+            victim, guarded = (state.running.pop(), True)
+            state.free += victim.blocks
+            victim.blocks = victim.computed = 0
+            state.waiting.insert(0, victim)
+        if request in state.running:
+            left = give(request)
+    while left and state.waiting and (len(state.running) < state.seats) and (not guarded):
+        if missing(state.waiting[0]) > state.free:
+            break
+        state.running.append(state.waiting.pop(0))
+        left = give(state.running[-1])
+    for r in state.running:
+        plan.setdefault(r.order, 0)
+    return plan
+
+
+@wrong("8.4", "output tokens move the floor")
+class FairQueue:
+    def __init__(self, weights=None):
+        self.weights = dict(weights or {})
+        self.counters = {}
+        self.queue = []
+        self.floor = 0.0
+
+    def add(self, user, request, prompt_tokens):
+        waiting = {name for name, *_ in self.queue}
+        if user not in waiting:
+            least = min((self.counters[name] for name in waiting), default=self.floor)
+            self.counters[user] = max(self.counters.get(user, 0.0), least)
+        self.queue.append((user, request, prompt_tokens))
+
+    def take(self):
+        if not self.queue:
+            return None
+        item = min(self.queue, key=lambda item: self.counters[item[0]])
+        self.queue.remove(item)
+        user, request, tokens = item
+        self.floor = self.counters[user]
+        self._charge(user, tokens)
+        return request
+
+    def generated(self, user, tokens):
+        self._charge(user, 2 * tokens)
+        self.floor = min(self.floor, self.counters[user])
+
+    def _charge(self, user, cost):
+        self.counters[user] = self.counters.get(user, 0.0) + cost / self.weights.get(user, 1.0)
+
+
+@wrong("8.4", "forgets counters when the queue is empty")
+class FairQueue:
+    def __init__(self, weights=None):
+        self.weights = dict(weights or {})
+        self.counters = {}
+        self.queue = []
+        self.floor = 0.0
+
+    def add(self, user, request, prompt_tokens):
+        waiting = {name for name, *_ in self.queue}
+        if user not in waiting:
+            least = min((self.counters[name] for name in waiting), default=self.floor)
+            self.counters[user] = max(self.counters.get(user, 0.0), least)
+        self.queue.append((user, request, prompt_tokens))
+
+    def take(self):
+        if not self.queue:
+            return None
+        item = min(self.queue, key=lambda item: self.counters[item[0]])
+        self.queue.remove(item)
+        user, request, tokens = item
+        self.floor = self.counters[user]
+        self._charge(user, tokens)
+        if not self.queue:
+            self.counters = {user: self.counters[user]}
+        return request
+
+    def generated(self, user, tokens):
+        self._charge(user, 2 * tokens)
+
+    def _charge(self, user, cost):
+        self.counters[user] = self.counters.get(user, 0.0) + cost / self.weights.get(user, 1.0)
+
+
+@wrong("8.4", "the empty name is nobody")
+class FairQueue:
+    def __init__(self, weights=None):
+        self.weights = dict(weights or {})
+        self.counters = {}
+        self.queue = []
+        self.floor = 0.0
+
+    def add(self, user, request, prompt_tokens):
+        waiting = {name for name, *_ in self.queue}
+        if user not in waiting:
+            least = min((self.counters[name] for name in waiting), default=self.floor)
+            self.counters[user] = max(self.counters.get(user, 0.0), least)
+        self.queue.append((user, request, prompt_tokens))
+
+    def take(self):
+        if not self.queue:
+            return None
+        item = min(self.queue, key=lambda item: self.counters[item[0]])
+        self.queue.remove(item)
+        user, request, tokens = item
+        self.floor = self.counters[user]
+        self._charge(user, tokens)
+        return request or None
+
+    def generated(self, user, tokens):
+        self._charge(user, 2 * tokens)
+
+    def _charge(self, user, cost):
+        self.counters[user] = self.counters.get(user, 0.0) + cost / self.weights.get(user, 1.0)
