@@ -81,7 +81,12 @@ def causal(tokens: int) -> torch.Tensor:
 class TestIsExact:
     def _is(self, impl, a: int, b: int, dtype: torch.dtype, expected: bool) -> None:
         got = impl(a, b, dtype)
-        expect_equal(f"{a:,} · {b:,} in {str(dtype).removeprefix('torch.')}", bool(got), expected)
+        what = f"{a:,} · {b:,} in {str(dtype).removeprefix('torch.')}"
+        said = (
+            f"{what}: expected True or False\n  got      a {type(got).__name__}: `.item()` makes a number of a tensor"
+        )
+        expect(isinstance(got, bool), said)
+        expect_equal(what, got, expected)
 
     def test_range(self, impl):
         """300 · 300 is beyond fp16's 65,504 and becomes infinite; 255 · 256 is within; bf16 rounds 300 · 300"""
@@ -113,6 +118,15 @@ class TestIsExact:
         self._is(impl, -3, 5, torch.bfloat16, True)
         self._is(impl, 257, 0, torch.bfloat16, True)
 
+    def test_wide(self, impl):
+        """fp64 has 53 bits, and Python's float no more: compare with Python's integer; ∞ · 0 in fp16 is NaN"""
+        self._is(impl, 2**27 + 1, 2**27 + 1, torch.float64, False)
+        self._is(impl, 2**26 + 1, 2**26 - 1, torch.float64, True)
+        self._is(impl, 2**30 + 1, 2**30 - 1, torch.float64, False)
+        self._is(impl, 70_000, 0, torch.float16, False)
+        self._is(impl, 0, 70_000, torch.float16, False)
+        self._is(impl, 70_000, 0, torch.float32, True)
+
 
 @exercise("2.w2", "visible")
 class TestVisible:
@@ -142,6 +156,14 @@ class TestVisible:
             expect_equal(
                 f"mask of a sequence with text at {[int(r) for r in real]}", got[b, 0].int().tolist(), expected
             )
+
+    def test_views(self, impl):
+        """real transposed, or every second token of a longer one: not contiguous"""
+        real = torch.tensor(self.REAL)
+        expected = self._mask(impl, real)
+        expect(bool(torch.equal(self._mask(impl, real.T.contiguous().T), expected)), "transposed: another mask came")
+        spread = real.repeat_interleave(2, 1)[:, ::2]
+        expect(bool(torch.equal(self._mask(impl, spread), expected)), "every second token: another mask came")
 
     def test_scores(self, impl):
         """it broadcasts against scores [B, H, T, S]"""
@@ -186,6 +208,16 @@ class TestGroupHeads:
         got = tensor("result", impl(q, 2))
         expect_equal("shape", tuple(got.shape), (2, 2, 3, 5, 4))
         expect_close("query head 4", got[:, 1, 1], q[:, 4])
+
+    def test_views_and_dtypes(self, impl):
+        """other strides, where heads are a part of more, and other dtypes, which stay"""
+        for dtype in (torch.float64, torch.bfloat16):
+            for q in (random(5, 4, 6, 2).permute(3, 2, 0, 1).to(dtype), random(2, 12, 5, 4).to(dtype)[:, ::2]):
+                for kv_heads in (1, 3, 6):
+                    got = tensor("result", impl(q, kv_heads))
+                    expect_equal("shape", tuple(got.shape), (2, kv_heads, 6 // kv_heads, 5, 4))
+                    expect_equal("dtype", got.dtype, dtype)
+                    expect_close("all heads, one after the other", got.flatten(1, 2), q, atol=0, rtol=0)
 
     def test_inputs_untouched(self, impl):
         """q is as before the call"""
@@ -287,11 +319,15 @@ class TestSelfAttention:
         """it is written out: neither F.scaled_dot_product_attention nor nn.MultiheadAttention is called"""
         with Forbidden("scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention"):
             self._output(impl, *attention_case(d_model=12, heads=3, size=4), 3)
+            self._output(impl, *attention_case(tokens=1), 3)
+            self._output(impl, *(t.double() for t in attention_case(batch=1, heads=1)), 1)
 
     def test_inputs_untouched(self, impl):
         """x and the matrices are as before the call"""
         case = attention_case()
         names = ("x", "w_q", "w_k", "w_v", "w_o")
+        expect_untouched(lambda: impl(*case, 3), **dict(zip(names, case, strict=True)))
+        case = [t.double() for t in attention_case(batch=1, tokens=1, d_model=12)]
         expect_untouched(lambda: impl(*case, 3), **dict(zip(names, case, strict=True)))
 
 
@@ -453,6 +489,10 @@ class TestAddRMSNorm:
             expect_equal(f"dtype of new_residual for {dtype}", stream.dtype, dtype)
             expect_close(f"new_residual in {dtype}", stream, (x.double() + residual.double()).to(dtype), rtol=0, atol=0)
             expect_close(f"normed in {dtype}", normed, norm_of(stream, weight, 1e-5), rtol=1e-2, atol=1e-4)
+        x, residual, weight = (random(*s, seed=i).double() for i, s in enumerate([(3, 16), (3, 16), (16,)]))
+        normed, stream = self._parts(impl, x + 1e-12, residual, weight, 1e-5)
+        expect_equal("dtypes for fp64", [normed.dtype, stream.dtype], [torch.float64] * 2)
+        expect_close("new_residual in fp64", stream, x + 1e-12 + residual, rtol=0, atol=0)
 
     def test_fp16_range(self, impl):
         """squares beyond fp16's 65,504 do not overflow: entries of 300, and one of 22,544 as in SmolLM2's stream"""
@@ -488,9 +528,9 @@ class TestAddRMSNorm:
             )
 
     def test_new_tensors(self, impl):
-        """two new tensors: neither has the memory of an input or of the other, also where the residual is 0"""
-        for scale in (1, 0):
-            x, residual, weight = random(2, 4), scale * random(2, 4, seed=1), torch.ones(4)
+        """two new tensors: neither has the memory of an input or of the other, also where one is 0"""
+        for x_scale, scale, shape in ((1, 1, (2, 4)), (1, 0, (2, 4)), (0, 1, (2, 4)), (0, 0, (4,)), (1, 1, (4,))):
+            x, residual, weight = x_scale * random(*shape), scale * random(*shape, seed=1), torch.ones(4)
             normed, stream = self._parts(impl, x, residual, weight, 1e-5)
             expect_new("normed", normed, x=x, residual=residual, weight=weight, new_residual=stream)
             expect_new("new_residual", stream, x=x, residual=residual, weight=weight)
@@ -517,12 +557,18 @@ class TestAddRMSNorm:
     def test_written_out(self, impl):
         """it is written out: F.rms_norm is not called"""
         with Forbidden("rms_norm"):
-            self._parts(impl, random(2, 4), random(2, 4), torch.ones(4), 1e-5)
+            for dtype in (torch.float32, torch.bfloat16, torch.float64):
+                for shape in ((2, 4), (4,)):
+                    self._parts(impl, random(*shape).to(dtype), random(*shape).to(dtype), torch.ones(4, dtype=dtype))
 
     def test_inputs_untouched(self, impl):
         """x, residual and weight are as before the call"""
         x, residual, weight = random(2, 4), random(2, 4, seed=1), random(4, seed=2)
         expect_untouched(lambda: self._parts(impl, x, residual, weight, 1e-5)[0], x=x, residual=residual, weight=weight)
+        for x, residual in ((random(4), random(4, seed=1)), (random(4, 2).T, random(4, 2, seed=1).T)):
+            weight = random(x.shape[-1], seed=2)
+            call = lambda x=x, residual=residual, weight=weight: self._parts(impl, x, residual, weight)[0]  # noqa: E731
+            expect_untouched(call, x=x, residual=residual, weight=weight)
 
 
 def turned(x: torch.Tensor, positions: Any, rotary: int, theta: float) -> torch.Tensor:
@@ -546,6 +592,9 @@ class TestRope:
     def test_whole_head(self, impl):
         """with rotary = D it equals multiplication by e^(i·angle), every token by its own position, for any theta"""
         x, positions = random(2, 4, 3, 8), [3, 0, 17, 40]
+        many = random(1, 4, 40, 8, seed=1)
+        got, expected = impl(many, torch.tensor(positions), 8), turned(many, positions, 8, 10_000.0)
+        expect_close("output for 40 heads, rotary = D = 8", got, expected, atol=1e-5)
         for theta in (10_000.0, 100.0):
             got, expected = impl(x, torch.tensor(positions), 8, theta), turned(x, positions, 8, theta)
             expect_close(f"output for rotary = D = 8, theta = {theta:g}", got, expected, atol=1e-5)
@@ -773,7 +822,7 @@ class TestGroupedQueryAttention:
 
     def test_held_once(self, impl):
         """no tensor on the way holds a key or a value twice: one has a mark, and it is looked for in all of them"""
-        for heads, kv_heads, tokens in ((16, 8, 1), (4, 2, 3)):
+        for heads, kv_heads, tokens in ((16, 8, 1), (4, 2, 3), (4, 2, 6), (3, 1, 6)):
             said = f"for {heads} query heads and {kv_heads} key/value heads"
             q, k, v = grouped_case(heads, kv_heads, tokens=tokens, keys=6, batch=1)
             q[..., 1] = 0  # so that the marked number is in no score
@@ -799,12 +848,16 @@ class TestGroupedQueryAttention:
     def test_written_out(self, impl):
         """it is written out: F.scaled_dot_product_attention is not called"""
         with Forbidden("scaled_dot_product_attention"):
-            tensor("output", impl(*grouped_case(4, 2)))
+            for tokens in (1, 3, 5):
+                tensor("output", impl(*grouped_case(4, 2, tokens=tokens)))
+            tensor("output", impl(*grouped_case(2, 2)))
 
     def test_inputs_untouched(self, impl):
         """q, k and v are as before the call"""
-        q, k, v = grouped_case(2, 1)
-        expect_untouched(lambda: impl(q, k, v), q=q, k=k, v=v)
+        for heads, tokens in ((2, 5), (4, 1), (1, 3)):
+            for dtype in (torch.float32, torch.float64):
+                q, k, v = (x.to(dtype) for x in grouped_case(heads, 1, tokens=tokens))
+                expect_untouched(lambda q=q, k=k, v=v: impl(q, k, v), q=q, k=k, v=v)
 
 
 def layer_case(hidden: int = 6, intermediate: int = 10) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -992,7 +1045,9 @@ def saying(c: SimpleNamespace, **arguments: float) -> Iterator[None]:
 @exercise("2.6", "account")
 class TestAccount:
     def _entry(self, impl, name: str, c: SimpleNamespace, tokens=1, batch=1, context=1, speeds=CPU) -> Any:
+        before = dict(vars(c))
         got = impl(c, tokens, batch, context, *speeds)
+        expect(vars(c) == before, "the config was changed; leave it as it is")
         names = ["parameters", "flops", "kv_bytes", "step_seconds"]
         came = "nothing (is a `return` missing?)" if got is None else repr(got)[:200]
         four = isinstance(got, dict) and sorted(got) == sorted(names)
@@ -1049,11 +1104,27 @@ class TestAccount:
         second = three - 2 * two + one
         expected = one + (tokens - 1) * (two - one) + (tokens - 1) * (tokens - 2) // 2 * second
         self._exact(impl, "flops", shape(*TINY), tokens, expected)
+        expected = one + (10**12 - 1) * (two - one) + (10**12 - 1) * (10**12 - 2) // 2 * second
+        self._exact(impl, "flops", shape(*TINY), 10**12, expected)
+
+    def test_exact(self, impl):
+        """parameters and bytes beyond 2^53 are exact, too"""
+        c = shape(*TINY[:-1], True)
+        small = module_parameters(c)
+        c.num_hidden_layers += 1
+        layer = module_parameters(c) - small
+        layers = 10**16 + 1
+        rest, c.num_hidden_layers = small - (c.num_hidden_layers - 1) * layer, layers
+        self._exact(impl, "parameters", c, 1, rest + layers * layer)
+        numbers = 2 * c.num_key_value_heads * c.head_dim
+        self._exact(impl, "kv_bytes", c, 3, 3 * layers * numbers * 2)
 
     def test_kv_bytes(self, impl):
         """SmolLM2 keeps 23,040 bytes a token in 16 bits, Llama 3 8B 131,072"""
         self._exact(impl, "kv_bytes", shape(*SMOLLM2), 1, 23_040)
         self._exact(impl, "kv_bytes", shape(*LLAMA_3_8B), 100, 13_107_200)
+        c = shape(*TINY)  # H · D is not hidden
+        self._exact(impl, "kv_bytes", c, 7, 7 * c.num_hidden_layers * 2 * c.num_key_value_heads * c.head_dim * 2)
 
     def test_step_of_one(self, impl):
         """a decode step at batch 1 is limited by memory: the weights, and the cache of `context` tokens"""
