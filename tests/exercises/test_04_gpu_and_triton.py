@@ -91,9 +91,10 @@ def expect_a_program_a_row(seen: Any, name: str, rows: int, width: int) -> None:
 
 
 @contextmanager
-def launches() -> Iterator[list[tuple[tuple, Any]]]:
-    """What is launched in the block, each with its grid and its footprint, under the names "0", "1", ... of the tensors
-    among its arguments. A kernel gets copies with room around them, so that a store without a mask does no harm.
+def launches() -> Iterator[list[tuple[tuple, Any, int]]]:
+    """What is launched in the block, each with its grid, its footprint and its BLOCK; the tensors among its arguments
+    have the names "0", "1", ... there. A kernel gets copies with room around them, so that a store without a mask does
+    no harm.
     """
     from triton.runtime.interpreter import InterpretedFunction
 
@@ -115,7 +116,7 @@ def launches() -> Iterator[list[tuple[tuple, Any]]]:
         for to, t in zip(given, tensors, strict=True):
             to.copy_(t)
         size = grid(sizes) if callable(grid) else grid
-        found.append((tuple(size) if isinstance(size, tuple | list) else (size,), seen))
+        found.append((tuple(size) if isinstance(size, tuple | list) else (size,), seen, sizes.get("BLOCK", 128)))
 
     with patch.object(InterpretedFunction, "run", noted):
         yield found
@@ -133,6 +134,11 @@ class TestBlockOf:
     def _is(self, impl, program, block, n, offsets, mask):
         got = expect_parts(impl(program, block, n), "offsets", "mask")
         what = f"of program {program}, blocks of {block}, n = {n}"
+        for name, values, kind in zip(("offsets", "mask"), got, (int, bool), strict=True):
+            expect(isinstance(values, list | tuple), f"{name}: expected a list\n  got      {type(values).__name__}")
+            other = next((v for v in values if type(v) is not kind), None)
+            said = f"{name}: expected a list of Python's {kind.__name__}\n  got      {other!r} in it"
+            expect(other is None, said)
         expect_equal(f"offsets {what}", list(got[0]), offsets)
         expect_equal(f"mask {what}", list(got[1]), mask)
 
@@ -185,6 +191,10 @@ class TestTileOffsets:
         self._is(impl, 1, 4, 5, 1, 11)
         self._is(impl, 2, 3, 1, 1, 7)
 
+    def test_far(self, impl):
+        """in a large matrix offsets are more than 2 to the power of 31, the most that int32 holds"""
+        self._is(impl, 300, 20, 4, 8, 3_000_000)
+
 
 # ---- 4.w3
 
@@ -206,8 +216,8 @@ class TestRowMax:
         self._same(impl, roomy(torch.tensor([[-5.0, -2, -9], [-1, -3, -2], [-1e30, -2e30, -3e30]])), 4)
 
     def test_infinite(self, impl):
-        """a row of minus infinity alone"""
-        self._same(impl, roomy(torch.tensor([[-math.inf] * 3, [-math.inf, 2, 1]])), 8)
+        """a row of minus infinity alone, and infinity, which wins"""
+        self._same(impl, roomy(torch.tensor([[-math.inf] * 3, [-math.inf, 2, 1], [3e38, math.inf, -math.inf]])), 8)
 
     def test_programs(self, impl):
         """program r does row r (in the interpreter, where programs can be told apart)"""
@@ -222,6 +232,10 @@ class TestRowMax:
         """rows of 11 in a BLOCK of 16: the next row does not count"""
         self._same(impl, randn(5, 11), 16)
         self._same(impl, randn(3, 1), 1)
+        for n in (33, 64, 100, 257):
+            x = -randn(2, n).abs() - 5
+            x[0, -1], x[1, 0] = -1.0, -2.0  # the last element of a row wins, and the first
+            self._same(impl, x, power_of_2(n))
 
     @last
     def test_compiles(self, impl):
@@ -256,6 +270,8 @@ class TestScaledAddReLU:
             got = impl(a, x, y)
         kind = "nothing (is a `return` missing?)" if got is None else type(got).__name__
         expect(isinstance(got, torch.Tensor), f"expected a tensor\n  got      {kind}")
+        if INTERPRETED and x.numel():
+            expect_equal(f"launches of a Triton kernel for n = {x.numel()}", len(found), 1)
         expect_equal("dtype of the result", got.dtype, x.dtype)
         expect_equal("shape of the result", tuple(got.shape), tuple(x.shape))
         wanted = (a * x.double() + y.double()).clamp(min=0).to(x.dtype)
@@ -272,18 +288,17 @@ class TestScaledAddReLU:
 
     def test_kernel(self, impl):
         """a kernel of your own makes it, in one launch (in the interpreter, where launches can be seen)"""
-        found = self._same(impl, randn(300), randn(300, seed=1), 0.5)
-        if INTERPRETED:
-            expect_equal("launches of a Triton kernel", len(found), 1)
+        for n in (300, 2000):
+            self._same(impl, randn(n), randn(n, seed=1), 0.5)
 
     def test_all_in_the_kernel(self, impl):
         """torch makes room for the result, and computes nothing"""
-        x, y, asked = randn(300), randn(300, seed=1), Operations()
-        with launches() if INTERPRETED else nullcontext(), asked:
-            impl(0.5, x, y)
-        expect(
-            not asked.computed, f"expected all arithmetic in the kernel\n  got      torch's {', '.join(asked.computed)}"
-        )
+        for dtype in (torch.float32, torch.float16):
+            x, y, asked = randn(300, dtype=dtype), randn(300, seed=1, dtype=dtype), Operations()
+            with launches() if INTERPRETED else nullcontext(), asked:
+                impl(0.5, x, y)
+            said = f"{dtype}: expected all arithmetic in the kernel\n  got      torch's {', '.join(asked.computed)}"
+            expect(not asked.computed, said)
 
     def test_lengths(self, impl):
         """one block, several, a block that is partly off, a single number, none"""
@@ -292,16 +307,18 @@ class TestScaledAddReLU:
 
     def test_programs(self, impl):
         """128 elements a program, as many programs as that takes (in the interpreter)"""
-        for n, programs in ((128, 1), (129, 2), (300, 3), (384, 3), (1000, 8)):
+        for n, programs in ((0, 0), (1, 1), (50, 1), (128, 1), (129, 2), (300, 3), (384, 3), (1000, 8)):
             found = self._same(impl, randn(n), randn(n, seed=1), 2.0)
             if INTERPRETED:
-                expect_equal(f"programs for n = {n}", sum(math.prod(grid) for grid, _ in found), programs)
+                blocks = [block for _, _, block in found]
+                expect(set(blocks) <= {128}, f"BLOCK for n = {n}: expected 128\n  got      {blocks}")
+                expect_equal(f"programs for n = {n}", sum(math.prod(grid) for grid, _, _ in found), programs)
 
     def test_traffic(self, impl):
         """each element of x and y is read once, each one of the result written once (where bytes can be counted)"""
         if not INTERPRETED:
             return
-        found = [seen for _, seen in self._same(impl, randn(300), randn(300, seed=1), 2.0)]
+        found = [seen for _, seen, _ in self._same(impl, randn(300), randn(300, seed=1), 2.0)]
         expect_equal("bytes read", sum(seen.bytes_moved(of="loads") for seen in found), 2 * 4 * 300)
         expect_equal("bytes written", sum(seen.bytes_moved(of="stores") for seen in found), 4 * 300)
 
@@ -589,6 +606,14 @@ class TestMatmulBias:
         y = roomy(torch.full((18, 20), NAN, dtype=torch.float16))
         self._same(impl, x, w, 1000 + randn(20, seed=2), y, rtol=6e-4)
 
+    def test_sum_and_bias_cancel(self, impl):
+        """-2,049 plus a bias of 2,049.75 is 0.75: fp16 has neither number, so neither is rounded first"""
+        for kind, kind_of_y in ((torch.float16, torch.float16), (torch.float32, torch.float16), (torch.float16, None)):
+            x, w = torch.ones((16, 16), dtype=kind), torch.full((16, 16), -128.0, dtype=kind)
+            w[3] = -129.0
+            y = roomy(torch.full((16, 16), NAN, dtype=kind_of_y or torch.float32))
+            self._same(impl, roomy(x), roomy(w), roomy(torch.full((16,), 2049.75)), y)
+
     def test_precision(self, impl):
         """tl.dot multiplies fp32 inputs in fp32, not in TF32 (seen in the interpreter, which itself computes either)"""
         if not INTERPRETED:
@@ -603,7 +628,8 @@ class TestMatmulBias:
 
         with patch.object(InterpreterBuilder, "create_dot", noted):
             self._same(impl, randn(16, 16), randn(16, 16, seed=1), randn(16, seed=2))
-        expect("TF32" not in asked, 'expected input_precision="ieee" in tl.dot\n  got      TF32, which is the default')
+        said = 'expected input_precision="ieee" in tl.dot (TF32 is the default)\n  got      '
+        expect(asked <= {"IEEE"}, said + ", ".join(sorted(asked)))
 
     def test_inputs_stay(self, impl):
         """x, w and bias stay as they were"""
@@ -705,6 +731,8 @@ class TestRoofline:
         """apart: each step has its own maximum; fused: one maximum of the sums"""
         steps = [step(10_000, {"x": 100}, {"a": 900}), step(0, {"a": 900}, {"y": 1100})]
         self._is(impl, steps, {"y"}, (2.25 + 2.25, 2.25, 10_000 / 1200))
+        steps = [step(10_000, {"x": 100}, {"a": 900}), step(5000, {"a": 900}, {"y": 100})]
+        self._is(impl, steps, {"y"}, (2.25 + 1.25, 3.25, 15_000 / 200))
 
 
 # ---- 4.5
