@@ -98,6 +98,18 @@ class TestDescend:
             what = f"w for x = {x:g}, b = {b:g}, lr = {lr:g}"
             expect_close(what, impl(w, x, b, lr, 10), expected, atol=1e-9, rtol=1e-11)
 
+    def test_any_numbers(self, impl):
+        """40 draws: up to 200 steps, rates up to 3, which lead far away, below 0, or nowhere; whole numbers, too"""
+        r = rng(21)
+        cases = [(*r.uniform(-3, 3, 3), r.choice([-0.1, 0.001, 0.1, 0.6, 3.0]), r.integers(0, 60)) for _ in range(40)]
+        for w, x, b, lr, steps in [*cases, (2.0, 0.1, 5.0, 0.3, 200), (3, 2, -1, 0.01, 4), (2, 3, 1, 1, 5)]:
+            expected = [w]
+            while len(expected) <= steps:
+                u = expected[-1] * x + b
+                expected.append(expected[-1] - 2 * lr * u * x)
+            numbers = [v if isinstance(v, int) else float(v) for v in (w, x, b, lr)]
+            expect_close(f"w for w, x, b, lr = {numbers}", impl(*numbers, int(steps)), expected, atol=0, rtol=1e-7)
+
     def test_no_step(self, impl):
         """no step: the list holds the first w alone"""
         expect_close("w", impl(2.0, 3.0, -5.0, 0.01, 0), [2.0])
@@ -130,6 +142,15 @@ class TestSoftmaxJacobian:
             at, eps = np.array(z), 1e-6
             columns = [(softmax(at + eps * d) - softmax(at - eps * d)) / (2 * eps) for d in np.eye(2)]
             expect_close(f"slopes at {tuple(z)}", impl(*z), np.array(columns).T, atol=1e-8)
+
+    def test_any_scores(self, impl):
+        """300 pairs of scores: to 1 in 10 million where they are near one another"""
+        for z in rng(22).uniform(-20, 20, (300, 2)).tolist():
+            far = abs(z[0] - z[1])
+            slope = float(np.exp(-far) / (1 + np.exp(-far)) ** 2)
+            expected = [[slope, -slope], [-slope, slope]]
+            rtol = 1e-9 if far < 10 else 0.05 if far < 33 else 1.0
+            expect_close(f"slopes at ({z[0]:.3f}, {z[1]:.3f})", impl(*z), expected, atol=1e-16, rtol=rtol)
 
     def test_small(self, impl):
         """one class has it nearly all: the slopes are small, not 0, and right to 1 in 20"""
@@ -171,6 +192,17 @@ class TestContributions:
         program = (("a", "mul", ["x", "X"]), ("b", "add", ["X", "X"]), ("c", "tanh", ["x"]), ("y", "add", ["x", "x"]))
         self._is(impl, program, "x", 4)
         self._is(impl, program, "X", 3)
+
+    def test_many(self, impl):
+        """a program of 60 operations with one to four inputs, and every value of it"""
+        r, names, program = rng(23), ["x", "w", "b"], []
+        for i in range(60):
+            program.append(
+                (f"v{i}", str(r.choice(["add", "mul", "concat"])), [str(n) for n in r.choice(names, i % 4 + 1)])
+            )
+            names.append(f"v{i}")
+        for name in names:
+            self._is(impl, program, name, sum(n == name for _, _, inputs in program for n in inputs))
 
 
 @exercise("1.0", "Value")
@@ -262,6 +294,12 @@ class TestValue:
         self._back(impl, z)
         got = [v.grad for v in (x, square, other, w, y)]
         expect_close("gradients of x, x x, other, w and y after z.backward()", got, [6, 1, 1, 9, 1])
+        self._back(impl, y)
+        got = [v.grad for v in (x, square, other, w, y, z)]
+        expect_close("gradients of x, x x, other, w, y, z after y.backward() again", got, [24, 4, 1, 9, 1, 1])
+        more = y + x  # built on what has been walked
+        self._back(impl, more)
+        expect_close("gradients of x and y after backward of y + x", [x.grad, y.grad], [25, 1])
         self._back(impl, square * impl(0.0))
         expect_close("gradients of x and x x after backward of 0 times x x", [x.grad, square.grad], [0, 0])
         expect_equal("data of x, w, other afterwards", [x.data, w.data, other.data], [3.0, 4.0, 5.0])
@@ -310,6 +348,7 @@ class TestSoftmaxBackward:
         inputs = g.astype(dtype), p.detach().numpy().astype(dtype)
         got = impl(*(x.copy() for x in inputs))
         atol = {np.float64: 1e-12, np.float32: 1e-6, np.float16: 4e-3}[dtype]
+        expect(isinstance(got, np.ndarray), f"expected an array\n  got      {type(got).__name__}")
         expect_close(f"dℓ/dz for shape {list(shape)}", got, z.grad, atol=atol, rtol=atol)
         expect_equal("dtype", np.asarray(got).dtype, np.dtype(dtype))
 
@@ -331,8 +370,9 @@ class TestSoftmaxBackward:
     def test_any_number_of_axes(self, impl):
         """one row, and rows under several axes, as in attention: [batch, heads, queries, keys]"""
         self._same(impl, (6,))
-        self._same(impl, (2, 3, 4, 5))
-        self._same(impl, (1, 1, 2, 1))
+        for shape in [(2, 3, 4, 5), (1, 1, 2, 1), (2, 3, 4), (3, 1, 5), (2, 1, 3, 2, 4), (3, 1), (1, 300), (300, 2)]:
+            self._same(impl, shape)
+        self._same(impl, (2, 3, 4), np.float16)
 
     def test_columns(self, impl):
         """arrays that are views, transposed or every second row, as slices of a batch are"""
@@ -399,6 +439,8 @@ class TestMatmulBackward:
         expect_close(f"db for {a_shape} @ {b_shape}", db, tb.grad, atol=1e-10)
         same = all(np.array_equal(x, y) for x, y in zip((g, a, b), inputs, strict=True))
         expect(same, "g, a or b was changed; return new arrays instead")
+        own = not any(np.shares_memory(new, given) for new in (da, db) for given in (g, a, b))
+        expect(own, "da or db has the memory of g, a or b; return new arrays instead")
         expect_equal("dtypes of da and db", [np.asarray(x).dtype for x in (da, db)], [np.dtype(np.float64)] * 2)
 
     def test_matrices(self, impl):
@@ -451,6 +493,13 @@ class TestMatmulBackward:
         r = rng(2)
         g, a, b = (r.standard_normal(s).astype(np.float32) for s in ((4, 2, 5), (3, 2, 5), (4, 3)))
         g, a, b = g.transpose(1, 2, 0), a.transpose(1, 2, 0), b.T  # [2, 5, 4], [2, 5, 3], [3, 4]
+        da, db = expect_parts(impl(g, a, b), "da", "db")
+        for dtype in (np.float16, np.float64):
+            parts = expect_parts(impl(*(x.astype(dtype) for x in (g, a, b))), "da", "db")
+            expect_equal("dtypes of da and db", [np.asarray(x).dtype for x in parts], [np.dtype(dtype)] * 2)
+        one = np.ones((1, 1))
+        da, db = expect_parts(impl(g[0, :, :1], g[0, :, 1:2], one), "da", "db")
+        expect(not np.shares_memory(da, g), "da has the memory of g where b is a single 1; return new arrays instead")
         da, db = expect_parts(impl(g, a, b), "da", "db")
         expect_close("da", da, np.einsum("bmn,kn->bmk", g, b), atol=1e-5)
         expect_close("db", db, np.einsum("bmk,bmn->kn", a, g), atol=1e-5)
@@ -541,6 +590,12 @@ class TestBackwardWaves:
             chain = _Node("d", _Node("c", a), b)
             check_waves(impl, _Node("root", *((chain, _Node("e")) if flip else (_Node("e"), chain))))
 
+    def test_wide(self, impl):
+        """a node of 300 inputs, which share 2, and 300 uses of one node"""
+        a, b = _Node("a"), _Node("b")
+        check_waves(impl, _Node("root", *(_Node(str(i), a, b) for i in range(300))))
+        check_waves(impl, _Node("root", *[a] * 300))
+
     def test_one_name(self, impl):
         """two different nodes of one name are two nodes"""
         a = _Node("a")
@@ -621,6 +676,10 @@ class TestCrossEntropy:
     def test_rows_far_apart(self, impl):
         """one row near 0, one near 10,000: each row is made safe by itself"""
         self._same(impl, np.array([[0.0, 1.0], [1e4, 1e4 + 1.0]]), np.array([0, 1]))
+        logits = rng(9).standard_normal((12, 5)) + 2000.0 * np.arange(-6, 6)[:, None]
+        self._same(impl, logits, rng(10).integers(0, 5, 12))
+        for size in (0.1, 30.0, 300.0):
+            self._same(impl, size * rng(11).standard_normal((40, 30)), rng(12).integers(0, 30, 40))
 
     def test_dtypes(self, impl):
         """the gradient has the logits' dtype: float32, float16"""
@@ -697,6 +756,15 @@ class TestGradientError:
         """the directions come from `rng`, standard normal"""
         _, steps, _, _ = self._points(impl, (3, 4), 2, 0.5)
         drawn = rng(9).standard_normal((2, 12))
+        for x in (np.full((3, 4), 1000.0), np.full((3, 4), -1e-3)):
+            moved = []
+
+            def f(a, x=x, moved=moved):
+                moved.append(np.linalg.norm(a - x))
+                return (a * a).sum()
+
+            impl(f, x, 2 * x, rng(9), 3, 0.25)
+            expect_close(f"distances from x = {x[0, 0]:g}, eps = 0.25", moved, np.full(6, 0.25))
         for i, d in enumerate(drawn / np.linalg.norm(drawn, axis=1, keepdims=True)):
             near = np.abs(steps - d).max(axis=1).min()
             expect(near < 1e-6, f"expected f at x + eps · (direction {i} that rng draws)\n  got no such point")
@@ -873,6 +941,9 @@ class TestAdamWStep:
     def test_dtype_and_views(self, impl):
         """float32 stays float32, and transposed views are right, too"""
         p, g, m, v = rng(13).uniform(0.1, 1, (4, 3, 2)).astype(np.float32)
+        half = [x.astype(np.float16) for x in (p, g, m, v)]
+        got = expect_parts(impl(*half, 3, eps=1e-3), "p", "m", "v")
+        expect_equal("dtypes for float16", [np.asarray(x).dtype for x in got], [np.dtype(np.float16)] * 3)
         plain = expect_parts(impl(p, g, m, v, 3), "p", "m", "v")
         turned = expect_parts(impl(p.T, g.T, m.T, v.T, 3), "p", "m", "v")
         for name, a, b in zip("pmv", plain, turned, strict=True):
@@ -915,3 +986,5 @@ class TestAdamWStep:
         """other values of every argument"""
         values = {"lr": 0.05, "beta1": 0.8, "beta2": 0.95, "eps": 1e-2, "weight_decay": 0.3}
         self._steps(impl, 5, **values)
+        for values in ({"lr": 2.0, "weight_decay": 0.7}, {"lr": 1e-6, "eps": 10.0}, {"beta1": 0.99, "beta2": 0.5}):
+            self._steps(impl, 4, **values)
