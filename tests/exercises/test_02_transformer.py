@@ -52,6 +52,11 @@ class Forbidden(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+def exact(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Random numbers of fp64 that fp32 does not have."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 HALF_STEP = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-20, torch.float64: 2.0**-20}
 
 
@@ -165,6 +170,14 @@ class TestVisible:
         spread = real.repeat_interleave(2, 1)[:, ::2]
         expect(bool(torch.equal(self._mask(impl, spread), expected)), "every second token: another mask came")
 
+    def test_large(self, impl):
+        """70 tokens, nine sequences, one of them all padding, one all text"""
+        real = random(9, 70) > 0
+        real[3], real[5] = False, True
+        got, t = self._mask(impl, real), torch.arange(70)
+        expected = (t <= t[:, None]) & real[:, None, None]
+        expect(bool(torch.equal(got, expected)), "the mask of 70 tokens is another one: are all sequences in it?")
+
     def test_scores(self, impl):
         """it broadcasts against scores [B, H, T, S]"""
         got = self._mask(impl, torch.tensor(self.REAL))
@@ -208,6 +221,14 @@ class TestGroupHeads:
         got = tensor("result", impl(q, 2))
         expect_equal("shape", tuple(got.shape), (2, 2, 3, 5, 4))
         expect_close("query head 4", got[:, 1, 1], q[:, 4])
+
+    def test_sizes(self, impl):
+        """other numbers of heads, groups as many as their members, one token, none in the batch"""
+        for heads, kv_heads, batch, count in ((4, 2, 3, 5), (9, 3, 1, 9), (32, 8, 2, 3), (12, 2, 5, 1), (6, 2, 0, 4)):
+            q = random(batch, heads, count, 4)
+            got = tensor("result", impl(q, kv_heads))
+            expect_equal("shape", tuple(got.shape), (batch, kv_heads, heads // kv_heads, count, 4))
+            expect_close(f"all of {heads} heads in {kv_heads} groups, one after the other", got.flatten(1, 2), q)
 
     def test_views_and_dtypes(self, impl):
         """other strides, where heads are a part of more, and other dtypes, which stay"""
@@ -306,6 +327,17 @@ class TestSelfAttention:
         expect_close("output in fp64", got, self_attention_reference(*case, 3), atol=1e-10, rtol=1e-10)
         got = self._output(impl, *(t.bfloat16() for t in case), 3)
         expect_equal("dtype for bf16", got.dtype, torch.bfloat16)
+
+    def test_sizes(self, impl):
+        """70 tokens, six sequences, d_model = H · D and not, features of 1e4, fp64 to its digits"""
+        for d_model, heads, size, scale in ((6, 2, 3, 1.0), (5, 3, 2, 1.0), (4, 1, 4, 1e4), (8, 8, 2, 1.0)):
+            x, w_q, w_k, w_v = scale * exact(6, 70, d_model), *(exact(heads * size, d_model, seed=i) for i in (1, 2, 3))
+            w_o = exact(d_model, heads * size, seed=4)
+            q, k, v = ((x @ w.T).reshape(6, 70, heads, size).transpose(1, 2) for w in (w_q, w_k, w_v))
+            weights = (q @ k.mT * size**-0.5).masked_fill(~causal(70), -math.inf).softmax(-1)
+            expected = (weights @ v).transpose(1, 2).reshape(6, 70, heads * size) @ w_o.T
+            got = self._output(impl, x, w_q, w_k, w_v, w_o, heads)
+            expect_close(f"output of 70 tokens, {heads} heads of {size}", got, expected, atol=1e-9 * scale, rtol=1e-9)
 
     def test_views(self, impl):
         """x transposed and matrices that are parts of a larger one, not contiguous"""
@@ -418,6 +450,25 @@ class TestAttention:
         expect_equal("output shape", tuple(got.shape), (2, 3, 5, 6))
         for b in range(2):
             expect_close(f"sequence {b}, head 1", got[b, 1], plain_attention(q[b, 1], k[b, 1], v[b, 1], seen & real[b]))
+
+    def test_sizes(self, impl):
+        """30 tokens of five sequences in fp64, windows, T and S that differ, masks with and without heads"""
+        for t, s, window, shape in (
+            (30, 30, 0, (5, 1, 30, 30)),
+            (30, 30, 7, (2, 30, 30)),
+            (30, 30, 1, (5, 2, 1, 30)),
+            (12, 40, 0, (2, 12, 40)),
+            (1, 40, 0, (5, 1, 1, 40)),
+            (30, 30, 12, ()),
+        ):
+            q, k, v = exact(5, 2, t, 4), exact(5, 2, s, 4, seed=1), exact(5, 2, s, 3, seed=2)
+            mask = exact(*shape, seed=3) > -0.5
+            back = torch.arange(t)[:, None] - torch.arange(s)
+            seen = mask & ((back >= 0) & (back < window)) if window else mask.expand(5, 2, t, s)
+            weights = (q @ k.mT / 2).masked_fill(~seen, -math.inf).softmax(-1).nan_to_num()
+            got = tensor("output", impl(q, k, v, mask, window))
+            what = f"output for T = {t}, S = {s}, window = {window}, mask {list(shape)}"
+            expect_close(what, got, weights @ v, atol=1e-10, rtol=1e-10)
 
     def test_views_and_dtypes(self, impl):
         """q, k, v as a projection leaves them, not contiguous; fp64 for fp64, to its digits, and bf16 for bf16"""
@@ -546,6 +597,22 @@ class TestAddRMSNorm:
         normed, _ = self._parts(impl, x, residual, random(8, seed=2), 1e-5)
         expect_close("normed of views", normed, norm_of(x + residual, random(8, seed=2), 1e-5))
 
+    def test_sizes(self, impl):
+        """from 1 to 5,000 features, entries from 1e-4 to the largest that the dtype holds, weights of 0"""
+        for dtype, large in ((torch.float32, 1e15), (torch.bfloat16, 1e15), (torch.float16, 25_000.0)):
+            for size in (7, 19, 5000):
+                for scale in (1e-3, 1.0, large / 8):
+                    x, residual = (scale * random(3, size, seed=i).clamp(-4, 4) for i in (0, 1))
+                    x, residual, weight = x.to(dtype), residual.to(dtype), random(size, seed=2).to(dtype)
+                    weight[size // 2] = 0
+                    normed, stream = self._parts(impl, x, residual, weight, 1e-5)
+                    what = f"{size} features near {scale:g} in {dtype}"
+                    expect_close(f"new_residual, {what}", stream, x + residual, atol=0, rtol=0)
+                    step = 2.1 * HALF_STEP[dtype]
+                    expect_close(f"normed, {what}", normed, norm_of(stream, weight, 1e-5), atol=1e-6, rtol=step)
+            normed, _ = self._parts(impl, x, residual, torch.zeros(5000, dtype=dtype), 1e-5)
+            expect_close("normed for a weight of 0", normed, torch.zeros(3, 5000), atol=0)
+
     def test_rounded_sum(self, impl):
         """norm and stream agree: the norm of new_residual + 0, in bf16, is the same to the bit"""
         x, residual = random(64, 32).bfloat16(), (20 * random(64, 32, seed=1)).bfloat16()
@@ -595,6 +662,10 @@ class TestRope:
         many = random(1, 4, 40, 8, seed=1)
         got, expected = impl(many, torch.tensor(positions), 8), turned(many, positions, 8, 10_000.0)
         expect_close("output for 40 heads, rotary = D = 8", got, expected, atol=1e-5)
+        for shape, theta in (((3, 1, 2, 8), 5e5), ((1, 70, 2, 8), 1e6), ((5, 9, 1, 8), 500_000.0), ((70, 2, 8), 1.5)):
+            some, at = random(*shape), torch.arange(shape[-3]) * 7 - 50
+            got, expected = impl(some, at, 4, theta), turned(some, at, 4, theta)
+            expect_close(f"output for x {list(shape)}, theta = {theta:g}", got, expected, atol=1e-4)
         for theta in (10_000.0, 100.0):
             got, expected = impl(x, torch.tensor(positions), 8, theta), turned(x, positions, 8, theta)
             expect_close(f"output for rotary = D = 8, theta = {theta:g}", got, expected, atol=1e-5)
@@ -805,6 +876,21 @@ class TestGroupedQueryAttention:
             got = tensor("output", impl(q[:, :, :2], k, v))
             expect_close("the same for the last two queries of three", got[0, 1, :, 0], [2.0, 1e3])
 
+    def test_sizes(self, impl):
+        """five sequences, up to 130 keys and 20 queries, heads of 3 and of 24 features, in fp64 to its digits"""
+        for heads, kv_heads, t, s, size in (
+            (4, 2, 12, 130, 3),
+            (12, 3, 20, 20, 24),
+            (8, 2, 1, 130, 24),
+            (9, 9, 9, 9, 1),
+        ):
+            q, k, v = exact(5, heads, t, size), *(exact(5, kv_heads, s, size, seed=i) for i in (1, 2))
+            wide = [x.repeat_interleave(heads // kv_heads, 1) for x in (k, v)]
+            hidden = torch.arange(s) > torch.arange(t)[:, None] + s - t
+            weights = (q @ wide[0].mT * size**-0.5).masked_fill(hidden, -math.inf).softmax(-1)
+            what = f"output for H = {heads}, H_kv = {kv_heads}, T = {t}, S = {s}, D = {size}"
+            expect_close(what, tensor("output", impl(q, k, v)), weights @ wide[1], atol=1e-10, rtol=1e-10)
+
     def test_dtypes_and_views(self, impl):
         """the output is fp64 for fp64, to its digits, bf16 for bf16; k and v are parts of a cache, q transposed"""
         q, k, v = (x.double() for x in grouped_case(6, 2, tokens=3, keys=5))
@@ -952,6 +1038,23 @@ class TestDecoderLayer:
         for parallel, form in FORMS.items():
             expected = impl(x.clone(), weights, mean_of_past, parallel, 1e-5)
             expect_close(f"output, {form}", impl(x.clone(), weights, mean_of_past, parallel), expected)
+
+    def test_sizes(self, impl):
+        """five sequences of 20 tokens, gates of 100, in fp64 to its digits, in both forms"""
+        for shape, scale in (((5, 20, 6), 1.0), ((1, 20, 6), 40.0)):
+            x, weights = exact(*shape), {name: w.double() / 3 for name, w in layer_case()[1].items()}
+            weights["gate_proj"] = scale * weights["gate_proj"]
+            n1, n2 = weights["input_layernorm"], weights["post_attention_layernorm"]
+            before = {name: w.clone() for name, w in weights.items()}
+            for parallel, form in FORMS.items():
+                middle = x + mean_of_past(norm_of(x, n1, 0.1))
+                h = norm_of(x if parallel else middle, n2, 0.1)
+                gate = h @ weights["gate_proj"].T
+                expected = middle + (gate * gate.sigmoid() * (h @ weights["up_proj"].T)) @ weights["down_proj"].T
+                got = tensor("output", impl(x.clone(), weights, mean_of_past, parallel, 0.1))
+                expect_close(f"output of {list(shape)}, {form}", got, expected, atol=1e-10, rtol=1e-10)
+            same = weights.keys() == before.keys() and all(torch.equal(w, before[name]) for name, w in weights.items())
+            expect(same, "the weights were changed; leave the dictionary as it is")
 
     def test_views_and_dtypes(self, impl):
         """x that is not contiguous, one sequence of one token, and fp64 to its digits, bf16 as bf16"""
@@ -1134,8 +1237,12 @@ class TestAccount:
     def test_step_of_a_batch(self, impl):
         """a batch reads the weights once, and a cache for each sequence"""
         self._step(impl, LLAMA_3_8B, 32, 4096, GPU, "memory")
+        self._step(impl, LLAMA_3_8B, 2000, 20_000, GPU, "memory")
+        self._step(impl, TINY, 3, 7, (1.0, 1e9), "memory")
 
     def test_step_by_arithmetic(self, impl):
         """with many sequences and short context arithmetic is the limit: every new token, logits for each"""
         self._step(impl, LLAMA_3_8B, 512, 16, GPU, "arithmetic")
         self._step(impl, TINY, 40, 3, (1e9, 1e9), "arithmetic")
+        self._step(impl, SMOLLM2, 1024, 5, GPU, "arithmetic")
+        self._step(impl, (*TINY[:-1], True), 40, 3, (1e9, 1e9), "arithmetic")

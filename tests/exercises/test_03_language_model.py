@@ -3,6 +3,7 @@ nucleus, streaming.
 """
 
 import ast
+import bisect
 import builtins
 import codecs
 import heapq
@@ -104,6 +105,18 @@ class TestHalve:
         self._is(impl, [0.25, 0.125, 0.25, 0.125, 0.25], 0.75, (0.125, 0.25), (0.1875, 0.25))
         self._is(impl, [0.75, 0.1875, 0.0625], 0.8125, (0.125, 0.25), (0.1875, 0.25))
 
+    def test_random(self, impl):
+        """60 rows of 30 tokens, p close to what the middle keeps, above it and below"""
+        for seed in range(60):
+            chance = random.Random(seed)
+            weights = [chance.random() ** 3 for _ in range(30)]
+            row = [w / sum(weights) for w in weights]
+            low, high = chance.choice([(0.0, 0.1), (0.01, 0.05), (0.02, 2.0)])
+            middle = (low + high) / 2
+            kept = math.fsum(x for x in row if x >= middle)
+            self._is(impl, row, kept * (1 - 1e-9), (low, high), (middle, high))
+            self._is(impl, row, kept * (1 + 1e-9) + 1e-12, (low, high), (low, middle))
+
     def test_narrow(self, impl):
         """an interval that is already narrow is halved like any other"""
         for low in (0.0, 0.25):
@@ -127,9 +140,10 @@ class TestWholeCharacters:
 
     def test_unchanged(self, impl):
         """spaces, line ends, zeros, a byte-order mark and U+FFFD are characters like others"""
-        for text in (" a ", "a\r\nb\n", "\x00", "\ufeffa", "a\ufffd", "\ufffd\ufeff\t"):
+        for text in ("日e\u0301🙂 é" * 700, " a ", "a\r\nb\n", "\x00", "\ufeffa", "a\ufffd", "\ufffd\ufeff\t"):
             self._is(impl, text.encode(), text, b"")
             self._is(impl, text.encode() + b"\xe6\x97", text, b"\xe6\x97")
+            self._is(impl, text.encode() + b"\xf0\x9f\x99", text, b"\xf0\x9f\x99")
 
     def test_everywhere(self, impl):
         """a text cut at any byte: all whole characters, and the one, two or three bytes of the next"""
@@ -145,8 +159,9 @@ class TestOverAll:
     def _is(self, impl, means, counts, mean):
         given = list(means), list(counts)
         got, perplexity = expect_parts(impl(*given), "mean", "perplexity")
-        expect_close(f"mean of {means} over {counts} tokens", got, mean, atol=1e-9)
-        expect_close(f"perplexity of {means} over {counts} tokens", perplexity, math.exp(mean), rtol=1e-9)
+        expect_close(f"mean of {means} over {counts} tokens", got, mean, atol=1e-12, rtol=1e-12)
+        what = f"perplexity of {means} over {counts} tokens"
+        expect_close(what, perplexity, math.exp(mean), atol=0, rtol=1e-9)
         expect_equal("the lists afterwards", [repr(x) for x in given], [repr(list(means)), repr(list(counts))])
 
     def test_one(self, impl):
@@ -171,6 +186,8 @@ class TestOverAll:
         self._is(impl, [0.0, 4.0], [3, 1], 1.0)
         self._is(impl, [0.0, 0.0], [3, 1], 0.0)
         self._is(impl, [6.0, 1.0, 2.0], [1, 1, 2], 2.75)
+        self._is(impl, [0.3, 100.0, 60.0], [1, 3 * 10**12, 10**12], (0.3 + 360e12) / (4 * 10**12 + 1))
+        self._is(impl, [1.0, math.inf, math.nan], [10, 1, 0], math.inf)
 
 
 STREAM = torch.tensor([random.Random(i).randrange(7) for i in range(40)])
@@ -254,6 +271,10 @@ class TestTrain:
         optimizer = self._same(impl)
         expect_equal("steps of the optimizer", optimizer.steps, 3)
         self._same(impl, steps=4, batch=2, window=7, seed=3)
+        self._same(impl, steps=9, batch=11, window=12, lr=0.1, seed=4)
+        before = torch.get_rng_state()
+        self._same(impl, steps=2)
+        expect(torch.equal(torch.get_rng_state(), before), "torch's own generator was used or seeded; draw with yours")
 
     def test_whole_stream(self, impl):
         """a stream of window + 1 tokens has one window"""
@@ -300,6 +321,7 @@ class TestTrain:
         model, ids = Toy(), torch.arange(80) % 7
         optimizer = PlainSGD(model.parameters(), lr=2.0)
         got = impl(model, optimizer, ids, 200, 8, 1, torch.Generator().manual_seed(0))
+        expect_close("learning rate after 200 steps", optimizer.param_groups[0]["lr"], 2.0, rtol=0)
         expect(losses_of(got, 200)[-1] < 0.1, f"loss of the last of 200 steps: expected under 0.1\n  got {got[-1]:.3f}")
 
 
@@ -375,6 +397,17 @@ class TestLearnMerges:
         expect_equal("merges with min_count=4", pairs_of(impl(words, 60, 4)), plain_merges(words, 60, 4))
         expect_equal("word_counts afterwards", words, before)
 
+    def test_large(self, impl):
+        """150 words, counts of thousands, tokens of many bytes, words with zeros and capitals"""
+        chance = random.Random(8)
+        words = {
+            "".join(chance.choices("aAbB\x00é", k=chance.randint(2, 4))): chance.randint(1, 12) for _ in range(150)
+        }
+        many = {word: 1000 * count for word, count in words.items()}
+        expect_equal("merges", pairs_of(impl(many, 15)), plain_merges(words, 15))
+        long = {"abcdefghijklmnopqrst": 2, "xabcdefghijklmnopqrst": 1}
+        expect_equal("merges of long words", pairs_of(impl(long, 30)), plain_merges(long, 30))
+
 
 TABLE = {pair: rank for rank, pair in enumerate(plain_merges(words_of(SENTENCES), 120))}
 
@@ -401,6 +434,12 @@ class TestEncodeWord:
         """lowest with l+o, lo+w, e+s gives low, es, t by the ranks 0, 1, 2"""
         table = {(b"l", b"o"): 0, (b"lo", b"w"): 1, (b"e", b"s"): 2}
         self._same(impl, "lowest", table, [b"low", b"es", b"t"], [0, 1, 2])
+
+    def test_long_tokens(self, impl):
+        """tokens have any length: 2, 4, ..., 64 bytes"""
+        table = {(b"a" * 2**i, b"a" * 2**i): i for i in range(6)}
+        ranks = [i for i in range(6) for _ in range(2 ** (6 - i))]
+        self._same(impl, "a" * 128, table, [b"a" * 64] * 2, ranks)
 
     def test_rank_decides(self, impl):
         """the smallest rank is joined first, not the leftmost pair and not the longest token"""
@@ -434,12 +473,12 @@ class TestEncodeWord:
             chance = random.Random(seed)
             pieces = [b"a", b"b", b"c", b"ab", b"bc", b"ca", b"abc", b"bca", b"aa"]
             drawn = {(chance.choice(pieces), chance.choice(pieces)) for _ in range(25)}
-            ranks = chance.sample(range(100), len(drawn))
+            ranks = chance.sample(range(10**6), len(drawn))
             table = dict(zip(sorted(drawn, key=lambda _: chance.random()), ranks, strict=True))
-            word, order = "".join(chance.choices("abc", k=12)), []
+            word, order = "".join(chance.choices("abc", k=12 if seed else 150)) + " \n" * (seed % 2), []
             symbols = [bytes([b]) for b in word.encode()]
             while any(pair in table for pair in itertools.pairwise(symbols)):
-                i = min(range(len(symbols) - 1), key=lambda i: table.get((symbols[i], symbols[i + 1]), 1000))
+                i = min(range(len(symbols) - 1), key=lambda i: table.get((symbols[i], symbols[i + 1]), math.inf))
                 order.append(table[symbols[i], symbols[i + 1]])
                 symbols = [*symbols[:i], symbols[i] + symbols[i + 1], *symbols[i + 2 :]]
             self._same(impl, word, table, symbols, order)
@@ -641,6 +680,19 @@ class TestTrainingStep:
         self._same(impl, BATCH, 4)
         self._same(impl, torch.cat([BATCH, BATCH.flip(0)[:2]]), 3)
 
+    def test_sizes(self, impl):
+        """24 rows of 15 tokens in 1, 8, 12 and 24 pieces; rates and batch stay"""
+        lengths = [random.Random(i).randint(1, 15) for i in range(24)]
+        batch = torch.zeros(24, 15, dtype=torch.int64)
+        for i, length in enumerate(lengths):
+            batch[i, :length] = torch.tensor([random.Random(100 * i + j).randint(1, 6) for j in range(length)])
+        for pieces in (1, 8, 12, 24):
+            self._same(impl, batch, pieces)
+        model = Toy()
+        optimizer = PlainSGD(model.parameters(), lr=0.5)
+        impl(model, optimizer, batch, PAD, 8)
+        expect_close("learning rate after the step", optimizer.param_groups[0]["lr"], 0.5, rtol=0)
+
     def test_no_targets(self, impl):
         """a part without a single target adds nothing"""
         batch = torch.tensor([[3, 1, 4, 1], [5, 2, PAD, PAD], [6, PAD, PAD, PAD], [2, PAD, PAD, PAD]])
@@ -792,6 +844,10 @@ class TestTokenLosses:
         for window, stride in ((8, 4), (8, 3), (8, 1), (5, 2)):
             self._same(impl, 41, window, stride)
 
+    def test_long(self, impl):
+        """400 tokens"""
+        self._same(impl, 400, 16, 11)
+
     def test_short(self, impl):
         """two tokens make one prediction; windows of one token predict one each"""
         self._same(impl, 2, 8, 4)
@@ -866,6 +922,7 @@ SORTS = [
     *((torch, name) for name in ("sort", "argsort", "msort", "topk", "kthvalue", "unique")),
     *((torch.Tensor, name) for name in ("sort", "argsort", "msort", "topk", "kthvalue", "unique")),
     *((np, name) for name in ("sort", "argsort", "partition", "argpartition", "unique", "lexsort")),
+    *((bisect, name) for name in ("insort", "insort_left", "insort_right")),
     *((heapq, name) for name in ("nlargest", "nsmallest", "heapify", "heappush", "heappop")),
     (builtins, "sorted"),
 ]
@@ -897,8 +954,10 @@ class TestKeepTopP:
         expect_equal("ids that stay", ids_kept("p = 0.7", impl(logits, 0.7), logits), [[1, 3]])
 
     def test_best_stays(self, impl):
-        """the likeliest token stays, also when it alone has more than p"""
+        """the likeliest token stays, also when it alone has more than p, be it next to nothing"""
         logits = torch.tensor([[0.05, 0.9, 0.05]]).log()
+        for p in (1e-3, 1e-7, 1e-12):
+            expect_equal(f"p = {p}: ids that stay", ids_kept(f"p = {p}", impl(logits, p), logits), [[1]])
         expect_equal("ids that stay", ids_kept("p = 0.1", impl(logits, 0.1), logits), [[1]])
 
     def test_crossing(self, impl):
@@ -1108,7 +1167,7 @@ class TestStreamDecoder:
 
     def test_nothing_is_changed(self, impl):
         """line ends, zeros and a byte-order mark come out as they are; nothing comes of nothing"""
-        for text in ("\ufeffa", "a\r\nb\rc", "\x00x", "x\ufeff"):
+        for text in ("日é" * 3000, "\ufeffa", "a\r\nb\rc", "\x00x", "x\ufeff"):
             expect_equal(f"pieces of {text!r}", stream(impl, [text.encode()]), [text, ""])
         expect_equal("pieces of nothing", stream(impl, [b"", b"\xc3", b"", b"\xa9"]), ["", "", "", "é", ""])
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -157,6 +158,12 @@ class TestBlockOf:
         self._is(impl, 5, 1, 6, [5], [True])
         self._is(impl, 0, 8, 0, list(range(8)), [False] * 8)
 
+    def test_many(self, impl):
+        """blocks of 1,024 and of 3, programs far in, and a last element that is the first of a block"""
+        for program, block, n in ((0, 1024, 1000), (7, 1024, 7169), (999, 3, 3000), (999, 3, 2998), (1, 128, 128)):
+            offsets = list(range(program * block, (program + 1) * block))
+            self._is(impl, program, block, n, offsets, [i <= n - 1 for i in offsets])
+
 
 # ---- 4.w2
 
@@ -190,6 +197,17 @@ class TestTileOffsets:
         self._is(impl, 4, 1, 1, 5, 11)
         self._is(impl, 1, 4, 5, 1, 11)
         self._is(impl, 2, 3, 1, 1, 7)
+
+    def test_many(self, impl):
+        """tiles of any size, in matrices of any width"""
+        for case in (
+            (3, 7, 64, 32, 1000),
+            (1, 1, 5, 9, 18),
+            (9, 0, 2, 128, 128),
+            (0, 9, 128, 2, 20),
+            (12, 13, 3, 3, 77),
+        ):
+            self._is(impl, *case)
 
     def test_far(self, impl):
         """in a large matrix offsets are more than 2 to the power of 31, the most that int32 holds"""
@@ -400,6 +418,10 @@ class TestMaskedSoftmax:
         x = torch.tensor([[-65_504.0, -65_504.0, 0, 0], [-40_000.0, -65_504.0, -40_000.0, 0]], dtype=torch.float16)
         self._same(impl, roomy(x), [2, 3], rtol=6e-4)
 
+    def test_wide(self, impl):
+        """rows of 300, many of them, scores from -60 to 60"""
+        self._same(impl, 20 * randn(9, 300), [300, 299, 257, 256, 255, 129, 2, 1, 0], rtol=1e-4)
+
     def test_strides(self, impl):
         """rows of x with a gap between them"""
         self._same(impl, view(randn(4, 10)), [10, 3, 8, 1])
@@ -496,8 +518,16 @@ class TestAddRMSNorm:
         x, residual = view(randn(3, 13), extra=4), view(randn(3, 13, seed=1), extra=7)
         self._same(impl, x, residual, randn(13, seed=2))
 
+    def test_wide(self, impl):
+        """rows of 300 and of 1 in blocks of 64 and of 512, a row of zeros, numbers of 1,000"""
+        for n, block in ((300, 64), (300, 512), (1, 64), (256, 256)):
+            x, residual = 1000 * randn(5, n), randn(5, n, seed=1)
+            x[2], residual[2] = 0, 0
+            self._same(impl, x, residual, randn(n, seed=2), block=block)
+
     def test_eps(self, impl):
         """eps is added to the mean, inside the root"""
+        self._same(impl, randn(2, 12), randn(2, 12, seed=1), randn(12, seed=2), eps=100.0)
         self._same(impl, 0.01 * randn(2, 12), 0.01 * randn(2, 12, seed=1), randn(12, seed=2), eps=0.5, atol=1e-7)
 
     def test_fp16(self, impl):
@@ -566,6 +596,12 @@ class TestMatmulBias:
         x, w, bias = view(randn(21, 35)), view(randn(35, 19, seed=1)), randn(19, seed=2)
         y = roomy(torch.full((21, 19), NAN))
         self._same(impl, x, w, bias, y)
+
+    def test_many_tiles(self, impl):
+        """70 x 90 x 130 in tiles of 32 x 16 x 64 and of 16 x 64 x 32"""
+        for blocks in ((32, 16, 64), (16, 64, 32)):
+            x, w, bias = view(randn(70, 130)), view(randn(130, 90, seed=1)), 100 * randn(90, seed=2)
+            self._same(impl, x, w, bias, roomy(torch.full((70, 90), NAN)), blocks, atol=1e-4)
 
     def test_small(self, impl):
         """one row, one column, k below a step"""
@@ -731,6 +767,23 @@ class TestRoofline:
         """apart: each step has its own maximum; fused: one maximum of the sums"""
         steps = [step(10_000, {"x": 100}, {"a": 900}), step(0, {"a": 900}, {"y": 1100})]
         self._is(impl, steps, {"y"}, (2.25 + 2.25, 2.25, 10_000 / 1200))
+        sizes = {name: 10 * 3**i for i, name in enumerate("abcdef")}
+        for seed in range(40):
+            chance = random.Random(seed)
+            names = [chance.sample("abcdef", 3) for _ in range(chance.randint(1, 6))]
+            steps = [
+                step(chance.choice([0, 500, 20_000]), {a: sizes[a], b: sizes[b]}, {c: sizes[c]}) for a, b, c in names
+            ]
+            wanted = set(chance.sample("abcdef", 3))
+            each = [(sum(s["reads"].values()) + sum(s["writes"].values()), s["flops"]) for s in steps]
+            written = {c for _, _, c in names}
+            first = {n: min([i for i, (_, _, c) in enumerate(names) if c == n], default=99) for n in sizes}
+            outside = {n for i, (a, b, _) in enumerate(names) for n in (a, b) if i <= first[n]}
+            moved = sum(sizes[n] for n in outside) + sum(sizes[n] for n in written & wanted)
+            flops = sum(f for _, f in each)
+            apart = sum(0.25 + max(b / 1000, f / 5000) for b, f in each)
+            fused = 0.25 + max(moved / 1000, flops / 5000)
+            self._is(impl, steps, wanted, (apart, fused, flops / moved))
         steps = [step(10_000, {"x": 100}, {"a": 900}), step(5000, {"a": 900}, {"y": 100})]
         self._is(impl, steps, {"y"}, (2.25 + 1.25, 3.25, 15_000 / 200))
 
@@ -787,6 +840,13 @@ class TestBestGroup:
         """the best may be any number from 1 to num_m: 3, 5, 6, or all rows"""
         for case in ((6, 6, 9, 1, 1), (10, 12, 25, 1, 1), (12, 12, 36, 1, 1), (7, 40, 20, 1, 9)):
             self._is(impl, *case)
+
+    def test_random(self, impl):
+        """80 draws of all numbers"""
+        for seed in range(80):
+            chance = random.Random(seed)
+            case = chance.randint(1, 14), chance.randint(1, 12), chance.randint(1, 40)
+            self._is(impl, *case, chance.choice([1, 7, 1000]), chance.choice([1, 7, 1000]))
 
     def test_lower_band(self, impl):
         """rows that no group divides: the last band is lower"""
