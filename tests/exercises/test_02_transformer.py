@@ -910,14 +910,15 @@ class TestGroupedQueryAttention:
         """no tensor on the way holds a key or a value twice: one has a mark, and it is looked for in all of them"""
         for heads, kv_heads, tokens in ((16, 8, 1), (4, 2, 3), (4, 2, 6), (3, 1, 6)):
             said = f"for {heads} query heads and {kv_heads} key/value heads"
-            q, k, v = grouped_case(heads, kv_heads, tokens=tokens, keys=6, batch=1)
-            q[..., 1] = 0  # so that the marked number is in no score
-            k[0, 0, 2, 1] = 1e6
-            with Marked(1e6, f"{said}: expected every key"):
-                tensor("output", impl(q, k, v))
-            k[0, 0, 2, 1], v[0, 0, 2, 1] = 0, 1e6
-            with Marked(1e6, f"{said}: expected every value"):
-                tensor("output", impl(q, k, v))
+            for dtype in (torch.float32, torch.float64, torch.bfloat16):
+                q, k, v = (x.to(dtype) for x in grouped_case(heads, kv_heads, tokens=tokens, keys=6, batch=1))
+                q[..., 1] = 0  # so that the marked number is in no score
+                k[0, 0, 2, 1] = 2.0**20
+                with Marked(2.0**20, f"{said}: expected every key"):
+                    tensor("output", impl(q, k, v))
+                k[0, 0, 2, 1], v[0, 0, 2, 1] = 0, 2.0**20
+                with Marked(2.0**20, f"{said}: expected every value"):
+                    tensor("output", impl(q, k, v))
 
     def test_nothing_copied(self, impl):
         """with 16 query heads on 2 key/value heads, no tensor on the way is as large as a key for every query head"""

@@ -103,6 +103,7 @@ class TestHalve:
         """each token above the middle counts: several of one probability, and those above the interval, too"""
         self._is(impl, [0.25, 0.25, 0.25, 0.25], 0.9, (0.0, 0.5), (0.25, 0.5))
         self._is(impl, [0.25, 0.125, 0.25, 0.125, 0.25], 0.75, (0.125, 0.25), (0.1875, 0.25))
+        self._is(impl, [0.75, 0.25 - 2.0**-14, 2.0**-14], 1.0, (0.0, 2.0**-12), (0.0, 2.0**-13))
         self._is(impl, [0.75, 0.1875, 0.0625], 0.8125, (0.125, 0.25), (0.1875, 0.25))
 
     def test_random(self, impl):
@@ -688,9 +689,10 @@ class TestTrainingStep:
             batch[i, :length] = torch.tensor([random.Random(100 * i + j).randint(1, 6) for j in range(length)])
         for pieces in (1, 8, 12, 24):
             self._same(impl, batch, pieces)
-        model = Toy()
+        model = InPieces(3)
         optimizer = PlainSGD(model.parameters(), lr=0.5)
         impl(model, optimizer, batch, PAD, 8)
+        expect_equal("rows of each call of the model, 24 in 8 pieces", model.calls, [3] * 8)
         expect_close("learning rate after the step", optimizer.param_groups[0]["lr"], 0.5, rtol=0)
 
     def test_no_targets(self, impl):
