@@ -67,18 +67,6 @@ def is_exact(a, b, dtype):
     return product.double() == a * b
 
 
-@wrong("2.w1", "exact product rounded once")
-def is_exact(a, b, dtype):
-    product = torch.tensor(a * b).to(dtype)
-    return product.double().item() == a * b
-
-
-@wrong("2.w1", "rounds b in fp32")
-def is_exact(a, b, dtype):
-    product = (torch.tensor(a).to(dtype).float() * torch.tensor(b).float()).to(dtype)
-    return product.double().item() == a * b
-
-
 # ---- 2.w2 mask -------------------------------------------------------------------------------------------------------
 
 

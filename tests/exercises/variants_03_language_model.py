@@ -888,7 +888,7 @@ def encode_word(word, table):
     return result
 
 
-@alternative("3.2", "applies every merge of the table in turn, by rank")
+@wrong("3.2", "applies every merge of the table in turn, by rank")
 def encode_word(word, table):
     tokens, ranks = _spell(word), []
     for pair in sorted(table, key=table.get):

@@ -136,13 +136,6 @@ def tile_offsets(row, column, rows, columns, stride):
     return (i * stride + j).to(torch.int16)
 
 
-@wrong("4.w2", "int32")
-def tile_offsets(row, column, rows, columns, stride):
-    i = row * rows + torch.arange(rows)[:, None]
-    j = column * columns + torch.arange(columns)[None, :]
-    return (i * stride + j).to(torch.int32)
-
-
 # ---- 4.w3
 
 
