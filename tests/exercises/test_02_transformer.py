@@ -1198,26 +1198,14 @@ class TestAccount:
         """a tied head costs the same FLOPs as one of its own"""
         self._exact(impl, "flops", shape(*TINY[:-1], True), 5, product_flops(shape(*TINY), [1, 2, 3, 4, 5], 1))
 
-    def test_flops_of_many(self, impl):
-        """FLOPs of 134,217,731 tokens are exact: no float on the way"""
-        tokens = 134_217_731
-        one, two, three = (product_flops(shape(*TINY), list(range(1, n + 1)), 1) for n in (1, 2, 3))
-        # A polynomial of degree two in the tokens: three values tell it.
-        second = three - 2 * two + one
-        expected = one + (tokens - 1) * (two - one) + (tokens - 1) * (tokens - 2) // 2 * second
-        self._exact(impl, "flops", shape(*TINY), tokens, expected)
-
     def test_exact(self, impl):
-        """parameters and bytes beyond 2^53 are exact, too"""
-        c = shape(*TINY[:-1], True)
-        small = module_parameters(c)
-        c.num_hidden_layers += 1
-        layer = module_parameters(c) - small
-        layers = 10**16 + 1
-        rest, c.num_hidden_layers = small - (c.num_hidden_layers - 1) * layer, layers
-        self._exact(impl, "parameters", c, 1, rest + layers * layer)
-        numbers = 2 * c.num_key_value_heads * c.head_dim
-        self._exact(impl, "kv_bytes", c, 3, 3 * layers * numbers * 2)
+        """numbers beyond 2^53, here of a huge config, are exact: no float on the way"""
+        c = shape(10**9 + 7, 10**6 + 1, 10**7 + 1, 3, 5, 3, 10**9 + 1, False)
+        q_size, kv_size = 5 * c.head_dim, 3 * c.head_dim
+        layer = c.hidden_size * (2 * q_size + 2 * kv_size + 3 * c.intermediate_size + 2)
+        self._exact(impl, "parameters", c, 1, 3 * layer + c.hidden_size + 2 * c.vocab_size * c.hidden_size)
+        self._exact(impl, "kv_bytes", c, 10**6 + 3, (10**6 + 3) * 3 * 2 * kv_size * 2)
+        self._exact(impl, "flops", c, 7, product_flops(c, list(range(1, 8)), 1))
 
     def test_kv_bytes(self, impl):
         """SmolLM2 keeps 23,040 bytes a token in 16 bits, Llama 3 8B 131,072"""

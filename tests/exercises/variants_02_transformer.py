@@ -1594,28 +1594,6 @@ def account(config, tokens, batch, context, bandwidth, rate):
     }
 
 
-@wrong("2.6", "float of seen")
-def account(config, tokens, batch, context, bandwidth, rate):
-    hidden, layers = (config.hidden_size, config.num_hidden_layers)
-    q_size = config.num_attention_heads * config.head_dim
-    kv_size = config.num_key_value_heads * config.head_dim
-    matrices = layers * hidden * (2 * q_size + 2 * kv_size + 3 * config.intermediate_size)
-    head = config.vocab_size * hidden
-    parameters = (1 if config.tie_word_embeddings else 2) * head + matrices + (2 * layers + 1) * hidden
-    kv_bytes = layers * 2 * kv_size * 2
-
-    def flops(rows, seen, logits):
-        return 2 * rows * matrices + 4 * layers * q_size * seen + 2 * logits * head
-
-    step_bytes = 2 * parameters + batch * context * kv_bytes
-    return {
-        "parameters": parameters,
-        "flops": flops(tokens, int(tokens * (tokens + 1) / 2), 1),
-        "kv_bytes": tokens * kv_bytes,
-        "step_seconds": max(step_bytes / bandwidth, flops(batch, batch * context, batch) / rate),
-    }
-
-
 @wrong("2.6", "parameters via float")
 def account(config, tokens, batch, context, bandwidth, rate):
     hidden, layers = (config.hidden_size, config.num_hidden_layers)
