@@ -1198,6 +1198,15 @@ class TestAccount:
         """a tied head costs the same FLOPs as one of its own"""
         self._exact(impl, "flops", shape(*TINY[:-1], True), 5, product_flops(shape(*TINY), [1, 2, 3, 4, 5], 1))
 
+    def test_flops_of_many(self, impl):
+        """FLOPs of 123,456,789 tokens are exact: no float on the way"""
+        tokens = 123_456_789
+        one, two, three = (product_flops(shape(*TINY), list(range(1, n + 1)), 1) for n in (1, 2, 3))
+        # A polynomial of degree two in the tokens: three values tell it.
+        second = three - 2 * two + one
+        expected = one + (tokens - 1) * (two - one) + (tokens - 1) * (tokens - 2) // 2 * second
+        self._exact(impl, "flops", shape(*TINY), tokens, expected)
+
     def test_exact(self, impl):
         """numbers beyond 2^53, here of a huge config, are exact: no float on the way"""
         c = shape(10**9 + 7, 10**6 + 1, 10**7 + 1, 3, 5, 3, 10**9 + 1, False)
