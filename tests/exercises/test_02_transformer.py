@@ -52,6 +52,11 @@ class Forbidden(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+def exact(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Random numbers of fp64 that fp32 does not have."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 HALF_STEP = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-20, torch.float64: 2.0**-20}
 
 
@@ -81,7 +86,12 @@ def causal(tokens: int) -> torch.Tensor:
 class TestIsExact:
     def _is(self, impl, a: int, b: int, dtype: torch.dtype, expected: bool) -> None:
         got = impl(a, b, dtype)
-        expect_equal(f"{a:,} · {b:,} in {str(dtype).removeprefix('torch.')}", bool(got), expected)
+        what = f"{a:,} · {b:,} in {str(dtype).removeprefix('torch.')}"
+        said = (
+            f"{what}: expected True or False\n  got      a {type(got).__name__}: `.item()` makes a number of a tensor"
+        )
+        expect(isinstance(got, bool), said)
+        expect_equal(what, got, expected)
 
     def test_range(self, impl):
         """300 · 300 is beyond fp16's 65,504 and becomes infinite; 255 · 256 is within; bf16 rounds 300 · 300"""
@@ -113,6 +123,13 @@ class TestIsExact:
         self._is(impl, -3, 5, torch.bfloat16, True)
         self._is(impl, 257, 0, torch.bfloat16, True)
 
+    def test_wide(self, impl):
+        """fp64 has 53 bits, and Python's float no more: compare with Python's integer"""
+        self._is(impl, 2**27 + 1, 2**27 + 1, torch.float64, False)
+        self._is(impl, 2**26 + 1, 2**26 - 1, torch.float64, True)
+        self._is(impl, 2**30 + 1, 2**30 - 1, torch.float64, False)
+        self._is(impl, 70_000, 0, torch.float32, True)
+
 
 @exercise("2.w2", "visible")
 class TestVisible:
@@ -142,6 +159,22 @@ class TestVisible:
             expect_equal(
                 f"mask of a sequence with text at {[int(r) for r in real]}", got[b, 0].int().tolist(), expected
             )
+
+    def test_views(self, impl):
+        """real transposed, or every second token of a longer one: not contiguous"""
+        real = torch.tensor(self.REAL)
+        expected = self._mask(impl, real)
+        expect(bool(torch.equal(self._mask(impl, real.T.contiguous().T), expected)), "transposed: another mask came")
+        spread = real.repeat_interleave(2, 1)[:, ::2]
+        expect(bool(torch.equal(self._mask(impl, spread), expected)), "every second token: another mask came")
+
+    def test_large(self, impl):
+        """70 tokens, nine sequences, one of them all padding, one all text"""
+        real = random(9, 70) > 0
+        real[3], real[5] = False, True
+        got, t = self._mask(impl, real), torch.arange(70)
+        expected = (t <= t[:, None]) & real[:, None, None]
+        expect(bool(torch.equal(got, expected)), "the mask of 70 tokens is another one: are all sequences in it?")
 
     def test_scores(self, impl):
         """it broadcasts against scores [B, H, T, S]"""
@@ -186,6 +219,24 @@ class TestGroupHeads:
         got = tensor("result", impl(q, 2))
         expect_equal("shape", tuple(got.shape), (2, 2, 3, 5, 4))
         expect_close("query head 4", got[:, 1, 1], q[:, 4])
+
+    def test_sizes(self, impl):
+        """other numbers of heads, groups as many as their members, one token"""
+        for heads, kv_heads, batch, count in ((4, 2, 3, 5), (9, 3, 1, 9), (32, 8, 2, 3), (12, 2, 5, 1)):
+            q = random(batch, heads, count, 4)
+            got = tensor("result", impl(q, kv_heads))
+            expect_equal("shape", tuple(got.shape), (batch, kv_heads, heads // kv_heads, count, 4))
+            expect_close(f"all of {heads} heads in {kv_heads} groups, one after the other", got.flatten(1, 2), q)
+
+    def test_views_and_dtypes(self, impl):
+        """other strides, where heads are a part of more, and other dtypes, which stay"""
+        for dtype in (torch.float64, torch.bfloat16):
+            for q in (random(5, 4, 6, 2).permute(3, 2, 0, 1).to(dtype), random(2, 12, 5, 4).to(dtype)[:, ::2]):
+                for kv_heads in (1, 3, 6):
+                    got = tensor("result", impl(q, kv_heads))
+                    expect_equal("shape", tuple(got.shape), (2, kv_heads, 6 // kv_heads, 5, 4))
+                    expect_equal("dtype", got.dtype, dtype)
+                    expect_close("all heads, one after the other", got.flatten(1, 2), q, atol=0, rtol=0)
 
     def test_inputs_untouched(self, impl):
         """q is as before the call"""
@@ -275,6 +326,17 @@ class TestSelfAttention:
         got = self._output(impl, *(t.bfloat16() for t in case), 3)
         expect_equal("dtype for bf16", got.dtype, torch.bfloat16)
 
+    def test_sizes(self, impl):
+        """70 tokens, six sequences, d_model = H · D and not, features of 1e4, fp64 to its digits"""
+        for d_model, heads, size, scale in ((6, 2, 3, 1.0), (5, 3, 2, 1.0), (4, 1, 4, 1e4), (8, 8, 2, 1.0)):
+            x, w_q, w_k, w_v = scale * exact(6, 70, d_model), *(exact(heads * size, d_model, seed=i) for i in (1, 2, 3))
+            w_o = exact(d_model, heads * size, seed=4)
+            q, k, v = ((x @ w.T).reshape(6, 70, heads, size).transpose(1, 2) for w in (w_q, w_k, w_v))
+            weights = (q @ k.mT * size**-0.5).masked_fill(~causal(70), -math.inf).softmax(-1)
+            expected = (weights @ v).transpose(1, 2).reshape(6, 70, heads * size) @ w_o.T
+            got = self._output(impl, x, w_q, w_k, w_v, w_o, heads)
+            expect_close(f"output of 70 tokens, {heads} heads of {size}", got, expected, atol=1e-9 * scale, rtol=1e-9)
+
     def test_views(self, impl):
         """x transposed and matrices that are parts of a larger one, not contiguous"""
         x, w_q, w_k, w_v, w_o = attention_case()
@@ -287,11 +349,15 @@ class TestSelfAttention:
         """it is written out: neither F.scaled_dot_product_attention nor nn.MultiheadAttention is called"""
         with Forbidden("scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention"):
             self._output(impl, *attention_case(d_model=12, heads=3, size=4), 3)
+            self._output(impl, *attention_case(tokens=1), 3)
+            self._output(impl, *(t.double() for t in attention_case(batch=1, heads=1)), 1)
 
     def test_inputs_untouched(self, impl):
         """x and the matrices are as before the call"""
         case = attention_case()
         names = ("x", "w_q", "w_k", "w_v", "w_o")
+        expect_untouched(lambda: impl(*case, 3), **dict(zip(names, case, strict=True)))
+        case = [t.double() for t in attention_case(batch=1, tokens=1, d_model=12)]
         expect_untouched(lambda: impl(*case, 3), **dict(zip(names, case, strict=True)))
 
 
@@ -383,6 +449,25 @@ class TestAttention:
         for b in range(2):
             expect_close(f"sequence {b}, head 1", got[b, 1], plain_attention(q[b, 1], k[b, 1], v[b, 1], seen & real[b]))
 
+    def test_sizes(self, impl):
+        """30 tokens of five sequences in fp64, windows, T and S that differ, masks with and without heads"""
+        for t, s, window, shape in (
+            (30, 30, 0, (5, 1, 30, 30)),
+            (30, 30, 7, (2, 30, 30)),
+            (30, 30, 1, (5, 2, 1, 30)),
+            (12, 40, 0, (2, 12, 40)),
+            (1, 40, 0, (5, 1, 1, 40)),
+            (30, 30, 12, ()),
+        ):
+            q, k, v = exact(5, 2, t, 4), exact(5, 2, s, 4, seed=1), exact(5, 2, s, 3, seed=2)
+            mask = exact(*shape, seed=3) > -0.5
+            back = torch.arange(t)[:, None] - torch.arange(s)
+            seen = mask & ((back >= 0) & (back < window)) if window else mask.expand(5, 2, t, s)
+            weights = (q @ k.mT / 2).masked_fill(~seen, -math.inf).softmax(-1).nan_to_num()
+            got = tensor("output", impl(q, k, v, mask, window))
+            what = f"output for T = {t}, S = {s}, window = {window}, mask {list(shape)}"
+            expect_close(what, got, weights @ v, atol=1e-10, rtol=1e-10)
+
     def test_views_and_dtypes(self, impl):
         """q, k, v as a projection leaves them, not contiguous; fp64 for fp64, to its digits, and bf16 for bf16"""
         q, k, v = (random(2, 4, 3, 8, seed=i).double().transpose(1, 2) for i in range(3))
@@ -453,6 +538,10 @@ class TestAddRMSNorm:
             expect_equal(f"dtype of new_residual for {dtype}", stream.dtype, dtype)
             expect_close(f"new_residual in {dtype}", stream, (x.double() + residual.double()).to(dtype), rtol=0, atol=0)
             expect_close(f"normed in {dtype}", normed, norm_of(stream, weight, 1e-5), rtol=1e-2, atol=1e-4)
+        x, residual, weight = (random(*s, seed=i).double() for i, s in enumerate([(3, 16), (3, 16), (16,)]))
+        normed, stream = self._parts(impl, x + 1e-12, residual, weight, 1e-5)
+        expect_equal("dtypes for fp64", [normed.dtype, stream.dtype], [torch.float64] * 2)
+        expect_close("new_residual in fp64", stream, x + 1e-12 + residual, rtol=0, atol=0)
 
     def test_fp16_range(self, impl):
         """squares beyond fp16's 65,504 do not overflow: entries of 300, and one of 22,544 as in SmolLM2's stream"""
@@ -488,9 +577,9 @@ class TestAddRMSNorm:
             )
 
     def test_new_tensors(self, impl):
-        """two new tensors: neither has the memory of an input or of the other, also where the residual is 0"""
-        for scale in (1, 0):
-            x, residual, weight = random(2, 4), scale * random(2, 4, seed=1), torch.ones(4)
+        """two new tensors: neither has the memory of an input or of the other, also where one is 0"""
+        for x_scale, scale, shape in ((1, 1, (2, 4)), (1, 0, (2, 4)), (0, 1, (2, 4)), (0, 0, (4,)), (1, 1, (4,))):
+            x, residual, weight = x_scale * random(*shape), scale * random(*shape, seed=1), torch.ones(4)
             normed, stream = self._parts(impl, x, residual, weight, 1e-5)
             expect_new("normed", normed, x=x, residual=residual, weight=weight, new_residual=stream)
             expect_new("new_residual", stream, x=x, residual=residual, weight=weight)
@@ -506,6 +595,22 @@ class TestAddRMSNorm:
         normed, _ = self._parts(impl, x, residual, random(8, seed=2), 1e-5)
         expect_close("normed of views", normed, norm_of(x + residual, random(8, seed=2), 1e-5))
 
+    def test_sizes(self, impl):
+        """from 1 to 5,000 features, entries from 1e-4 to the largest that the dtype holds, weights of 0"""
+        for dtype, large in ((torch.float32, 1e15), (torch.bfloat16, 1e15), (torch.float16, 25_000.0)):
+            for size in (7, 19, 5000):
+                for scale in (1e-3, 1.0, large / 8):
+                    x, residual = (scale * random(3, size, seed=i).clamp(-4, 4) for i in (0, 1))
+                    x, residual, weight = x.to(dtype), residual.to(dtype), random(size, seed=2).to(dtype)
+                    weight[size // 2] = 0
+                    normed, stream = self._parts(impl, x, residual, weight, 1e-5)
+                    what = f"{size} features near {scale:g} in {dtype}"
+                    expect_close(f"new_residual, {what}", stream, x + residual, atol=0, rtol=0)
+                    step = 2.1 * HALF_STEP[dtype]
+                    expect_close(f"normed, {what}", normed, norm_of(stream, weight, 1e-5), atol=1e-6, rtol=step)
+            normed, _ = self._parts(impl, x, residual, torch.zeros(5000, dtype=dtype), 1e-5)
+            expect_close("normed for a weight of 0", normed, torch.zeros(3, 5000), atol=0)
+
     def test_rounded_sum(self, impl):
         """norm and stream agree: the norm of new_residual + 0, in bf16, is the same to the bit"""
         x, residual = random(64, 32).bfloat16(), (20 * random(64, 32, seed=1)).bfloat16()
@@ -517,12 +622,18 @@ class TestAddRMSNorm:
     def test_written_out(self, impl):
         """it is written out: F.rms_norm is not called"""
         with Forbidden("rms_norm"):
-            self._parts(impl, random(2, 4), random(2, 4), torch.ones(4), 1e-5)
+            for dtype in (torch.float32, torch.bfloat16, torch.float64):
+                for shape in ((2, 4), (4,)):
+                    self._parts(impl, random(*shape).to(dtype), random(*shape).to(dtype), torch.ones(4, dtype=dtype))
 
     def test_inputs_untouched(self, impl):
         """x, residual and weight are as before the call"""
         x, residual, weight = random(2, 4), random(2, 4, seed=1), random(4, seed=2)
         expect_untouched(lambda: self._parts(impl, x, residual, weight, 1e-5)[0], x=x, residual=residual, weight=weight)
+        for x, residual in ((random(4), random(4, seed=1)), (random(4, 2).T, random(4, 2, seed=1).T)):
+            weight = random(x.shape[-1], seed=2)
+            call = lambda x=x, residual=residual, weight=weight: self._parts(impl, x, residual, weight)[0]  # noqa: E731
+            expect_untouched(call, x=x, residual=residual, weight=weight)
 
 
 def turned(x: torch.Tensor, positions: Any, rotary: int, theta: float) -> torch.Tensor:
@@ -546,6 +657,13 @@ class TestRope:
     def test_whole_head(self, impl):
         """with rotary = D it equals multiplication by e^(i·angle), every token by its own position, for any theta"""
         x, positions = random(2, 4, 3, 8), [3, 0, 17, 40]
+        many = random(1, 4, 40, 8, seed=1)
+        got, expected = impl(many, torch.tensor(positions), 8), turned(many, positions, 8, 10_000.0)
+        expect_close("output for 40 heads, rotary = D = 8", got, expected, atol=1e-5)
+        for shape, theta in (((3, 1, 2, 8), 5e5), ((1, 70, 2, 8), 1e6), ((5, 9, 1, 8), 500_000.0), ((70, 2, 8), 1.5)):
+            some, at = random(*shape), torch.arange(shape[-3]) * 7 - 50
+            got, expected = impl(some, at, 4, theta), turned(some, at, 4, theta)
+            expect_close(f"output for x {list(shape)}, theta = {theta:g}", got, expected, atol=1e-4)
         for theta in (10_000.0, 100.0):
             got, expected = impl(x, torch.tensor(positions), 8, theta), turned(x, positions, 8, theta)
             expect_close(f"output for rotary = D = 8, theta = {theta:g}", got, expected, atol=1e-5)
@@ -756,6 +874,21 @@ class TestGroupedQueryAttention:
             got = tensor("output", impl(q[:, :, :2], k, v))
             expect_close("the same for the last two queries of three", got[0, 1, :, 0], [2.0, 1e3])
 
+    def test_sizes(self, impl):
+        """five sequences, up to 130 keys and 20 queries, heads of 3 and of 24 features, in fp64 to its digits"""
+        for heads, kv_heads, t, s, size in (
+            (4, 2, 12, 130, 3),
+            (12, 3, 20, 20, 24),
+            (8, 2, 1, 130, 24),
+            (9, 9, 9, 9, 1),
+        ):
+            q, k, v = exact(5, heads, t, size), *(exact(5, kv_heads, s, size, seed=i) for i in (1, 2))
+            wide = [x.repeat_interleave(heads // kv_heads, 1) for x in (k, v)]
+            hidden = torch.arange(s) > torch.arange(t)[:, None] + s - t
+            weights = (q @ wide[0].mT * size**-0.5).masked_fill(hidden, -math.inf).softmax(-1)
+            what = f"output for H = {heads}, H_kv = {kv_heads}, T = {t}, S = {s}, D = {size}"
+            expect_close(what, tensor("output", impl(q, k, v)), weights @ wide[1], atol=1e-10, rtol=1e-10)
+
     def test_dtypes_and_views(self, impl):
         """the output is fp64 for fp64, to its digits, bf16 for bf16; k and v are parts of a cache, q transposed"""
         q, k, v = (x.double() for x in grouped_case(6, 2, tokens=3, keys=5))
@@ -773,16 +906,17 @@ class TestGroupedQueryAttention:
 
     def test_held_once(self, impl):
         """no tensor on the way holds a key or a value twice: one has a mark, and it is looked for in all of them"""
-        for heads, kv_heads, tokens in ((16, 8, 1), (4, 2, 3)):
+        for heads, kv_heads, tokens in ((16, 8, 1), (4, 2, 3), (4, 2, 6), (3, 1, 6)):
             said = f"for {heads} query heads and {kv_heads} key/value heads"
-            q, k, v = grouped_case(heads, kv_heads, tokens=tokens, keys=6, batch=1)
-            q[..., 1] = 0  # so that the marked number is in no score
-            k[0, 0, 2, 1] = 1e6
-            with Marked(1e6, f"{said}: expected every key"):
-                tensor("output", impl(q, k, v))
-            k[0, 0, 2, 1], v[0, 0, 2, 1] = 0, 1e6
-            with Marked(1e6, f"{said}: expected every value"):
-                tensor("output", impl(q, k, v))
+            for dtype in (torch.float32, torch.float64, torch.bfloat16):
+                q, k, v = (x.to(dtype) for x in grouped_case(heads, kv_heads, tokens=tokens, keys=6, batch=1))
+                q[..., 1] = 0  # so that the marked number is in no score
+                k[0, 0, 2, 1] = 2.0**20
+                with Marked(2.0**20, f"{said}: expected every key"):
+                    tensor("output", impl(q, k, v))
+                k[0, 0, 2, 1], v[0, 0, 2, 1] = 0, 2.0**20
+                with Marked(2.0**20, f"{said}: expected every value"):
+                    tensor("output", impl(q, k, v))
 
     def test_nothing_copied(self, impl):
         """with 16 query heads on 2 key/value heads, no tensor on the way is as large as a key for every query head"""
@@ -799,12 +933,16 @@ class TestGroupedQueryAttention:
     def test_written_out(self, impl):
         """it is written out: F.scaled_dot_product_attention is not called"""
         with Forbidden("scaled_dot_product_attention"):
-            tensor("output", impl(*grouped_case(4, 2)))
+            for tokens in (1, 3, 5):
+                tensor("output", impl(*grouped_case(4, 2, tokens=tokens)))
+            tensor("output", impl(*grouped_case(2, 2)))
 
     def test_inputs_untouched(self, impl):
         """q, k and v are as before the call"""
-        q, k, v = grouped_case(2, 1)
-        expect_untouched(lambda: impl(q, k, v), q=q, k=k, v=v)
+        for heads, tokens in ((2, 5), (4, 1), (1, 3)):
+            for dtype in (torch.float32, torch.float64):
+                q, k, v = (x.to(dtype) for x in grouped_case(heads, 1, tokens=tokens))
+                expect_untouched(lambda q=q, k=k, v=v: impl(q, k, v), q=q, k=k, v=v)
 
 
 def layer_case(hidden: int = 6, intermediate: int = 10) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -900,6 +1038,23 @@ class TestDecoderLayer:
             expected = impl(x.clone(), weights, mean_of_past, parallel, 1e-5)
             expect_close(f"output, {form}", impl(x.clone(), weights, mean_of_past, parallel), expected)
 
+    def test_sizes(self, impl):
+        """five sequences of 20 tokens, gates of 100, in fp64 to its digits, in both forms"""
+        for shape, scale in (((5, 20, 6), 1.0), ((1, 20, 6), 40.0)):
+            x, weights = exact(*shape), {name: w.double() / 3 for name, w in layer_case()[1].items()}
+            weights["gate_proj"] = scale * weights["gate_proj"]
+            n1, n2 = weights["input_layernorm"], weights["post_attention_layernorm"]
+            before = {name: w.clone() for name, w in weights.items()}
+            for parallel, form in FORMS.items():
+                middle = x + mean_of_past(norm_of(x, n1, 0.1))
+                h = norm_of(x if parallel else middle, n2, 0.1)
+                gate = h @ weights["gate_proj"].T
+                expected = middle + (gate * gate.sigmoid() * (h @ weights["up_proj"].T)) @ weights["down_proj"].T
+                got = tensor("output", impl(x.clone(), weights, mean_of_past, parallel, 0.1))
+                expect_close(f"output of {list(shape)}, {form}", got, expected, atol=1e-10, rtol=1e-10)
+            same = weights.keys() == before.keys() and all(torch.equal(w, before[name]) for name, w in weights.items())
+            expect(same, "the weights were changed; leave the dictionary as it is")
+
     def test_views_and_dtypes(self, impl):
         """x that is not contiguous, one sequence of one token, and fp64 to its digits, bf16 as bf16"""
         _, weights = layer_case()
@@ -992,7 +1147,9 @@ def saying(c: SimpleNamespace, **arguments: float) -> Iterator[None]:
 @exercise("2.6", "account")
 class TestAccount:
     def _entry(self, impl, name: str, c: SimpleNamespace, tokens=1, batch=1, context=1, speeds=CPU) -> Any:
+        before = dict(vars(c))
         got = impl(c, tokens, batch, context, *speeds)
+        expect(vars(c) == before, "the config was changed; leave it as it is")
         names = ["parameters", "flops", "kv_bytes", "step_seconds"]
         came = "nothing (is a `return` missing?)" if got is None else repr(got)[:200]
         four = isinstance(got, dict) and sorted(got) == sorted(names)
@@ -1050,10 +1207,21 @@ class TestAccount:
         expected = one + (tokens - 1) * (two - one) + (tokens - 1) * (tokens - 2) // 2 * second
         self._exact(impl, "flops", c, tokens, expected)
 
+    def test_exact(self, impl):
+        """numbers beyond 2^53, here of a huge config, are exact: no float on the way"""
+        c = shape(10**9 + 7, 10**6 + 1, 10**7 + 1, 3, 5, 3, 10**9 + 1, False)
+        q_size, kv_size = 5 * c.head_dim, 3 * c.head_dim
+        layer = c.hidden_size * (2 * q_size + 2 * kv_size + 3 * c.intermediate_size + 2)
+        self._exact(impl, "parameters", c, 1, 3 * layer + c.hidden_size + 2 * c.vocab_size * c.hidden_size)
+        self._exact(impl, "kv_bytes", c, 10**6 + 3, (10**6 + 3) * 3 * 2 * kv_size * 2)
+        self._exact(impl, "flops", c, 7, product_flops(c, list(range(1, 8)), 1))
+
     def test_kv_bytes(self, impl):
         """SmolLM2 keeps 23,040 bytes a token in 16 bits, Llama 3 8B 131,072"""
         self._exact(impl, "kv_bytes", shape(*SMOLLM2), 1, 23_040)
         self._exact(impl, "kv_bytes", shape(*LLAMA_3_8B), 100, 13_107_200)
+        c = shape(*TINY)  # H · D is not hidden
+        self._exact(impl, "kv_bytes", c, 7, 7 * c.num_hidden_layers * 2 * c.num_key_value_heads * c.head_dim * 2)
 
     def test_step_of_one(self, impl):
         """a decode step at batch 1 is limited by memory: the weights, and the cache of `context` tokens"""
@@ -1063,8 +1231,12 @@ class TestAccount:
     def test_step_of_a_batch(self, impl):
         """a batch reads the weights once, and a cache for each sequence"""
         self._step(impl, LLAMA_3_8B, 32, 4096, GPU, "memory")
+        self._step(impl, LLAMA_3_8B, 2000, 20_000, GPU, "memory")
+        self._step(impl, TINY, 3, 7, (1.0, 1e9), "memory")
 
     def test_step_by_arithmetic(self, impl):
         """with many sequences and short context arithmetic is the limit: every new token, logits for each"""
         self._step(impl, LLAMA_3_8B, 512, 16, GPU, "arithmetic")
         self._step(impl, TINY, 40, 3, (1e9, 1e9), "arithmetic")
+        self._step(impl, SMOLLM2, 1024, 5, GPU, "arithmetic")
+        self._step(impl, (*TINY[:-1], True), 40, 3, (1e9, 1e9), "arithmetic")

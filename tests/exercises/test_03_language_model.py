@@ -3,10 +3,12 @@ nucleus, streaming.
 """
 
 import ast
+import bisect
 import builtins
 import codecs
 import heapq
 import inspect
+import itertools
 import math
 import random
 import re
@@ -71,7 +73,9 @@ class TestHalve:
     def _is(self, impl, probabilities, p, ends, expected):
         given = list(probabilities)
         got = expect_parts(impl(given, p, *ends), "low", "high")
-        expect_close(f"(low, high) of {probabilities}, p = {p}, from {ends}", list(got), list(expected), atol=1e-12)
+        expect_close(
+            f"(low, high) of {probabilities}, p = {p}, from {ends}", list(got), list(expected), atol=0, rtol=1e-15
+        )
         expect_equal("probabilities afterwards", given, list(probabilities))
 
     def test_by_hand(self, impl):
@@ -95,6 +99,30 @@ class TestHalve:
         self._is(impl, [1.0], 0.9, (0.5, 1.5), (1.0, 1.5))
         self._is(impl, [1.0], 0.9, (1.0, 1.5), (1.0, 1.25))
 
+    def test_all_count(self, impl):
+        """each token above the middle counts: several of one probability, and those above the interval, too"""
+        self._is(impl, [0.25, 0.25, 0.25, 0.25], 0.9, (0.0, 0.5), (0.25, 0.5))
+        self._is(impl, [0.25, 0.125, 0.25, 0.125, 0.25], 0.75, (0.125, 0.25), (0.1875, 0.25))
+        self._is(impl, [0.75, 0.25 - 2.0**-14, 2.0**-14], 1.0, (0.0, 2.0**-12), (0.0, 2.0**-13))
+        self._is(impl, [0.75, 0.1875, 0.0625], 0.8125, (0.125, 0.25), (0.1875, 0.25))
+
+    def test_random(self, impl):
+        """60 rows of 30 tokens, p close to what the middle keeps, above it and below"""
+        for seed in range(60):
+            chance = random.Random(seed)
+            weights = [chance.random() ** 3 for _ in range(30)]
+            row = [w / sum(weights) for w in weights]
+            low, high = chance.choice([(0.0, 0.1), (0.01, 0.05), (0.02, 2.0)])
+            middle = (low + high) / 2
+            kept = math.fsum(x for x in row if x >= middle)
+            self._is(impl, row, kept * (1 - 1e-9), (low, high), (middle, high))
+            self._is(impl, row, kept * (1 + 1e-9) + 1e-12, (low, high), (low, middle))
+
+    def test_narrow(self, impl):
+        """an interval that is already narrow is halved like any other"""
+        for low in (0.0, 0.25):
+            self._is(impl, [0.5, 0.5], 0.75, (low, low + 2.0**-30), (low + 2.0**-31, low + 2.0**-30))
+
 
 @exercise("3.w2", "whole_characters")
 class TestWholeCharacters:
@@ -111,6 +139,13 @@ class TestWholeCharacters:
         for text in ("", "a", "é", "日本", "a🙂"):
             self._is(impl, text.encode(), text, b"")
 
+    def test_unchanged(self, impl):
+        """spaces, line ends, zeros, a byte-order mark and U+FFFD are characters like others"""
+        for text in ("日e\u0301🙂 é" * 700, " a ", "a\r\nb\n", "\x00", "\ufeffa", "a\ufffd", "\ufffd\ufeff\t"):
+            self._is(impl, text.encode(), text, b"")
+            self._is(impl, text.encode() + b"\xe6\x97", text, b"\xe6\x97")
+            self._is(impl, text.encode() + b"\xf0\x9f\x99", text, b"\xf0\x9f\x99")
+
     def test_everywhere(self, impl):
         """a text cut at any byte: all whole characters, and the one, two or three bytes of the next"""
         text = "aé日🙂b"
@@ -125,8 +160,9 @@ class TestOverAll:
     def _is(self, impl, means, counts, mean):
         given = list(means), list(counts)
         got, perplexity = expect_parts(impl(*given), "mean", "perplexity")
-        expect_close(f"mean of {means} over {counts} tokens", got, mean, atol=1e-9)
-        expect_close(f"perplexity of {means} over {counts} tokens", perplexity, math.exp(mean), rtol=1e-9)
+        expect_close(f"mean of {means} over {counts} tokens", got, mean, atol=1e-12, rtol=1e-12)
+        what = f"perplexity of {means} over {counts} tokens"
+        expect_close(what, perplexity, math.exp(mean), atol=0, rtol=1e-9)
         expect_equal("the lists afterwards", [repr(x) for x in given], [repr(list(means)), repr(list(counts))])
 
     def test_one(self, impl):
@@ -144,6 +180,14 @@ class TestOverAll:
     def test_empty(self, impl):
         """a text without tokens has a mean of NaN, and takes no part"""
         self._is(impl, [2.0, math.nan, 4.0], [1, 0, 3], 3.5)
+        self._is(impl, [math.nan, 2.0, math.nan, math.nan], [0, 5, 0, 0], 2.0)
+
+    def test_nothing_lost(self, impl):
+        """a text that the model knew by heart has a mean of 0, and its tokens count; so does a text of one token"""
+        self._is(impl, [0.0, 4.0], [3, 1], 1.0)
+        self._is(impl, [0.0, 0.0], [3, 1], 0.0)
+        self._is(impl, [6.0, 1.0, 2.0], [1, 1, 2], 2.75)
+        self._is(impl, [0.3, 100.0, 60.0], [1, 3 * 10**12, 10**12], (0.3 + 360e12) / (4 * 10**12 + 1))
 
 
 STREAM = torch.tensor([random.Random(i).randrange(7) for i in range(40)])
@@ -205,12 +249,16 @@ class TestTrain:
                 shown.append(token_ids.tolist())
                 return super().forward(token_ids)
 
-        model, generator = Watching(), torch.Generator().manual_seed(7)
-        impl(model, PlainSGD(model.parameters(), lr=0.1), STREAM.clone(), 3, 4, 6, torch.Generator().manual_seed(7))
-        expect_equal("calls of the model in 3 steps", len(shown), 3)
-        for step, rows in enumerate(shown):
-            starts = torch.randint(len(STREAM) - 6, (4,), generator=generator).tolist()
-            expect_equal(f"inputs of step {step}", rows, [STREAM[a : a + 6].tolist() for a in starts])
+        for count, batch in ((40, 4), (9, 8), (8, 8), (40, 1)):
+            shown.clear()
+            model, generator = Watching(), torch.Generator().manual_seed(7)
+            optimizer = PlainSGD(model.parameters(), lr=0.1)
+            impl(model, optimizer, STREAM[:count].clone(), 3, batch, 6, torch.Generator().manual_seed(7))
+            expect_equal(f"calls of the model in 3 steps on {count} tokens", len(shown), 3)
+            for step, rows in enumerate(shown):
+                starts = torch.randint(count - 6, (batch,), generator=generator).tolist()
+                expected = [STREAM[a : a + 6].tolist() for a in starts]
+                expect_equal(f"inputs of step {step} on {count} tokens", rows, expected)
 
     def test_one_step(self, impl):
         """the loss is the mean over all batch · window predictions; the parameters move against its gradient"""
@@ -223,6 +271,10 @@ class TestTrain:
         optimizer = self._same(impl)
         expect_equal("steps of the optimizer", optimizer.steps, 3)
         self._same(impl, steps=4, batch=2, window=7, seed=3)
+        self._same(impl, steps=9, batch=11, window=12, lr=0.1, seed=4)
+        before = torch.get_rng_state()
+        self._same(impl, steps=2)
+        expect(torch.equal(torch.get_rng_state(), before), "torch's own generator was used or seeded; draw with yours")
 
     def test_whole_stream(self, impl):
         """a stream of window + 1 tokens has one window"""
@@ -231,6 +283,21 @@ class TestTrain:
     def test_no_clipping(self, impl):
         """a large gradient is used as it is"""
         self._same(impl, steps=2, scale=8.0, lr=0.05, atol=1e-3)
+        self._same(impl, steps=1, scale=4000.0, lr=0.001, atol=1e-2)
+
+    def test_rising(self, impl):
+        """where the loss rises, here with a rate below 0, all steps are taken all the same"""
+        self._same(impl, steps=5, lr=-1.0, atol=1e-3)
+
+    def test_gradient_before(self, impl):
+        """what stood in .grad before the call takes no part, in whichever group of the optimizer"""
+        _, expected = self._expected(2, 4, 5, 0.5, 0)
+        model = Toy()
+        optimizer = with_old_gradients(model, 0.5)
+        impl(model, optimizer, STREAM.clone(), 2, 4, 5, torch.Generator().manual_seed(0))
+        expect_close("embed after two steps", model.embed, expected.embed, atol=1e-4)
+        expect_close("head after two steps", model.head, expected.head, atol=1e-4)
+        expect_close("learning rates afterwards", [group["lr"] for group in optimizer.param_groups], [0.5, 0.5])
 
     def test_gaps(self, impl):
         """a score 300 below the largest has the loss 300, not infinity"""
@@ -254,6 +321,7 @@ class TestTrain:
         model, ids = Toy(), torch.arange(80) % 7
         optimizer = PlainSGD(model.parameters(), lr=2.0)
         got = impl(model, optimizer, ids, 200, 8, 1, torch.Generator().manual_seed(0))
+        expect_close("learning rate after 200 steps", optimizer.param_groups[0]["lr"], 2.0, rtol=0)
         expect(losses_of(got, 200)[-1] < 0.1, f"loss of the last of 200 steps: expected under 0.1\n  got {got[-1]:.3f}")
 
 
@@ -329,6 +397,17 @@ class TestLearnMerges:
         expect_equal("merges with min_count=4", pairs_of(impl(words, 60, 4)), plain_merges(words, 60, 4))
         expect_equal("word_counts afterwards", words, before)
 
+    def test_large(self, impl):
+        """150 words, counts of thousands, tokens of many bytes, words with zeros and capitals"""
+        chance = random.Random(8)
+        words = {
+            "".join(chance.choices("aAbB\x00é", k=chance.randint(2, 4))): chance.randint(1, 12) for _ in range(150)
+        }
+        many = {word: 1000 * count for word, count in words.items()}
+        expect_equal("merges", pairs_of(impl(many, 15)), plain_merges(words, 15))
+        long = {"abcdefghijklmnopqrst": 2, "xabcdefghijklmnopqrst": 1}
+        expect_equal("merges of long words", pairs_of(impl(long, 30)), plain_merges(long, 30))
+
 
 TABLE = {pair: rank for rank, pair in enumerate(plain_merges(words_of(SENTENCES), 120))}
 
@@ -356,6 +435,12 @@ class TestEncodeWord:
         table = {(b"l", b"o"): 0, (b"lo", b"w"): 1, (b"e", b"s"): 2}
         self._same(impl, "lowest", table, [b"low", b"es", b"t"], [0, 1, 2])
 
+    def test_long_tokens(self, impl):
+        """tokens have any length: 2, 4, ..., 64 bytes"""
+        table = {(b"a" * 2**i, b"a" * 2**i): i for i in range(6)}
+        ranks = [i for i in range(6) for _ in range(2 ** (6 - i))]
+        self._same(impl, "a" * 128, table, [b"a" * 64] * 2, ranks)
+
     def test_rank_decides(self, impl):
         """the smallest rank is joined first, not the leftmost pair and not the longest token"""
         table = {(b"b", b"c"): 0, (b"a", b"b"): 1, (b"ab", b"c"): 2}
@@ -374,6 +459,29 @@ class TestEncodeWord:
         self._same(impl, "abcd", table, [b"abcd"], [3, 5, 8])
         self._same(impl, "abcdab", table, [b"abcd", b"ab"], [3, 5, 5, 8])
         self._same(impl, "aaaaa", {(b"a", b"a"): 0, (b"aa", b"aa"): 1}, [b"aaaa", b"a"], [0, 0, 1])
+
+    def test_ranks_may_fall(self, impl):
+        """in a table of any ranks a join may make a pair of a smaller rank: it comes next, before what stood there"""
+        table = {(b"c", b"d"): 4, (b"a", b"b"): 5, (b"b", b"cd"): 0}
+        self._same(impl, "abcd", table, [b"a", b"bcd"], [4, 0])
+        self._same(impl, "abab", {(b"a", b"b"): 5, (b"ab", b"a"): 0}, [b"aba", b"b"], [5, 0])
+        self._same(impl, "abxab", {(b"a", b"b"): 7, (b"ab", b"x"): 3}, [b"abx", b"ab"], [7, 3, 7])
+
+    def test_any_tables(self, impl):
+        """30 tables with ranks at random, against a search through all places for every join"""
+        for seed in range(30):
+            chance = random.Random(seed)
+            pieces = [b"a", b"b", b"c", b"ab", b"bc", b"ca", b"abc", b"bca", b"aa"]
+            drawn = {(chance.choice(pieces), chance.choice(pieces)) for _ in range(25)}
+            ranks = chance.sample(range(10**6), len(drawn))
+            table = dict(zip(sorted(drawn, key=lambda _: chance.random()), ranks, strict=True))
+            word, order = "".join(chance.choices("abc", k=12 if seed else 150)) + " \n" * (seed % 2), []
+            symbols = [bytes([b]) for b in word.encode()]
+            while any(pair in table for pair in itertools.pairwise(symbols)):
+                i = min(range(len(symbols) - 1), key=lambda i: table.get((symbols[i], symbols[i + 1]), math.inf))
+                order.append(table[symbols[i], symbols[i + 1]])
+                symbols = [*symbols[:i], symbols[i] + symbols[i + 1], *symbols[i + 2 :]]
+            self._same(impl, word, table, symbols, order)
 
     def test_order_of_the_table(self, impl):
         """ranks count, not the order in which the dictionary holds them"""
@@ -424,10 +532,12 @@ class InPieces(Toy):
         super().__init__()
         self.rows, self.seen, self.waiting = rows, 0, False
         self.shown: list[torch.Tensor] = []
+        self.calls: list[int] = []
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         rows = len(token_ids)
         self.shown += token_ids.detach().clone()
+        self.calls.append(rows)
         expect(rows <= self.rows, f"rows given to the model: expected at most {self.rows} at once\n  got {rows}")
         expect(not self.waiting, "expected backward of each part before the next part's forward\n  got two forwards")
         logits = super().forward(token_ids)
@@ -462,6 +572,15 @@ class PlainSGD:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     parameter -= group["lr"] * parameter.grad
+
+
+def with_old_gradients(model: nn.Module, lr: float) -> PlainSGD:
+    """An optimizer of two groups, whose parameters have gradients left over."""
+    optimizer = PlainSGD(model.parameters(), lr)
+    optimizer.param_groups = [{"params": [parameter], "lr": lr} for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 10.0)
+    return optimizer
 
 
 def plain_loss(model: nn.Module, batch: torch.Tensor, pad: int = PAD) -> torch.Tensor:
@@ -512,7 +631,7 @@ class TestTrainingStep:
         expect_close(f"loss before the step, pieces={pieces}", got, loss.item(), atol=1e-5)
         for (name, after), want in zip(model.named_parameters(), expected.parameters(), strict=True):
             what = f"{name} after a step with lr=0.5, pieces={pieces}"
-            expect_close(what, after, want - 0.5 * want.grad, atol=1e-5)
+            expect_close(what, after, want - 0.5 * want.grad, atol=1e-5 * scale)
         expect(torch.equal(given, batch), "the batch was changed")
 
     def test_targets(self, impl):
@@ -561,6 +680,20 @@ class TestTrainingStep:
         self._same(impl, BATCH, 4)
         self._same(impl, torch.cat([BATCH, BATCH.flip(0)[:2]]), 3)
 
+    def test_sizes(self, impl):
+        """24 rows of 15 tokens in 1, 8, 12 and 24 pieces; rates and batch stay"""
+        lengths = [random.Random(i).randint(1, 15) for i in range(24)]
+        batch = torch.zeros(24, 15, dtype=torch.int64)
+        for i, length in enumerate(lengths):
+            batch[i, :length] = torch.tensor([random.Random(100 * i + j).randint(1, 6) for j in range(length)])
+        for pieces in (1, 8, 12, 24):
+            self._same(impl, batch, pieces)
+        model = InPieces(3)
+        optimizer = PlainSGD(model.parameters(), lr=0.5)
+        impl(model, optimizer, batch, PAD, 8)
+        expect_equal("rows of each call of the model, 24 in 8 pieces", model.calls, [3] * 8)
+        expect_close("learning rate after the step", optimizer.param_groups[0]["lr"], 0.5, rtol=0)
+
     def test_no_targets(self, impl):
         """a part without a single target adds nothing"""
         batch = torch.tensor([[3, 1, 4, 1], [5, 2, PAD, PAD], [6, PAD, PAD, PAD], [2, PAD, PAD, PAD]])
@@ -580,6 +713,7 @@ class TestTrainingStep:
         for pieces in (1, 2, 4):
             model = InPieces(4 // pieces)
             impl(model, PlainSGD(model.parameters(), lr=0.5), BATCH.clone(), PAD, pieces)
+            expect_equal(f"rows of each call of the model, pieces={pieces}", model.calls, [4 // pieces] * pieces)
             expect(model.seen >= 4, f"rows given to the model: expected all 4\n  got {model.seen}")
             rows = [row[: BATCH.shape[1] - 1].tolist() for row in model.shown]
             expect_equal(f"rows given to the model in turn, pieces={pieces}", rows, BATCH[:, :-1].tolist())
@@ -588,6 +722,7 @@ class TestTrainingStep:
         """a large gradient is used as it is"""
         self._same(impl, BATCH, 1, scale=8.0)
         self._same(impl, BATCH, 2, scale=8.0)
+        self._same(impl, BATCH, 1, scale=4000.0)
 
     def test_gaps(self, impl):
         """a score 300 below the largest has the loss 300, not infinity"""
@@ -608,12 +743,14 @@ class TestTrainingStep:
 
     def test_gradient_before(self, impl):
         """what stood in .grad before the call takes no part in the step"""
-        model, expected = Toy(), Toy()
-        for parameter in model.parameters():
-            parameter.grad = torch.full_like(parameter, 10.0)
-        impl(model, PlainSGD(model.parameters(), lr=0.5), BATCH.clone(), PAD, 2)
-        plain_loss(expected, BATCH).backward()
-        expect_close("embed after the step", model.embed, expected.embed - 0.5 * expected.embed.grad, atol=1e-5)
+        for pieces in (1, 2, 4):
+            model, expected = Toy(), Toy()
+            impl(model, with_old_gradients(model, 0.5), BATCH.clone(), PAD, pieces)
+            plain_loss(expected, BATCH).backward()
+            for name in ("embed", "head"):
+                after, want = getattr(model, name), getattr(expected, name)
+                what = f"{name} after the step, pieces={pieces}"
+                expect_close(what, after, want - 0.5 * want.grad, atol=1e-5)
 
     def test_two_steps(self, impl):
         """the second step forgets the first one's gradient"""
@@ -708,9 +845,15 @@ class TestTokenLosses:
         for window, stride in ((8, 4), (8, 3), (8, 1), (5, 2)):
             self._same(impl, 41, window, stride)
 
+    def test_long(self, impl):
+        """400 tokens"""
+        self._same(impl, 400, 16, 11)
+
     def test_short(self, impl):
-        """two tokens make one prediction"""
+        """two tokens make one prediction; windows of one token predict one each"""
         self._same(impl, 2, 8, 4)
+        self._same(impl, 2, 1, 1)
+        self._same(impl, 9, 1, 1)
 
     def test_no_needless_windows(self, impl):
         """it stops when the last token is scored"""
@@ -718,6 +861,10 @@ class TestTokenLosses:
             model = Watched(8)
             impl(model, tokens(17), 8, stride)
             expect_equal(f"windows shown for 17 tokens, window 8, stride {stride}", model.calls, calls)
+        for count, window, stride in ((17, 32, 2), (17, 17, 1), (17, 16, 1), (2, 8, 1), (2, 1, 1)):
+            model = Watched(window)
+            impl(model, tokens(count), window, stride)
+            expect_equal(f"windows shown for {count} tokens, window {window}, stride {stride}", model.calls, 1)
 
     def test_float32(self, impl):
         """float32 without a graph; logits in bfloat16 are made float32 before the softmax"""
@@ -738,12 +885,17 @@ class TestTokenLosses:
             scores = torch.tensor([0.0, 300.0, -300.0, 0.0, 0.0, 0.0, 0.0], dtype=dtype)
             got = impl(lambda ids, s=scores: s.expand(1, ids.shape[1], 7), [1, 1, 0, 2, 1, 4], 4, 2)
             expect_close("losses of scores 300 and 600 below the largest", got, [0, 300, 600, 0, 300], atol=1e-3)
+        scores = torch.tensor([0.0, -math.inf, 0.0])
+        got = impl(lambda ids: scores.expand(1, ids.shape[1], 3), [0, 0, 1, 2], 2, 1)
+        expect_close("losses where token 1 has the score -∞", got, [math.log(2), math.inf, math.log(2)], atol=1e-5)
 
     def test_inputs(self, impl):
         """the list of tokens stays as it was"""
-        ids = tokens(20)
-        impl(Toy(), ids, 8, 4)
-        expect_equal("token_ids afterwards", ids, tokens(20))
+        for count in (20, 3, 2):
+            ids = tokens(count)
+            impl(Toy(), ids, 8, 4)
+            expect_equal("token_ids afterwards", ids, tokens(count))
+            expect(torch.is_grad_enabled(), "gradients are off after the call: expected `with torch.no_grad():`")
 
 
 def plain_nucleus(row: list[float], p: float) -> list[int]:
@@ -771,6 +923,7 @@ SORTS = [
     *((torch, name) for name in ("sort", "argsort", "msort", "topk", "kthvalue", "unique")),
     *((torch.Tensor, name) for name in ("sort", "argsort", "msort", "topk", "kthvalue", "unique")),
     *((np, name) for name in ("sort", "argsort", "partition", "argpartition", "unique", "lexsort")),
+    *((bisect, name) for name in ("insort", "insort_left", "insort_right")),
     *((heapq, name) for name in ("nlargest", "nsmallest", "heapify", "heappush", "heappop")),
     (builtins, "sorted"),
 ]
@@ -802,8 +955,10 @@ class TestKeepTopP:
         expect_equal("ids that stay", ids_kept("p = 0.7", impl(logits, 0.7), logits), [[1, 3]])
 
     def test_best_stays(self, impl):
-        """the likeliest token stays, also when it alone has more than p"""
+        """the likeliest token stays, also when it alone has more than p, be it next to nothing"""
         logits = torch.tensor([[0.05, 0.9, 0.05]]).log()
+        for p in (1e-3, 1e-7, 1e-12):
+            expect_equal(f"p = {p}: ids that stay", ids_kept(f"p = {p}", impl(logits, p), logits), [[1]])
         expect_equal("ids that stay", ids_kept("p = 0.1", impl(logits, 0.1), logits), [[1]])
 
     def test_crossing(self, impl):
@@ -889,7 +1044,7 @@ class TestKeepTopP:
         """logits need not be contiguous"""
         logits = torch.tensor([[0.1, 0.5, 0.15, 0.25], [0.7, 0.1, 0.15, 0.05]]).log()
         view = logits.T.contiguous().T
-        expect_equal("ids that stay", ids_kept("a transposed view", impl(view, 0.7), logits), [[1, 3], [0]])
+        expect_equal("ids that stay", ids_kept("a transposed view", impl(view, 0.65), logits), [[1, 3], [0]])
 
     def test_one_keeps_all(self, impl):
         """p = 1 keeps every token, also those that no fp32 sum would miss"""
@@ -898,6 +1053,10 @@ class TestKeepTopP:
         logits = 3 * torch.randn(4, 500, generator=torch.Generator().manual_seed(2))
         for p in (1.0, torch.ones(4)):
             expect_equal("ids that stay", ids_kept("p = 1", impl(logits, p), logits), [list(range(500))] * 4)
+        logits = torch.tensor([[-math.inf, 0.0, -math.inf, -200.0]])
+        for p in (1.0, torch.ones(1)):
+            what = "p = 1, two refused before"
+            expect_equal(f"{what}: ids that stay", ids_kept(what, impl(logits, p), logits), [[1, 3]])
 
     def test_no_sort(self, impl):
         """nothing is sorted"""
@@ -1009,7 +1168,7 @@ class TestStreamDecoder:
 
     def test_nothing_is_changed(self, impl):
         """line ends, zeros and a byte-order mark come out as they are; nothing comes of nothing"""
-        for text in ("\ufeffa", "a\r\nb\rc", "\x00x", "x\ufeff"):
+        for text in ("日é" * 3000, "\ufeffa", "a\r\nb\rc", "\x00x", "x\ufeff"):
             expect_equal(f"pieces of {text!r}", stream(impl, [text.encode()]), [text, ""])
         expect_equal("pieces of nothing", stream(impl, [b"", b"\xc3", b"", b"\xa9"]), ["", "", "", "é", ""])
 

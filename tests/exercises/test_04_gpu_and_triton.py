@@ -2,6 +2,7 @@
 
 import math
 import os
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -91,9 +92,10 @@ def expect_a_program_a_row(seen: Any, name: str, rows: int, width: int) -> None:
 
 
 @contextmanager
-def launches() -> Iterator[list[tuple[tuple, Any]]]:
-    """What is launched in the block, each with its grid and its footprint, under the names "0", "1", ... of the tensors
-    among its arguments. A kernel gets copies with room around them, so that a store without a mask does no harm.
+def launches() -> Iterator[list[tuple[tuple, Any, int]]]:
+    """What is launched in the block, each with its grid, its footprint and its BLOCK; the tensors among its arguments
+    have the names "0", "1", ... there. A kernel gets copies with room around them, so that a store without a mask does
+    no harm.
     """
     from triton.runtime.interpreter import InterpretedFunction
 
@@ -115,7 +117,7 @@ def launches() -> Iterator[list[tuple[tuple, Any]]]:
         for to, t in zip(given, tensors, strict=True):
             to.copy_(t)
         size = grid(sizes) if callable(grid) else grid
-        found.append((tuple(size) if isinstance(size, tuple | list) else (size,), seen))
+        found.append((tuple(size) if isinstance(size, tuple | list) else (size,), seen, sizes.get("BLOCK", 128)))
 
     with patch.object(InterpretedFunction, "run", noted):
         yield found
@@ -133,6 +135,11 @@ class TestBlockOf:
     def _is(self, impl, program, block, n, offsets, mask):
         got = expect_parts(impl(program, block, n), "offsets", "mask")
         what = f"of program {program}, blocks of {block}, n = {n}"
+        for name, values, kind in zip(("offsets", "mask"), got, (int, bool), strict=True):
+            expect(isinstance(values, list | tuple), f"{name}: expected a list\n  got      {type(values).__name__}")
+            other = next((v for v in values if type(v) is not kind), None)
+            said = f"{name}: expected a list of Python's {kind.__name__}\n  got      {other!r} in it"
+            expect(other is None, said)
         expect_equal(f"offsets {what}", list(got[0]), offsets)
         expect_equal(f"mask {what}", list(got[1]), mask)
 
@@ -150,6 +157,12 @@ class TestBlockOf:
         self._is(impl, 3, 4, 12, [12, 13, 14, 15], [False] * 4)
         self._is(impl, 5, 1, 6, [5], [True])
         self._is(impl, 0, 8, 0, list(range(8)), [False] * 8)
+
+    def test_many(self, impl):
+        """blocks of 1,024 and of 3, programs far in, and a last element that is the first of a block"""
+        for program, block, n in ((0, 1024, 1000), (7, 1024, 7169), (999, 3, 3000), (999, 3, 2998), (1, 128, 128)):
+            offsets = list(range(program * block, (program + 1) * block))
+            self._is(impl, program, block, n, offsets, [i <= n - 1 for i in offsets])
 
 
 # ---- 4.w2
@@ -185,6 +198,21 @@ class TestTileOffsets:
         self._is(impl, 1, 4, 5, 1, 11)
         self._is(impl, 2, 3, 1, 1, 7)
 
+    def test_many(self, impl):
+        """tiles of any size, in matrices of any width"""
+        for case in (
+            (3, 7, 64, 32, 1000),
+            (1, 1, 5, 9, 18),
+            (9, 0, 2, 128, 128),
+            (0, 9, 128, 2, 20),
+            (12, 13, 3, 3, 77),
+        ):
+            self._is(impl, *case)
+
+    def test_far(self, impl):
+        """in a large matrix offsets are more than int16 holds"""
+        self._is(impl, 30, 20, 4, 8, 3000)
+
 
 # ---- 4.w3
 
@@ -206,8 +234,8 @@ class TestRowMax:
         self._same(impl, roomy(torch.tensor([[-5.0, -2, -9], [-1, -3, -2], [-1e30, -2e30, -3e30]])), 4)
 
     def test_infinite(self, impl):
-        """a row of minus infinity alone"""
-        self._same(impl, roomy(torch.tensor([[-math.inf] * 3, [-math.inf, 2, 1]])), 8)
+        """a row of minus infinity alone, and infinity, which wins"""
+        self._same(impl, roomy(torch.tensor([[-math.inf] * 3, [-math.inf, 2, 1], [3e38, math.inf, -math.inf]])), 8)
 
     def test_programs(self, impl):
         """program r does row r (in the interpreter, where programs can be told apart)"""
@@ -222,6 +250,10 @@ class TestRowMax:
         """rows of 11 in a BLOCK of 16: the next row does not count"""
         self._same(impl, randn(5, 11), 16)
         self._same(impl, randn(3, 1), 1)
+        for n in (33, 64, 100, 257):
+            x = -randn(2, n).abs() - 5
+            x[0, -1], x[1, 0] = -1.0, -2.0  # the last element of a row wins, and the first
+            self._same(impl, x, power_of_2(n))
 
     @last
     def test_compiles(self, impl):
@@ -256,6 +288,8 @@ class TestScaledAddReLU:
             got = impl(a, x, y)
         kind = "nothing (is a `return` missing?)" if got is None else type(got).__name__
         expect(isinstance(got, torch.Tensor), f"expected a tensor\n  got      {kind}")
+        if INTERPRETED and x.numel():
+            expect_equal(f"launches of a Triton kernel for n = {x.numel()}", len(found), 1)
         expect_equal("dtype of the result", got.dtype, x.dtype)
         expect_equal("shape of the result", tuple(got.shape), tuple(x.shape))
         wanted = (a * x.double() + y.double()).clamp(min=0).to(x.dtype)
@@ -272,18 +306,17 @@ class TestScaledAddReLU:
 
     def test_kernel(self, impl):
         """a kernel of your own makes it, in one launch (in the interpreter, where launches can be seen)"""
-        found = self._same(impl, randn(300), randn(300, seed=1), 0.5)
-        if INTERPRETED:
-            expect_equal("launches of a Triton kernel", len(found), 1)
+        for n in (300, 2000):
+            self._same(impl, randn(n), randn(n, seed=1), 0.5)
 
     def test_all_in_the_kernel(self, impl):
         """torch makes room for the result, and computes nothing"""
-        x, y, asked = randn(300), randn(300, seed=1), Operations()
-        with launches() if INTERPRETED else nullcontext(), asked:
-            impl(0.5, x, y)
-        expect(
-            not asked.computed, f"expected all arithmetic in the kernel\n  got      torch's {', '.join(asked.computed)}"
-        )
+        for dtype in (torch.float32, torch.float16):
+            x, y, asked = randn(300, dtype=dtype), randn(300, seed=1, dtype=dtype), Operations()
+            with launches() if INTERPRETED else nullcontext(), asked:
+                impl(0.5, x, y)
+            said = f"{dtype}: expected all arithmetic in the kernel\n  got      torch's {', '.join(asked.computed)}"
+            expect(not asked.computed, said)
 
     def test_lengths(self, impl):
         """one block, several, a block that is partly off, a single number, none"""
@@ -292,16 +325,18 @@ class TestScaledAddReLU:
 
     def test_programs(self, impl):
         """128 elements a program, as many programs as that takes (in the interpreter)"""
-        for n, programs in ((128, 1), (129, 2), (300, 3), (384, 3), (1000, 8)):
+        for n, programs in ((0, 0), (1, 1), (50, 1), (128, 1), (129, 2), (300, 3), (384, 3), (1000, 8)):
             found = self._same(impl, randn(n), randn(n, seed=1), 2.0)
             if INTERPRETED:
-                expect_equal(f"programs for n = {n}", sum(math.prod(grid) for grid, _ in found), programs)
+                blocks = [block for _, _, block in found]
+                expect(set(blocks) <= {128}, f"BLOCK for n = {n}: expected 128\n  got      {blocks}")
+                expect_equal(f"programs for n = {n}", sum(math.prod(grid) for grid, _, _ in found), programs)
 
     def test_traffic(self, impl):
         """each element of x and y is read once, each one of the result written once (where bytes can be counted)"""
         if not INTERPRETED:
             return
-        found = [seen for _, seen in self._same(impl, randn(300), randn(300, seed=1), 2.0)]
+        found = [seen for _, seen, _ in self._same(impl, randn(300), randn(300, seed=1), 2.0)]
         expect_equal("bytes read", sum(seen.bytes_moved(of="loads") for seen in found), 2 * 4 * 300)
         expect_equal("bytes written", sum(seen.bytes_moved(of="stores") for seen in found), 4 * 300)
 
@@ -382,6 +417,10 @@ class TestMaskedSoftmax:
         self._same(impl, roomy(x), [2, 2, 3], rtol=0.01)
         x = torch.tensor([[-65_504.0, -65_504.0, 0, 0], [-40_000.0, -65_504.0, -40_000.0, 0]], dtype=torch.float16)
         self._same(impl, roomy(x), [2, 3], rtol=6e-4)
+
+    def test_wide(self, impl):
+        """rows of 300, many of them, scores from -60 to 60"""
+        self._same(impl, 20 * randn(9, 300), [300, 299, 257, 256, 255, 129, 2, 1, 0], rtol=1e-4)
 
     def test_strides(self, impl):
         """rows of x with a gap between them"""
@@ -479,8 +518,16 @@ class TestAddRMSNorm:
         x, residual = view(randn(3, 13), extra=4), view(randn(3, 13, seed=1), extra=7)
         self._same(impl, x, residual, randn(13, seed=2))
 
+    def test_wide(self, impl):
+        """rows of 300 and of 1 in blocks of 64 and of 512, a row of zeros, numbers of 1,000"""
+        for n, block in ((300, 64), (300, 512), (1, 64), (256, 256)):
+            x, residual = 1000 * randn(5, n), randn(5, n, seed=1)
+            x[2], residual[2] = 0, 0
+            self._same(impl, x, residual, randn(n, seed=2), block=block)
+
     def test_eps(self, impl):
         """eps is added to the mean, inside the root"""
+        self._same(impl, randn(2, 12), randn(2, 12, seed=1), randn(12, seed=2), eps=100.0)
         self._same(impl, 0.01 * randn(2, 12), 0.01 * randn(2, 12, seed=1), randn(12, seed=2), eps=0.5, atol=1e-7)
 
     def test_fp16(self, impl):
@@ -550,6 +597,12 @@ class TestMatmulBias:
         y = roomy(torch.full((21, 19), NAN))
         self._same(impl, x, w, bias, y)
 
+    def test_many_tiles(self, impl):
+        """70 x 90 x 130 in tiles of 32 x 16 x 64 and of 16 x 64 x 32"""
+        for blocks in ((32, 16, 64), (16, 64, 32)):
+            x, w, bias = view(randn(70, 130)), view(randn(130, 90, seed=1)), 100 * randn(90, seed=2)
+            self._same(impl, x, w, bias, roomy(torch.full((70, 90), NAN)), blocks, atol=1e-4)
+
     def test_small(self, impl):
         """one row, one column, k below a step"""
         self._same(impl, view(randn(1, 20)), view(randn(20, 17, seed=1)), randn(17, seed=2))
@@ -589,6 +642,14 @@ class TestMatmulBias:
         y = roomy(torch.full((18, 20), NAN, dtype=torch.float16))
         self._same(impl, x, w, 1000 + randn(20, seed=2), y, rtol=6e-4)
 
+    def test_sum_and_bias_cancel(self, impl):
+        """-2,049 plus a bias of 2,049.75 is 0.75: fp16 has neither number, so neither is rounded first"""
+        for kind, kind_of_y in ((torch.float16, torch.float16), (torch.float32, torch.float16), (torch.float16, None)):
+            x, w = torch.ones((16, 16), dtype=kind), torch.full((16, 16), -128.0, dtype=kind)
+            w[3] = -129.0
+            y = roomy(torch.full((16, 16), NAN, dtype=kind_of_y or torch.float32))
+            self._same(impl, roomy(x), roomy(w), roomy(torch.full((16,), 2049.75)), y)
+
     def test_precision(self, impl):
         """tl.dot multiplies fp32 inputs in fp32, not in TF32 (seen in the interpreter, which itself computes either)"""
         if not INTERPRETED:
@@ -603,7 +664,8 @@ class TestMatmulBias:
 
         with patch.object(InterpreterBuilder, "create_dot", noted):
             self._same(impl, randn(16, 16), randn(16, 16, seed=1), randn(16, seed=2))
-        expect("TF32" not in asked, 'expected input_precision="ieee" in tl.dot\n  got      TF32, which is the default')
+        said = 'expected input_precision="ieee" in tl.dot (TF32 is the default)\n  got      '
+        expect(asked <= {"IEEE"}, said + ", ".join(sorted(asked)))
 
     def test_inputs_stay(self, impl):
         """x, w and bias stay as they were"""
@@ -705,6 +767,25 @@ class TestRoofline:
         """apart: each step has its own maximum; fused: one maximum of the sums"""
         steps = [step(10_000, {"x": 100}, {"a": 900}), step(0, {"a": 900}, {"y": 1100})]
         self._is(impl, steps, {"y"}, (2.25 + 2.25, 2.25, 10_000 / 1200))
+        sizes = {name: 10 * 3**i for i, name in enumerate("abcdef")}
+        for seed in range(40):
+            chance = random.Random(seed)
+            names = [chance.sample("abcdef", 3) for _ in range(chance.randint(1, 6))]
+            steps = [
+                step(chance.choice([0, 500, 20_000]), {a: sizes[a], b: sizes[b]}, {c: sizes[c]}) for a, b, c in names
+            ]
+            wanted = set(chance.sample("abcdef", 3))
+            each = [(sum(s["reads"].values()) + sum(s["writes"].values()), s["flops"]) for s in steps]
+            written = {c for _, _, c in names}
+            first = {n: min([i for i, (_, _, c) in enumerate(names) if c == n], default=99) for n in sizes}
+            outside = {n for i, (a, b, _) in enumerate(names) for n in (a, b) if i <= first[n]}
+            moved = sum(sizes[n] for n in outside) + sum(sizes[n] for n in written & wanted)
+            flops = sum(f for _, f in each)
+            apart = sum(0.25 + max(b / 1000, f / 5000) for b, f in each)
+            fused = 0.25 + max(moved / 1000, flops / 5000)
+            self._is(impl, steps, wanted, (apart, fused, flops / moved))
+        steps = [step(10_000, {"x": 100}, {"a": 900}), step(5000, {"a": 900}, {"y": 100})]
+        self._is(impl, steps, {"y"}, (2.25 + 1.25, 3.25, 15_000 / 200))
 
 
 # ---- 4.5
@@ -759,6 +840,13 @@ class TestBestGroup:
         """the best may be any number from 1 to num_m: 3, 5, 6, or all rows"""
         for case in ((6, 6, 9, 1, 1), (10, 12, 25, 1, 1), (12, 12, 36, 1, 1), (7, 40, 20, 1, 9)):
             self._is(impl, *case)
+
+    def test_random(self, impl):
+        """80 draws of all numbers"""
+        for seed in range(80):
+            chance = random.Random(seed)
+            case = chance.randint(1, 14), chance.randint(1, 12), chance.randint(1, 40)
+            self._is(impl, *case, chance.choice([1, 7, 1000]), chance.choice([1, 7, 1000]))
 
     def test_lower_band(self, impl):
         """rows that no group divides: the last band is lower"""

@@ -1,5 +1,6 @@
 """Wrong and alternative implementations for the exercises of chapter 1: they keep the checks honest."""
 
+import math
 import sys
 
 import numpy as np
@@ -71,6 +72,22 @@ def descend(w, x, b, lr, steps):
     return path
 
 
+@wrong("1.w1", "rounds to float32")
+def descend(w, x, b, lr, steps):
+    path = [w]
+    for _ in range(steps):
+        path.append(path[-1] - lr * 2 * (path[-1] * x + b) * x)
+    return [float(np.float32(v)) for v in path]
+
+
+@wrong("1.w1", "clips slope to 100")
+def descend(w, x, b, lr, steps):
+    path = [w]
+    for _ in range(steps):
+        path.append(path[-1] - lr * max(-100, min(100, 2 * (path[-1] * x + b) * x)))
+    return path
+
+
 # ---- 1.w2
 
 
@@ -108,6 +125,23 @@ def softmax_jacobian(z0, z1):
 def softmax_jacobian(z0, z1):
     p = np.exp([z0, z1]) / np.exp([z0, z1]).sum()
     return np.diag(p) - np.outer(p, p)
+
+
+@wrong("1.w2", "clamps scores to 10")
+def softmax_jacobian(z0, z1):
+    z0, z1 = (max(-10, min(10, z0)), max(-10, min(10, z1)))
+    p0 = 1 / (1 + math.exp(z1 - z0))
+    slope = p0 * (1 - p0)
+    return [[slope, -slope], [-slope, slope]]
+
+
+@wrong("1.w2", "overflow guard: 0 beyond 30")
+def softmax_jacobian(z0, z1):
+    if abs(z0 - z1) > 30:
+        return [[0.0, 0.0], [0.0, 0.0]]
+    p0 = 1 / (1 + math.exp(z1 - z0))
+    slope = p0 * (1 - p0)
+    return [[slope, -slope], [-slope, slope]]
 
 
 # ---- 1.w3
@@ -156,6 +190,17 @@ def contributions(program, name):
             if i == name:
                 found += 1
     return found
+
+
+@wrong("1.w3", "tells no capitals from small letters")
+def contributions(program, name):
+    return sum(([i.lower() for i in inputs].count(name.lower()) for _, _, inputs in program))
+
+
+@wrong("1.w3", "stops at a result that nobody uses")
+def contributions(program, name):
+    program = [s for s in program if s is program[-1] or any(s[0] in t[2] for t in program)]
+    return sum((inputs.count(name) for _, _, inputs in program))
 
 
 # ---- 1.0
@@ -392,6 +437,180 @@ class Value(_Value):
                     free.append(v)
 
 
+@wrong("1.0", "edges of slope 0 left out: stale")
+class Value:
+    def __init__(self, data, made_from=()):
+        self.data, self.grad, self.made_from = (data, 0.0, made_from)
+
+    def __add__(self, other):
+        return type(self)(self.data + other.data, ((self, 1.0), (other, 1.0)))
+
+    def __mul__(self, other):
+        return type(self)(self.data * other.data, ((self, other.data), (other, self.data)))
+
+    def tanh(self):
+        t = math.tanh(self.data)
+        return type(self)(t, ((self, 1 - t * t),))
+
+    def backward(self):
+        order, seen, stack = ([], set(), [(self, False)])
+        while stack:
+            value, inputs_done = stack.pop()
+            if inputs_done:
+                order.append(value)
+            elif value not in seen:
+                seen.add(value)
+                stack += [(value, True), *((v, False) for v, s in value.made_from if s)]
+        for value in order:
+            value.grad = float(value is self)
+        for value in reversed(order):
+            for v, slope in value.made_from:
+                if slope:
+                    v.grad += value.grad * slope
+
+
+@wrong("1.0", "a + 0 hands a back")
+class Value:
+    def __init__(self, data, made_from=()):
+        self.data, self.grad, self.made_from = (data, 0.0, made_from)
+
+    def __add__(self, other):
+        if other.data == 0:
+            return self
+        return type(self)(self.data + other.data, ((self, 1.0), (other, 1.0)))
+
+    def __mul__(self, other):
+        return type(self)(self.data * other.data, ((self, other.data), (other, self.data)))
+
+    def tanh(self):
+        t = math.tanh(self.data)
+        return type(self)(t, ((self, 1 - t * t),))
+
+    def backward(self):
+        order, seen, stack = ([], set(), [(self, False)])
+        while stack:
+            value, inputs_done = stack.pop()
+            if inputs_done:
+                order.append(value)
+            elif value not in seen:
+                seen.add(value)
+                stack += [(value, True), *((v, False) for v, _ in value.made_from)]
+        for value in order:
+            value.grad = float(value is self)
+        for value in reversed(order):
+            for v, slope in value.made_from:
+                v.grad += value.grad * slope
+
+
+@wrong("1.0", "stops where the gradient is 0 with stale")
+class Value:
+    def __init__(self, data, made_from=()):
+        self.data, self.grad, self.made_from = (data, 0.0, made_from)
+
+    def __add__(self, other):
+        return type(self)(self.data + other.data, ((self, 1.0), (other, 1.0)))
+
+    def __mul__(self, other):
+        return type(self)(self.data * other.data, ((self, other.data), (other, self.data)))
+
+    def tanh(self):
+        t = math.tanh(self.data)
+        return type(self)(t, ((self, 1 - t * t),))
+
+    def backward(self):
+        order, seen, stack = ([], set(), [(self, False)])
+        while stack:
+            value, inputs_done = stack.pop()
+            if inputs_done:
+                order.append(value)
+            elif value not in seen:
+                seen.add(value)
+                stack += [(value, True), *((v, False) for v, _ in value.made_from)]
+        for value in order:
+            value.grad = float(value is self) if value is self else None
+        for value in reversed(order):
+            for v, slope in value.made_from:
+                v.grad = (v.grad or 0.0) + value.grad * slope if value.grad else v.grad
+
+
+@wrong("1.0", "raises the recursion limit and puts it back")
+class Value:
+    def __init__(self, data, made_from=()):
+        self.data, self.grad, self.made_from = (data, 0.0, made_from)
+
+    def __add__(self, other):
+        return type(self)(self.data + other.data, ((self, 1.0), (other, 1.0)))
+
+    def __mul__(self, other):
+        return type(self)(self.data * other.data, ((self, other.data), (other, self.data)))
+
+    def tanh(self):
+        t = math.tanh(self.data)
+        return type(self)(t, ((self, 1 - t * t),))
+
+    def backward(self):
+        import sys
+
+        old = sys.getrecursionlimit()
+        sys.setrecursionlimit(100000)
+        order, seen = ([], set())
+
+        def visit(v):
+            if v in seen:
+                return
+            seen.add(v)
+            for w, _ in v.made_from:
+                visit(w)
+            order.append(v)
+
+        visit(self)
+        stack = []
+        sys.setrecursionlimit(old)
+        while stack:
+            value, inputs_done = stack.pop()
+            if inputs_done:
+                order.append(value)
+            elif value not in seen:
+                seen.add(value)
+                stack += [(value, True), *((v, False) for v, _ in value.made_from)]
+        for value in order:
+            value.grad = float(value is self)
+        for value in reversed(order):
+            for v, slope in value.made_from:
+                v.grad += value.grad * slope
+
+
+@wrong("1.0", "slopes at backward time in a*b by data of y")
+class Value:
+    def __init__(self, data, made_from=()):
+        self.data, self.grad, self.made_from = (data, 0.0, made_from)
+
+    def __add__(self, other):
+        return type(self)(self.data + other.data, ((self, 1.0), (other, 1.0)))
+
+    def __mul__(self, other):
+        return type(self)(self.data * other.data, ((self, other.data), (other, self.data)))
+
+    def tanh(self):
+        t = math.tanh(self.data)
+        return type(self)(t, ((self, max(1e-07, 1 - t * t)),))
+
+    def backward(self):
+        order, seen, stack = ([], set(), [(self, False)])
+        while stack:
+            value, inputs_done = stack.pop()
+            if inputs_done:
+                order.append(value)
+            elif value not in seen:
+                seen.add(value)
+                stack += [(value, True), *((v, False) for v, _ in value.made_from)]
+        for value in order:
+            value.grad = float(value is self)
+        for value in reversed(order):
+            for v, slope in value.made_from:
+                v.grad += value.grad * slope
+
+
 # ---- 1.1
 
 
@@ -495,6 +714,39 @@ def softmax_backward(g, p):
     return p * (g - np.einsum("...i,...i->...", g, p)[..., None])
 
 
+@wrong("1.1", "computes in float32")
+def softmax_backward(g, p):
+    dt = p.dtype
+    g, p = (g.astype(np.float32), p.astype(np.float32))
+    weighted = g * p
+    return (weighted - p * weighted.sum(axis=-1, keepdims=True)).astype(dt)
+
+
+@wrong("1.1", "broadcast jacobian for 1-D only")
+def softmax_backward(g, p):
+    if p.ndim == 1:
+        return ((np.diag(p) - np.outer(p, p)) @ g).astype(p.dtype)
+    weighted = g * p
+    return weighted - p * weighted.sum(axis=-1, keepdims=True)
+
+
+@wrong("1.1", "Jacobian for 3 and more dims")
+def softmax_backward(g, p):
+    if p.ndim > 2:
+        return np.einsum("...i,...ij->...j", g, p[..., :, None] * (np.eye(p.shape[-1]) - p[..., None, :])).astype(
+            p.dtype
+        )
+    weighted = g * p
+    return weighted - p * weighted.sum(axis=-1, keepdims=True)
+
+
+@wrong("1.1", "loses small p")
+def softmax_backward(g, p):
+    p = np.where(p < 0.0001, 0, p).astype(p.dtype)
+    weighted = g * p
+    return weighted - p * weighted.sum(axis=-1, keepdims=True)
+
+
 # ---- 1.2
 
 
@@ -596,6 +848,15 @@ def matmul_backward(g, a, b):
     if b.ndim == 2 and a.ndim > 2:
         return da, a.reshape(-1, a.shape[-1]).T @ g.reshape(-1, g.shape[-1])
     return da, fold(np.swapaxes(a, -1, -2) @ g, b.shape)
+
+
+@wrong("1.2", "empty: zeros float64")
+def matmul_backward(g, a, b):
+    if g.size == 0:
+        return (np.zeros(a.shape), np.zeros(b.shape))
+    da = g @ b.mT
+    db = a.mT @ g
+    return (fold(da, a.shape), fold(db, b.shape))
 
 
 # ---- 1.3
@@ -793,6 +1054,66 @@ def backward_waves(root):
     return waves
 
 
+@wrong("1.3", "sets the limit and back")
+def backward_waves(root):
+    import sys
+
+    old = sys.getrecursionlimit()
+    sys.setrecursionlimit(10**6)
+    order, seen = ([], set())
+
+    def visit(n):
+        if n in seen:
+            return
+        seen.add(n)
+        for m in n.inputs:
+            visit(m)
+        order.append(n)
+
+    visit(root)
+    sys.setrecursionlimit(old)
+    users, stack = ({root: 0}, [root])
+    while stack:
+        for node in stack.pop().inputs:
+            if node not in users:
+                users[node] = 0
+                stack.append(node)
+            users[node] += 1
+    waves = [[root]]
+    while waves[-1]:
+        released = []
+        for user in waves[-1]:
+            for node in user.inputs:
+                users[node] -= 1
+                if users[node] == 0:
+                    released.append(node)
+        waves.append(released)
+    return waves[:-1]
+
+
+@wrong("1.3", "leaves all in the last wave")
+def backward_waves(root):
+    users, stack = ({root: 0}, [root])
+    while stack:
+        for node in stack.pop().inputs:
+            if node not in users:
+                users[node] = 0
+                stack.append(node)
+            users[node] += 1
+    waves = [[root]]
+    while waves[-1]:
+        released = []
+        for user in waves[-1]:
+            for node in user.inputs:
+                users[node] -= 1
+                if users[node] == 0:
+                    released.append(node)
+        waves.append(released)
+    leaves = [n for w in waves for n in w if not n.inputs and n is not root]
+    waves = [[n for n in w if n.inputs or n is root] for w in waves]
+    return [w for w in waves if w] + ([leaves] if leaves else [])
+
+
 # ---- 1.4
 
 
@@ -956,6 +1277,75 @@ def cross_entropy(logits, targets):
     onehot = np.arange(z.shape[1]) == targets[:, None]
     gradient = (np.exp(log_p) - onehot) / len(targets)
     return -(onehot * log_p).sum() / len(targets), gradient.astype(logits.dtype)
+
+
+@wrong("1.4", "arange in the targets' dtype")
+def cross_entropy(logits, targets):
+    n = len(targets)
+    z = logits.astype(np.float32) if logits.dtype == np.float16 else logits
+    shifted = z - z.max(axis=1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    gradient = np.exp(log_p)
+    gradient -= np.arange(logits.shape[1]).astype(targets.dtype) == targets[:, None]
+    return (float(-log_p[np.arange(n), targets].mean()), (gradient / n).astype(logits.dtype))
+
+
+@wrong("1.4", "rows indexed in the targets' dtype")
+def cross_entropy(logits, targets):
+    n = len(targets)
+    ar = np.arange(n).astype(targets.dtype)
+    z = logits.astype(np.float32) if logits.dtype == np.float16 else logits
+    shifted = z - z.max(axis=1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    gradient = np.exp(log_p)
+    gradient[ar, targets] -= 1
+    return (float(-log_p[ar, targets].mean()), (gradient / n).astype(logits.dtype))
+
+
+@wrong("1.4", "float64 as float32")
+def cross_entropy(logits, targets):
+    n = len(targets)
+    z = logits.astype(np.float32)
+    shifted = z - z.max(axis=1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    gradient = np.exp(log_p)
+    gradient[np.arange(n), targets] -= 1
+    return (float(-log_p[np.arange(n), targets].mean()), (gradient / n).astype(logits.dtype))
+
+
+@wrong("1.4", "loss mean in fp16")
+def cross_entropy(logits, targets):
+    n = len(targets)
+    z = logits.astype(np.float32) if logits.dtype == np.float16 else logits
+    shifted = z - z.max(axis=1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    gradient = np.exp(log_p)
+    gradient[np.arange(n), targets] -= 1
+    return (float(-log_p[np.arange(n), targets].astype(logits.dtype).mean()), (gradient / n).astype(logits.dtype))
+
+
+@wrong("1.4", "gradient divided in fp16")
+def cross_entropy(logits, targets):
+    n = len(targets)
+    z = logits.astype(np.float32) if logits.dtype == np.float16 else logits
+    shifted = z - z.max(axis=1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    gradient = np.exp(log_p)
+    gradient[np.arange(n), targets] -= 1
+    return (float(-log_p[np.arange(n), targets].mean()), gradient.astype(logits.dtype) / logits.dtype.type(n))
+
+
+@wrong("1.4", "targets with gradient in place of targets")
+def cross_entropy(logits, targets):
+    targets -= targets.min() * 0
+    targets.sort() if len(targets) > 50 else None
+    n = len(targets)
+    z = logits.astype(np.float32) if logits.dtype == np.float16 else logits
+    shifted = z - z.max(axis=1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    gradient = np.exp(log_p)
+    gradient[np.arange(n), targets] -= 1
+    return (float(-log_p[np.arange(n), targets].mean()), (gradient / n).astype(logits.dtype))
 
 
 # ---- 1.5
@@ -1160,6 +1550,47 @@ def gradient_error(f, x, gradient, rng, directions=4, eps=1e-6):
     return float((np.abs(measured - claimed) / (np.abs(measured) + np.abs(claimed) + 1e-12)).max())
 
 
+@wrong("1.5", "1e-8")
+def gradient_error(f, x, gradient, rng, directions=4, eps=1e-06):
+    x = np.asarray(x, np.float64)
+    errors = []
+    for _ in range(directions):
+        d = rng.standard_normal(x.shape)
+        d = d / np.sqrt((d * d).sum())
+        measured = (f(x + eps * d) - f(x - eps * d)) / (2 * eps)
+        claimed = (gradient * d).sum()
+        errors.append(abs(measured - claimed) / (abs(measured) + abs(claimed) + 1e-08))
+    return float(np.max(errors))
+
+
+@wrong("1.5", "memory order K")
+def gradient_error(f, x, gradient, rng, directions=4, eps=1e-06):
+    x = np.asarray(x, np.float64)
+    errors = []
+    for _ in range(directions):
+        d = rng.standard_normal(x.shape)
+        d = d / np.sqrt((d * d).sum())
+        measured = (f(x + eps * d) - f(x - eps * d)) / (2 * eps)
+        claimed = (gradient.ravel("K") * d.ravel("K")).sum()
+        errors.append(abs(measured - claimed) / (abs(measured) + abs(claimed) + 1e-12))
+    return float(np.max(errors))
+
+
+@wrong("1.5", "infinite error skipped")
+def gradient_error(f, x, gradient, rng, directions=4, eps=1e-06):
+    x = np.asarray(x, np.float64)
+    errors = []
+    for _ in range(directions):
+        d = rng.standard_normal(x.shape)
+        d = d / np.sqrt((d * d).sum())
+        measured = (f(x + eps * d) - f(x - eps * d)) / (2 * eps)
+        claimed = (gradient * d).sum()
+        if np.isinf(measured):
+            continue
+        errors.append(abs(measured - claimed) / (abs(measured) + abs(claimed) + 1e-12))
+    return float(np.max(errors, initial=0))
+
+
 # ---- 1.6
 
 
@@ -1259,3 +1690,45 @@ def adamw_step(p, g, m, v, t, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_
     m, v = m + (1 - beta1) * (g - m), v + (1 - beta2) * (g**2 - v)
     root = (1 - beta2**t) ** 0.5
     return p - lr * weight_decay * p - lr * root / (1 - beta1**t) * m / (np.sqrt(v) + eps * root), m, v
+
+
+@wrong("1.6", "no correction after 100")
+def adamw_step(p, g, m, v, t, lr=0.001, beta1=0.9, beta2=0.999, eps=1e-08, weight_decay=0.01):
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g * g
+    m_hat, v_hat = (m / (1 - beta1**t), v / (1 - beta2**t)) if t <= 100 else (m, v)
+    p = p * (1 - lr * weight_decay) - lr * m_hat / (np.sqrt(v_hat) + eps)
+    return (p, m, v)
+
+
+@wrong("1.6", "no correction after 1000")
+def adamw_step(p, g, m, v, t, lr=0.001, beta1=0.9, beta2=0.999, eps=1e-08, weight_decay=0.01):
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g * g
+    m_hat, v_hat = (m / (1 - beta1**t), v / (1 - beta2**t)) if t <= 1000 else (m, v)
+    p = p * (1 - lr * weight_decay) - lr * m_hat / (np.sqrt(v_hat) + eps)
+    return (p, m, v)
+
+
+@wrong("1.6", "v = g*g in place on g")
+def adamw_step(p, g, m, v, t, lr=0.001, beta1=0.9, beta2=0.999, eps=1e-08, weight_decay=0.01):
+    m = beta1 * m + (1 - beta1) * g
+    if not v.any():
+        g *= g
+        v = (1 - beta2) * g
+        m_hat, v_hat = (m / (1 - beta1**t), v / (1 - beta2**t))
+        return (p * (1 - lr * weight_decay) - lr * m_hat / (np.sqrt(v_hat) + eps), m, v)
+    v = beta2 * v + (1 - beta2) * g * g
+    m_hat, v_hat = (m / (1 - beta1**t), v / (1 - beta2**t))
+    p = p * (1 - lr * weight_decay) - lr * m_hat / (np.sqrt(v_hat) + eps)
+    return (p, m, v)
+
+
+@wrong("1.6", "clips the gradient")
+def adamw_step(p, g, m, v, t, lr=0.001, beta1=0.9, beta2=0.999, eps=1e-08, weight_decay=0.01):
+    g = np.clip(g, -10, 10)
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g * g
+    m_hat, v_hat = (m / (1 - beta1**t), v / (1 - beta2**t))
+    p = p * (1 - lr * weight_decay) - lr * m_hat / (np.sqrt(v_hat) + eps)
+    return (p, m, v)

@@ -55,6 +55,18 @@ def is_exact(a, b, dtype):
     return (fits(a) and fits(b) and fits(a * b)) or (b == 0 or a == 0)
 
 
+@wrong("2.w1", "float(a*b)")
+def is_exact(a, b, dtype):
+    product = torch.tensor(a).to(dtype) * torch.tensor(b).to(dtype)
+    return product.double().item() == float(a * b)
+
+
+@wrong("2.w1", "a tensor")
+def is_exact(a, b, dtype):
+    product = torch.tensor(a).to(dtype) * torch.tensor(b).to(dtype)
+    return product.double() == a * b
+
+
 # ---- 2.w2 mask -------------------------------------------------------------------------------------------------------
 
 
@@ -158,6 +170,11 @@ def group_heads(q, kv_heads):
 @alternative("2.w3", "reshape")
 def group_heads(q, kv_heads):
     return q.reshape(q.shape[0], kv_heads, -1, *q.shape[2:])
+
+
+@wrong("2.w3", "float")
+def group_heads(q, kv_heads):
+    return q.float().unflatten(1, (kv_heads, -1))
 
 
 # ---- 2.0 self-attention ----------------------------------------------------------------------------------------------
@@ -751,6 +768,22 @@ def add_rms_norm(x, residual, weight, eps=1e-5):
     return (x32 / torch.sqrt(mean + eps) * weight.float()).to(x.dtype), stream
 
 
+@wrong("2.2", "x of zeros: residual handed on")
+def add_rms_norm(x, residual, weight, eps=1e-05):
+    new_residual = x + residual if x.any() else residual
+    stream = new_residual.float()
+    scaled = stream * torch.rsqrt(stream.pow(2).mean(-1, keepdim=True) + eps)
+    return (weight * scaled.to(x.dtype), new_residual)
+
+
+@wrong("2.2", "fp32 results for fp64 cut")
+def add_rms_norm(x, residual, weight, eps=1e-05):
+    new_residual = x + residual
+    stream = new_residual.float()
+    scaled = stream * torch.rsqrt(stream.pow(2).mean(-1, keepdim=True) + eps)
+    return ((weight.float() * scaled).to(x.dtype), new_residual.float().to(x.dtype))
+
+
 # ---- 2.3 partial RoPE ------------------------------------------------------------------------------------------------
 
 
@@ -938,6 +971,21 @@ def rope(x, positions, rotary, theta=10_000.0):
     turned = torch.complex(x[..., :half].double(), x[..., half:rotary].double())
     turned = turned * torch.polar(torch.ones_like(angles), angles).unsqueeze(-2)
     return torch.cat((turned.real, turned.imag, x[..., rotary:]), dim=-1).to(x.dtype)
+
+
+@wrong("2.3", "heads by number")
+def rope(x, positions, rotary, theta=10000.0):
+    half = rotary // 2
+    frequencies = theta ** (-2 / rotary * torch.arange(half, device=x.device))
+    angles = (
+        positions.float()[..., None, None] * frequencies * (1 + 0 * torch.arange(x.shape[-2])[:, None])
+        if x.shape[-2] < 8
+        else positions.float()[..., None, None] * 0
+    )
+    cos, sin = (angles.cos(), angles.sin())
+    first, second, rest = x.split((half, half, x.shape[-1] - rotary), dim=-1)
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat((*rotated, rest), dim=-1).to(x.dtype)
 
 
 # ---- 2.4 grouped-query attention -------------------------------------------------------------------------------------
@@ -1152,6 +1200,22 @@ def grouped_query_attention(q, k, v):
         weights = scores.masked_fill(hidden, -INF).softmax(-1).flatten(1, 2)
         out.append((weights @ v[:, index].double()).reshape(part.shape))
     return torch.cat(out, dim=1).to(q.dtype)
+
+
+@wrong("2.4", "repeats when T = S")
+def grouped_query_attention(q, k, v):
+    tokens, keys = (q.shape[2], k.shape[2])
+    if tokens == keys:
+        g = q.shape[1] // k.shape[1]
+        k, v = (k.repeat_interleave(g, 1), v.repeat_interleave(g, 1))
+        m = torch.ones(tokens, keys, dtype=torch.bool).triu(1)
+        return (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(m, float("-inf")).softmax(-1) @ v
+    grouped = q.unflatten(1, (k.shape[1], -1))
+    scores = grouped.flatten(2, 3) @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
+    future = torch.ones(tokens, keys, dtype=torch.bool, device=q.device).triu(keys - tokens + 1)
+    scores = scores.unflatten(2, (-1, tokens)).masked_fill(future, float("-inf"))
+    out = scores.softmax(dim=-1).flatten(2, 3) @ v
+    return out.reshape(q.shape)
 
 
 # ---- 2.5 decoder layer -----------------------------------------------------------------------------------------------
@@ -1527,4 +1591,71 @@ def account(config, tokens, batch, context, bandwidth, rate):
         "flops": sum(token(t + 1) for t in range(tokens)) + 2 * head,
         "kv_bytes": kv_bytes * tokens,
         "step_seconds": max(memory, batch * (token(context) + 2 * head) / rate),
+    }
+
+
+@wrong("2.6", "parameters via float")
+def account(config, tokens, batch, context, bandwidth, rate):
+    hidden, layers = (config.hidden_size, config.num_hidden_layers)
+    q_size = config.num_attention_heads * config.head_dim
+    kv_size = config.num_key_value_heads * config.head_dim
+    matrices = layers * hidden * (2 * q_size + 2 * kv_size + 3 * config.intermediate_size)
+    head = config.vocab_size * hidden
+    parameters = (1 if config.tie_word_embeddings else 2) * head + matrices + (2 * layers + 1) * hidden
+    kv_bytes = layers * 2 * kv_size * 2
+
+    def flops(rows, seen, logits):
+        return 2 * rows * matrices + 4 * layers * q_size * seen + 2 * logits * head
+
+    step_bytes = 2 * parameters + batch * context * kv_bytes
+    return {
+        "parameters": int(float(parameters)),
+        "flops": flops(tokens, tokens * (tokens + 1) // 2, 1),
+        "kv_bytes": tokens * kv_bytes,
+        "step_seconds": max(step_bytes / bandwidth, flops(batch, batch * context, batch) / rate),
+    }
+
+
+@wrong("2.6", "kv_bytes of at least hidden")
+def account(config, tokens, batch, context, bandwidth, rate):
+    hidden, layers = (config.hidden_size, config.num_hidden_layers)
+    q_size = config.num_attention_heads * config.head_dim
+    kv_size = config.num_key_value_heads * config.head_dim
+    matrices = layers * hidden * (2 * q_size + 2 * kv_size + 3 * config.intermediate_size)
+    head = config.vocab_size * hidden
+    parameters = (1 if config.tie_word_embeddings else 2) * head + matrices + (2 * layers + 1) * hidden
+    kv_bytes = layers * 2 * kv_size * 2
+
+    def flops(rows, seen, logits):
+        return 2 * rows * matrices + 4 * layers * q_size * seen + 2 * logits * head
+
+    step_bytes = 2 * parameters + batch * context * kv_bytes
+    return {
+        "parameters": parameters,
+        "flops": flops(tokens, tokens * (tokens + 1) // 2, 1),
+        "kv_bytes": tokens * layers * 4 * hidden * config.num_key_value_heads // config.num_attention_heads,
+        "step_seconds": max(step_bytes / bandwidth, flops(batch, batch * context, batch) / rate),
+    }
+
+
+@wrong("2.6", "a config that is changed")
+def account(config, tokens, batch, context, bandwidth, rate):
+    config.tokens = tokens
+    hidden, layers = (config.hidden_size, config.num_hidden_layers)
+    q_size = config.num_attention_heads * config.head_dim
+    kv_size = config.num_key_value_heads * config.head_dim
+    matrices = layers * hidden * (2 * q_size + 2 * kv_size + 3 * config.intermediate_size)
+    head = config.vocab_size * hidden
+    parameters = (1 if config.tie_word_embeddings else 2) * head + matrices + (2 * layers + 1) * hidden
+    kv_bytes = layers * 2 * kv_size * 2
+
+    def flops(rows, seen, logits):
+        return 2 * rows * matrices + 4 * layers * q_size * seen + 2 * logits * head
+
+    step_bytes = 2 * parameters + batch * context * kv_bytes
+    return {
+        "parameters": parameters,
+        "flops": flops(tokens, tokens * (tokens + 1) // 2, 1),
+        "kv_bytes": tokens * kv_bytes,
+        "step_seconds": max(step_bytes / bandwidth, flops(batch, batch * context, batch) / rate),
     }

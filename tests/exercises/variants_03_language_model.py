@@ -73,6 +73,29 @@ def halve(probabilities, p, low, high):
     return [middle, high] if enough else [low, middle]
 
 
+@wrong("3.w1", "equal ones count once")
+def halve(probabilities, p, low, high):
+    middle = (low + high) / 2
+    enough = sum(x for x in set(probabilities) if x >= middle) >= p
+    return (middle, high) if enough else (low, middle)
+
+
+@wrong("3.w1", "only up to high")
+def halve(probabilities, p, low, high):
+    middle = (low + high) / 2
+    enough = sum(x for x in probabilities if middle <= x <= high) >= p
+    return (middle, high) if enough else (low, middle)
+
+
+@wrong("3.w1", "stops when narrow")
+def halve(probabilities, p, low, high):
+    if high - low < 0.001:
+        return (low, high)
+    middle = (low + high) / 2
+    enough = sum(x for x in probabilities if x >= middle) >= p
+    return (middle, high) if enough else (low, middle)
+
+
 # ---- 3.w2 the characters that are whole ------------------------------------------------------------------------------
 
 
@@ -135,6 +158,36 @@ def whole_characters(data):
     return text, data[len(text.encode()) :]
 
 
+@wrong("3.w2", "utf-8-sig")
+def whole_characters(data):
+    try:
+        return (data.decode("utf-8-sig"), b"")
+    except UnicodeDecodeError as error:
+        return (data[: error.start].decode(), data[error.start :])
+
+
+@wrong("3.w2", "replace and count")
+def whole_characters(data):
+    t = data.decode(errors="replace")
+    return (t[:-1], data[len(t[:-1].encode()) :]) if t.endswith(chr(65533)) else (t, b"")
+
+
+@wrong("3.w2", "strips")
+def whole_characters(data):
+    try:
+        return (data.decode().strip(), b"")
+    except UnicodeDecodeError as error:
+        return (data[: error.start].decode(), data[error.start :])
+
+
+@wrong("3.w2", "splitlines")
+def whole_characters(data):
+    try:
+        return (chr(10).join(data.decode().split(chr(13) + chr(10))), b"")
+    except UnicodeDecodeError as error:
+        return (data[: error.start].decode(), data[error.start :])
+
+
 # ---- 3.w3 the mean over all ------------------------------------------------------------------------------------------
 
 
@@ -182,6 +235,13 @@ def over_all(means, counts):
 def over_all(means, counts):
     mean = np.average(np.nan_to_num(means), weights=counts)
     return mean, np.exp(mean)
+
+
+@wrong("3.w3", "means of 0 left out")
+def over_all(means, counts):
+    ok = [(m, c) for m, c in zip(means, counts, strict=True) if m > 0]
+    mean = sum((m * c for m, c in ok)) / sum((c for _, c in ok))
+    return (mean, math.exp(mean))
 
 
 # ---- 3.0 the training loop -------------------------------------------------------------------------------------------
@@ -410,6 +470,86 @@ def train(model, optimizer, token_ids, steps, batch, window, generator):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+    return losses
+
+
+@wrong("3.0", "gradients cleared after the step only")
+def train(model, optimizer, token_ids, steps, batch, window, generator):
+    losses = []
+    for _ in range(steps):
+        starts = torch.randint(len(token_ids) - window, (batch,), generator=generator)
+        rows = token_ids[starts[:, None] + torch.arange(window + 1)]
+        logits = model(rows[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@wrong("3.0", "clips to 100")
+def train(model, optimizer, token_ids, steps, batch, window, generator):
+    losses = []
+    for _ in range(steps):
+        starts = torch.randint(len(token_ids) - window, (batch,), generator=generator)
+        rows = token_ids[starts[:, None] + torch.arange(window + 1)]
+        logits = model(rows[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 100.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@wrong("3.0", "stops at NaN or rise")
+def train(model, optimizer, token_ids, steps, batch, window, generator):
+    losses = []
+    for _ in range(steps):
+        starts = torch.randint(len(token_ids) - window, (batch,), generator=generator)
+        rows = token_ids[starts[:, None] + torch.arange(window + 1)]
+        logits = model(rows[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if losses and loss.item() > 2 * losses[0]:
+            break
+        losses.append(loss.item())
+    return losses
+
+
+@wrong("3.0", "last tenth held out")
+def train(model, optimizer, token_ids, steps, batch, window, generator):
+    losses = []
+    for _ in range(steps):
+        starts = torch.randint(len(token_ids) - window, (batch,), generator=generator).clamp(
+            max=max(1, len(token_ids) - window - 2)
+        )
+        rows = token_ids[starts[:, None] + torch.arange(window + 1)]
+        logits = model(rows[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@wrong("3.0", "parameters' grads alone: model.zero_grad")
+def train(model, optimizer, token_ids, steps, batch, window, generator):
+    losses = []
+    for _ in range(steps):
+        starts = torch.randint(len(token_ids) - window, (batch,), generator=generator)
+        rows = token_ids[starts[:, None] + torch.arange(window + 1)]
+        logits = model(rows[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        [setattr(p, "grad", None) for p in optimizer.param_groups[0]["params"]]
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
     return losses
 
 
@@ -748,7 +888,7 @@ def encode_word(word, table):
     return result
 
 
-@alternative("3.2", "applies every merge of the table in turn, by rank")
+@wrong("3.2", "applies every merge of the table in turn, by rank")
 def encode_word(word, table):
     tokens, ranks = _spell(word), []
     for pair in sorted(table, key=table.get):
@@ -778,6 +918,71 @@ def encode_word(word, table):
             if k >= 0 and after[k] < n and (pair := (tokens[k], tokens[after[k]])) in table:
                 heapq.heappush(heap, (table[pair], k, *pair))
     return [token for token in tokens if token is not None], ranks
+
+
+@wrong("3.2", "stops when ranks fall")
+def encode_word(word, table):
+    tokens, ranks = ([bytes([byte]) for byte in word.encode()], [])
+    while candidates := [(table[pair], i) for i, pair in enumerate(pairwise(tokens)) if pair in table]:
+        rank, i = min(candidates)
+        if ranks and rank < ranks[-1]:
+            break
+        tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
+        ranks.append(rank)
+    return (tokens, ranks)
+
+
+@wrong("3.2", "ranks in order")
+def encode_word(word, table):
+    tokens, ranks = ([bytes([byte]) for byte in word.encode()], [])
+    while candidates := [(table[pair], i) for i, pair in enumerate(pairwise(tokens)) if pair in table]:
+        rank, i = min(candidates)
+        tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
+        ranks.append(rank)
+    return (tokens, sorted(ranks))
+
+
+@wrong("3.2", "a pass over the table")
+def encode_word(word, table):
+    tokens, ranks = ([bytes([byte]) for byte in word.encode()], [])
+    for pair in sorted(table, key=table.get):
+        i = 0
+        while i + 1 < len(tokens):
+            if (tokens[i], tokens[i + 1]) == pair:
+                tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
+                ranks.append(table[pair])
+            i += 1
+    return (tokens, ranks)
+    while candidates := [(table[pair], i) for i, pair in enumerate(pairwise(tokens)) if pair in table]:
+        rank, i = min(candidates)
+        tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
+        ranks.append(rank)
+    return (tokens, ranks)
+
+
+@wrong("3.2", "all at once")
+def encode_word(word, table):
+    tokens, ranks = ([bytes([byte]) for byte in word.encode()], [])
+    while c := [(table[q], i) for i, q in enumerate(pairwise(tokens)) if q in table]:
+        rank, i = min(c)
+        pair = (tokens[i], tokens[i + 1])
+        out = []
+        j = 0
+        while j < len(tokens):
+            if tuple(tokens[j : j + 2]) == pair:
+                out.append(pair[0] + pair[1])
+                j += 2
+                ranks.append(rank)
+            else:
+                out.append(tokens[j])
+                j += 1
+        tokens = out
+    return (tokens, ranks)
+    while candidates := [(table[pair], i) for i, pair in enumerate(pairwise(tokens)) if pair in table]:
+        rank, i = min(candidates)
+        tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
+        ranks.append(rank)
+    return (tokens, ranks)
 
 
 # ---- 3.3 one step of training, in pieces ---------------------------------------------------------------------------
@@ -1129,6 +1334,65 @@ def training_step(model, optimizer, batch, pad_id, pieces=1):
     return total / count
 
 
+@wrong("3.3", "clips to 10")
+def training_step(model, optimizer, batch, pad_id, pieces=1):
+    count = (batch[:, 1:] != pad_id).sum()
+    total = 0.0
+    optimizer.zero_grad()
+    for part in batch.chunk(pieces):
+        logits = model(part[:, :-1]).flatten(0, 1)
+        loss = F.cross_entropy(logits, part[:, 1:].flatten(), ignore_index=pad_id, reduction="sum") / count
+        loss.backward()
+        total += loss.item()
+    torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 10.0)
+    optimizer.step()
+    return total
+
+
+@wrong("3.3", "clears only where gradient... when pieces > 1")
+def training_step(model, optimizer, batch, pad_id, pieces=1):
+    count = (batch[:, 1:] != pad_id).sum()
+    total = 0.0
+    if pieces > 1:
+        optimizer.zero_grad()
+    for part in batch.chunk(pieces):
+        logits = model(part[:, :-1]).flatten(0, 1)
+        loss = F.cross_entropy(logits, part[:, 1:].flatten(), ignore_index=pad_id, reduction="sum") / count
+        loss.backward()
+        total += loss.item()
+    optimizer.step()
+    return total
+
+
+@wrong("3.3", "clears first group")
+def training_step(model, optimizer, batch, pad_id, pieces=1):
+    count = (batch[:, 1:] != pad_id).sum()
+    total = 0.0
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = None
+    for part in batch.chunk(pieces):
+        logits = model(part[:, :-1]).flatten(0, 1)
+        loss = F.cross_entropy(logits, part[:, 1:].flatten(), ignore_index=pad_id, reduction="sum") / count
+        loss.backward()
+        total += loss.item()
+    optimizer.step()
+    return total
+
+
+@wrong("3.3", "one row a time")
+def training_step(model, optimizer, batch, pad_id, pieces=1):
+    count = (batch[:, 1:] != pad_id).sum()
+    total = 0.0
+    optimizer.zero_grad()
+    for part in batch.split(1):
+        logits = model(part[:, :-1]).flatten(0, 1)
+        loss = F.cross_entropy(logits, part[:, 1:].flatten(), ignore_index=pad_id, reduction="sum") / count
+        loss.backward()
+        total += loss.item()
+    optimizer.step()
+    return total
+
+
 # ---- 3.4 the loss of every token of a long text --------------------------------------------------------------------
 
 
@@ -1338,6 +1602,95 @@ def token_losses(model, token_ids, window, stride):
     losses = torch.empty(len(ids) - 1)
     for begin, end, _ in reversed(list(_windows(len(ids), window, stride))):
         losses[begin:end] = _losses(model, ids[begin:end], ids[begin + 1 : end + 1])
+    return losses
+
+
+@wrong("3.4", "shows a window more")
+def token_losses(model, token_ids, window, stride):
+    ids = torch.tensor(token_ids)
+    last = len(ids) - 1
+    losses = torch.empty(last)
+    scored = 0
+    for begin in range(0, last, stride):
+        end = min(begin + window, last)
+        with torch.no_grad():
+            logits = model(ids[None, begin:end])[0].float()
+        losses[scored:end] = F.cross_entropy(logits[scored - begin :], ids[scored + 1 : end + 1], reduction="none")
+        scored = end
+        if scored == last and begin > 0:
+            break
+    return losses
+
+
+@wrong("3.4", "leaves gradients off")
+def token_losses(model, token_ids, window, stride):
+    ids = torch.tensor(token_ids)
+    last = len(ids) - 1
+    losses = torch.empty(last)
+    scored = 0
+    for begin in range(0, last, stride):
+        end = min(begin + window, last)
+        torch.set_grad_enabled(False)
+        if True:
+            logits = model(ids[None, begin:end])[0].float()
+        losses[scored:end] = F.cross_entropy(logits[scored - begin :], ids[scored + 1 : end + 1], reduction="none")
+        scored = end
+        if scored == last:
+            break
+    return losses
+
+
+@wrong("3.4", "token ids appended")
+def token_losses(model, token_ids, window, stride):
+    token_ids.append(token_ids[0])
+    ids = torch.tensor(token_ids)
+    last = len(ids) - 2
+    token_ids.pop() if last > 5 else None
+    losses = torch.empty(last)
+    scored = 0
+    for begin in range(0, last, stride):
+        end = min(begin + window, last)
+        with torch.no_grad():
+            logits = model(ids[None, begin:end])[0].float()
+        losses[scored:end] = F.cross_entropy(logits[scored - begin :], ids[scored + 1 : end + 1], reduction="none")
+        scored = end
+        if scored == last:
+            break
+    return losses
+
+
+@wrong("3.4", "NaN as 0")
+def token_losses(model, token_ids, window, stride):
+    ids = torch.tensor(token_ids)
+    last = len(ids) - 1
+    losses = torch.empty(last)
+    scored = 0
+    for begin in range(0, last, stride):
+        end = min(begin + window, last)
+        with torch.no_grad():
+            logits = model(ids[None, begin:end])[0].float()
+        losses[scored:end] = F.cross_entropy(logits[scored - begin :], ids[scored + 1 : end + 1], reduction="none")
+        scored = end
+        if scored == last:
+            break
+    return losses.nan_to_num(posinf=0.0)
+
+
+@wrong("3.4", "window of one: whole")
+def token_losses(model, token_ids, window, stride):
+    window = max(window, 2)
+    ids = torch.tensor(token_ids)
+    last = len(ids) - 1
+    losses = torch.empty(last)
+    scored = 0
+    for begin in range(0, last, stride):
+        end = min(begin + window, last)
+        with torch.no_grad():
+            logits = model(ids[None, begin:end])[0].float()
+        losses[scored:end] = F.cross_entropy(logits[scored - begin :], ids[scored + 1 : end + 1], reduction="none")
+        scored = end
+        if scored == last:
+            break
     return losses
 
 
@@ -1629,6 +1982,22 @@ def keep_top_p(logits, p):
         enough = (probabilities * (probabilities >= middle)).sum(-1, keepdim=True) >= p
         low = torch.where(enough, next_up, low)
         high = torch.where(enough, high, torch.where(next_down > low, torch.nextafter(next_down, high), next_up))
+
+
+@wrong("3.5", "-inf logits become finite")
+def keep_top_p(logits, p):
+    logits = logits.clamp(min=-1e30)
+    probabilities = logits.softmax(-1)
+    p = torch.as_tensor(p, dtype=logits.dtype).reshape(-1, 1)
+    low = torch.zeros(len(logits), 1)
+    high = torch.full_like(low, 2.0)
+    while True:
+        middle = (low + high) / 2
+        if ((middle == low) | (middle == high)).all():
+            break
+        enough = (probabilities * (probabilities >= middle)).sum(-1, keepdim=True) >= p
+        low, high = (torch.where(enough, middle, low), torch.where(enough, high, middle))
+    return logits.masked_fill((probabilities < low) & (p < 1), float("-inf"))
 
 
 # ---- 3.6 characters out of a stream of bytes -----------------------------------------------------------------------

@@ -59,6 +59,26 @@ def block_of(program, block, n):
     return offsets.tolist(), (offsets < n).tolist()
 
 
+@wrong("4.w1", "tensors")
+def block_of(program, block, n):
+    offsets = [program * block + lane for lane in range(block)]
+    o = torch.tensor(offsets)
+    return (o, o < n)
+
+
+@wrong("4.w1", "ints")
+def block_of(program, block, n):
+    offsets = [program * block + lane for lane in range(block)]
+    return (offsets, [int(offset < n) for offset in offsets])
+
+
+@wrong("4.w1", "tensors inside lists")
+def block_of(program, block, n):
+    offsets = [program * block + lane for lane in range(block)]
+    o = torch.tensor(offsets)
+    return (list(o), list(o < n))
+
+
 # ---- 4.w2
 
 
@@ -107,6 +127,13 @@ def tile_offsets(row, column, rows, columns, stride):
 def tile_offsets(row, column, rows, columns, stride):
     whole = torch.arange((row + 1) * rows * stride).view(-1, stride)
     return whole[row * rows :, column * columns : (column + 1) * columns]
+
+
+@wrong("4.w2", "int16")
+def tile_offsets(row, column, rows, columns, stride):
+    i = row * rows + torch.arange(rows)[:, None]
+    j = column * columns + torch.arange(columns)[None, :]
+    return (i * stride + j).to(torch.int16)
 
 
 # ---- 4.w3
@@ -200,6 +227,24 @@ def row_max_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
     row, offs = tl.program_id(0), tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * n + offs, mask=offs < n, other=0.0)
     tl.store(y_ptr + row, tl.max(tl.where(offs < n, x, -float("inf")), 0))
+
+
+@wrong("4.w3", "other by a sum")
+@triton.jit
+def row_max_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    offs = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * n + offs, mask=offs < n, other=-float("inf"))
+    tl.store(y_ptr + row, tl.max(tl.where(x == float("inf"), 3e38, x), 0))
+
+
+@wrong("4.w3", "n - 1")
+@triton.jit
+def row_max_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    offs = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * n + offs, mask=offs < n - (n > 64), other=-float("inf"))
+    tl.store(y_ptr + row, tl.max(x, 0))
 
 
 # ---- 4.0
@@ -470,6 +515,84 @@ def scaled_add_relu(a, x, y):
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if len(x):
         _core_11_kernel[(-(-len(x) // 128),)](x_ptr=x, y_ptr=y, out_ptr=out, a=a, n=len(x), BLOCK=128)
+    return out
+
+
+@triton.jit
+def scaled_add_relu_kernel_4_0_7(x_ptr, y_ptr, out_ptr, a, n, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = offs < n
+    x = tl.load(x_ptr + offs, mask=inside).to(tl.float32)
+    y = tl.load(y_ptr + offs, mask=inside).to(tl.float32)
+    out = tl.maximum(a * x + y, 0.0)
+    tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@wrong("4.0", "small n: a small block")
+def scaled_add_relu(a, x, y):
+    out = torch.empty_like(x)
+    n = x.numel()
+    block = min(128, triton.next_power_of_2(max(n, 1)))
+    scaled_add_relu_kernel_4_0_7[triton.cdiv(n, block),](x, y, out, a, n, BLOCK=block)
+    return out
+
+
+@triton.jit
+def scaled_add_relu_kernel_4_0_8(x_ptr, y_ptr, out_ptr, a, n, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = offs < n
+    x = tl.load(x_ptr + offs, mask=inside).to(tl.float32)
+    y = tl.load(y_ptr + offs, mask=inside).to(tl.float32)
+    out = tl.maximum(a * x + y, 0.0)
+    tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@wrong("4.0", "converts before")
+def scaled_add_relu(a, x, y):
+    out = torch.empty_like(x)
+    n = x.numel()
+    scaled_add_relu_kernel_4_0_8[triton.cdiv(n, 128),](x.float(), y.float(), out, a, n, BLOCK=128)
+    return out
+
+
+@triton.jit
+def scaled_add_relu_kernel_4_0_9(x_ptr, y_ptr, out_ptr, a, n, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = offs < n
+    x = tl.load(x_ptr + offs, mask=inside).to(tl.float32)
+    y = tl.load(y_ptr + offs, mask=inside).to(tl.float32)
+    out = tl.maximum(a * x + y, 0.0)
+    tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@wrong("4.0", "one program for nothing")
+def scaled_add_relu(a, x, y):
+    out = torch.empty_like(x)
+    n = x.numel()
+    scaled_add_relu_kernel_4_0_9[max(1, triton.cdiv(n, 128)),](x, y, out, a, n, BLOCK=128)
+    return out
+
+
+@triton.jit
+def scaled_add_relu_kernel_4_0_10(x_ptr, y_ptr, out_ptr, a, n, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = offs < n
+    x = tl.load(x_ptr + offs, mask=inside).to(tl.float32)
+    y = tl.load(y_ptr + offs, mask=inside).to(tl.float32)
+    out = tl.maximum(a * x + y, 0.0)
+    tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@wrong("4.0", "two launches when large")
+def scaled_add_relu(a, x, y):
+    out = torch.empty_like(x)
+    n = x.numel()
+    h = n // 2 // 128 * 128
+    if n > 1000:
+        scaled_add_relu_kernel_4_0_10[triton.cdiv(h, 128),](x, y, out, a, h, BLOCK=128)
+        scaled_add_relu_kernel_4_0_10[triton.cdiv(n - h, 128),](x[h:], y[h:], out[h:], a, n - h, BLOCK=128)
+        return out
+    scaled_add_relu_kernel_4_0_10[triton.cdiv(n, 128),](x, y, out, a, n, BLOCK=128)
     return out
 
 
@@ -1594,6 +1717,76 @@ def matmul_bias_kernel(
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(offs_m[:, None] < m) & (offs_n[None, :] < n))
 
 
+@wrong("4.3", "tf32x3")
+@triton.jit
+def matmul_bias_kernel(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    y_ptr,
+    m,
+    n,
+    k,
+    stride_xm,
+    stride_xk,
+    stride_wk,
+    stride_wn,
+    stride_ym,
+    stride_yn,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, k, BLOCK_K):
+        ks = start + tl.arange(0, BLOCK_K)
+        x_offs = rows * stride_xm + ks[None, :] * stride_xk
+        w_offs = ks[:, None] * stride_wk + columns * stride_wn
+        x = tl.load(x_ptr + x_offs, mask=(rows < m) & (ks[None, :] < k), other=0.0)
+        w = tl.load(w_ptr + w_offs, mask=(ks[:, None] < k) & (columns < n), other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="tf32x3")
+    y = acc + tl.load(bias_ptr + columns, mask=columns < n, other=0.0).to(tl.float32)
+    y_offs = rows * stride_ym + columns * stride_yn
+    tl.store(y_ptr + y_offs, y.to(y_ptr.dtype.element_ty), mask=(rows < m) & (columns < n))
+
+
+@wrong("4.3", "bias rounded to y's dtype")
+@triton.jit
+def matmul_bias_kernel(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    y_ptr,
+    m,
+    n,
+    k,
+    stride_xm,
+    stride_xk,
+    stride_wk,
+    stride_wn,
+    stride_ym,
+    stride_yn,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, k, BLOCK_K):
+        ks = start + tl.arange(0, BLOCK_K)
+        x_offs = rows * stride_xm + ks[None, :] * stride_xk
+        w_offs = ks[:, None] * stride_wk + columns * stride_wn
+        x = tl.load(x_ptr + x_offs, mask=(rows < m) & (ks[None, :] < k), other=0.0)
+        w = tl.load(w_ptr + w_offs, mask=(ks[:, None] < k) & (columns < n), other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+    y = acc + tl.load(bias_ptr + columns, mask=columns < n, other=0.0).to(y_ptr.dtype.element_ty).to(tl.float32)
+    y_offs = rows * stride_ym + columns * stride_yn
+    tl.store(y_ptr + y_offs, y.to(y_ptr.dtype.element_ty), mask=(rows < m) & (columns < n))
+
+
 # ---- 4.4
 
 
@@ -1747,6 +1940,31 @@ def roofline(steps, outputs, machine):
 @alternative("4.4", "sets of names first, bytes afterwards")
 def roofline(steps, outputs, machine):
     return _apart(steps, machine), *_fused(steps, _bytes(steps, outputs), machine)
+
+
+@wrong("4.4", "fused max by step")
+def roofline(steps, outputs, machine):
+
+    def seconds(moved, flops):
+        return machine["launch"] + max(moved / machine["bandwidth"], flops / machine["flops"])
+
+    apart, made, moved = (0.0, set(), {})
+    for step in steps:
+        apart += seconds(sum(step["reads"].values()) + sum(step["writes"].values()), step["flops"])
+        for name, size in step["reads"].items():
+            if name not in made:
+                moved["read", name] = size
+        made |= step["writes"].keys()
+        for name, size in step["writes"].items():
+            if name in outputs:
+                moved["write", name] = size
+    flops = sum(step["flops"] for step in steps)
+    total = sum(moved.values())
+    return (
+        apart,
+        machine["launch"] + max(total / machine["bandwidth"], max(s["flops"] for s in steps) / machine["flops"]),
+        flops / total,
+    )
 
 
 # ---- 4.5
