@@ -43,9 +43,9 @@ def test_any_change_of_the_kernels_shows(g, tmp_path):
     assert before == g.digest()
     (folder / "tuned" / "new.json").write_text("{}")
     assert g.digest(folder) == before  # tuned sizes change no result
-    (folder / "softmax.py").rename(folder / "softmax2.py")
+    (folder / "swiglu.py").rename(folder / "swiglu2.py")
     renamed = g.digest(folder)
-    (folder / "softmax2.py").rename(folder / "softmax.py")
+    (folder / "swiglu2.py").rename(folder / "swiglu.py")
     with (folder / "rope.py").open("a") as file:
         file.write(" ")
     assert len({before, renamed, g.digest(folder)}) == 3

@@ -888,7 +888,7 @@ def encode_word(word, table):
     return result
 
 
-@wrong("3.2", "applies every merge of the table in turn, by rank")
+@alternative("3.2", "applies every merge of the table in turn, by rank")
 def encode_word(word, table):
     tokens, ranks = _spell(word), []
     for pair in sorted(table, key=table.get):
@@ -918,71 +918,6 @@ def encode_word(word, table):
             if k >= 0 and after[k] < n and (pair := (tokens[k], tokens[after[k]])) in table:
                 heapq.heappush(heap, (table[pair], k, *pair))
     return [token for token in tokens if token is not None], ranks
-
-
-@wrong("3.2", "stops when ranks fall")
-def encode_word(word, table):
-    tokens, ranks = ([bytes([byte]) for byte in word.encode()], [])
-    while candidates := [(table[pair], i) for i, pair in enumerate(pairwise(tokens)) if pair in table]:
-        rank, i = min(candidates)
-        if ranks and rank < ranks[-1]:
-            break
-        tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
-        ranks.append(rank)
-    return (tokens, ranks)
-
-
-@wrong("3.2", "ranks in order")
-def encode_word(word, table):
-    tokens, ranks = ([bytes([byte]) for byte in word.encode()], [])
-    while candidates := [(table[pair], i) for i, pair in enumerate(pairwise(tokens)) if pair in table]:
-        rank, i = min(candidates)
-        tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
-        ranks.append(rank)
-    return (tokens, sorted(ranks))
-
-
-@wrong("3.2", "a pass over the table")
-def encode_word(word, table):
-    tokens, ranks = ([bytes([byte]) for byte in word.encode()], [])
-    for pair in sorted(table, key=table.get):
-        i = 0
-        while i + 1 < len(tokens):
-            if (tokens[i], tokens[i + 1]) == pair:
-                tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
-                ranks.append(table[pair])
-            i += 1
-    return (tokens, ranks)
-    while candidates := [(table[pair], i) for i, pair in enumerate(pairwise(tokens)) if pair in table]:
-        rank, i = min(candidates)
-        tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
-        ranks.append(rank)
-    return (tokens, ranks)
-
-
-@wrong("3.2", "all at once")
-def encode_word(word, table):
-    tokens, ranks = ([bytes([byte]) for byte in word.encode()], [])
-    while c := [(table[q], i) for i, q in enumerate(pairwise(tokens)) if q in table]:
-        rank, i = min(c)
-        pair = (tokens[i], tokens[i + 1])
-        out = []
-        j = 0
-        while j < len(tokens):
-            if tuple(tokens[j : j + 2]) == pair:
-                out.append(pair[0] + pair[1])
-                j += 2
-                ranks.append(rank)
-            else:
-                out.append(tokens[j])
-                j += 1
-        tokens = out
-    return (tokens, ranks)
-    while candidates := [(table[pair], i) for i, pair in enumerate(pairwise(tokens)) if pair in table]:
-        rank, i = min(candidates)
-        tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
-        ranks.append(rank)
-    return (tokens, ranks)
 
 
 # ---- 3.3 one step of training, in pieces ---------------------------------------------------------------------------
