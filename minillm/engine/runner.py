@@ -203,9 +203,9 @@ class Runner:
         """Start computing the hidden states of the plan's tokens. If it raises, nothing of the plan counts as sent."""
         self._receive(plan)
         slots = self.config.max_loras if plan.adapted else 0
-        shape = self._shape(plan, slots)
+        every = plan.prompt_logprobs is not None  # which no graph gives
+        shape = None if every else self._shape(plan, slots)
         if shape is None:
-            every = plan.prompt_logprobs is not None
             self._forward(
                 plan.num_tokens, plan.num_sequences, plan.is_decode, slots=slots, width=plan.width, every=every
             )
@@ -214,9 +214,7 @@ class Runner:
         self.num_replays += 1
 
     def _shape(self, plan: Plan, slots: int) -> Shape | None:
-        """The graph that has room for the plan; None: there is none, or it lacks what the plan asks for."""
-        if plan.prompt_logprobs is not None:
-            return None
+        """The graph that has room for the plan; None: there is none."""
         sizes = self.decode_sizes if plan.is_decode else self.mixed_sizes
         at = bisect.bisect_left(sizes, plan.num_tokens)
         if at == len(sizes):

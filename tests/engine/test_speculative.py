@@ -226,6 +226,28 @@ def test_graphs_of_steps_with_guesses(async_scheduling):
 # ---- names of blocks -----------------------------------------------------------------------------------------------
 
 
+def test_no_graph_is_asked_for_log_probabilities_of_a_prompt(monkeypatch):
+    """Graphs keep the hidden states of tokens that are drawn alone, those of steps with guesses, too."""
+    asked = SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=2, ignore_eos=True)
+    engine, seen = guessing(([7, 1, 7, 1, 7], GREEDY)), []
+    shape = engine.runner._shape
+
+    def spying(plan, slots):
+        seen.append(plan.width)
+        assert plan.prompt_logprobs is None
+        return shape(plan, slots)
+
+    monkeypatch.setattr(engine.runner, "_shape", spying)
+    engine.add([7, 1, 7, 1, 7], GREEDY)
+    engine.step()
+    engine.step()
+    [request] = engine.add([3, 4], asked)  # as short as a sequence with guesses
+    run(engine)
+    assert max(seen) > 1
+    assert request.error is None
+    assert len(request.prompt_logprobs) == 2
+
+
 def contents(engine: Engine) -> dict[bytes, torch.Tensor]:
     """What each published block holds, by its name."""
     size, cache = engine.pool.block_size, engine.runner.cache
